@@ -1,0 +1,339 @@
+"""Likelihoods p(x | z): densities of data given the natural parameters that a decoder returns.
+
+All three accept ``params`` of shape [B, ...] and ``x`` with as many elements a sample (for ``Categorical``:
+``num_classes`` times fewer), in any shape; ``x`` is reshaped to the parameters' layout. Images may be given
+as uint8 (0..255, read as x / 255), as bool (0 or 1) or as floats; sums and logarithms are taken in float32 or
+float64, also when ``params`` is half precision.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "check_decoder", "resolve", "unit_interval"]
+
+
+def unit_interval(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Data as floats of ``dtype``: uint8 is divided by 255, bool becomes 0 or 1, floats keep their value."""
+    if x.dtype == torch.uint8:
+        return x.to(dtype) / 255
+    if x.dtype == torch.bool or x.is_floating_point():
+        return x.to(dtype)
+    raise ValueError(f"x: expected uint8, bool or a floating dtype, got {x.dtype}")
+
+
+def _at_least_float32(params: Tensor) -> Tensor:
+    return params.float() if params.dtype in (torch.float16, torch.bfloat16) else params
+
+
+def _finite_range(x: Tensor, name: str) -> tuple[float, float]:
+    """Smallest and largest element of a floating x, in one transfer; ValueError if any is not finite."""
+    low, high = torch.stack(x.detach().aminmax()).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(
+            f"{name}: x holds {bad} NaN or infinite value(s) in {x.numel()}; expected finite data"
+        )
+    return low, high
+
+
+class Likelihood(ABC):
+    """A density of x given the decoder's output; instances are immutable, comparable and picklable.
+
+    ``params`` are natural parameters throughout. ``params_of_output`` turns what the decoder module returns
+    into them, which is the identity for every likelihood but ``Bernoulli(probs=True)``.
+    """
+
+    probs: bool = False
+    """Whether the decoder ends in a Sigmoid, which lowering takes off."""
+
+    @property
+    def values_per_element(self) -> int:
+        """Decoder outputs for one element of x."""
+        return 1
+
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """The likelihood in the form that the C++ network parser reads."""
+
+    @abstractmethod
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """log p(x | params) with all its constants.
+
+        Args:
+            params: [B, ...] natural parameters, floating.
+            x: [B, ...] uint8, bool or floating, with a matching number of elements a sample.
+
+        Returns:
+            [B], float32 or float64, differentiable twice with respect to ``params`` (and to a floating ``x``,
+            but for ``Categorical``).
+
+        Raises:
+            ValueError: sizes of ``params`` and ``x`` do not match, or x has another dtype.
+        """
+
+    @abstractmethod
+    def mean(self, params: Tensor) -> Tensor:
+        """E[x | params], one value an element of x, in the decoder's layout."""
+
+    @abstractmethod
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One draw of x given params, of the shape of ``mean(params)``; ``generator`` lives on params'
+        device.
+        """
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError if x is NaN or infinite, or not data of this likelihood. Waits for x on a GPU."""
+        name = type(self).__name__
+        if not (x.dtype in (torch.uint8, torch.bool) or x.is_floating_point()):
+            raise ValueError(f"{name}: x: expected uint8, bool or a floating dtype, got {x.dtype}")
+        if x.is_floating_point() and x.numel():
+            self._check_range(*_finite_range(x, name))
+
+    def _check_range(self, low: float, high: float) -> None:
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"{type(self).__name__}: x: expected values in [0, 1] (or uint8), got [{low:.6g}, {high:.6g}]"
+            )
+
+    def params_of_output(self, output: Tensor) -> Tensor:
+        """Natural parameters from what the decoder module returned."""
+        return output
+
+    def log_prob_of_output(self, output: Tensor, x: Tensor) -> Tensor:
+        """``log_prob`` for what the decoder module itself returned: [B]."""
+        return self.log_prob(self.params_of_output(output), x)
+
+    def _match(self, params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """params as [B, D] in at least float32, and x as [B, D / values_per_element] in its own dtype."""
+        name = type(self).__name__
+        if params.dim() < 2 or not params.is_floating_point():
+            raise ValueError(
+                f"{name}: decoder output: expected a floating tensor [B, ...], "
+                f"got {params.dtype} {list(params.shape)}"
+            )
+        if x.dim() == 0 or x.shape[0] != params.shape[0]:
+            raise ValueError(
+                f"{name}: x: expected {params.shape[0]} samples as in the decoder output "
+                f"{list(params.shape)}, got {list(x.shape)}"
+            )
+        size, wanted = math.prod(x.shape[1:]), math.prod(params.shape[1:])
+        if size * self.values_per_element != wanted:
+            raise ValueError(
+                f"{name}: x: {size} elements a sample need {size * self.values_per_element} decoder outputs, "
+                f"got x {list(x.shape)} and decoder output {list(params.shape)}"
+            )
+        return _at_least_float32(params).reshape(params.shape[0], wanted), x.reshape(x.shape[0], size)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    """Independent Bernoulli elements with logits a: log p = x a - log(1 + e^a), also for x between 0 and 1.
+
+    Args:
+        probs: the decoder ends in a Sigmoid. The fused operators take that Sigmoid off and work with its
+            logits, and every method here but ``params_of_output`` and ``log_prob_of_output`` still takes
+            *logits*. Where the decoder has to be run as it is, its probabilities are clamped to [smallest
+            normal number, 1 - eps / 2] (float32: logits between -87 and 16.6) before their logit is taken;
+            outside that range a Sigmoid has no gradient left either.
+    """
+
+    probs: bool = False
+
+    @property
+    def spec(self) -> str:
+        return "bernoulli"
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        logits, x = self._match(params, x)
+        # logsigmoid rather than softplus: torch's softplus turns linear at 20, which costs 2e-9 in float64.
+        return (unit_interval(x, logits.dtype) * logits + F.logsigmoid(-logits)).sum(1)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return torch.sigmoid(_at_least_float32(params))
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return torch.bernoulli(self.mean(params), generator=generator)
+
+    def params_of_output(self, output: Tensor) -> Tensor:
+        if not self.probs:
+            return output
+        output = _at_least_float32(output)
+        info = torch.finfo(output.dtype)
+        p = output.clamp(info.tiny, 1 - info.eps / 2)
+        return torch.log(p) - torch.log1p(-p)
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Independent normal elements N(a, scale^2) around the decoder's output a; ``scale`` > 0 in the unit of
+    x.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"Gaussian: scale: expected a finite number above 0, got {self.scale}")
+
+    @property
+    def spec(self) -> str:
+        return f"gaussian {float(self.scale)!r}"
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        mean, x = self._match(params, x)
+        constant = math.log(self.scale) + 0.5 * math.log(2 * math.pi)
+        residual = (unit_interval(x, mean.dtype) - mean) / self.scale
+        return -0.5 * residual.square().sum(1) - constant * mean.shape[1]
+
+    def mean(self, params: Tensor) -> Tensor:
+        return _at_least_float32(params)
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        mean = self.mean(params)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.scale * noise
+
+    def _check_range(self, low: float, high: float) -> None:
+        """A Gaussian has a density everywhere."""
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """Independent categorical elements (sub-pixels), each with ``num_classes`` logits.
+
+    The decoder returns [B, C * num_classes, H, W] (or any trailing dimensions), channel-major: the logit of
+    channel c, class v is channel ``c * num_classes + v``. A flat output [B, N * num_classes] is the case
+    without trailing
+    dimensions: each of the N elements of x, in x's own order, has ``num_classes`` consecutive logits. (A
+    convolutional decoder must therefore not be flattened at its end.)
+
+    x is uint8 holding the class itself, bool (class 0 or 1), or floating in [0, 1] with class
+    ``round((num_classes - 1) * x)``. Means and samples are returned as class / (num_classes - 1), in [0, 1].
+    """
+
+    num_classes: int = 256
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+            raise ValueError(
+                f"Categorical: num_classes: expected an integer of at least 2, got {self.num_classes}"
+            )
+
+    @property
+    def values_per_element(self) -> int:
+        return self.num_classes
+
+    @property
+    def spec(self) -> str:
+        return f"categorical {self.num_classes}"
+
+    def check(self, x: Tensor) -> None:
+        super().check(x)
+        if (
+            x.dtype == torch.uint8
+            and self.num_classes < 256
+            and x.numel()
+            and int(x.max()) >= self.num_classes
+        ):
+            raise ValueError(
+                f"Categorical: x: expected classes below num_classes = {self.num_classes}, got {int(x.max())}"
+            )
+
+    def classes(self, x: Tensor) -> Tensor:
+        """Class index of each element of x, int64, of x's shape."""
+        if x.dtype in (torch.uint8, torch.bool):
+            return x.long()
+        if not x.is_floating_point():
+            raise ValueError(f"Categorical: x: expected uint8, bool or a floating dtype, got {x.dtype}")
+        return torch.round(x.detach() * (self.num_classes - 1)).long()
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        _, flat = self._match(params, x)
+        logits = self._logits(params)
+        index = self.classes(flat).reshape(logits.shape[0], logits.shape[1], 1, logits.shape[3])
+        return (logits.gather(2, index).squeeze(2) - torch.logsumexp(logits, 2)).flatten(1).sum(1)
+
+    def mean(self, params: Tensor) -> Tensor:
+        p = torch.softmax(self._logits(params), 2)
+        values = torch.linspace(0, 1, self.num_classes, dtype=p.dtype, device=p.device)
+        return torch.einsum("bcvr,v->bcr", p, values).reshape(self._data_shape(params))
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        p = torch.softmax(self._logits(params), 2).movedim(2, 3).reshape(-1, self.num_classes)
+        index = torch.multinomial(p, 1, generator=generator)
+        return index.to(p.dtype).div(self.num_classes - 1).reshape(self._data_shape(params))
+
+    def _data_shape(self, params: Tensor) -> tuple[int, ...]:
+        return (params.shape[0], params.shape[1] // self.num_classes, *params.shape[2:])
+
+    def _logits(self, params: Tensor) -> Tensor:
+        """params as [B, channels, num_classes, positions] in at least float32."""
+        if params.dim() < 2 or params.shape[1] % self.num_classes:
+            raise ValueError(
+                f"Categorical: decoder output: expected [B, C * {self.num_classes}, ...], "
+                f"got {list(params.shape)}"
+            )
+        channels = params.shape[1] // self.num_classes
+        positions = math.prod(params.shape[2:])
+        return _at_least_float32(params).reshape(params.shape[0], channels, self.num_classes, positions)
+
+
+_BY_NAME: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "categorical": Categorical,
+}
+
+
+def resolve(likelihood: str | Likelihood) -> Likelihood:
+    """The likelihood itself, or the plain one of that name: "bernoulli", "gaussian" or "categorical".
+
+    Raises:
+        ValueError: an unknown name.  TypeError: neither a name nor a Likelihood.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if not isinstance(likelihood, str):
+        raise TypeError(
+            f"likelihood: expected a name or a fastvae Likelihood, got {type(likelihood).__name__}"
+        )
+    if likelihood not in _BY_NAME:
+        raise ValueError(
+            f"likelihood: expected one of {sorted(_BY_NAME)} or a Likelihood, got {likelihood!r}"
+        )
+    return _BY_NAME[likelihood]()
+
+
+def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:
+    """Raise ValueError if the decoder's last layer contradicts the likelihood.
+
+    A decoder that ends in a Sigmoid returns probabilities, which ``Bernoulli()`` would read as logits; one
+    that does not is no decoder for ``Bernoulli(probs=True)``. A decoder that cannot be lowered is not looked
+    into.
+    """
+    from fastvae.lowering import UnsupportedLayer, lower
+
+    if not isinstance(likelihood, Bernoulli):
+        return
+    try:
+        last = lower(decoder).spec.split(";")[-1].split()[:1]
+    except UnsupportedLayer:
+        return
+    if last == ["sigmoid"] and not likelihood.probs:
+        raise ValueError(
+            "likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a Sigmoid; "
+            "pass Bernoulli(probs=True), or take the Sigmoid off"
+        )
+    if last != ["sigmoid"] and likelihood.probs:
+        raise ValueError(
+            "likelihood: Bernoulli(probs=True) expects a decoder that ends in a Sigmoid, and this one ends "
+            f"in {' '.join(last) or 'nothing'}; pass Bernoulli() if it returns logits"
+        )

@@ -1,0 +1,270 @@
+"""Every operator in plain PyTorch: the oracle of the tests and the baseline of the benchmarks.
+
+Nothing here is fused or lowered, so any decoder that PyTorch can differentiate twice is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fastvae.likelihoods import Likelihood, resolve
+
+__all__ = [
+    "Trajectory",
+    "expand_step_size",
+    "hamiltonian_flow",
+    "hamiltonian_flow_2k",
+    "leapfrog_kick_drift",
+    "leapfrog_kick_temper",
+]
+
+Decoder = Callable[[Tensor], Tensor]
+
+
+class Trajectory(NamedTuple):
+    """Every point of a leapfrog trajectory of K steps, detached.
+
+    Entry 0 is the start; rho of a step is the momentum after tempering.
+    """
+
+    z: Tensor
+    """[K + 1, B, d]"""
+    rho: Tensor
+    """[K + 1, B, d]"""
+    log_px: Tensor
+    """[K + 1, B]"""
+
+    def energy(self) -> Tensor:
+        """H = -log p(x | z) + |z|^2 / 2 + |rho|^2 / 2 of every point, without constants, in nats: [K + 1, B]."""
+        return self.z.square().sum(-1) / 2 + self.rho.square().sum(-1) / 2 - self.log_px
+
+
+def expand_step_size(
+    step_size: Tensor | float | Sequence[float], num_steps: int, dim: int, like: Tensor
+) -> Tensor:
+    """The step of every leapfrog step and dimension.
+
+    Args:
+        step_size: a number or a tensor [] or [1] for all; [d] per dimension; [K, 1] per step; or [K, d].
+        num_steps: K.
+        dim: d.
+        like: tensor whose dtype and device the result takes.
+
+    Returns:
+        [K, d], a view of ``step_size`` (no copy) where dtype and device agree; gradients reach ``step_size``.
+
+    Raises:
+        ValueError: another shape.
+    """
+    eps = torch.as_tensor(step_size, dtype=like.dtype, device=like.device)
+    allowed = {(), (1,), (dim,), (num_steps, 1), (num_steps, dim), (1, 1), (1, dim)}
+    if tuple(eps.shape) not in allowed:
+        hint = (
+            "; for one step size a step pass step_size[:, None]" if tuple(eps.shape) == (num_steps,) else ""
+        )
+        raise ValueError(
+            f"step_size: expected a number, [d], [K, 1] or [K, d] with K = {num_steps} and d = {dim}, "
+            f"got {list(eps.shape)}{hint}"
+        )
+    return eps.expand(num_steps, dim)
+
+
+def leapfrog_kick_drift(
+    z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """First half of a leapfrog step: rho_half = rho + eps/2 force; z_next = z + eps rho_half.
+
+    Args:
+        z, rho, force: [B, d]; force = grad_z log p(x, z), minus the gradient of the potential.
+        step_size: number, [] or [d].
+
+    Returns:
+        (z_next [B, d], rho_half [B, d])
+    """
+    rho_half = rho + 0.5 * step_size * force
+    return z + step_size * rho_half, rho_half
+
+
+def leapfrog_kick_temper(
+    rho_half: Tensor, force: Tensor, step_size: Tensor | float, alpha: Tensor | float
+) -> Tensor:
+    """Second half of a leapfrog step: rho_next = alpha (rho_half + eps/2 force), force taken at z_next.
+
+    Args:
+        rho_half, force: [B, d].
+        step_size: number, [] or [d].
+        alpha: number or []; 1 is the untempered leapfrog.
+
+    Returns:
+        rho_next [B, d]
+    """
+    return alpha * (rho_half + 0.5 * step_size * force)
+
+
+class _Force:
+    """log p(x | z) and force grad_z log p(x | z) - z, by autograd."""
+
+    def __init__(self, decoder: Decoder, x: Tensor, likelihood: Likelihood, create_graph: bool) -> None:
+        self.decoder, self.x, self.likelihood, self.create_graph = decoder, x, likelihood, create_graph
+
+    def log_px(self, z: Tensor) -> Tensor:
+        return self.likelihood.log_prob_of_output(self.decoder(z), self.x)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            # A leaf that needs no gradient outside still needs one for its own force.
+            point = z if self.create_graph and z.requires_grad else z.detach().requires_grad_()
+            log_px = self.log_px(point)
+            (gradient,) = torch.autograd.grad(log_px.sum(), point, create_graph=self.create_graph)
+        if not self.create_graph:
+            log_px = log_px.detach()
+        return log_px, gradient - (point if self.create_graph else z)
+
+
+def _check_state(z: Tensor, rho: Tensor, alpha: Tensor) -> None:
+    if z.dim() != 2 or not z.is_floating_point():
+        raise ValueError(
+            f"hamiltonian_flow: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}"
+        )
+    if rho.shape != z.shape or rho.dtype != z.dtype:
+        raise ValueError(
+            f"hamiltonian_flow: rho: expected {z.dtype} {list(z.shape)} as z, "
+            f"got {rho.dtype} {list(rho.shape)}"
+        )
+    if alpha.dim() != 1:
+        raise ValueError(f"hamiltonian_flow: alpha: expected [K], got {list(alpha.shape)}")
+
+
+@overload
+def hamiltonian_flow(
+    decoder: Decoder,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float,
+    alpha: Tensor,
+    likelihood: str | Likelihood = ...,
+    *,
+    return_trajectory: Literal[False] = ...,
+    create_graph: bool = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def hamiltonian_flow(
+    decoder: Decoder,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float,
+    alpha: Tensor,
+    likelihood: str | Likelihood = ...,
+    *,
+    return_trajectory: Literal[True],
+    create_graph: bool = ...,
+) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
+
+
+def hamiltonian_flow(
+    decoder: Decoder,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float,
+    alpha: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    return_trajectory: bool = False,
+    create_graph: bool = True,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+    """K tempered leapfrog steps of the Hamiltonian VAE, with K + 1 force evaluations.
+
+    Caterini, Doucet, Sejdinovic, Hamiltonian Variational Auto-Encoder, NeurIPS 2018, Algorithm 1: with
+    G(z) = grad_z log p(x, z),
+
+        rho~ = rho_k + eps/2 G(z_k);  z_{k+1} = z_k + eps rho~
+        rho_{k+1} = alpha_k (rho~ + eps/2 G(z_{k+1}))
+
+    Args:
+        decoder: any callable [B, d] -> decoder output that PyTorch can differentiate twice.
+        z, rho: [B, d] start and momentum, float32 or float64.
+        x: [B, ...] data, with as many elements a sample as the likelihood needs.
+        step_size: number, [d], [K, 1] or [K, d].
+        alpha: [K], the factor on the momentum at the end of each step.
+        likelihood: a name or a Likelihood; ``Bernoulli(probs=True)`` if the decoder returns probabilities.
+        return_trajectory: also return the detached ``Trajectory``.
+        create_graph: keep the graph of every force, so that the result can be differentiated; without it, and
+            under ``no_grad`` or ``inference_mode``, all results are detached.
+
+    Returns:
+        (z_K [B, d], rho_K [B, d], log p(x | z_K) [B]) and the trajectory if asked for.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    like = resolve(likelihood)
+    create_graph = create_graph and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # Inference tensors cannot be saved for a backward pass, and the force is one: leave the mode with copies.
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            z, rho, x, alpha = (t.clone() for t in (z, rho, x, alpha))
+            step_size = step_size.clone() if isinstance(step_size, Tensor) else step_size
+            return _flow(decoder, z, rho, x, step_size, alpha, like, return_trajectory, create_graph=False)
+    return _flow(decoder, z, rho, x, step_size, alpha, like, return_trajectory, create_graph)
+
+
+def _flow(
+    decoder: Decoder,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float,
+    alpha: Tensor,
+    likelihood: Likelihood,
+    return_trajectory: bool,
+    create_graph: bool,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+    _check_state(z, rho, alpha)
+    eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
+    force_at = _Force(decoder, x, likelihood, create_graph)
+    with torch.set_grad_enabled(create_graph):
+        log_px, force = force_at(z)
+        points = [(z, rho, log_px)]
+        for k in range(len(alpha)):
+            z, rho = leapfrog_kick_drift(z, rho, force, eps[k])
+            log_px, force = force_at(z)
+            rho = leapfrog_kick_temper(rho, force, eps[k], alpha[k])
+            if return_trajectory:
+                points.append((z, rho, log_px))
+    if not return_trajectory:
+        return z, rho, log_px
+    columns = zip(*points, strict=True)
+    return z, rho, log_px, Trajectory(*(torch.stack([t.detach() for t in column]) for column in columns))
+
+
+def hamiltonian_flow_2k(
+    decoder: Decoder,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float,
+    alpha: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``hamiltonian_flow`` as it is usually written: two forces a step and a last decode, 2K + 1 decoder
+    passes.
+
+    Same arguments, same result, differentiable; the baseline of the benchmarks.
+    """
+    like = resolve(likelihood)
+    _check_state(z, rho, alpha)
+    eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
+    force_at = _Force(decoder, x, like, create_graph=torch.is_grad_enabled())
+    for k in range(len(alpha)):
+        z, rho = leapfrog_kick_drift(z, rho, force_at(z)[1], eps[k])
+        rho = leapfrog_kick_temper(rho, force_at(z)[1], eps[k], alpha[k])
+    return z, rho, force_at.log_px(z)
