@@ -89,6 +89,10 @@ class Likelihood(ABC):
         device.
         """
 
+    def as_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x as an encoder sees it: floats in [0, 1] for uint8 and bool data, floating data as they are."""
+        return unit_interval(x, dtype)
+
     def check(self, x: Tensor) -> None:
         """Raise ValueError if x is NaN or infinite, or not data of this likelihood. Waits for x on a GPU."""
         name = type(self).__name__
@@ -215,8 +219,8 @@ class Categorical(Likelihood):
     dimensions: each of the N elements of x, in x's own order, has ``num_classes`` consecutive logits. (A
     convolutional decoder must therefore not be flattened at its end.)
 
-    x is uint8 holding the class itself, bool (class 0 or 1), or floating in [0, 1] with class
-    ``round((num_classes - 1) * x)``. Means and samples are returned as class / (num_classes - 1), in [0, 1].
+    x is uint8 holding the class itself, or floating in [0, 1] (or bool) with class ``round((num_classes - 1)
+    * x)``. Means and samples are returned as class / (num_classes - 1), in [0, 1].
     """
 
     num_classes: int = 256
@@ -247,10 +251,15 @@ class Categorical(Likelihood):
                 f"Categorical: x: expected classes below num_classes = {self.num_classes}, got {int(x.max())}"
             )
 
+    def as_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype) / (self.num_classes - 1) if x.dtype == torch.uint8 else unit_interval(x, dtype)
+
     def classes(self, x: Tensor) -> Tensor:
         """Class index of each element of x, int64, of x's shape."""
-        if x.dtype in (torch.uint8, torch.bool):
+        if x.dtype == torch.uint8:
             return x.long()
+        if x.dtype == torch.bool:
+            return x.long() * (self.num_classes - 1)
         if not x.is_floating_point():
             raise ValueError(f"Categorical: x: expected uint8, bool or a floating dtype, got {x.dtype}")
         return torch.round(x.detach() * (self.num_classes - 1)).long()

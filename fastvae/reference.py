@@ -39,7 +39,7 @@ class Trajectory(NamedTuple):
     """[K + 1, B]"""
 
     def energy(self) -> Tensor:
-        """H = -log p(x | z) + |z|^2 / 2 + |rho|^2 / 2 of every point, without constants, in nats: [K + 1, B]."""
+        """H = -log p(x | z) + |z|^2 / 2 + |rho|^2 / 2 of every point, in nats: [K + 1, B]."""
         return self.z.square().sum(-1) / 2 + self.rho.square().sum(-1) / 2 - self.log_px
 
 

@@ -135,9 +135,9 @@ def test_shapes_dtypes_and_half_precision(likelihood: Likelihood) -> None:
     byte = torch.randint(0, 5, x.shape, dtype=torch.uint8)
     scale = 4 if isinstance(likelihood, Categorical) else 255
     torch.testing.assert_close(likelihood.log_prob(params, byte), likelihood.log_prob(params, byte / scale))
+    torch.testing.assert_close(likelihood.as_float(byte, torch.float32), byte / scale)
     torch.testing.assert_close(
-        likelihood.log_prob(params, byte > 2),
-        likelihood.log_prob(params, (byte > 2).to(torch.float32) / (4 if scale == 4 else 1)),
+        likelihood.log_prob(params, byte > 2), likelihood.log_prob(params, (byte > 2).float())
     )
 
 

@@ -155,8 +155,8 @@ def test_trajectory_and_detached_modes() -> None:
     trajectory = full[3]
     assert trajectory.z.shape == trajectory.rho.shape == (4, 3, 2) and trajectory.log_px.shape == (4, 3)
     assert full[2].requires_grad and not any(t.requires_grad for t in trajectory)
-    for column, start, end in zip(trajectory, (z, rho, None), full[:3], strict=True):
-        assert start is None or torch.equal(column[0], start)
+    assert torch.equal(trajectory.z[0], z) and torch.equal(trajectory.rho[0], rho)
+    for column, end in zip(trajectory, full[:3], strict=True):
         assert torch.equal(column[-1], end)
     detached = hamiltonian_flow(decoder, z, rho, x, 0.1, alpha, create_graph=False)
     with torch.no_grad():
