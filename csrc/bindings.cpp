@@ -1,0 +1,87 @@
+// fastvae._C: what this build is, and the raw functions of the operators (no autograd, no autocast, no dispatcher),
+// bound with the GIL released.
+#include <torch/extension.h>
+
+#include "kernels/kernels.h"
+#include "ops/ops.h"
+
+namespace {
+
+std::string cpu_instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
+    return "AVX-512";
+  }
+  return __builtin_cpu_supports("avx2") ? "AVX2" : "SSE2";
+#else
+  return "portable";
+#endif
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+#ifdef FASTVAE_WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_architectures"] = FASTVAE_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = false;
+  info["cuda_architectures"] = "";
+#endif
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["compiler"] = __VERSION__;
+  info["cpu_instruction_set"] = cpu_instruction_set();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using pybind11::arg;
+  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.doc() = "Raw kernels of fastvae; use fastvae.ops.";
+  m.def("build_info", &build_info, "What this shared object was built with.");
+  m.def("leapfrog_kick_drift", &fastvae::leapfrog_kick_drift, unlocked, arg("z"), arg("rho"), arg("force"),
+        arg("step_size"));
+  m.def("leapfrog_kick_drift_backward", &fastvae::leapfrog_kick_drift_backward, unlocked, arg("grad_z_next"),
+        arg("grad_rho_half"), arg("z"), arg("rho"), arg("force"), arg("step_size"));
+  m.def("leapfrog_kick_temper", &fastvae::leapfrog_kick_temper, unlocked, arg("rho_half"), arg("force"),
+        arg("step_size"), arg("alpha"));
+  m.def("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward, unlocked, arg("grad_rho_next"),
+        arg("rho_half"), arg("force"), arg("step_size"), arg("alpha"));
+  m.def(
+      "hamiltonian_flow",
+      [](const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,
+         const at::Tensor& alpha, const std::vector<at::Tensor>& parameters, const std::string& network,
+         const std::string& likelihood, bool store, bool trajectory) {
+        return fastvae::hamiltonian_flow(z, rho, x, step_size, alpha, parameters, network, likelihood, store,
+                                         trajectory);
+      },
+      unlocked, arg("z"), arg("rho"), arg("x"), arg("step_size"), arg("alpha"), arg("parameters"), arg("network"),
+      arg("likelihood"), arg("store"), arg("trajectory"));
+  m.def(
+      "hamiltonian_flow_backward",
+      [](const std::optional<at::Tensor>& grad_z, const std::optional<at::Tensor>& grad_rho,
+         const std::optional<at::Tensor>& grad_log_px, const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
+         const at::Tensor& step_size, const at::Tensor& alpha, const std::vector<at::Tensor>& parameters,
+         const at::Tensor& z_steps, const at::Tensor& rho_steps, const at::Tensor& stash, const std::string& network,
+         const std::string& likelihood, bool store, const std::vector<int64_t>& needs) {
+        return fastvae::hamiltonian_flow_backward(grad_z, grad_rho, grad_log_px, z, rho, x, step_size, alpha,
+                                                  parameters, z_steps, rho_steps, stash, network, likelihood, store,
+                                                  needs);
+      },
+      unlocked, arg("grad_z"), arg("grad_rho"), arg("grad_log_px"), arg("z"), arg("rho"), arg("x"), arg("step_size"),
+      arg("alpha"), arg("parameters"), arg("z_steps"), arg("rho_steps"), arg("stash"), arg("network"),
+      arg("likelihood"), arg("store"), arg("needs"));
+  m.def(
+      "hamiltonian_flow_stash_numel",
+      [](const std::string& network, const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim) {
+        return fastvae::hamiltonian_flow_stash_numel(network, shapes, latent_dim);
+      },
+      arg("network"), arg("shapes"), arg("latent_dim"), "Numbers a sample and step that the flow stores.");
+}

@@ -1,0 +1,53 @@
+// Checks that name the op, the argument, what was expected and what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+
+namespace fastvae {
+
+inline std::string describe(const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    return "an undefined tensor";
+  }
+  return c10::str(tensor.sizes(), " ", tensor.scalar_type(), " on ", tensor.device());
+}
+
+// ValueError for shapes and values, TypeError for dtypes.
+#define FASTVAE_CHECK_VALUE(CONDITION, OP, ARGUMENT, EXPECTED, GOT) \
+  TORCH_CHECK_VALUE(CONDITION, "fastvae::", OP, ": ", ARGUMENT, ": expected ", EXPECTED, ", got ", GOT)
+#define FASTVAE_CHECK_TYPE(CONDITION, OP, ARGUMENT, EXPECTED, GOT) \
+  TORCH_CHECK_TYPE(CONDITION, "fastvae::", OP, ": ", ARGUMENT, ": expected ", EXPECTED, ", got ", GOT)
+
+// A float32 or float64 tensor on a device that this build has kernels for.
+inline void check_floating(const char* op, const char* argument, const at::Tensor& tensor) {
+  FASTVAE_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, op, argument,
+                     "float32 or float64", describe(tensor));
+  FASTVAE_CHECK_VALUE(tensor.layout() == at::kStrided, op, argument, "a dense tensor", tensor.layout());
+#ifdef FASTVAE_WITH_CUDA
+  const bool supported = tensor.is_cpu() || tensor.is_cuda();
+  const char* expected = "a CPU or CUDA tensor";
+#else
+  const bool supported = tensor.is_cpu();
+  const char* expected =
+      "a CPU tensor, because this build of fastvae has no CUDA kernels (install nvcc and a CUDA build of torch, then "
+      "run: FASTVAE_CUDA=1 pip install --no-binary fastvae fastvae)";
+#endif
+  FASTVAE_CHECK_VALUE(supported, op, argument, expected, describe(tensor));
+}
+
+inline void check_like(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& model,
+                       const char* model_name) {
+  FASTVAE_CHECK_TYPE(tensor.scalar_type() == model.scalar_type(), op, argument,
+                     c10::str(model.scalar_type(), " as ", model_name), describe(tensor));
+  FASTVAE_CHECK_VALUE(tensor.device() == model.device(), op, argument, c10::str(model.device(), " as ", model_name),
+                      describe(tensor));
+}
+
+inline void check_sizes(const char* op, const char* argument, const at::Tensor& tensor, at::IntArrayRef sizes) {
+  FASTVAE_CHECK_VALUE(tensor.sizes() == sizes, op, argument, c10::str("shape ", sizes), describe(tensor));
+}
+
+}  // namespace fastvae

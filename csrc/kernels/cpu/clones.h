@@ -1,0 +1,20 @@
+// One binary for every x86-64: the loader picks the clone for the machine. Each kernel has a plain function with
+// this attribute that inlines a template; templates themselves cannot carry it.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTVAE_NO_CLONES)
+#define FASTVAE_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define FASTVAE_CLONES
+#endif
+
+#define FASTVAE_INLINE inline __attribute__((always_inline))
+
+// Defines the float and the double kernel of kernels.h from one template.
+#define FASTVAE_DEFINE_CPU(NAME, ARGS)                                                          \
+  FASTVAE_CLONES void NAME(const ARGS<float>& args, int64_t begin, int64_t end) {               \
+    NAME##_template(args, begin, end);                                                          \
+  }                                                                                             \
+  FASTVAE_CLONES void NAME(const ARGS<double>& args, int64_t begin, int64_t end) {              \
+    NAME##_template(args, begin, end);                                                          \
+  }

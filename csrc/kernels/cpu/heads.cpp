@@ -1,0 +1,211 @@
+// Likelihood heads: residual and log probability from the last layer's output, and their tangent (kernels.h).
+//
+// Cost per output: 1 exponential (2 with the log probability, for the logarithm's series), reads 2, writes 1.
+#include <cmath>
+
+#include "../kernels.h"
+#include "clones.h"
+
+namespace fastvae::cpu {
+
+// Sums a row in `kLanes` partial sums: vectorises without reassociation flags, and is the same in every run.
+template <typename T>
+struct LaneSum {
+  static constexpr int kLanes = 16;
+  T lanes[kLanes] = {};
+  FASTVAE_INLINE T total() const {
+    T sum = T(0);
+    for (int i = 0; i < kLanes; ++i) {
+      sum += lanes[i];
+    }
+    return sum;
+  }
+};
+
+template <typename Head, bool has_bias, typename T>
+FASTVAE_INLINE void independent_head_rows(const HeadResidual<T>& args, int64_t begin, int64_t end) {
+  const Head head(args.likelihood);
+  const int64_t n = args.channels;
+  constexpr int kLanes = LaneSum<T>::kLanes;
+  for (int64_t sample = begin; sample < end; ++sample) {
+    LaneSum<T> sum;
+    for (int64_t position = 0; position < args.positions; ++position) {
+      const int64_t offset = (sample * args.positions + position) * n;
+      const T* a = args.a + offset;
+      const T* x = args.x + offset;
+      if (args.log_prob == nullptr) {
+        T* residual = args.residual + offset;
+#pragma GCC ivdep
+        for (int64_t j = 0; j < n; ++j) {
+          residual[j] = head.residual(has_bias ? a[j] + args.bias[j] : a[j], x[j]);
+        }
+        continue;
+      }
+      T* residual = args.residual == nullptr ? nullptr : args.residual + offset;
+      int64_t j = 0;
+      for (; j + kLanes <= n; j += kLanes) {
+        T lane_residual[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const T value = has_bias ? a[j + lane] + args.bias[j + lane] : a[j + lane];
+          const math::HeadValue<T> both = head.both(value, x[j + lane]);
+          sum.lanes[lane] += both.log_prob;
+          lane_residual[lane] = both.residual;
+        }
+        if (residual != nullptr) {
+          for (int lane = 0; lane < kLanes; ++lane) {
+            residual[j + lane] = lane_residual[lane];
+          }
+        }
+      }
+      for (; j < n; ++j) {
+        const math::HeadValue<T> both = head.both(has_bias ? a[j] + args.bias[j] : a[j], x[j]);
+        sum.lanes[0] += both.log_prob;
+        if (residual != nullptr) {
+          residual[j] = both.residual;
+        }
+      }
+    }
+    if (args.log_prob != nullptr) {
+      args.log_prob[sample] = sum.total();
+    }
+  }
+}
+
+template <typename T>
+FASTVAE_INLINE void categorical_head_rows(const HeadResidual<T>& args, int64_t begin, int64_t end) {
+  const int64_t classes = args.likelihood.classes;
+  const int64_t pixels = args.positions * args.channels / classes;
+  const int64_t groups = args.channels / classes;
+  for (int64_t sample = begin; sample < end; ++sample) {
+    T sum = T(0);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const int64_t index = sample * pixels + pixel;
+      const T* a = args.a + index * classes;
+      const T* bias = args.bias == nullptr ? nullptr : args.bias + (pixel % groups) * classes;
+      T* residual = args.residual == nullptr ? nullptr : args.residual + index * classes;
+      const int64_t chosen = math::class_of(args.x[index], classes);
+      T largest = bias == nullptr ? a[0] : a[0] + bias[0];
+      for (int64_t c = 1; c < classes; ++c) {
+        const T value = bias == nullptr ? a[c] : a[c] + bias[c];
+        largest = value > largest ? value : largest;
+      }
+      const T of_chosen = bias == nullptr ? a[chosen] : a[chosen] + bias[chosen];
+      LaneSum<T> lanes;
+      constexpr int kLanes = LaneSum<T>::kLanes;
+      for (int64_t c = 0; c < classes; c += kLanes) {
+        const int count = static_cast<int>(classes - c < kLanes ? classes - c : kLanes);
+        for (int lane = 0; lane < count; ++lane) {
+          const T value = bias == nullptr ? a[c + lane] : a[c + lane] + bias[c + lane];
+          const T e = math::exp(value - largest);
+          lanes.lanes[lane] += e;
+          if (residual != nullptr) {
+            residual[c + lane] = e;
+          }
+        }
+      }
+      const T normaliser = lanes.total();
+      if (residual != nullptr) {
+        const T scale = T(-1) / normaliser;
+#pragma GCC ivdep
+        for (int64_t c = 0; c < classes; ++c) {
+          residual[c] *= scale;
+        }
+        residual[chosen] += T(1);
+      }
+      sum += of_chosen - largest - std::log(normaliser);
+    }
+    if (args.log_prob != nullptr) {
+      args.log_prob[sample] = sum;
+    }
+  }
+}
+
+template <typename T>
+FASTVAE_INLINE void head_residual_template(const HeadResidual<T>& args, int64_t begin, int64_t end) {
+  switch (args.likelihood.kind) {
+    case Likelihood::kBernoulli:
+      args.bias != nullptr ? independent_head_rows<math::BernoulliHead<T>, true>(args, begin, end)
+                           : independent_head_rows<math::BernoulliHead<T>, false>(args, begin, end);
+      break;
+    case Likelihood::kGaussian:
+      args.bias != nullptr ? independent_head_rows<math::GaussianHead<T>, true>(args, begin, end)
+                           : independent_head_rows<math::GaussianHead<T>, false>(args, begin, end);
+      break;
+    case Likelihood::kCategorical:
+      categorical_head_rows(args, begin, end);
+      break;
+  }
+}
+
+template <typename Head, typename T>
+FASTVAE_INLINE void independent_tangent_rows(const HeadTangent<T>& args, int64_t begin, int64_t end) {
+  const Head head(args.likelihood);
+  const int64_t n = args.positions * args.channels;
+  for (int64_t sample = begin; sample < end; ++sample) {
+    const T c = args.cotangent == nullptr ? T(0) : args.cotangent[sample];
+    const int64_t offset = sample * n;
+    if (args.grad_x != nullptr) {
+#pragma GCC ivdep
+      for (int64_t i = offset; i < offset + n; ++i) {
+        args.grad_x[i] += head.cross(args.x[i]) * args.adot[i];
+      }
+    }
+#pragma GCC ivdep
+    for (int64_t i = offset; i < offset + n; ++i) {
+      const T r = args.residual[i];
+      args.delta_dot[i] = head.curvature(r, args.x[i]) * args.adot[i] + c * r;
+    }
+  }
+}
+
+template <typename T>
+FASTVAE_INLINE void categorical_tangent_rows(const HeadTangent<T>& args, int64_t begin, int64_t end) {
+  const int64_t classes = args.likelihood.classes;
+  const int64_t pixels = args.positions * args.channels / classes;
+  for (int64_t sample = begin; sample < end; ++sample) {
+    const T cotangent = args.cotangent == nullptr ? T(0) : args.cotangent[sample];
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const int64_t index = sample * pixels + pixel;
+      const T* residual = args.residual + index * classes;
+      const T* adot = args.adot + index * classes;
+      T* out = args.delta_dot + index * classes;
+      const int64_t chosen = math::class_of(args.x[index], classes);
+      // p = onehot - residual; <p, u> = u_chosen - <residual, u>
+      LaneSum<T> lanes;
+      constexpr int kLanes = LaneSum<T>::kLanes;
+      for (int64_t c = 0; c < classes; c += kLanes) {
+        const int count = static_cast<int>(classes - c < kLanes ? classes - c : kLanes);
+        for (int lane = 0; lane < count; ++lane) {
+          lanes.lanes[lane] += residual[c + lane] * adot[c + lane];
+        }
+      }
+      const T mean = adot[chosen] - lanes.total();
+      const T at_chosen = adot[chosen];
+#pragma GCC ivdep
+      for (int64_t c = 0; c < classes; ++c) {
+        out[c] = residual[c] * (adot[c] - mean + cotangent);
+      }
+      out[chosen] -= at_chosen - mean;  // the onehot part of p
+    }
+  }
+}
+
+template <typename T>
+FASTVAE_INLINE void head_tangent_template(const HeadTangent<T>& args, int64_t begin, int64_t end) {
+  switch (args.likelihood.kind) {
+    case Likelihood::kBernoulli:
+      independent_tangent_rows<math::BernoulliHead<T>>(args, begin, end);
+      break;
+    case Likelihood::kGaussian:
+      independent_tangent_rows<math::GaussianHead<T>>(args, begin, end);
+      break;
+    case Likelihood::kCategorical:
+      categorical_tangent_rows(args, begin, end);
+      break;
+  }
+}
+
+FASTVAE_DEFINE_CPU(head_residual, HeadResidual)
+FASTVAE_DEFINE_CPU(head_tangent, HeadTangent)
+
+}  // namespace fastvae::cpu

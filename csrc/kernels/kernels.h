@@ -1,0 +1,192 @@
+// The line between glue and kernels: plain pointers, sizes, and a range (CPU) or a stream (CUDA). No tensor type
+// crosses it, so kernels compile and test without torch.
+//
+// Each kernel is one argument struct and two functions of the same name. The CPU one does the part [begin, end) of
+// its index (named at the struct) on the calling thread; the glue splits it. The CUDA one launches all of it.
+// All arrays are dense. Tensors of a network are stored [sample, position, channel], channel last.
+#pragma once
+
+#include <cstdint>
+
+#include "math/activations.h"
+#include "math/likelihoods.h"
+
+namespace fastvae {
+
+using Stream = void*;  // a cudaStream_t; opaque here so that no CUDA header is needed
+
+// h = phi(a + bias). Index: rows.
+template <typename T>
+struct BiasActivation {
+  const T* a;
+  const T* bias;  // [channels] or null
+  T* h;           // may be a
+  T* kept;        // a + bias, or null
+  int64_t rows;
+  int64_t channels;
+  ActivationSpec activation;
+};
+
+// delta = phi'(s) * g. Index: elements.
+template <typename T>
+struct ActivationReverse {
+  const T* g;
+  const T* s;
+  T* delta;  // may be g
+  int64_t size;
+  ActivationSpec activation;
+};
+
+// hdot = phi'(s) * adot;  curvature = phi''(.) * adot * A^T delta (see activations.h for s and e). Index: elements.
+template <typename T>
+struct ActivationTangent {
+  const T* adot;
+  const T* s;
+  const T* e;
+  T* hdot;       // may be adot
+  T* curvature;  // null where phi is piecewise linear
+  int64_t size;
+  ActivationSpec activation;
+};
+
+// delta_dot = phi'(s) * g + curvature. Index: elements.
+template <typename T>
+struct ActivationAdjoint {
+  const T* g;
+  const T* s;
+  const T* curvature;  // may be delta_dot; null where phi is piecewise linear
+  T* delta_dot;
+  int64_t size;
+  ActivationSpec activation;
+};
+
+// residual = d ll/d a and, where wanted, log_prob = sum of ll over a sample, for a + bias. Index: samples.
+template <typename T>
+struct HeadResidual {
+  const T* a;
+  const T* bias;  // [channels] or null
+  const T* x;
+  T* residual;  // may be a; null if only the log probability is wanted
+  T* log_prob;  // [samples] or null
+  int64_t samples;
+  int64_t positions;
+  int64_t channels;  // of a; x has channels / classes of them under a categorical likelihood
+  LikelihoodSpec likelihood;
+};
+
+// delta_dot = S adot + cotangent * residual;  grad_x += (d r/d x) adot. Index: samples.
+template <typename T>
+struct HeadTangent {
+  const T* adot;
+  const T* residual;
+  const T* x;
+  const T* cotangent;  // [samples] or null
+  T* delta_dot;        // may be adot
+  T* grad_x;           // or null; never with a categorical likelihood
+  int64_t samples;
+  int64_t positions;
+  int64_t channels;
+  LikelihoodSpec likelihood;
+};
+
+// The first half of a leapfrog step. Index: elements of [samples, dim].
+template <typename T>
+struct KickDrift {
+  const T* z;
+  const T* rho;
+  const T* force;
+  const T* step;  // [dim], or one number with step_stride 0
+  int64_t step_stride;
+  T* z_next;
+  T* rho_half;
+  int64_t samples;
+  int64_t dim;
+};
+
+// The second half. With z, `force` holds grad_z ll and the force of a standard normal prior is added: F = force - z.
+template <typename T>
+struct KickTemper {
+  const T* rho_half;
+  const T* force;
+  const T* z;  // or null
+  const T* step;
+  int64_t step_stride;
+  const T* alpha;  // one number
+  T* rho_next;
+  T* force_out;  // F, or null
+  int64_t samples;
+  int64_t dim;
+};
+
+// Gradient of KickTemper. The terms are summed by the glue (over samples, and for alpha over dim).
+template <typename T>
+struct KickTemperBackward {
+  const T* grad;
+  const T* rho_half;  // null where alpha_terms is
+  const T* force;     // F(z')
+  const T* step;
+  int64_t step_stride;
+  const T* alpha;
+  const T* pending;  // what the next step left for F(z'), or null
+  T* grad_momentum;  // of rho~ + eps/2 F(z')
+  T* grad_force;     // pending included; may be pending
+  T* alpha_terms;    // [samples, dim] or null
+  T* step_terms;     // [samples, dim] or null
+  int64_t samples;
+  int64_t dim;
+};
+
+// Gradient of KickDrift. In a flow, grad_z first receives the cotangent of F(z') through the network and the prior,
+// grad_z += hessian - through_force, and the terms of alpha wait until rho~ is known:
+// alpha_terms = grad_rho_next (rho~ + eps/2 force_next).
+template <typename T>
+struct KickDriftBackward {
+  const T* grad_z;
+  const T* grad_rho_half;
+  const T* hessian;        // or null
+  const T* through_force;  // null where hessian is
+  const T* rho;
+  const T* force;
+  const T* grad_rho_next;  // null where alpha_terms is
+  const T* force_next;     // null where alpha_terms is
+  const T* step;
+  int64_t step_stride;
+  T* grad_z_out;   // may be grad_z
+  T* grad_rho;     // may be grad_rho_half or grad_rho_next
+  T* grad_force;
+  T* step_terms;   // or null
+  T* alpha_terms;  // or null
+  bool accumulate_step;  // add to step_terms, which KickTemperBackward of the same step has written
+  int64_t samples;
+  int64_t dim;
+};
+
+#define FASTVAE_FOR_EACH_KERNEL(DECLARE)                 \
+  DECLARE(bias_activation, BiasActivation)               \
+  DECLARE(activation_reverse, ActivationReverse)         \
+  DECLARE(activation_tangent, ActivationTangent)         \
+  DECLARE(activation_adjoint, ActivationAdjoint)         \
+  DECLARE(head_residual, HeadResidual)                   \
+  DECLARE(head_tangent, HeadTangent)                     \
+  DECLARE(kick_drift, KickDrift)                         \
+  DECLARE(kick_temper, KickTemper)                       \
+  DECLARE(kick_temper_backward, KickTemperBackward)      \
+  DECLARE(kick_drift_backward, KickDriftBackward)
+
+namespace cpu {
+#define FASTVAE_DECLARE_CPU(NAME, ARGS)                                      \
+  void NAME(const ARGS<float>& args, int64_t begin, int64_t end);            \
+  void NAME(const ARGS<double>& args, int64_t begin, int64_t end);
+FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
+#undef FASTVAE_DECLARE_CPU
+}  // namespace cpu
+
+namespace cuda {
+#define FASTVAE_DECLARE_CUDA(NAME, ARGS)               \
+  void NAME(const ARGS<float>& args, Stream stream);   \
+  void NAME(const ARGS<double>& args, Stream stream);
+FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CUDA)
+#undef FASTVAE_DECLARE_CUDA
+}  // namespace cuda
+
+}  // namespace fastvae

@@ -1,0 +1,200 @@
+// Activations phi with the two derivatives that the four sweeps need.
+//
+//   value(a)            = phi(a)
+//   slope(s)            = phi'(a)
+//   curvature(s, e)     = phi''(a) * (A^T delta)       the factor of adot in the adjoint sweep
+//
+// An activation that is invertible enough "keeps" its output: s = h and e = delta = phi'(a) (A^T delta), so that
+// curvature is (phi''/phi')(h) * delta. SiLU and GELU keep their input: s = a and e = A^T delta.
+#pragma once
+
+#include "elementary.h"
+
+namespace fastvae {
+
+enum class Activation : int {
+  kIdentity = 0,
+  kRelu,
+  kLeakyRelu,
+  kElu,
+  kSoftplus,
+  kTanh,
+  kSigmoid,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+};
+
+struct ActivationSpec {
+  Activation kind = Activation::kIdentity;
+  double first = 0.0;   // leaky_relu: slope; elu: alpha; softplus: beta
+  double second = 0.0;  // softplus: threshold
+};
+
+// Whether the sweeps must keep a and A^T delta of this activation besides h and delta.
+constexpr bool keeps_input(Activation kind) {
+  return kind == Activation::kSilu || kind == Activation::kGelu || kind == Activation::kGeluTanh;
+}
+
+constexpr bool is_piecewise_linear(Activation kind) {
+  return kind == Activation::kIdentity || kind == Activation::kRelu || kind == Activation::kLeakyRelu;
+}
+
+namespace math {
+
+template <Activation kind, typename T>
+struct Phi;
+
+template <typename T>
+struct Phi<Activation::kIdentity, T> {
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  FASTVAE_HOST_DEVICE T value(T a) const { return a; }
+  FASTVAE_HOST_DEVICE T slope(T) const { return T(1); }
+  FASTVAE_HOST_DEVICE T curvature(T, T) const { return T(0); }
+};
+
+template <typename T>
+struct Phi<Activation::kRelu, T> {
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  FASTVAE_HOST_DEVICE T value(T a) const { return a < T(0) ? T(0) : a; }  // keeps a NaN
+  FASTVAE_HOST_DEVICE T slope(T h) const { return h > T(0) ? T(1) : T(0); }
+  FASTVAE_HOST_DEVICE T curvature(T, T) const { return T(0); }
+};
+
+template <typename T>
+struct Phi<Activation::kLeakyRelu, T> {
+  T negative;
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec& spec) : negative(static_cast<T>(spec.first)) {}
+  FASTVAE_HOST_DEVICE T value(T a) const { return a > T(0) ? a : negative * a; }
+  FASTVAE_HOST_DEVICE T slope(T h) const { return h > T(0) ? T(1) : negative; }
+  FASTVAE_HOST_DEVICE T curvature(T, T) const { return T(0); }
+};
+
+template <typename T>
+struct Phi<Activation::kElu, T> {
+  T alpha;
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec& spec) : alpha(static_cast<T>(spec.first)) {}
+  FASTVAE_HOST_DEVICE T value(T a) const {
+    const T negative = alpha * math::expm1(a > T(0) ? T(0) : a);
+    return a > T(0) ? a : negative;
+  }
+  FASTVAE_HOST_DEVICE T slope(T h) const { return h > T(0) ? T(1) : h + alpha; }
+  FASTVAE_HOST_DEVICE T curvature(T h, T delta) const { return h > T(0) ? T(0) : delta; }
+};
+
+template <typename T>
+struct Phi<Activation::kSoftplus, T> {
+  T beta;
+  T inverse;
+  T threshold;
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec& spec)
+      : beta(static_cast<T>(spec.first)),
+        inverse(static_cast<T>(1.0 / spec.first)),
+        threshold(static_cast<T>(spec.second)) {}
+  FASTVAE_HOST_DEVICE T value(T a) const {
+    const T scaled = beta * a;
+    const T smooth = math::softplus(scaled) * inverse;
+    return scaled > threshold ? a : smooth;
+  }
+  FASTVAE_HOST_DEVICE T slope(T h) const {
+    const T scaled = beta * h;
+    const T smooth = -math::expm1(-scaled);
+    return scaled > threshold ? T(1) : smooth;
+  }
+  FASTVAE_HOST_DEVICE T curvature(T h, T delta) const {
+    const T scaled = beta * h;
+    const T smooth = beta * math::exp(-scaled) * delta;
+    return scaled > threshold ? T(0) : smooth;
+  }
+};
+
+template <typename T>
+struct Phi<Activation::kTanh, T> {
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  FASTVAE_HOST_DEVICE T value(T a) const { return math::tanh(a); }
+  FASTVAE_HOST_DEVICE T slope(T h) const { return T(1) - h * h; }
+  FASTVAE_HOST_DEVICE T curvature(T h, T delta) const { return T(-2) * h * delta; }
+};
+
+template <typename T>
+struct Phi<Activation::kSigmoid, T> {
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  FASTVAE_HOST_DEVICE T value(T a) const { return math::sigmoid(a); }
+  FASTVAE_HOST_DEVICE T slope(T h) const { return h * (T(1) - h); }
+  FASTVAE_HOST_DEVICE T curvature(T h, T delta) const { return (T(1) - T(2) * h) * delta; }
+};
+
+template <typename T>
+struct Phi<Activation::kSilu, T> {
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  FASTVAE_HOST_DEVICE T value(T a) const { return a * math::sigmoid(a); }
+  FASTVAE_HOST_DEVICE T slope(T a) const {
+    const T s = math::sigmoid(a);
+    return s * (T(1) + a * (T(1) - s));
+  }
+  FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
+    const T s = math::sigmoid(a);
+    return s * (T(1) - s) * (T(2) + a * (T(1) - T(2) * s)) * g;
+  }
+};
+
+// a Phi(a) with the normal distribution function; erf comes from the standard library.
+template <typename T>
+struct Phi<Activation::kGelu, T> {
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  FASTVAE_HOST_DEVICE static T cumulative(T a) {
+    return T(0.5) * (T(1) + ::erf(a * static_cast<T>(0.70710678118654752440)));
+  }
+  FASTVAE_HOST_DEVICE static T density(T a) {
+    return static_cast<T>(0.39894228040143267794) * math::exp(T(-0.5) * a * a);
+  }
+  FASTVAE_HOST_DEVICE T value(T a) const { return a * cumulative(a); }
+  FASTVAE_HOST_DEVICE T slope(T a) const { return cumulative(a) + a * density(a); }
+  FASTVAE_HOST_DEVICE T curvature(T a, T g) const { return (T(2) - a * a) * density(a) * g; }
+};
+
+// a/2 (1 + t),  t = tanh(c (a + 0.044715 a^3)),  c = sqrt(2 / pi)
+template <typename T>
+struct Phi<Activation::kGeluTanh, T> {
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  static constexpr double kScale = 0.79788456080286535588;
+  static constexpr double kCubic = 0.044715;
+  FASTVAE_HOST_DEVICE static T inner_tanh(T a) {
+    return math::tanh(static_cast<T>(kScale) * (a + static_cast<T>(kCubic) * a * a * a));
+  }
+  FASTVAE_HOST_DEVICE static T inner_slope(T a) {
+    return static_cast<T>(kScale) * (T(1) + static_cast<T>(3 * kCubic) * a * a);
+  }
+  FASTVAE_HOST_DEVICE T value(T a) const { return T(0.5) * a * (T(1) + inner_tanh(a)); }
+  FASTVAE_HOST_DEVICE T slope(T a) const {
+    const T t = inner_tanh(a);
+    return T(0.5) * (T(1) + t) + T(0.5) * a * (T(1) - t * t) * inner_slope(a);
+  }
+  FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
+    const T t = inner_tanh(a);
+    const T u = inner_slope(a);
+    const T second = static_cast<T>(6 * kScale * kCubic) * a;
+    return (T(1) - t * t) * (u + T(0.5) * a * (second - T(2) * t * u * u)) * g;
+  }
+};
+
+}  // namespace math
+
+// The cases of a switch over Activation: each calls LOOP<kind>(args, ...), with the arguments in scope at the use.
+#define FASTVAE_ACTIVATION_CASE(KIND, LOOP)   \
+  case ::fastvae::Activation::KIND:           \
+    LOOP<::fastvae::Activation::KIND>(args, begin, end); \
+    break;
+#define FASTVAE_EACH_ACTIVATION(LOOP)          \
+  FASTVAE_ACTIVATION_CASE(kIdentity, LOOP)     \
+  FASTVAE_ACTIVATION_CASE(kRelu, LOOP)         \
+  FASTVAE_ACTIVATION_CASE(kLeakyRelu, LOOP)    \
+  FASTVAE_ACTIVATION_CASE(kElu, LOOP)          \
+  FASTVAE_ACTIVATION_CASE(kSoftplus, LOOP)     \
+  FASTVAE_ACTIVATION_CASE(kTanh, LOOP)         \
+  FASTVAE_ACTIVATION_CASE(kSigmoid, LOOP)      \
+  FASTVAE_ACTIVATION_CASE(kSilu, LOOP)         \
+  FASTVAE_ACTIVATION_CASE(kGelu, LOOP)         \
+  FASTVAE_ACTIVATION_CASE(kGeluTanh, LOOP)
+
+}  // namespace fastvae

@@ -1,0 +1,106 @@
+#include "affine.h"
+
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+
+namespace fastvae {
+namespace {
+
+// A view of channel-last storage as the [B, C, H, W] tensor that ATen's convolutions expect.
+at::Tensor as_image(const at::Tensor& rows, const SampleShape& shape) {
+  return rows.view({-1, shape.height, shape.width, shape.channels}).permute({0, 3, 1, 2});
+}
+
+at::Tensor as_rows(const at::Tensor& image) {
+  const at::Tensor last = image.permute({0, 2, 3, 1}).contiguous();
+  return last.view({-1});
+}
+
+bool is_convolution(const Stage& stage) {
+  return stage.affine == Affine::kConv2d || stage.affine == Affine::kConvTranspose2d;
+}
+
+at::Tensor convolve(const Stage& stage, const at::Tensor& weight, const at::Tensor& in) {
+  return as_rows(at::convolution(as_image(in, stage.in), weight, /*bias=*/{}, stage.stride, stage.padding,
+                                 stage.dilation, stage.affine == Affine::kConvTranspose2d, stage.output_padding,
+                                 stage.groups));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_backward(const Stage& stage, const at::Tensor& weight,
+                                                                 const at::Tensor& delta, const at::Tensor& in,
+                                                                 std::array<bool, 3> mask) {
+  return at::convolution_backward(as_image(delta, stage.out), in, weight, /*bias_sizes=*/c10::nullopt, stage.stride,
+                                  stage.padding, stage.dilation, stage.affine == Affine::kConvTranspose2d,
+                                  stage.output_padding, stage.groups, mask);
+}
+
+at::Tensor transpose_blocks(const at::Tensor& in, const at::Tensor& out, int64_t rows, int64_t columns) {
+  out.view({-1, columns, rows}).copy_(in.view({-1, rows, columns}).transpose(1, 2));
+  return out;
+}
+
+}  // namespace
+
+at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out) {
+  switch (stage.affine) {
+    case Affine::kIdentity:
+      return in;
+    case Affine::kLinear: {
+      at::Tensor result = out.view({-1, stage.out.channels});
+      at::mm_out(result, in.view({-1, stage.in.channels}), weight.t());
+      return out;
+    }
+    case Affine::kBatchNorm: {
+      at::Tensor result = out.view({-1, stage.out.channels});
+      at::mul_out(result, in.view({-1, stage.in.channels}), weight);
+      return out;
+    }
+    case Affine::kToFlat:
+      return transpose_blocks(in, out, stage.in.positions(), stage.in.channels);
+    case Affine::kToImage:
+      return transpose_blocks(in, out, stage.out.channels, stage.out.positions());
+    default:
+      return convolve(stage, weight, in);
+  }
+}
+
+at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
+                            const at::Tensor& out) {
+  switch (stage.affine) {
+    case Affine::kIdentity:
+      return delta;
+    case Affine::kLinear: {
+      at::Tensor result = out.view({-1, stage.in.channels});
+      at::mm_out(result, delta.view({-1, stage.out.channels}), weight);
+      return out;
+    }
+    case Affine::kBatchNorm: {
+      at::Tensor result = out.view({-1, stage.in.channels});
+      at::mul_out(result, delta.view({-1, stage.out.channels}), weight);
+      return out;
+    }
+    case Affine::kToFlat:
+      return transpose_blocks(delta, out, stage.in.channels, stage.in.positions());
+    case Affine::kToImage:
+      return transpose_blocks(delta, out, stage.out.positions(), stage.out.channels);
+    default: {
+      // `out` stands in for the layer's input, of which only the sizes are read.
+      return as_rows(std::get<0>(convolve_backward(stage, weight, delta, as_image(out, stage.in), {true, false, false})));
+    }
+  }
+}
+
+void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
+                                const at::Tensor& h, at::Tensor& gradient) {
+  if (stage.affine == Affine::kLinear) {
+    gradient.addmm_(delta.view({-1, stage.out.channels}).t(), h.view({-1, stage.in.channels}));
+  } else if (is_convolution(stage)) {
+    gradient.add_(
+        std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false})));
+  }
+}
+
+}  // namespace fastvae

@@ -1,0 +1,289 @@
+#include "network.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "../common/guard.h"
+#include "../common/launch.h"
+#include "affine.h"
+
+namespace fastvae {
+namespace {
+
+int64_t rows_of(const at::Tensor& flat, const SampleShape& shape) { return flat.numel() / shape.channels; }
+
+bool is_plain(const Stage& stage) { return stage.activation.kind == Activation::kIdentity; }
+
+// result = delta [B, n] -> sum over rows, added to gradient.
+void add_column_sums(const at::Tensor& rows, int64_t channels, at::Tensor& gradient) {
+  gradient.add_(rows.view({-1, channels}).sum(0));
+}
+
+}  // namespace
+
+Network::Network(const char* op, const Program& program, const LikelihoodSpec& likelihood,
+                 at::TensorList tensors, const at::Tensor& like)
+    : program_(program),
+      likelihood_(likelihood),
+      options_(like.options()),
+      weight_(program.stages.size()),
+      bias_(program.stages.size()),
+      mean_(program.stages.size()),
+      rstd_(program.stages.size()) {
+  for (const at::Tensor& tensor : tensors) {
+    refuse_forward_mode(op, tensor);
+    check_like(op, "parameters", tensor, like, "z");
+  }
+  for (size_t l = 0; l < depth(); ++l) {
+    const Stage& stage = program.stages[l];
+    if (stage.weight >= 0) {
+      weight_[l] = tensors[stage.weight].contiguous();
+    }
+    if (stage.bias >= 0) {
+      bias_[l] = tensors[stage.bias].contiguous();
+    }
+    if (stage.affine == Affine::kBatchNorm) {
+      mean_[l] = tensors[stage.running_mean];
+      rstd_[l] = (tensors[stage.running_var] + stage.eps).rsqrt();
+      weight_[l] = stage.weight >= 0 ? weight_[l] * rstd_[l] : rstd_[l];
+      bias_[l] = stage.bias >= 0 ? bias_[l] - mean_[l] * weight_[l] : -mean_[l] * weight_[l];
+    }
+  }
+}
+
+Tape Network::tape(const at::Tensor& storage, int64_t steps, int64_t samples, int64_t first, int64_t count) const {
+  Tape tape;
+  int64_t offset = 0;
+  const auto next = [&](int64_t numel) {
+    at::Tensor part =
+        storage.narrow(0, steps * samples * offset + first * samples * numel, count * samples * numel);
+    offset += numel;
+    return part;
+  };
+  for (size_t l = 0; l < depth(); ++l) {
+    const Stage& stage = program_.stages[l];
+    const int64_t numel = stage.out.numel();
+    const bool last = l + 1 == depth();
+    const bool keeps = !last && keeps_input(stage.activation.kind);
+    tape.delta.push_back(next(numel));
+    tape.h.push_back(last ? at::Tensor() : next(numel));
+    tape.kept_a.push_back(keeps ? next(numel) : at::Tensor());
+    tape.kept_g.push_back(keeps ? next(numel) : at::Tensor());
+  }
+  return tape;
+}
+
+TangentTape Network::make_tangent_tape(int64_t rows) const {
+  TangentTape tape;
+  for (size_t l = 0; l < depth(); ++l) {
+    const int64_t numel = rows * program_.stages[l].out.numel();
+    tape.delta_dot.push_back(at::empty({numel}, options_));
+    tape.hdot.push_back(l + 1 == depth() ? at::Tensor() : at::empty({numel}, options_));
+  }
+  return tape;
+}
+
+at::Tensor Network::observed_to_rows(const at::Tensor& x) const {
+  const SampleShape& out = program_.output();
+  const int64_t channels = likelihood_.kind == Likelihood::kCategorical ? out.channels / likelihood_.classes : out.channels;
+  const at::Tensor rows = x.reshape({x.size(0), channels, out.positions()}).transpose(1, 2).contiguous();
+  return rows.view({-1});
+}
+
+at::Tensor Network::observed_from_rows(const at::Tensor& x) const {
+  const SampleShape& out = program_.output();
+  const at::Tensor flat = x.view({-1, out.positions(), out.channels}).transpose(1, 2).contiguous();
+  return flat.view({-1, out.numel()});
+}
+
+at::Tensor Network::apply(size_t l, const at::Tensor& in, const at::Tensor& out) const {
+  return affine_apply(program_.stages[l], weight_[l], in, out);
+}
+
+at::Tensor Network::apply_transpose(size_t l, const at::Tensor& delta, const at::Tensor& out) const {
+  return affine_transpose(program_.stages[l], weight_[l], delta, out);
+}
+
+const at::Tensor& Network::kept_slope(size_t l, const Tape& tape) const {
+  return tape.kept_a[l].defined() ? tape.kept_a[l] : tape.h[l];
+}
+
+const at::Tensor& Network::kept_error(size_t l, const Tape& tape) const {
+  return tape.kept_g[l].defined() ? tape.kept_g[l] : tape.delta[l];
+}
+
+at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
+                                    const at::Tensor& log_prob) const {
+  at::Tensor in = z.view({-1});
+  const int64_t samples = z.size(0);
+  for (size_t l = 0; l + 1 < depth(); ++l) {
+    const Stage& stage = program_.stages[l];
+    const at::Tensor raw = apply(l, in, tape.h[l]);
+    FASTVAE_DISPATCH(raw, {
+      const BiasActivation<scalar_t> args{raw.const_data_ptr<scalar_t>(),
+                                          data_or_null<scalar_t>(bias_[l]),
+                                          tape.h[l].mutable_data_ptr<scalar_t>(),
+                                          mutable_data_or_null<scalar_t>(tape.kept_a[l]),
+                                          rows_of(raw, stage.out),
+                                          stage.out.channels,
+                                          stage.activation};
+      if (args.a != args.h || args.bias != nullptr || !is_plain(stage)) {
+        FASTVAE_LAUNCH(bias_activation, raw.device(), args, args.rows, args.channels);
+      }
+    });
+    in = tape.h[l];
+  }
+  const size_t last = depth() - 1;
+  const SampleShape& out = program_.output();
+  const at::Tensor raw = apply(last, in, tape.delta[last]);
+  FASTVAE_DISPATCH(raw, {
+    const HeadResidual<scalar_t> args{raw.const_data_ptr<scalar_t>(),
+                                      data_or_null<scalar_t>(bias_[last]),
+                                      x.const_data_ptr<scalar_t>(),
+                                      tape.delta[last].mutable_data_ptr<scalar_t>(),
+                                      mutable_data_or_null<scalar_t>(log_prob),
+                                      samples,
+                                      out.positions(),
+                                      out.channels,
+                                      likelihood_};
+    FASTVAE_LAUNCH(head_residual, raw.device(), args, args.samples, out.numel());
+  });
+  for (size_t l = last; l > 0; --l) {
+    const Stage& below = program_.stages[l - 1];
+    const bool keeps = tape.kept_g[l - 1].defined();
+    at::Tensor g = apply_transpose(l, tape.delta[l], keeps ? tape.kept_g[l - 1] : tape.delta[l - 1]);
+    if (keeps && !g.is_same(tape.kept_g[l - 1])) {
+      tape.kept_g[l - 1].copy_(g);
+    }
+    FASTVAE_DISPATCH(g, {
+      const ActivationReverse<scalar_t> args{g.const_data_ptr<scalar_t>(),
+                                             kept_slope(l - 1, tape).const_data_ptr<scalar_t>(),
+                                             tape.delta[l - 1].mutable_data_ptr<scalar_t>(), g.numel(),
+                                             below.activation};
+      if (args.g != args.delta || !is_plain(below)) {
+        FASTVAE_LAUNCH(activation_reverse, g.device(), args, args.size, 1);
+      }
+    });
+  }
+  const at::Tensor grad_z = at::empty({samples, program_.in_features()}, options_);
+  return apply_transpose(0, tape.delta[0], grad_z.view({-1})).view(grad_z.sizes());
+}
+
+at::Tensor Network::tangent_adjoint(const at::Tensor& u, const at::Tensor& x, const at::Tensor& cotangent,
+                                    const Tape& tape, const TangentTape& out, const at::Tensor& grad_x) const {
+  at::Tensor in = u.view({-1});
+  const int64_t samples = u.size(0);
+  for (size_t l = 0; l + 1 < depth(); ++l) {
+    const Stage& stage = program_.stages[l];
+    const at::Tensor raw = apply(l, in, out.hdot[l]);
+    FASTVAE_DISPATCH(raw, {
+      const ActivationTangent<scalar_t> args{raw.const_data_ptr<scalar_t>(),
+                                             kept_slope(l, tape).const_data_ptr<scalar_t>(),
+                                             kept_error(l, tape).const_data_ptr<scalar_t>(),
+                                             out.hdot[l].mutable_data_ptr<scalar_t>(),
+                                             out.delta_dot[l].mutable_data_ptr<scalar_t>(),
+                                             raw.numel(),
+                                             stage.activation};
+      if (args.adot != args.hdot || !is_plain(stage)) {
+        FASTVAE_LAUNCH(activation_tangent, raw.device(), args, args.size, 1);
+      }
+    });
+    in = out.hdot[l];
+  }
+  const size_t last = depth() - 1;
+  const SampleShape& shape = program_.output();
+  const at::Tensor raw = apply(last, in, out.delta_dot[last]);
+  FASTVAE_DISPATCH(raw, {
+    const HeadTangent<scalar_t> args{raw.const_data_ptr<scalar_t>(),
+                                     tape.delta[last].const_data_ptr<scalar_t>(),
+                                     x.const_data_ptr<scalar_t>(),
+                                     data_or_null<scalar_t>(cotangent),
+                                     out.delta_dot[last].mutable_data_ptr<scalar_t>(),
+                                     mutable_data_or_null<scalar_t>(grad_x),
+                                     samples,
+                                     shape.positions(),
+                                     shape.channels,
+                                     likelihood_};
+    FASTVAE_LAUNCH(head_tangent, raw.device(), args, args.samples, shape.numel());
+  });
+  for (size_t l = last; l > 0; --l) {
+    const Stage& below = program_.stages[l - 1];
+    // The curvature term waits in delta_dot of the stage below, so the product needs a place of its own.
+    const bool curved = !is_piecewise_linear(below.activation.kind);
+    const at::Tensor place = curved ? at::empty_like(out.delta_dot[l - 1]) : out.delta_dot[l - 1];
+    const at::Tensor g = apply_transpose(l, out.delta_dot[l], place);
+    FASTVAE_DISPATCH(g, {
+      scalar_t* delta_dot = out.delta_dot[l - 1].mutable_data_ptr<scalar_t>();
+      const ActivationAdjoint<scalar_t> args{g.const_data_ptr<scalar_t>(),
+                                             kept_slope(l - 1, tape).const_data_ptr<scalar_t>(),
+                                             curved ? delta_dot : nullptr,
+                                             delta_dot,
+                                             g.numel(),
+                                             below.activation};
+      if (args.g != args.delta_dot || !is_plain(below)) {
+        FASTVAE_LAUNCH(activation_adjoint, g.device(), args, args.size, 1);
+      }
+    });
+  }
+  const at::Tensor grad_z = at::empty({samples, program_.in_features()}, options_);
+  return apply_transpose(0, out.delta_dot[0], grad_z.view({-1})).view(grad_z.sizes());
+}
+
+void Network::accumulate_parameters(const at::Tensor& z, const at::Tensor& u, const Tape& tape,
+                                    const TangentTape& tangents, std::vector<at::Tensor>& gradients) const {
+  for (size_t l = 0; l < depth(); ++l) {
+    const Stage& stage = program_.stages[l];
+    const at::Tensor h = l == 0 ? z.reshape({-1}) : tape.h[l - 1];
+    const at::Tensor hdot = l == 0 ? u.reshape({-1}) : tangents.hdot[l - 1];
+    const at::Tensor& delta = tape.delta[l];
+    const at::Tensor& delta_dot = tangents.delta_dot[l];
+    if (stage.weight >= 0 && gradients[stage.weight].defined()) {
+      at::Tensor& gradient = gradients[stage.weight];
+      if (stage.affine == Affine::kBatchNorm) {
+        // a = weight xhat + bias with xhat = (h - mean) rstd: both halves of the product rule, channel by channel.
+        const int64_t channels = stage.out.channels;
+        const at::Tensor xhat = (h.view({-1, channels}) - mean_[l]) * rstd_[l];
+        gradient.add_((delta_dot.view({-1, channels}) * xhat).sum(0));
+        gradient.add_((delta.view({-1, channels}) * hdot.view({-1, channels})).sum(0) * rstd_[l]);
+      } else {
+        affine_add_weight_gradient(stage, weight_[l], delta_dot, h, gradient);
+        affine_add_weight_gradient(stage, weight_[l], delta, hdot, gradient);
+      }
+    }
+    if (stage.bias >= 0 && gradients[stage.bias].defined()) {
+      add_column_sums(delta_dot, stage.out.channels, gradients[stage.bias]);
+    }
+  }
+}
+
+void Network::add_observed_gradient(const at::Tensor& z, const Tape& tape, const at::Tensor& cotangent,
+                                    const at::Tensor& grad_x) const {
+  const at::Tensor weight = cotangent.unsqueeze(1);
+  const at::Tensor gradient = grad_x.view({z.size(0), -1});
+  const size_t last = depth() - 1;
+  if (likelihood_.kind == Likelihood::kGaussian) {
+    gradient.sub_(weight * tape.delta[last].view({z.size(0), -1}));
+    return;
+  }
+  // Bernoulli: d ll/d x = a_L, which the tape does not keep; one pass of the last layer gives it back.
+  const at::Tensor in = last == 0 ? z.view({-1}) : tape.h[last - 1];
+  const at::Tensor raw = apply(last, in, at::empty_like(tape.delta[last])).view({-1, program_.output().channels});
+  const at::Tensor a = bias_[last].defined() ? raw + bias_[last] : raw;
+  gradient.add_(weight * a.view({z.size(0), -1}));
+}
+
+TangentTape TangentTape::rows(int64_t first, int64_t count, int64_t slots) const {
+  const auto narrow = [&](const at::Tensor& whole) {
+    const int64_t slot = whole.defined() ? whole.numel() / slots : 0;
+    return whole.defined() ? whole.narrow(0, first * slot, count * slot) : whole;
+  };
+  TangentTape part;
+  for (size_t l = 0; l < delta_dot.size(); ++l) {
+    part.hdot.push_back(narrow(hdot[l]));
+    part.delta_dot.push_back(narrow(delta_dot[l]));
+  }
+  return part;
+}
+
+}  // namespace fastvae

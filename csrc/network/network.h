@@ -1,0 +1,83 @@
+// A network bound to its tensors, and the four sweeps over it (design: every method of the package is a function on
+// top of these).
+//
+//   forward_reverse   a_l, h_l, ll;  delta_L = r, delta_{l-1} = phi'(a_{l-1}) A_l^T delta_l;  grad_z ll
+//   tangent_adjoint   H(u): the gradient of  u . grad_z ll + c ll  with respect to z and every parameter
+//
+// A sweep works on B samples at once and writes into a Tape: one tensor [B * numel] a stage, channel last.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "program.h"
+
+namespace fastvae {
+
+// What the reverse and adjoint sweeps need of the forward one. Undefined where a stage has no use for it.
+struct Tape {
+  std::vector<at::Tensor> h;       // phi(a), all but the last stage
+  std::vector<at::Tensor> delta;   // d ll/d a, all stages
+  std::vector<at::Tensor> kept_a;  // a, and
+  std::vector<at::Tensor> kept_g;  // A^T delta, where keeps_input(activation)
+};
+
+struct TangentTape {
+  std::vector<at::Tensor> hdot;       // all but the last stage
+  std::vector<at::Tensor> delta_dot;  // all stages
+
+  // The part of `count` slots from `first` on, of a tape of `slots`.
+  TangentTape rows(int64_t first, int64_t count, int64_t slots) const;
+};
+
+class Network {
+ public:
+  Network(const char* op, const Program& program, const LikelihoodSpec& likelihood, at::TensorList tensors,
+          const at::Tensor& like);
+
+  const Program& program() const { return program_; }
+  size_t depth() const { return program_.stages.size(); }
+
+  // Splits `storage` [steps, samples, tape_numel] (as one block a tensor, so that the steps of a stage are
+  // contiguous) into the tape of steps [first, first + count).
+  Tape tape(const at::Tensor& storage, int64_t steps, int64_t samples, int64_t first, int64_t count) const;
+  TangentTape make_tangent_tape(int64_t rows) const;
+
+  // x as the sweeps read it: [B, numel], channel last.
+  at::Tensor observed_to_rows(const at::Tensor& x) const;
+  at::Tensor observed_from_rows(const at::Tensor& x) const;
+
+  // Fills the tape; writes log_prob [B] if defined; gives grad_z ll [B, d].
+  at::Tensor forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape, const at::Tensor& log_prob) const;
+
+  // Gives dz [B, d]; adds the gradient through grad_z ll to grad_x if defined. cotangent [B] may be undefined.
+  at::Tensor tangent_adjoint(const at::Tensor& u, const at::Tensor& x, const at::Tensor& cotangent, const Tape& tape,
+                             const TangentTape& out, const at::Tensor& grad_x) const;
+
+  // Adds the parameters' part of H(u) over all rows of the tapes. gradients: aligned with the tensors, undefined where
+  // not wanted.
+  void accumulate_parameters(const at::Tensor& z, const at::Tensor& u, const Tape& tape, const TangentTape& tangents,
+                             std::vector<at::Tensor>& gradients) const;
+
+  // grad_x += cotangent * d ll/d x at the point of the tape.
+  void add_observed_gradient(const at::Tensor& z, const Tape& tape, const at::Tensor& cotangent,
+                             const at::Tensor& grad_x) const;
+
+ private:
+  at::Tensor apply(size_t l, const at::Tensor& in, const at::Tensor& out) const;
+  at::Tensor apply_transpose(size_t l, const at::Tensor& delta, const at::Tensor& out) const;
+  void add_weight_gradient(size_t l, const at::Tensor& delta, const at::Tensor& h, at::Tensor& gradient) const;
+  const at::Tensor& kept_slope(size_t l, const Tape& tape) const;
+  const at::Tensor& kept_error(size_t l, const Tape& tape) const;
+
+  const Program& program_;
+  LikelihoodSpec likelihood_;
+  at::TensorOptions options_;
+  std::vector<at::Tensor> weight_;  // per stage; batch norm: weight / sqrt(var + eps)
+  std::vector<at::Tensor> bias_;    // per stage, or undefined; batch norm: bias - mean * weight_
+  std::vector<at::Tensor> mean_;    // batch norm: running mean, and
+  std::vector<at::Tensor> rstd_;    // 1 / sqrt(var + eps)
+};
+
+}  // namespace fastvae

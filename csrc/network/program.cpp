@@ -1,0 +1,305 @@
+#include "program.h"
+
+#include <cstdlib>
+#include <optional>
+
+#include "../common/check.h"
+
+namespace fastvae {
+namespace {
+
+std::vector<std::string> split(std::string_view text, char separator) {
+  std::vector<std::string> parts;
+  size_t start = 0;
+  while (start <= text.size()) {
+    size_t end = text.find(separator, start);
+    end = end == std::string_view::npos ? text.size() : end;
+    if (end > start) {
+      parts.emplace_back(text.substr(start, end - start));
+    }
+    start = end + 1;
+  }
+  return parts;
+}
+
+double to_number(const char* op, const std::string& word) {
+  char* end = nullptr;
+  const double value = std::strtod(word.c_str(), &end);
+  FASTVAE_CHECK_VALUE(end != word.c_str() && *end == '\0', op, "network", "a number", "'" + word + "'");
+  return value;
+}
+
+class Parser {
+ public:
+  Parser(const char* op, const TensorShapes& shapes, int64_t in_features) : op_(op), shapes_(shapes) {
+    shape_.channels = in_features;
+  }
+
+  std::vector<Stage> run(std::string_view text) {
+    for (const std::string& line : split(text, ';')) {
+      layer(line);
+    }
+    // The last stage feeds the likelihood head, which takes a_L: an activation there needs a stage after it.
+    if (stages_.empty() || stages_.back().activation.kind != Activation::kIdentity) {
+      begin(Affine::kIdentity);
+    }
+    return std::move(stages_);
+  }
+
+ private:
+  void layer(const std::string& line) {
+    line_ = line;
+    words_ = split(line, ' ');
+    FASTVAE_CHECK_VALUE(!words_.empty(), op_, "network", "a layer", "'" + line + "'");
+    const std::string& kind = words_[0];
+    if (kind == "linear") {
+      linear();
+    } else if (kind == "conv2d") {
+      conv2d();
+    } else if (kind == "conv_transpose2d") {
+      conv_transpose2d();
+    } else if (kind == "batch_norm") {
+      batch_norm();
+    } else if (kind == "reshape") {
+      reshape();
+    } else {
+      activation(kind);
+    }
+  }
+
+  void expect(bool condition, const std::string& what) const {
+    TORCH_CHECK_VALUE(condition, "fastvae::", op_, ": network: layer '", line_, "' with an input of [",
+                      shape_.channels, ", ", shape_.height, ", ", shape_.width, "] a sample: ", what);
+  }
+
+  double number(size_t index) const {
+    expect(index < words_.size(), "too few numbers");
+    return to_number(op_, words_[index]);
+  }
+
+  int64_t integer(size_t index) const { return static_cast<int64_t>(number(index)); }
+
+  std::vector<int64_t> pair(size_t index) const { return {integer(index), integer(index + 1)}; }
+
+  const std::vector<int64_t>& sizes(int64_t index, size_t dims) const {
+    expect(index >= 0 && index < static_cast<int64_t>(shapes_.size()), "tensor index out of range");
+    expect(shapes_[index].size() == dims, c10::str("expected a tensor of ", dims, " dimensions, got ", at::IntArrayRef(shapes_[index])));
+    return shapes_[index];
+  }
+
+  void check_vector(int64_t index, int64_t length) const {
+    if (index >= 0) {
+      const std::vector<int64_t>& size = sizes(index, 1);
+      expect(size[0] == length, c10::str("expected a vector of ", length, ", got ", at::IntArrayRef(size)));
+    }
+  }
+
+  Stage& begin(Affine affine) {
+    Stage stage;
+    stage.affine = affine;
+    stage.in = shape_;
+    stage.out = shape_;
+    stages_.push_back(std::move(stage));
+    return stages_.back();
+  }
+
+  void end(const SampleShape& out) {
+    stages_.back().out = out;
+    shape_ = out;
+  }
+
+  void linear() {
+    const std::vector<int64_t>& weight = sizes(integer(1), 2);
+    expect(shape_.flat, "expected a flat input, [B, features]");
+    expect(weight[1] == shape_.channels, c10::str("expected ", weight[1], " features"));
+    Stage& stage = begin(Affine::kLinear);
+    stage.weight = integer(1);
+    stage.bias = integer(2);
+    check_vector(stage.bias, weight[0]);
+    end({weight[0], 1, 1, true});
+  }
+
+  void conv2d() {
+    const std::vector<int64_t>& weight = sizes(integer(1), 4);
+    expect(!shape_.flat, "expected an image, [B, C, H, W]");
+    Stage& stage = begin(Affine::kConv2d);
+    stage.weight = integer(1);
+    stage.bias = integer(2);
+    stage.stride = pair(3);
+    stage.padding = pair(5);
+    stage.output_padding = {0, 0};
+    stage.dilation = pair(7);
+    stage.groups = integer(9);
+    expect(weight[1] * stage.groups == shape_.channels, c10::str("expected ", weight[1] * stage.groups, " channels"));
+    check_vector(stage.bias, weight[0]);
+    const auto size = [&](int64_t in, int axis) {
+      const int64_t span = stage.dilation[axis] * (weight[2 + axis] - 1) + 1;
+      const int64_t free = in + 2 * stage.padding[axis] - span;
+      expect(free >= 0, "the kernel is larger than the padded input");
+      return free / stage.stride[axis] + 1;
+    };
+    end({weight[0], size(shape_.height, 0), size(shape_.width, 1), false});
+  }
+
+  void conv_transpose2d() {
+    const std::vector<int64_t>& weight = sizes(integer(1), 4);
+    expect(!shape_.flat, "expected an image, [B, C, H, W]");
+    Stage& stage = begin(Affine::kConvTranspose2d);
+    stage.weight = integer(1);
+    stage.bias = integer(2);
+    stage.stride = pair(3);
+    stage.padding = pair(5);
+    stage.output_padding = pair(7);
+    stage.dilation = pair(9);
+    stage.groups = integer(11);
+    expect(weight[0] == shape_.channels, c10::str("expected ", weight[0], " channels"));
+    const int64_t channels = weight[1] * stage.groups;
+    check_vector(stage.bias, channels);
+    const auto size = [&](int64_t in, int axis) {
+      const int64_t out = (in - 1) * stage.stride[axis] - 2 * stage.padding[axis] +
+                          stage.dilation[axis] * (weight[2 + axis] - 1) + stage.output_padding[axis] + 1;
+      expect(out > 0, "the output is empty");
+      return out;
+    };
+    end({channels, size(shape_.height, 0), size(shape_.width, 1), false});
+  }
+
+  void batch_norm() {
+    Stage& stage = begin(Affine::kBatchNorm);
+    stage.weight = integer(1);
+    stage.bias = integer(2);
+    stage.running_mean = integer(3);
+    stage.running_var = integer(4);
+    stage.eps = number(5);
+    sizes(stage.running_mean, 1);
+    sizes(stage.running_var, 1);
+    for (const int64_t index : {stage.weight, stage.bias, stage.running_mean, stage.running_var}) {
+      check_vector(index, shape_.channels);
+    }
+  }
+
+  void reshape() {
+    std::vector<int64_t> target;
+    int64_t known = 1;
+    std::optional<size_t> free;
+    for (size_t i = 1; i < words_.size(); ++i) {
+      target.push_back(integer(i));
+      if (target.back() == -1) {
+        free = i - 1;
+      } else {
+        known *= target.back();
+      }
+    }
+    if (free && known > 0) {
+      target[*free] = shape_.numel() / known;
+      known *= target[*free];
+    }
+    expect(known == shape_.numel(), c10::str("cannot become ", at::IntArrayRef(target)));
+    expect(target.size() == 1 || target.size() == 3, "expected one or three dimensions a sample");
+    if (!shape_.flat) {
+      if (shape_.channels > 1 && shape_.positions() > 1) {
+        begin(Affine::kToFlat);
+      }
+      end_shape({shape_.numel(), 1, 1, true});
+    }
+    if (target.size() == 3) {
+      if (target[0] > 1 && target[1] * target[2] > 1) {
+        begin(Affine::kToImage);
+      }
+      end_shape({target[0], target[1], target[2], false});
+    }
+  }
+
+  // A reshape that moves nothing belongs to the stage before it.
+  void end_shape(const SampleShape& shape) {
+    if (!stages_.empty()) {
+      stages_.back().out = shape;
+    }
+    shape_ = shape;
+  }
+
+  void activation(const std::string& kind) {
+    ActivationSpec spec;
+    if (kind == "relu") {
+      spec = {Activation::kRelu, 0.0, 0.0};
+    } else if (kind == "leaky_relu") {
+      // phi' is read off h, whose sign a negative slope would turn.
+      expect(number(1) >= 0.0, "expected a slope of at least 0");
+      spec = {Activation::kLeakyRelu, number(1), 0.0};
+    } else if (kind == "elu") {
+      expect(number(1) > 0.0, "expected alpha > 0");
+      spec = {Activation::kElu, number(1), 0.0};
+    } else if (kind == "softplus") {
+      expect(number(1) > 0.0, "expected beta > 0");
+      spec = {Activation::kSoftplus, number(1), number(2)};
+    } else if (kind == "tanh") {
+      spec = {Activation::kTanh, 0.0, 0.0};
+    } else if (kind == "sigmoid") {
+      spec = {Activation::kSigmoid, 0.0, 0.0};
+    } else if (kind == "silu") {
+      spec = {Activation::kSilu, 0.0, 0.0};
+    } else if (kind == "gelu") {
+      spec = {Activation::kGelu, 0.0, 0.0};
+    } else if (kind == "gelu_tanh") {
+      spec = {Activation::kGeluTanh, 0.0, 0.0};
+    } else {
+      expect(false, "unknown kind of layer");
+    }
+    if (stages_.empty() || stages_.back().activation.kind != Activation::kIdentity) {
+      begin(Affine::kIdentity);
+    }
+    stages_.back().activation = spec;
+  }
+
+  const char* op_;
+  const TensorShapes& shapes_;
+  SampleShape shape_;
+  std::vector<Stage> stages_;
+  std::string line_;
+  std::vector<std::string> words_;
+};
+
+}  // namespace
+
+Program::Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features)
+    : stages(Parser(op, shapes, in_features).run(text)) {}
+
+int64_t Program::tape_numel() const {
+  int64_t numel = output().numel();
+  for (size_t i = 0; i + 1 < stages.size(); ++i) {
+    numel += stages[i].out.numel() * (keeps_input(stages[i].activation.kind) ? 4 : 2);
+  }
+  return numel;
+}
+
+LikelihoodSpec parse_likelihood(const char* op, std::string_view text) {
+  const std::vector<std::string> words = split(text, ' ');
+  LikelihoodSpec spec;
+  if (words.size() == 1 && words[0] == "bernoulli") {
+    spec.kind = Likelihood::kBernoulli;
+  } else if (words.size() == 2 && words[0] == "gaussian") {
+    spec.kind = Likelihood::kGaussian;
+    spec.scale = to_number(op, words[1]);
+    FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a scale > 0", spec.scale);
+  } else if (words.size() == 2 && words[0] == "categorical") {
+    spec.kind = Likelihood::kCategorical;
+    spec.classes = static_cast<int64_t>(to_number(op, words[1]));
+    FASTVAE_CHECK_VALUE(spec.classes > 1, op, "likelihood", "at least 2 classes", spec.classes);
+  } else {
+    FASTVAE_CHECK_VALUE(false, op, "likelihood", "'bernoulli', 'gaussian SCALE' or 'categorical CLASSES'",
+                        "'" + std::string(text) + "'");
+  }
+  return spec;
+}
+
+int64_t observed_numel(const char* op, const Program& program, const LikelihoodSpec& likelihood) {
+  const SampleShape& out = program.output();
+  if (likelihood.kind != Likelihood::kCategorical) {
+    return out.numel();
+  }
+  FASTVAE_CHECK_VALUE(out.channels % likelihood.classes == 0, op, "network",
+                      c10::str("output channels divisible by the ", likelihood.classes, " classes"), out.channels);
+  return out.numel() / likelihood.classes;
+}
+
+}  // namespace fastvae

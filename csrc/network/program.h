@@ -1,0 +1,70 @@
+// The structure of a feed-forward network, without its tensors: what `fastvae.lowering.lower` writes as text, parsed
+// and checked against the tensors' shapes.
+//
+//   linear W B | conv2d W B sh sw ph pw dh dw groups | conv_transpose2d W B sh sw ph pw oph opw dh dw groups
+//   batch_norm W B M V eps | reshape d...
+//   relu | leaky_relu slope | elu alpha | softplus beta threshold | tanh | sigmoid | silu | gelu | gelu_tanh
+//
+// joined by ";". W, B, M, V index the tensor list (-1: none). A stage is one affine map and one activation:
+//
+//   a_l = A_l h_{l-1} + b_l,   h_l = phi_l(a_l)
+//
+// All stages store their samples channel last, [sample, position, channel]; "permute" stages convert where a flat
+// vector (channel major, as torch flattens) becomes an image or the reverse.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "../kernels/math/activations.h"
+#include "../kernels/math/likelihoods.h"
+
+namespace fastvae {
+
+struct SampleShape {
+  int64_t channels = 0;
+  int64_t height = 1;
+  int64_t width = 1;
+  bool flat = true;
+  int64_t positions() const { return height * width; }
+  int64_t numel() const { return channels * positions(); }
+};
+
+enum class Affine : int { kIdentity, kLinear, kConv2d, kConvTranspose2d, kBatchNorm, kToImage, kToFlat };
+
+struct Stage {
+  Affine affine = Affine::kIdentity;
+  int64_t weight = -1;
+  int64_t bias = -1;
+  int64_t running_mean = -1;
+  int64_t running_var = -1;
+  double eps = 0.0;
+  std::vector<int64_t> stride, padding, output_padding, dilation;
+  int64_t groups = 1;
+  ActivationSpec activation;
+  SampleShape in;
+  SampleShape out;
+};
+
+using TensorShapes = std::vector<std::vector<int64_t>>;
+
+struct Program {
+  Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features);
+
+  std::vector<Stage> stages;
+  int64_t in_features() const { return stages.front().in.numel(); }
+  const SampleShape& output() const { return stages.back().out; }
+  // Numbers a sample that the backward sweeps need of one forward and reverse sweep.
+  int64_t tape_numel() const;
+};
+
+LikelihoodSpec parse_likelihood(const char* op, std::string_view text);
+
+// Checks the output of the network against the likelihood and gives the number of elements of x a sample.
+int64_t observed_numel(const char* op, const Program& program, const LikelihoodSpec& likelihood);
+
+}  // namespace fastvae

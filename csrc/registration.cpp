@@ -1,0 +1,38 @@
+// Every operator of fastvae, on one screen. Autograd, autocast and fake kernels are registered in fastvae/ops.
+#include <torch/library.h>
+
+#include "ops/ops.h"
+
+TORCH_LIBRARY(fastvae, m) {
+  m.def("leapfrog_kick_drift(Tensor z, Tensor rho, Tensor force, Tensor step_size) -> (Tensor, Tensor)");
+  m.def(
+      "leapfrog_kick_drift_backward(Tensor grad_z_next, Tensor grad_rho_half, Tensor z, Tensor rho, Tensor force, "
+      "Tensor step_size) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("leapfrog_kick_temper(Tensor rho_half, Tensor force, Tensor step_size, Tensor alpha) -> Tensor");
+  m.def(
+      "leapfrog_kick_temper_backward(Tensor grad_rho_next, Tensor rho_half, Tensor force, Tensor step_size, "
+      "Tensor alpha) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "hamiltonian_flow(Tensor z, Tensor rho, Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, "
+      "str network, str likelihood, bool store, bool trajectory) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "hamiltonian_flow_backward(Tensor? grad_z, Tensor? grad_rho, Tensor? grad_log_px, Tensor z, Tensor rho, "
+      "Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, Tensor z_steps, Tensor rho_steps, Tensor stash, "
+      "str network, str likelihood, bool store, int[] needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
+}
+
+#define FASTVAE_IMPLEMENT(KEY)                                                              \
+  TORCH_LIBRARY_IMPL(fastvae, KEY, m) {                                                     \
+    m.impl("leapfrog_kick_drift", &fastvae::leapfrog_kick_drift);                           \
+    m.impl("leapfrog_kick_drift_backward", &fastvae::leapfrog_kick_drift_backward);         \
+    m.impl("leapfrog_kick_temper", &fastvae::leapfrog_kick_temper);                         \
+    m.impl("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward);       \
+    m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                     \
+    m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);   \
+  }
+
+// On a build without CUDA kernels the same functions answer a CUDA tensor with an error that says what to do.
+FASTVAE_IMPLEMENT(CPU)
+FASTVAE_IMPLEMENT(CUDA)

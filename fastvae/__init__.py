@@ -1,0 +1,35 @@
+"""fastvae: exact, fused operators for variational auto-encoders in PyTorch.
+
+    fastvae.ops             operators (C++ and CUDA), drop-in for your own code
+    fastvae.VAE, HVAE       models assembled from them
+    fastvae.fit, data       training and images
+    fastvae.reference       every operator again, in plain PyTorch
+"""
+
+from fastvae import _extension  # isort: skip  (first: says clearly what is wrong when the build does not fit)
+from fastvae import data, likelihoods, lowering, models, ops, reference, training
+from fastvae._version import __version__
+from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
+from fastvae.models import HVAE, VAE, DivergenceError
+from fastvae.training import History, fit
+
+__all__ = [
+    "HVAE",
+    "VAE",
+    "Bernoulli",
+    "Categorical",
+    "DivergenceError",
+    "Gaussian",
+    "History",
+    "__version__",
+    "data",
+    "fit",
+    "likelihoods",
+    "lowering",
+    "models",
+    "ops",
+    "reference",
+    "training",
+]
+
+del _extension

@@ -1,0 +1,62 @@
+"""Opens the shared object, after checking that it fits the torch that is running.
+
+A shared object built against another minor version of torch crashes or misbehaves when it is opened, so the version
+written down by setup.py is compared first.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(
+        "fastvae needs PyTorch, and none is installed in this environment. Install the build that fits your machine "
+        "(https://pytorch.org; CPU: pip install torch --index-url https://download.pytorch.org/whl/cpu), then "
+        "reinstall fastvae so that it is compiled against it: pip install --force-reinstall --no-deps fastvae"
+    ) from error
+
+_REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary fastvae fastvae"
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split("+")[0].split(".")[:2])
+
+
+def check_torch(built: str, built_cuda: str | None, running: str, running_cuda: str | None) -> None:
+    """Raise ImportError if the shared object was built against a torch that the running one cannot stand in for.
+
+    Args:
+        built, running: ``torch.__version__`` then and now.
+        built_cuda, running_cuda: ``torch.version.cuda`` then and now (None: a CPU build).
+    """
+    if _minor(built) != _minor(running):
+        raise ImportError(
+            f"fastvae was compiled against torch {built}, but torch {running} is running. Compile it again against "
+            f"this torch: {_REBUILD} (in a source checkout: pip install .), or install the torch it was built for: "
+            f"pip install 'torch=={'.'.join(_minor(built))}.*'"
+        )
+    if built_cuda is not None and running_cuda is None:
+        raise ImportError(
+            f"fastvae was compiled with CUDA kernels (torch {built}), but the torch that is running ({running}) is a "
+            f"CPU build. Compile fastvae again: {_REBUILD} (in a source checkout: pip install .)"
+        )
+
+
+def _open() -> ModuleType:
+    try:
+        from fastvae._build import TORCH_CUDA, TORCH_VERSION
+    except ImportError as error:
+        raise ImportError(
+            "fastvae is not built here: this looks like a source checkout. Build it with: pip install . (or, to work "
+            "on it: python setup.py build_ext --inplace), and do not run Python from inside the checkout otherwise"
+        ) from error
+    check_torch(TORCH_VERSION, TORCH_CUDA, torch.__version__, torch.version.cuda)
+    from fastvae import _C
+
+    return _C
+
+
+raw = _open()
+"""The extension module ``fastvae._C``."""

@@ -1,0 +1,235 @@
+"""The Hamiltonian flow: K tempered leapfrog steps through a decoder, with the gradient in closed form."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import reference
+from fastvae._extension import raw
+from fastvae.likelihoods import Bernoulli, Likelihood, check_decoder, resolve
+from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
+from fastvae.ops._registration import (
+    cast_under_autocast,
+    refuse_function_transforms,
+    refuse_second_derivative,
+)
+from fastvae.reference import Trajectory, expand_step_size
+
+STORE_LIMIT_BYTES = 256 * 2**20
+"""memory="auto" keeps the activations of all steps up to this size, and recomputes them beyond it."""
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def hamiltonian_flow(
+    decoder: nn.Module,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float | Sequence[float],
+    alpha: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    memory: str = "auto",
+    return_trajectory: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+    """K tempered leapfrog steps through log p(x, z) = log p(x | decoder(z)) - |z|^2 / 2.
+
+    With G(z) = grad_z log p(x, z), for k = 0 .. K - 1 (Caterini, Doucet, Sejdinovic, Hamiltonian Variational
+    Auto-Encoder, NeurIPS 2018, algorithm 1):
+
+        rho~ = rho_k + step_size_k / 2 G(z_k);   z_{k+1} = z_k + step_size_k rho~
+        rho_{k+1} = alpha_k (rho~ + step_size_k / 2 G(z_{k+1}))
+
+    K + 1 forces are evaluated, and the last one's decode gives log p(x | z_K). The gradient is exact (it passes through
+    every force) and reaches z, rho, x, step_size, alpha and every parameter of the decoder.
+
+    Args:
+        decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters. Any other
+            module that PyTorch can differentiate twice works through autograd, after one warning; under
+            ``torch.compile(fullgraph=True)`` it raises instead.
+        z: start [B, d], float32 or float64, CPU or CUDA.
+        rho: momentum [B, d].
+        x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
+        step_size: a number, [d], [K, 1] or [K, d].
+        alpha: [K], the factor on the momentum at the end of each step (1: no tempering).
+        likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
+        memory: "store" keeps the activations of all steps for the backward pass, "recompute" only z_k and rho_k (peak
+            memory then does not grow with K; about a third more time), "auto" decides by size alone.
+        return_trajectory: also return z, rho, log_px of every step, not differentiable.
+
+    Returns:
+        z_K [B, d], rho_K [B, d], log_px = log p(x | z_K) [B] in nats, and, if asked for, a
+        :class:`fastvae.reference.Trajectory` of z, rho [K + 1, B, d] and log_px [K + 1, B].
+
+    Raises:
+        ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end under "bernoulli".
+        TypeError: dtypes other than float32 and float64, or mixed.
+        CoupledSamples: BatchNorm or Dropout in training mode.
+        NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
+    """
+    refuse_function_transforms("hamiltonian_flow", z)
+    like = resolve(likelihood)
+    if memory not in ("auto", "store", "recompute"):
+        raise ValueError(
+            f"fastvae::hamiltonian_flow: memory: expected 'auto', 'store' or 'recompute', got {memory!r}"
+        )
+    if z.dim() != 2:
+        raise ValueError(f"fastvae::hamiltonian_flow: z: expected shape [B, d], got {list(z.shape)}")
+    try:
+        network = lower(decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
+    except CoupledSamples:
+        raise
+    except UnsupportedLayer as error:
+        if torch.compiler.is_compiling():
+            raise
+        _warn_once(decoder, error)
+        return reference.hamiltonian_flow(
+            decoder, z, rho, x, step_size, alpha, like, return_trajectory=return_trajectory
+        )
+    if isinstance(like, Bernoulli) and network.ends_in_sigmoid:
+        check_decoder(decoder, like)
+    observed = _observed(x, z, like)
+    store = memory == "store" or (memory == "auto" and _stash_bytes(network, z, alpha) <= STORE_LIMIT_BYTES)
+    z_K, rho_K, log_px, z_steps, rho_steps, log_px_steps, _ = torch.ops.fastvae.hamiltonian_flow(
+        z,
+        rho,
+        observed,
+        expand_step_size(step_size, alpha.shape[0], z.shape[1], z),
+        alpha,
+        network.tensors,
+        network.spec,
+        like.spec,
+        store,
+        return_trajectory,
+    )
+    if return_trajectory:
+        return z_K, rho_K, log_px, Trajectory(z_steps.detach(), rho_steps.detach(), log_px_steps.detach())
+    return z_K, rho_K, log_px
+
+
+def _observed(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
+    """x as [B, elements] in the dtype of z."""
+    if x.dim() == 0 or x.shape[0] != z.shape[0]:
+        raise ValueError(
+            f"fastvae::hamiltonian_flow: x: expected {z.shape[0]} samples as z has, got {list(x.shape)}"
+        )
+    return likelihood.as_float(x, z.dtype).reshape(x.shape[0], -1 if x.numel() else x[0:1].numel())
+
+
+def _stash_bytes(network: LoweredNetwork, z: Tensor, alpha: Tensor) -> int:
+    return _stash_numel(network.spec, network.tensors, z, alpha) * z.element_size()
+
+
+def _stash_numel(spec: str, tensors: Sequence[Tensor], z: Tensor, alpha: Tensor) -> int:
+    per_sample = raw.hamiltonian_flow_stash_numel(spec, [tuple(t.shape) for t in tensors], z.shape[1])
+    return (alpha.shape[0] + 1) * z.shape[0] * per_sample
+
+
+def _warn_once(decoder: nn.Module, error: UnsupportedLayer) -> None:
+    if decoder not in _warned:
+        _warned.add(decoder)
+        warnings.warn(
+            f"fastvae.ops.hamiltonian_flow: this decoder cannot be lowered, so PyTorch's autograd runs instead (same "
+            f"result, slower). {error}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+@torch.library.register_fake("fastvae::hamiltonian_flow")
+def _(
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    alpha: Tensor,
+    parameters: Sequence[Tensor],
+    network: str,
+    likelihood: str,
+    store: bool,
+    trajectory: bool,
+) -> tuple[Tensor, ...]:
+    B, d = z.shape
+    points = alpha.shape[0] + 1
+    return (
+        z.new_empty(B, d),
+        z.new_empty(B, d),
+        z.new_empty(B),
+        z.new_empty(points, B, d),
+        z.new_empty(points, B, d),
+        z.new_empty(points if trajectory else 0, B),
+        z.new_empty(_stash_numel(network, parameters, z, alpha) if store else 0),
+    )
+
+
+@torch.library.register_fake("fastvae::hamiltonian_flow_backward")
+def _(
+    grad_z: Tensor | None,
+    grad_rho: Tensor | None,
+    grad_log_px: Tensor | None,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    alpha: Tensor,
+    parameters: Sequence[Tensor],
+    z_steps: Tensor,
+    rho_steps: Tensor,
+    stash: Tensor,
+    network: str,
+    likelihood: str,
+    store: bool,
+    needs: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    wanted = [
+        z.new_empty(tensor.shape if need else 0)
+        for tensor, need in zip((z, rho, x, step_size, alpha, *parameters), needs, strict=True)
+    ]
+    return wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5:]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    z, rho, x, step_size, alpha, parameters, network, likelihood, store, _ = inputs
+    _, _, _, z_steps, rho_steps, log_px_steps, stash = output
+    ctx.mark_non_differentiable(z_steps, rho_steps, log_px_steps, stash)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, rho, x, step_size, alpha, z_steps, rho_steps, stash, *parameters)
+    ctx.network, ctx.likelihood, ctx.store = network, likelihood, store
+
+
+def _backward(ctx: Any, grad_z: Any, grad_rho: Any, grad_log_px: Any, *_: Any) -> tuple[Any, ...]:
+    z, rho, x, step_size, alpha, z_steps, rho_steps, stash, *parameters = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    needs = [*wants[:5], *wants[5]]
+    *grads, parameter_grads = torch.ops.fastvae.hamiltonian_flow_backward(
+        grad_z,
+        grad_rho,
+        grad_log_px,
+        z,
+        rho,
+        x,
+        step_size,
+        alpha,
+        parameters,
+        z_steps,
+        rho_steps,
+        stash,
+        ctx.network,
+        ctx.likelihood,
+        ctx.store,
+        [int(need) for need in needs],
+    )
+    found = [grad if need else None for grad, need in zip([*grads, *parameter_grads], needs, strict=True)]
+    return (*found[:5], found[5:], None, None, None, None)
+
+
+torch.library.register_autograd("fastvae::hamiltonian_flow", _backward, setup_context=_setup_context)
+cast_under_autocast("hamiltonian_flow")
+refuse_second_derivative("hamiltonian_flow_backward")

@@ -1,0 +1,117 @@
+"""Build of fastvae's shared object against the torch of the environment it is installed into.
+
+Environment variables:
+    FASTVAE_CUDA         auto (default: CUDA kernels if nvcc and a CUDA build of torch are there), 1 or 0
+    TORCH_CUDA_ARCH_LIST architectures to compile for (default: 8.0 9.0a 10.0+PTX, as far as nvcc knows them)
+    MAX_JOBS             parallel compiler processes
+"""
+
+import glob
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_torch() -> None:
+    """Make `import torch` find the torch that fastvae will run with.
+
+    pip builds in an isolated environment. A torch of its own there would be another build than the one that loads the
+    shared object, so the one of the target environment is used.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        for key in ("purelib", "platlib"):
+            path = sysconfig.get_path(key, vars={"base": sys.prefix, "platbase": sys.prefix})
+            if path not in sys.path and (Path(path) / "torch").is_dir():
+                sys.path.append(path)
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            raise SystemExit(
+                "fastvae is compiled against the torch that it will run with, and none is installed here. Install it "
+                "first (see https://pytorch.org for the build that fits your machine; CPU: pip install torch "
+                "--index-url https://download.pytorch.org/whl/cpu), then run: pip install fastvae"
+            ) from None
+
+
+find_torch()
+
+import torch  # noqa: E402
+from setuptools import setup  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+
+
+def cuda_wanted() -> bool:
+    """Whether to compile the CUDA kernels: decided by nvcc and torch's build, never by a visible GPU."""
+    switch = os.environ.get("FASTVAE_CUDA", "auto")
+    if switch not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTVAE_CUDA: expected auto, 0 or 1, got {switch!r}")
+    nvcc = shutil.which("nvcc") or (cpp_extension.CUDA_HOME and str(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"))
+    possible = bool(torch.version.cuda) and bool(nvcc) and Path(str(nvcc)).exists()
+    if switch == "1" and not possible:
+        raise SystemExit(
+            f"FASTVAE_CUDA=1 needs nvcc (found: {nvcc}) and a CUDA build of torch (torch.version.cuda is "
+            f"{torch.version.cuda}); install both or set FASTVAE_CUDA=0"
+        )
+    return possible and switch != "0"
+
+
+def sources(*patterns: str) -> list[str]:
+    """The same globs as CMakeLists.txt, relative to this file."""
+    found = [path for pattern in patterns for path in sorted(glob.glob(str(ROOT / pattern)))]
+    return [os.path.relpath(path, ROOT) for path in found]
+
+
+def extension():
+    cuda = cuda_wanted()
+    # -ffp-contract stays at its default: fused multiply-adds where the instruction set has them.
+    compile_args = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+    compile_args += ["-Wno-unused-parameter", "-Wno-psabi", "-fvisibility=hidden"]
+    if "x86_64" in os.uname().machine:
+        compile_args.append("-mprefer-vector-width=512")
+    files = sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/network/*.cpp", "csrc/kernels/cpu/*.cpp")
+    options = {"cxx": compile_args}
+    macros = []
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
+        macros = [("FASTVAE_WITH_CUDA", None), ("FASTVAE_CUDA_ARCHITECTURES", f'"{architectures}"')]
+        files += sources("csrc/kernels/cuda/*.cu")
+        options["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
+    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    # -fopenmp is for the compiler alone: linking it would bring a second OpenMP runtime beside torch's.
+    return kind("fastvae._C", files, extra_compile_args=options, define_macros=macros, extra_link_args=["-Wl,-s"])
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's build, which also writes down what it built against (read by fastvae before the object is opened)."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "fastvae" if self.inplace else Path(self.build_lib) / "fastvae"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.py").write_text(
+            '"""Written by setup.py."""\n\n'
+            f"TORCH_VERSION = {torch.__version__!r}\nTORCH_CUDA = {torch.version.cuda!r}\n"
+        )
+
+
+def version() -> str:
+    for line in (ROOT / "fastvae" / "_version.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise SystemExit("fastvae/_version.py: no __version__ line")
+
+
+setup(
+    version=version(),
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+    # A wheel holds a shared object for one minor version of torch.
+    install_requires=["torch=={}.*".format(".".join(torch.__version__.split(".")[:2])), "numpy>=1.24"],
+)
