@@ -23,14 +23,14 @@ TORCH_LIBRARY(fastvae, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }
 
-#define FASTVAE_IMPLEMENT(KEY)                                                              \
-  TORCH_LIBRARY_IMPL(fastvae, KEY, m) {                                                     \
-    m.impl("leapfrog_kick_drift", &fastvae::leapfrog_kick_drift);                           \
-    m.impl("leapfrog_kick_drift_backward", &fastvae::leapfrog_kick_drift_backward);         \
-    m.impl("leapfrog_kick_temper", &fastvae::leapfrog_kick_temper);                         \
-    m.impl("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward);       \
-    m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                     \
-    m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);   \
+#define FASTVAE_IMPLEMENT(KEY)                                                        \
+  TORCH_LIBRARY_IMPL(fastvae, KEY, m) {                                               \
+    m.impl("leapfrog_kick_drift", &fastvae::leapfrog_kick_drift);                     \
+    m.impl("leapfrog_kick_drift_backward", &fastvae::leapfrog_kick_drift_backward);   \
+    m.impl("leapfrog_kick_temper", &fastvae::leapfrog_kick_temper);                   \
+    m.impl("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward); \
+    m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                           \
+    m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);         \
   }
 
 // On a build without CUDA kernels the same functions answer a CUDA tensor with an error that says what to do.

@@ -25,26 +25,26 @@ constexpr int64_t kGrain = 8192;
 #endif
 
 // COUNT: the size of the kernel's index; WIDTH: elements behind one index.
-#define FASTVAE_LAUNCH(KERNEL, DEVICE, ARGS, COUNT, WIDTH)                                            \
-  do {                                                                                                \
-    if ((COUNT) > 0) {                                                                                \
-      FASTVAE_LAUNCH_CUDA(KERNEL, DEVICE, ARGS) {                                                     \
-        at::parallel_for(0, COUNT, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, WIDTH)),        \
+#define FASTVAE_LAUNCH(KERNEL, DEVICE, ARGS, COUNT, WIDTH)                                               \
+  do {                                                                                                   \
+    if ((COUNT) > 0) {                                                                                   \
+      FASTVAE_LAUNCH_CUDA(KERNEL, DEVICE, ARGS) {                                                        \
+        at::parallel_for(0, COUNT, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, WIDTH)),           \
                          [&](int64_t begin, int64_t end) { ::fastvae::cpu::KERNEL(ARGS, begin, end); }); \
-      }                                                                                               \
-    }                                                                                                 \
+      }                                                                                                  \
+    }                                                                                                    \
   } while (false)
 
 // Calls BODY with `scalar_t` defined as the tensor's type, which the entry has checked.
-#define FASTVAE_DISPATCH(TENSOR, ...)                  \
-  do {                                                 \
-    if ((TENSOR).scalar_type() == at::kFloat) {        \
-      using scalar_t = float;                          \
-      __VA_ARGS__                                      \
-    } else {                                           \
-      using scalar_t = double;                         \
-      __VA_ARGS__                                      \
-    }                                                  \
+#define FASTVAE_DISPATCH(TENSOR, ...)           \
+  do {                                          \
+    if ((TENSOR).scalar_type() == at::kFloat) { \
+      using scalar_t = float;                   \
+      __VA_ARGS__                               \
+    } else {                                    \
+      using scalar_t = double;                  \
+      __VA_ARGS__                               \
+    }                                           \
   } while (false)
 
 template <typename T>

@@ -151,39 +151,39 @@ struct KickDriftBackward {
   const T* force_next;     // null where alpha_terms is
   const T* step;
   int64_t step_stride;
-  T* grad_z_out;   // may be grad_z
-  T* grad_rho;     // may be grad_rho_half or grad_rho_next
+  T* grad_z_out;  // may be grad_z
+  T* grad_rho;    // may be grad_rho_half or grad_rho_next
   T* grad_force;
-  T* step_terms;   // or null
-  T* alpha_terms;  // or null
+  T* step_terms;         // or null
+  T* alpha_terms;        // or null
   bool accumulate_step;  // add to step_terms, which KickTemperBackward of the same step has written
   int64_t samples;
   int64_t dim;
 };
 
-#define FASTVAE_FOR_EACH_KERNEL(DECLARE)                 \
-  DECLARE(bias_activation, BiasActivation)               \
-  DECLARE(activation_reverse, ActivationReverse)         \
-  DECLARE(activation_tangent, ActivationTangent)         \
-  DECLARE(activation_adjoint, ActivationAdjoint)         \
-  DECLARE(head_residual, HeadResidual)                   \
-  DECLARE(head_tangent, HeadTangent)                     \
-  DECLARE(kick_drift, KickDrift)                         \
-  DECLARE(kick_temper, KickTemper)                       \
-  DECLARE(kick_temper_backward, KickTemperBackward)      \
+#define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
+  DECLARE(bias_activation, BiasActivation)          \
+  DECLARE(activation_reverse, ActivationReverse)    \
+  DECLARE(activation_tangent, ActivationTangent)    \
+  DECLARE(activation_adjoint, ActivationAdjoint)    \
+  DECLARE(head_residual, HeadResidual)              \
+  DECLARE(head_tangent, HeadTangent)                \
+  DECLARE(kick_drift, KickDrift)                    \
+  DECLARE(kick_temper, KickTemper)                  \
+  DECLARE(kick_temper_backward, KickTemperBackward) \
   DECLARE(kick_drift_backward, KickDriftBackward)
 
 namespace cpu {
-#define FASTVAE_DECLARE_CPU(NAME, ARGS)                                      \
-  void NAME(const ARGS<float>& args, int64_t begin, int64_t end);            \
+#define FASTVAE_DECLARE_CPU(NAME, ARGS)                           \
+  void NAME(const ARGS<float>& args, int64_t begin, int64_t end); \
   void NAME(const ARGS<double>& args, int64_t begin, int64_t end);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
 #undef FASTVAE_DECLARE_CPU
 }  // namespace cpu
 
 namespace cuda {
-#define FASTVAE_DECLARE_CUDA(NAME, ARGS)               \
-  void NAME(const ARGS<float>& args, Stream stream);   \
+#define FASTVAE_DECLARE_CUDA(NAME, ARGS)             \
+  void NAME(const ARGS<float>& args, Stream stream); \
   void NAME(const ARGS<double>& args, Stream stream);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CUDA)
 #undef FASTVAE_DECLARE_CUDA

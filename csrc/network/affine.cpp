@@ -88,7 +88,8 @@ at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const 
       return transpose_blocks(delta, out, stage.out.positions(), stage.out.channels);
     default: {
       // `out` stands in for the layer's input, of which only the sizes are read.
-      return as_rows(std::get<0>(convolve_backward(stage, weight, delta, as_image(out, stage.in), {true, false, false})));
+      return as_rows(
+          std::get<0>(convolve_backward(stage, weight, delta, as_image(out, stage.in), {true, false, false})));
     }
   }
 }
@@ -98,8 +99,7 @@ void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, co
   if (stage.affine == Affine::kLinear) {
     gradient.addmm_(delta.view({-1, stage.out.channels}).t(), h.view({-1, stage.in.channels}));
   } else if (is_convolution(stage)) {
-    gradient.add_(
-        std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false})));
+    gradient.add_(std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false})));
   }
 }
 

@@ -11,7 +11,8 @@
 namespace fastvae {
 
 at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out);
-at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta, const at::Tensor& out);
+at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
+                            const at::Tensor& out);
 
 // gradient += delta (x) h summed over rows, in the layout of the weight tensor.
 void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,

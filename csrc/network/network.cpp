@@ -22,8 +22,8 @@ void add_column_sums(const at::Tensor& rows, int64_t channels, at::Tensor& gradi
 
 }  // namespace
 
-Network::Network(const char* op, const Program& program, const LikelihoodSpec& likelihood,
-                 at::TensorList tensors, const at::Tensor& like)
+Network::Network(const char* op, const Program& program, const LikelihoodSpec& likelihood, at::TensorList tensors,
+                 const at::Tensor& like)
     : program_(program),
       likelihood_(likelihood),
       options_(like.options()),
@@ -56,8 +56,7 @@ Tape Network::tape(const at::Tensor& storage, int64_t steps, int64_t samples, in
   Tape tape;
   int64_t offset = 0;
   const auto next = [&](int64_t numel) {
-    at::Tensor part =
-        storage.narrow(0, steps * samples * offset + first * samples * numel, count * samples * numel);
+    at::Tensor part = storage.narrow(0, steps * samples * offset + first * samples * numel, count * samples * numel);
     offset += numel;
     return part;
   };
@@ -86,7 +85,8 @@ TangentTape Network::make_tangent_tape(int64_t rows) const {
 
 at::Tensor Network::observed_to_rows(const at::Tensor& x) const {
   const SampleShape& out = program_.output();
-  const int64_t channels = likelihood_.kind == Likelihood::kCategorical ? out.channels / likelihood_.classes : out.channels;
+  const int64_t channels =
+      likelihood_.kind == Likelihood::kCategorical ? out.channels / likelihood_.classes : out.channels;
   const at::Tensor rows = x.reshape({x.size(0), channels, out.positions()}).transpose(1, 2).contiguous();
   return rows.view({-1});
 }
@@ -157,10 +157,9 @@ at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, co
       tape.kept_g[l - 1].copy_(g);
     }
     FASTVAE_DISPATCH(g, {
-      const ActivationReverse<scalar_t> args{g.const_data_ptr<scalar_t>(),
-                                             kept_slope(l - 1, tape).const_data_ptr<scalar_t>(),
-                                             tape.delta[l - 1].mutable_data_ptr<scalar_t>(), g.numel(),
-                                             below.activation};
+      const ActivationReverse<scalar_t> args{
+          g.const_data_ptr<scalar_t>(), kept_slope(l - 1, tape).const_data_ptr<scalar_t>(),
+          tape.delta[l - 1].mutable_data_ptr<scalar_t>(), g.numel(), below.activation};
       if (args.g != args.delta || !is_plain(below)) {
         FASTVAE_LAUNCH(activation_reverse, g.device(), args, args.size, 1);
       }

@@ -49,7 +49,8 @@ class Network {
   at::Tensor observed_from_rows(const at::Tensor& x) const;
 
   // Fills the tape; writes log_prob [B] if defined; gives grad_z ll [B, d].
-  at::Tensor forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape, const at::Tensor& log_prob) const;
+  at::Tensor forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
+                             const at::Tensor& log_prob) const;
 
   // Gives dz [B, d]; adds the gradient through grad_z ll to grad_x if defined. cotangent [B] may be undefined.
   at::Tensor tangent_adjoint(const at::Tensor& u, const at::Tensor& x, const at::Tensor& cotangent, const Tape& tape,

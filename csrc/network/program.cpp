@@ -68,8 +68,8 @@ class Parser {
   }
 
   void expect(bool condition, const std::string& what) const {
-    TORCH_CHECK_VALUE(condition, "fastvae::", op_, ": network: layer '", line_, "' with an input of [",
-                      shape_.channels, ", ", shape_.height, ", ", shape_.width, "] a sample: ", what);
+    TORCH_CHECK_VALUE(condition, "fastvae::", op_, ": network: layer '", line_, "' with an input of [", shape_.channels,
+                      ", ", shape_.height, ", ", shape_.width, "] a sample: ", what);
   }
 
   double number(size_t index) const {
@@ -83,7 +83,8 @@ class Parser {
 
   const std::vector<int64_t>& sizes(int64_t index, size_t dims) const {
     expect(index >= 0 && index < static_cast<int64_t>(shapes_.size()), "tensor index out of range");
-    expect(shapes_[index].size() == dims, c10::str("expected a tensor of ", dims, " dimensions, got ", at::IntArrayRef(shapes_[index])));
+    expect(shapes_[index].size() == dims,
+           c10::str("expected a tensor of ", dims, " dimensions, got ", at::IntArrayRef(shapes_[index])));
     return shapes_[index];
   }
 

@@ -32,8 +32,8 @@ TensorShapes shapes_of(at::TensorList tensors) {
 // The checked inputs, dense, and the network bound to them.
 struct Flow {
   Flow(const char* op, const at::Tensor& z_in, const at::Tensor& rho_in, const at::Tensor& x_in,
-       const at::Tensor& step_in, const at::Tensor& alpha_in, at::TensorList parameters,
-       std::string_view network_text, std::string_view likelihood_text)
+       const at::Tensor& step_in, const at::Tensor& alpha_in, at::TensorList parameters, std::string_view network_text,
+       std::string_view likelihood_text)
       : likelihood(parse_likelihood(op, likelihood_text)),
         program(op, network_text, shapes_of(parameters), checked_dim(op, z_in)),
         network(op, program, likelihood, parameters, z_in) {
@@ -87,9 +87,8 @@ int64_t hamiltonian_flow_stash_numel(std::string_view network, const std::vector
 }
 
 FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
-                             const at::Tensor& step_size, const at::Tensor& alpha,
-                             at::TensorList parameters, std::string_view network,
-                             std::string_view likelihood, bool store, bool trajectory) {
+                             const at::Tensor& step_size, const at::Tensor& alpha, at::TensorList parameters,
+                             std::string_view network, std::string_view likelihood, bool store, bool trajectory) {
   constexpr const char* op = "hamiltonian_flow";
   const EntryGuard guard(op, {z, rho, x, step_size, alpha});
   const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
@@ -107,14 +106,13 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
     return {z_steps[K].clone(), rho_steps[K].clone(), log_px, z_steps, rho_steps, log_px_steps, stash};
   }
 
-  const at::Tensor scratch =
-      store ? at::Tensor() : at::empty({flow.samples * flow.program.tape_numel()}, options);
+  const at::Tensor scratch = store ? at::Tensor() : at::empty({flow.samples * flow.program.tape_numel()}, options);
   const at::Tensor forces = store ? flow.forces(stash) : at::empty({2, flow.samples, flow.dim}, options);
   const at::Tensor rho_half = at::empty({flow.samples, flow.dim}, options);
   const auto force_at = [&](int64_t k) { return forces[store ? k : k % 2]; };
   const auto gradient_at = [&](int64_t k) {
-    const Tape tape = store ? flow.network.tape(stash, K + 1, flow.samples, k, 1)
-                            : flow.network.tape(scratch, 1, flow.samples, 0, 1);
+    const Tape tape =
+        store ? flow.network.tape(stash, K + 1, flow.samples, k, 1) : flow.network.tape(scratch, 1, flow.samples, 0, 1);
     const at::Tensor ll = k == K ? log_px : (trajectory ? log_px_steps[k] : at::Tensor());
     return flow.network.forward_reverse(z_steps[k], flow.x, tape, ll);
   };
@@ -158,9 +156,8 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
 FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const OptionalTensor& grad_rho_in,
                                         const OptionalTensor& grad_log_px_in, const at::Tensor& z,
                                         const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,
-                                        const at::Tensor& alpha, at::TensorList parameters,
-                                        const at::Tensor& z_steps, const at::Tensor& rho_steps,
-                                        const at::Tensor& stash, std::string_view network,
+                                        const at::Tensor& alpha, at::TensorList parameters, const at::Tensor& z_steps,
+                                        const at::Tensor& rho_steps, const at::Tensor& stash, std::string_view network,
                                         std::string_view likelihood, bool store, at::IntArrayRef needs) {
   constexpr const char* op = "hamiltonian_flow_backward";
   const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps, stash});

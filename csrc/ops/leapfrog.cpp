@@ -22,9 +22,8 @@ void check_first(const char* op, const char* name, const at::Tensor& first) {
 // step_size: one number or [d].
 void check_step(const char* op, const at::Tensor& step_size, const at::Tensor& first, const char* first_name) {
   check_like(op, "step_size", step_size, first, first_name);
-  FASTVAE_CHECK_VALUE(
-      step_size.numel() == 1 || (step_size.dim() == 1 && step_size.size(0) == first.size(1)), op, "step_size",
-      c10::str("one number or shape [", first.size(1), "]"), describe(step_size));
+  FASTVAE_CHECK_VALUE(step_size.numel() == 1 || (step_size.dim() == 1 && step_size.size(0) == first.size(1)), op,
+                      "step_size", c10::str("one number or shape [", first.size(1), "]"), describe(step_size));
 }
 
 at::Tensor sum_to_step(const at::Tensor& terms, const at::Tensor& step_size) {
@@ -48,10 +47,15 @@ std::tuple<at::Tensor, at::Tensor> leapfrog_kick_drift(const at::Tensor& z, cons
   at::Tensor z_next = at::empty(z.sizes(), z.options());
   at::Tensor rho_half = at::empty(z.sizes(), z.options());
   FASTVAE_DISPATCH(z, {
-    const KickDrift<scalar_t> args{z_.const_data_ptr<scalar_t>(),      rho_.const_data_ptr<scalar_t>(),
-                                   force_.const_data_ptr<scalar_t>(),  step_.const_data_ptr<scalar_t>(),
-                                   stride_of(step_),                   z_next.mutable_data_ptr<scalar_t>(),
-                                   rho_half.mutable_data_ptr<scalar_t>(), z.size(0), z.size(1)};
+    const KickDrift<scalar_t> args{z_.const_data_ptr<scalar_t>(),
+                                   rho_.const_data_ptr<scalar_t>(),
+                                   force_.const_data_ptr<scalar_t>(),
+                                   step_.const_data_ptr<scalar_t>(),
+                                   stride_of(step_),
+                                   z_next.mutable_data_ptr<scalar_t>(),
+                                   rho_half.mutable_data_ptr<scalar_t>(),
+                                   z.size(0),
+                                   z.size(1)};
     FASTVAE_LAUNCH(kick_drift, z.device(), args, z.numel(), 1);
   });
   return {z_next, rho_half};

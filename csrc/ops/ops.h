@@ -25,12 +25,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
     const at::Tensor& alpha);
 
 // z_K, rho_K, log_px; every step's z, rho [K + 1, B, d] and, if asked, log_px [K + 1, B]; the stash.
-using FlowOutputs =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using FlowOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
-                             const at::Tensor& step_size, const at::Tensor& alpha,
-                             at::TensorList parameters, std::string_view network,
-                             std::string_view likelihood, bool store, bool trajectory);
+                             const at::Tensor& step_size, const at::Tensor& alpha, at::TensorList parameters,
+                             std::string_view network, std::string_view likelihood, bool store, bool trajectory);
 
 // Gradients to z, rho, x, step_size, alpha (empty where not needed) and to the parameters.
 using FlowGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
@@ -38,9 +36,8 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
                                         const OptionalTensor& grad_log_px, const at::Tensor& z, const at::Tensor& rho,
                                         const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
                                         at::TensorList parameters, const at::Tensor& z_steps,
-                                        const at::Tensor& rho_steps, const at::Tensor& stash,
-                                        std::string_view network, std::string_view likelihood, bool store,
-                                        at::IntArrayRef needs);
+                                        const at::Tensor& rho_steps, const at::Tensor& stash, std::string_view network,
+                                        std::string_view likelihood, bool store, at::IntArrayRef needs);
 
 // Numbers a sample and step that hamiltonian_flow stores in its stash.
 int64_t hamiltonian_flow_stash_numel(std::string_view network, const std::vector<std::vector<int64_t>>& shapes,

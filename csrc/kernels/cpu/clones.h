@@ -11,10 +11,6 @@
 #define FASTVAE_INLINE inline __attribute__((always_inline))
 
 // Defines the float and the double kernel of kernels.h from one template.
-#define FASTVAE_DEFINE_CPU(NAME, ARGS)                                                          \
-  FASTVAE_CLONES void NAME(const ARGS<float>& args, int64_t begin, int64_t end) {               \
-    NAME##_template(args, begin, end);                                                          \
-  }                                                                                             \
-  FASTVAE_CLONES void NAME(const ARGS<double>& args, int64_t begin, int64_t end) {              \
-    NAME##_template(args, begin, end);                                                          \
-  }
+#define FASTVAE_DEFINE_CPU(NAME, ARGS)                                                                                 \
+  FASTVAE_CLONES void NAME(const ARGS<float>& args, int64_t begin, int64_t end) { NAME##_template(args, begin, end); } \
+  FASTVAE_CLONES void NAME(const ARGS<double>& args, int64_t begin, int64_t end) { NAME##_template(args, begin, end); }

@@ -61,9 +61,8 @@ FASTVAE_INLINE void kick_drift_backward_template(const KickDriftBackward<T>& arg
     const math::DriftCotangent<T> grad =
         math::kick_drift_backward(grad_z, args.grad_rho_half[i], args.rho[i], args.force[i], step);
     if (args.alpha_terms != nullptr) {
-      args.alpha_terms[i] =
-          args.grad_rho_next[i] * (math::kick_drift(T(0), args.rho[i], args.force[i], step).rho_half +
-                                   T(0.5) * step * args.force_next[i]);
+      args.alpha_terms[i] = args.grad_rho_next[i] * (math::kick_drift(T(0), args.rho[i], args.force[i], step).rho_half +
+                                                     T(0.5) * step * args.force_next[i]);
     }
     args.grad_z_out[i] = grad_z;
     args.grad_rho[i] = grad.rho;

@@ -90,9 +90,7 @@ FASTVAE_INLINE void activation_adjoint_elements(const ActivationAdjoint<T>& args
 #define FASTVAE_DEFINE_BY_ACTIVATION(NAME, ARGS, LOOP)                                   \
   template <typename T>                                                                  \
   FASTVAE_INLINE void NAME##_template(const ARGS<T>& args, int64_t begin, int64_t end) { \
-    switch (args.activation.kind) {                                                      \
-      FASTVAE_EACH_ACTIVATION(LOOP)                                                      \
-    }                                                                                    \
+    switch (args.activation.kind) { FASTVAE_EACH_ACTIVATION(LOOP) }                      \
   }                                                                                      \
   FASTVAE_DEFINE_CPU(NAME, ARGS)
 

@@ -181,20 +181,20 @@ struct Phi<Activation::kGeluTanh, T> {
 }  // namespace math
 
 // The cases of a switch over Activation: each calls LOOP<kind>(args, ...), with the arguments in scope at the use.
-#define FASTVAE_ACTIVATION_CASE(KIND, LOOP)   \
-  case ::fastvae::Activation::KIND:           \
+#define FASTVAE_ACTIVATION_CASE(KIND, LOOP)              \
+  case ::fastvae::Activation::KIND:                      \
     LOOP<::fastvae::Activation::KIND>(args, begin, end); \
     break;
-#define FASTVAE_EACH_ACTIVATION(LOOP)          \
-  FASTVAE_ACTIVATION_CASE(kIdentity, LOOP)     \
-  FASTVAE_ACTIVATION_CASE(kRelu, LOOP)         \
-  FASTVAE_ACTIVATION_CASE(kLeakyRelu, LOOP)    \
-  FASTVAE_ACTIVATION_CASE(kElu, LOOP)          \
-  FASTVAE_ACTIVATION_CASE(kSoftplus, LOOP)     \
-  FASTVAE_ACTIVATION_CASE(kTanh, LOOP)         \
-  FASTVAE_ACTIVATION_CASE(kSigmoid, LOOP)      \
-  FASTVAE_ACTIVATION_CASE(kSilu, LOOP)         \
-  FASTVAE_ACTIVATION_CASE(kGelu, LOOP)         \
+#define FASTVAE_EACH_ACTIVATION(LOOP)       \
+  FASTVAE_ACTIVATION_CASE(kIdentity, LOOP)  \
+  FASTVAE_ACTIVATION_CASE(kRelu, LOOP)      \
+  FASTVAE_ACTIVATION_CASE(kLeakyRelu, LOOP) \
+  FASTVAE_ACTIVATION_CASE(kElu, LOOP)       \
+  FASTVAE_ACTIVATION_CASE(kSoftplus, LOOP)  \
+  FASTVAE_ACTIVATION_CASE(kTanh, LOOP)      \
+  FASTVAE_ACTIVATION_CASE(kSigmoid, LOOP)   \
+  FASTVAE_ACTIVATION_CASE(kSilu, LOOP)      \
+  FASTVAE_ACTIVATION_CASE(kGelu, LOOP)      \
   FASTVAE_ACTIVATION_CASE(kGeluTanh, LOOP)
 
 }  // namespace fastvae
