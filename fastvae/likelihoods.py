@@ -153,20 +153,25 @@ class Bernoulli(Likelihood):
 
     @property
     def spec(self) -> str:
+        """The likelihood as the C++ parser reads it."""
         return "bernoulli"
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Sum of x a - log(1 + e^a) over a sample: [B]; see ``Likelihood.log_prob``."""
         logits, x = self._match(params, x)
         # logsigmoid rather than softplus: torch's softplus turns linear at 20, which costs 2e-9 in float64.
         return (unit_interval(x, logits.dtype) * logits + F.logsigmoid(-logits)).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
+        """sigmoid(params)."""
         return torch.sigmoid(_at_least_float32(params))
 
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Zeros and ones."""
         return torch.bernoulli(self.mean(params), generator=generator)
 
     def params_of_output(self, output: Tensor) -> Tensor:
+        """The logits of the decoder's output."""
         if not self.probs:
             return output
         output = _at_least_float32(output)
@@ -189,18 +194,22 @@ class Gaussian(Likelihood):
 
     @property
     def spec(self) -> str:
+        """The likelihood as the C++ parser reads it."""
         return f"gaussian {float(self.scale)!r}"
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
         mean, x = self._match(params, x)
         constant = math.log(self.scale) + 0.5 * math.log(2 * math.pi)
         residual = (unit_interval(x, mean.dtype) - mean) / self.scale
         return -0.5 * residual.square().sum(1) - constant * mean.shape[1]
 
     def mean(self, params: Tensor) -> Tensor:
+        """params."""
         return _at_least_float32(params)
 
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """params + scale * standard normal noise."""
         mean = self.mean(params)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean + self.scale * noise
@@ -233,13 +242,16 @@ class Categorical(Likelihood):
 
     @property
     def values_per_element(self) -> int:
+        """num_classes."""
         return self.num_classes
 
     @property
     def spec(self) -> str:
+        """The likelihood as the C++ parser reads it."""
         return f"categorical {self.num_classes}"
 
     def check(self, x: Tensor) -> None:
+        """As ``Likelihood.check``; also ValueError for a uint8 class that is too large."""
         super().check(x)
         if (
             x.dtype == torch.uint8
@@ -252,6 +264,7 @@ class Categorical(Likelihood):
             )
 
     def as_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x as an encoder sees it: class / (num_classes - 1) for uint8."""
         return x.to(dtype) / (self.num_classes - 1) if x.dtype == torch.uint8 else unit_interval(x, dtype)
 
     def classes(self, x: Tensor) -> Tensor:
@@ -265,17 +278,20 @@ class Categorical(Likelihood):
         return torch.round(x.detach() * (self.num_classes - 1)).long()
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
         _, flat = self._match(params, x)
         logits = self._logits(params)
         index = self.classes(flat).reshape(logits.shape[0], logits.shape[1], 1, logits.shape[3])
         return (logits.gather(2, index).squeeze(2) - torch.logsumexp(logits, 2)).flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
+        """E[class] / (num_classes - 1): [B, C, ...]."""
         p = torch.softmax(self._logits(params), 2)
         values = torch.linspace(0, 1, self.num_classes, dtype=p.dtype, device=p.device)
         return torch.einsum("bcvr,v->bcr", p, values).reshape(self._data_shape(params))
 
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Drawn classes / (num_classes - 1): [B, C, ...]."""
         p = torch.softmax(self._logits(params), 2).movedim(2, 3).reshape(-1, self.num_classes)
         index = torch.multinomial(p, 1, generator=generator)
         return index.to(p.dtype).div(self.num_classes - 1).reshape(self._data_shape(params))

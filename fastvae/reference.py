@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Decoder = Callable[[Tensor], Tensor]
+StepSize = Tensor | float | Sequence[float]
 
 
 class Trajectory(NamedTuple):
@@ -43,9 +44,7 @@ class Trajectory(NamedTuple):
         return self.z.square().sum(-1) / 2 + self.rho.square().sum(-1) / 2 - self.log_px
 
 
-def expand_step_size(
-    step_size: Tensor | float | Sequence[float], num_steps: int, dim: int, like: Tensor
-) -> Tensor:
+def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor) -> Tensor:
     """The step of every leapfrog step and dimension.
 
     Args:
@@ -145,7 +144,7 @@ def hamiltonian_flow(
     z: Tensor,
     rho: Tensor,
     x: Tensor,
-    step_size: Tensor | float,
+    step_size: StepSize,
     alpha: Tensor,
     likelihood: str | Likelihood = ...,
     *,
@@ -160,7 +159,7 @@ def hamiltonian_flow(
     z: Tensor,
     rho: Tensor,
     x: Tensor,
-    step_size: Tensor | float,
+    step_size: StepSize,
     alpha: Tensor,
     likelihood: str | Likelihood = ...,
     *,
@@ -169,12 +168,27 @@ def hamiltonian_flow(
 ) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
 
 
+@overload
 def hamiltonian_flow(
     decoder: Decoder,
     z: Tensor,
     rho: Tensor,
     x: Tensor,
-    step_size: Tensor | float,
+    step_size: StepSize,
+    alpha: Tensor,
+    likelihood: str | Likelihood = ...,
+    *,
+    return_trajectory: bool,
+    create_graph: bool = ...,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]: ...
+
+
+def hamiltonian_flow(
+    decoder: Decoder,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: StepSize,
     alpha: Tensor,
     likelihood: str | Likelihood = "bernoulli",
     *,
@@ -222,7 +236,7 @@ def _flow(
     z: Tensor,
     rho: Tensor,
     x: Tensor,
-    step_size: Tensor | float,
+    step_size: StepSize,
     alpha: Tensor,
     likelihood: Likelihood,
     return_trajectory: bool,
@@ -251,7 +265,7 @@ def hamiltonian_flow_2k(
     z: Tensor,
     rho: Tensor,
     x: Tensor,
-    step_size: Tensor | float,
+    step_size: StepSize,
     alpha: Tensor,
     likelihood: str | Likelihood = "bernoulli",
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -177,9 +177,9 @@ def test_resolve_and_specs() -> None:
     own = Gaussian(0.1)
     assert resolve(own) is own
     assert pickle.loads(pickle.dumps(own)) == own and hash(own) == hash(Gaussian(0.1))
-    with pytest.raises(ValueError, match="likelihood: expected one of.*'poisson'"):
+    with pytest.raises(ValueError, match=r"likelihood: expected one of.*'poisson'"):
         resolve("poisson")
-    with pytest.raises(TypeError, match="likelihood: expected a name.*int"):
+    with pytest.raises(TypeError, match=r"likelihood: expected a name.*int"):
         resolve(3)  # type: ignore[arg-type]
 
 
@@ -190,9 +190,9 @@ def test_errors_name_what_was_expected(likelihood: Likelihood) -> None:
         likelihood.log_prob(params, x[:, :, :2])
     with pytest.raises(ValueError, match="expected 4 samples"):
         likelihood.log_prob(params, x[:3])
-    with pytest.raises(ValueError, match="expected uint8, bool or a floating dtype, got torch.int64"):
+    with pytest.raises(ValueError, match=r"expected uint8, bool or a floating dtype, got torch\.int64"):
         likelihood.log_prob(params, x.long())
-    with pytest.raises(ValueError, match="expected uint8, bool or a floating dtype, got torch.int64"):
+    with pytest.raises(ValueError, match=r"expected uint8, bool or a floating dtype, got torch\.int64"):
         likelihood.check(x.long())
     broken = x.clone()
     broken[1, 0, 0, 0] = float("nan")

@@ -178,6 +178,7 @@ def test_expand_step_size() -> None:
     out = expand_step_size(per_dim, 3, 2, like)
     assert torch.equal(out, per_dim.expand(3, 2))
     out.sum().backward()
+    assert per_dim.grad is not None
     assert torch.equal(per_dim.grad, torch.tensor([3.0, 3.0], dtype=torch.float64))
     per_step = torch.tensor([[1.0], [2.0], [3.0]])
     assert torch.equal(expand_step_size(per_step, 3, 2, like)[:, 1], torch.tensor([1.0, 2.0, 3.0]).double())

@@ -1,0 +1,342 @@
+"""What all models share: encoder, decoder, likelihood, training loss and importance-sampled evidence."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.likelihoods import Likelihood, check_decoder, resolve
+
+__all__ = ["BaseVAE", "Penalty", "TrainingStep", "reparameterize"]
+
+# Decoder outputs held at once while importance sampling: 16 MiB of float32.
+_LOG_LIKELIHOOD_OUTPUTS = 2**22
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """z = mu + sigma eps, sigma = exp(logvar / 2), all [B, d]."""
+    return mu + torch.exp(logvar / 2) * eps
+
+
+@dataclass
+class TrainingStep:
+    """One evaluation of a model's objective: what a penalty may read, with its graph."""
+
+    model: BaseVAE
+    x: Tensor
+    """[B, ...] the data as they were given."""
+    mu: Tensor
+    """[B, d] mean of q(z_0 | x)."""
+    logvar: Tensor
+    """[B, d] log variance of q(z_0 | x)."""
+    z_0: Tensor
+    """[B, d] the sample of q(z_0 | x)."""
+    z: Tensor
+    """[B, d] the code that was decoded: z_0, or where a flow took it."""
+    log_px: Tensor
+    """[B] log p(x | z)."""
+    loss: Tensor
+    """[B] minus the ELBO with the model's beta, in nats, without penalties."""
+    generator: torch.Generator | None
+    """Where a penalty draws its own noise from."""
+
+
+class Penalty(nn.Module, ABC):
+    """A term of the training loss; its weight is its own business.
+
+    Penalties are modules of the model, so that their state is saved and moved with it. ``fit`` calls ``step``
+    once after each optimisation step, for annealing.
+    """
+
+    @abstractmethod
+    def forward(self, step: TrainingStep) -> Tensor:
+        """The weighted penalty of each sample: [B]. ``step.model.objective(other_x)`` gives other views of
+        it.
+        """
+
+    def step(self) -> None:
+        """Called after each optimisation step; does nothing unless overridden."""
+
+
+class BaseVAE(nn.Module, ABC):
+    """A latent variable model p(z) p(x | z), z ~ N(0, I), with an amortised Gaussian q(z_0 | x).
+
+    Args:
+        encoder: module; takes x (floats in [0, 1]; uint8 images are divided by 255; any reshaping is its own)
+            and returns [B, 2d], mean before log variance, or the pair (mu [B, d], logvar [B, d]), sigma =
+            exp(logvar / 2).
+        decoder: module [B, d] -> natural parameters of the likelihood.
+        likelihood: "bernoulli", "gaussian", "categorical" or a ``fastvae.likelihoods.Likelihood``.
+        beta: weight of the KL part of the *training loss* (Higgins et al., beta-VAE, ICLR 2017); ``elbo`` and
+            ``log_likelihood`` are of the model itself, beta = 1.
+        latent_dim: d; inferred from the decoder's first layer, else from the encoder's first output.
+        penalties: modules ``penalty(step: TrainingStep) -> [B]``, added to the training loss; see
+        ``Penalty``.
+        check_finite: check x for NaN, infinities and values outside the likelihood's range at every call. On
+            a GPU that waits for x; it is skipped under ``torch.compile`` and CUDA graph capture.
+
+    Raises:
+        ValueError: beta or latent_dim out of range; a decoder whose last layer contradicts the likelihood;
+            later, an x or an encoder output that does not fit.
+        TypeError: a penalty that is not a module.
+    """
+
+    noise_draws: int = 1
+    """Independent standard normal [B, d] that one evaluation of the objective uses."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: str | Likelihood = "bernoulli",
+        *,
+        beta: float = 1.0,
+        latent_dim: int | None = None,
+        penalties: Iterable[nn.Module] = (),
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not (math.isfinite(beta) and beta >= 0):
+            raise ValueError(f"{name}: beta: expected a finite number of at least 0, got {beta}")
+        if latent_dim is not None and latent_dim < 1:
+            raise ValueError(f"{name}: latent_dim: expected at least 1, got {latent_dim}")
+        penalties = list(penalties)
+        for penalty in penalties:
+            if not isinstance(penalty, nn.Module):
+                raise TypeError(f"{name}: penalties: expected torch modules, got {type(penalty).__name__}")
+        self.likelihood = resolve(likelihood)
+        check_decoder(decoder, self.likelihood)
+        self.encoder = encoder
+        self.decoder = decoder
+        self.beta = float(beta)
+        self.latent_dim = latent_dim if latent_dim is not None else _latent_dim_of(decoder)
+        self.penalties = nn.ModuleList(penalties)
+        self.check_finite = check_finite
+
+    @abstractmethod
+    def objective(
+        self,
+        x: Tensor,
+        *,
+        beta: float | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TrainingStep:
+        """One evaluation of the objective, without penalties; beta is the model's unless given.
+
+        ``noise`` [noise_draws, B, d] takes the place of a draw from ``generator``.
+        """
+
+    @abstractmethod
+    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """log of one importance weight of p(x): [N], for x [N, ...], mu and logvar [N, d], noise [draws, N,
+        d].
+
+        The mean of its exponential over the noise is p(x).
+        """
+
+    @abstractmethod
+    def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One code [B, d] for each x from the approximate posterior, as the decoder would be given it."""
+
+    def forward(
+        self, x: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The training loss of each sample, in nats: minus the ELBO with beta, plus the penalties.
+
+        Args:
+            x: [B, ...] uint8, bool or floating.
+            noise: [noise_draws, B, d] in place of a draw.
+            generator: source of all randomness, on any device.
+
+        Returns:
+            [B]
+        """
+        step = self.objective(x, noise=noise, generator=generator)
+        loss = step.loss
+        for penalty in self.penalties:
+            term = penalty(step)
+            if term.shape != loss.shape:
+                raise ValueError(
+                    f"{type(penalty).__name__}: expected one value a sample, {list(loss.shape)}, "
+                    f"got {list(term.shape)}"
+                )
+            loss = loss + term
+        return loss
+
+    def loss(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The mean training loss of a batch: []."""
+        return self(x, generator=generator).mean()
+
+    def elbo(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One-sample estimate of the evidence lower bound in nats, beta = 1, without penalties: [B]."""
+        return -self.objective(x, beta=1.0, generator=generator).loss
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
+        if self.check_finite and not torch.compiler.is_compiling() and not _capturing(x):
+            self.likelihood.check(x)
+        parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        output = self.encoder(self.likelihood.as_float(x, dtype))
+        mu, logvar = self._split(output, x)
+        if self.latent_dim is None:
+            self.latent_dim = mu.shape[1]
+        if mu.shape[1] != self.latent_dim:
+            raise ValueError(
+                f"{type(self).__name__}: encoder: expected mean and log variance of latent_dim = "
+                f"{self.latent_dim}, got {mu.shape[1]} each"
+            )
+        wide = torch.promote_types(mu.dtype, torch.float32)
+        return mu.to(wide), logvar.to(wide)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Natural parameters of p(x | z) for z [B, d], in the decoder's layout."""
+        return self.likelihood.params_of_output(self.decoder(z))
+
+    def draw_noise(self, mu: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Standard normal [noise_draws, B, d] like mu; drawn on the generator's device and moved."""
+        device = mu.device if generator is None else generator.device
+        draws = [
+            torch.randn(mu.shape, generator=generator, device=device, dtype=mu.dtype)
+            for _ in range(self.noise_draws)
+        ]
+        return torch.stack(draws).to(mu.device)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        x: Tensor,
+        num_samples: int = 1000,
+        *,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """log p(x) in nats by importance sampling: log of the mean of ``num_samples`` weights.
+
+        Biased low, by about Var[w] / (2 num_samples E[w]^2) for weights w. The encoder runs once; weights are
+        streamed, so that memory does not grow with ``num_samples``.
+
+        Args:
+            x: [B, ...].
+            num_samples: importance samples for each x.
+            chunk_size: decoder rows (sample x draw) at once; by default as many as give 2**22 outputs. It
+                does not change which noise is drawn.
+            generator: source of the noise.
+
+        Returns:
+            [B], detached.
+
+        Raises:
+            ValueError: num_samples or chunk_size below 1.
+        """
+        if num_samples < 1:
+            raise ValueError(f"log_likelihood: num_samples: expected at least 1, got {num_samples}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"log_likelihood: chunk_size: expected at least 1, got {chunk_size}")
+        mu, logvar = self.encode(x)
+        batch = mu.shape[0]
+        if batch == 0:
+            return mu.new_zeros(0)
+        outputs = math.prod(x.shape[1:]) * self.likelihood.values_per_element
+        rows = chunk_size if chunk_size is not None else max(1, _LOG_LIKELIHOOD_OUTPUTS // max(1, outputs))
+        total = mu.new_full((batch,), -math.inf)
+        done = 0
+        while done < num_samples:
+            count = max(1, min(rows // batch, num_samples - done))
+            noise = torch.stack([self.draw_noise(mu, generator) for _ in range(count)], 1)
+            for start in range(0, batch, rows):
+                part = slice(start, start + rows)
+                size = min(rows, batch - start)
+                weights = self.log_weight(
+                    x[part].repeat(count, *(1 for _ in x.shape[1:])),
+                    mu[part].repeat(count, 1),
+                    logvar[part].repeat(count, 1),
+                    noise[:, :, part].reshape(self.noise_draws, count * size, -1),
+                )
+                total[part] = torch.logaddexp(total[part], weights.reshape(count, size).logsumexp(0))
+            done += count
+        return total - math.log(num_samples)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Means of p(x | z) for ``num_samples`` draws of z from the prior, in the decoder's layout, detached.
+
+        ``model.likelihood.sample(model.decode(z))`` draws x itself.
+        """
+        if self.latent_dim is None:
+            raise ValueError(
+                f"{type(self).__name__}: sample: latent_dim is not known yet; "
+                "pass latent_dim= or encode data first"
+            )
+        like = next(self.parameters(), torch.empty(0))
+        device = like.device if generator is None else generator.device
+        z = torch.randn(num_samples, self.latent_dim, generator=generator, device=device, dtype=like.dtype)
+        return self.likelihood.mean(self.decode(z.to(like.device)))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Mean of p(x | z) for one code of the approximate posterior of each x, of x's shape, detached."""
+        z = self.sample_posterior(x, generator=generator)
+        return self.likelihood.mean(self.decode(z)).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says of the settings."""
+        return f"likelihood={self.likelihood}, beta={self.beta}, latent_dim={self.latent_dim}"
+
+    def _noise(self, mu: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        if noise is None:
+            return self.draw_noise(mu, generator)
+        if noise.shape != (self.noise_draws, *mu.shape):
+            raise ValueError(
+                f"{type(self).__name__}: noise: expected {[self.noise_draws, *mu.shape]}, "
+                f"got {list(noise.shape)}"
+            )
+        return noise.to(mu)
+
+    def _split(self, output: object, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's output as (mu, logvar)."""
+        name = type(self).__name__
+        wanted = f"{name}: encoder: expected [B, 2d] or (mu [B, d], logvar [B, d]) with B = {len(x)}"
+        if isinstance(output, Tensor):
+            if output.dim() != 2 or output.shape[1] % 2 or output.shape[0] != x.shape[0]:
+                raise ValueError(f"{wanted}, got a tensor {list(output.shape)}")
+            mu, logvar = output.chunk(2, dim=1)
+            return mu, logvar
+        if not (
+            isinstance(output, (tuple, list))
+            and len(output) == 2
+            and isinstance(output[0], Tensor)
+            and isinstance(output[1], Tensor)
+        ):
+            raise ValueError(f"{wanted}, got {type(output).__name__}")
+        mu, logvar = output
+        if mu.dim() != 2 or mu.shape != logvar.shape or mu.shape[0] != x.shape[0]:
+            raise ValueError(f"{wanted}, got ({list(mu.shape)}, {list(logvar.shape)})")
+        return mu, logvar
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _latent_dim_of(decoder: nn.Module) -> int | None:
+    """The size of the decoder's input where its first layer fixes it."""
+    from fastvae.lowering import UnsupportedLayer, lower
+
+    try:
+        lowered = lower(decoder)
+    except UnsupportedLayer:
+        return None
+    kind, *words = lowered.spec.split(";")[0].split()
+    if kind == "linear":
+        return lowered.tensors[int(words[0])].shape[1]
+    if kind == "reshape" and "-1" not in words:
+        return math.prod(int(word) for word in words)
+    return None

@@ -1,0 +1,284 @@
+"""The Hamiltonian variational autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.likelihoods import Likelihood
+from fastvae.models.base import BaseVAE, TrainingStep, reparameterize
+from fastvae.models.tempering import BoundedStepSize, Tempering
+from fastvae.ops import hamiltonian_flow
+
+__all__ = ["HVAE", "DivergenceError"]
+
+ON_DIVERGENCE = ("raise", "drop", "ignore")
+
+
+class DivergenceError(RuntimeError):
+    """Leapfrog trajectories left the range of finite numbers."""
+
+    def __init__(
+        self,
+        message: str,
+        step: int | None = None,
+        num_samples: int = 0,
+        energy_error: float = float("nan"),
+        step_size: tuple[float, float] = (float("nan"), float("nan")),
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        """First leapfrog step (1..K) after which a trajectory was not finite; 0: none was taken."""
+        self.num_samples = num_samples
+        """Samples of the batch whose trajectory diverged."""
+        self.energy_error = energy_error
+        """H - H_0 of the first of them, in nats, at the last step at which it was finite."""
+        self.step_size = step_size
+        """Smallest and largest step size in use."""
+
+    def __reduce__(self) -> tuple[type[DivergenceError], tuple[object, ...]]:
+        return type(self), (self.args[0], self.step, self.num_samples, self.energy_error, self.step_size)
+
+
+@dataclass
+class _Path:
+    """Where a batch of trajectories went, and the two parts of its log importance weight."""
+
+    z_0: Tensor
+    z: Tensor
+    log_px: Tensor
+    log_ratio: Tensor
+    """[B] log p(z_K) - |rho_K|^2/2 - log q(z_0 | x) + |gamma_0|^2/2."""
+
+    def weight(self) -> Tensor:
+        return self.log_px + self.log_ratio
+
+
+class HVAE(BaseVAE):
+    """Hamiltonian variational autoencoder (Caterini, Doucet, Sejdinovic, NeurIPS 2018, Algorithm 1).
+
+    z_0 ~ q(z_0 | x) and a momentum rho_0 = gamma_0 / sqrt(beta_0), gamma_0 ~ N(0, I), follow ``num_steps``
+    tempered leapfrog steps towards p(z | x); with sigma and mu of q,
+
+        ELBO = E[log p(x, z_K) - |rho_K|^2/2 - log q(z_0 | x) + |gamma_0|^2/2].
+
+    The paper writes d/2 for |gamma_0|^2/2: the same mean and gradient with more noise. In the form above a
+    sample of the ELBO is the log of an importance weight, and equals a VAE's at step size 0. beta weights
+    everything but log p(x | z_K).
+
+    Args:
+        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite: see ``BaseVAE``.
+        num_steps: K.
+        tempering: "free" (an alpha a step is learnt), "fixed" (quadratic in 1/sqrt(beta)),
+            "fixed-temperature" (quadratic in 1/beta, the authors' MNIST code) or "none"; see
+            ``models.tempering``.
+        beta_0: initial inverse temperature at the start of the trajectory, in (0, 1).
+        learn_tempering: whether the alphas or beta_0 are trained.
+        step_size: initial leapfrog step: number, [d] per dimension, [K] or [K, 1] per step, or [K, d].
+        max_step_size: its upper bound; the step size is max_step_size * sigmoid of a parameter.
+        learn_step_size: whether it is trained.
+        on_divergence: what happens where a sample's log weight is NaN or infinite, which is looked at once
+            for a batch (one wait on a GPU):
+
+            - "raise": ``DivergenceError`` with step, number of samples, energy error and step size.
+            - "drop": the trajectory is given up. That sample's loss and ELBO are those of the VAE with the
+              same z_0 (zero steps), with their gradient; the rest of the batch is evaluated again without it;
+              ``model.divergences`` counts it. Training goes on, but the ELBO of such a sample mixes two
+              bounds and is itself none. In ``log_likelihood`` its weight is 0, which never raises it.
+            - "ignore": no check and no wait, for CUDA graph capture and ``torch.compile``; NaN reaches the
+              caller.
+
+    Raises:
+        ValueError: an argument out of range, named; see also ``BaseVAE``.
+    """
+
+    noise_draws = 2
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: str | Likelihood = "bernoulli",
+        *,
+        num_steps: int = 10,
+        tempering: str = "free",
+        beta_0: float = 0.3,
+        learn_tempering: bool = True,
+        step_size: float | Sequence[float] | Tensor = 0.2,
+        max_step_size: float = 0.5,
+        learn_step_size: bool = True,
+        on_divergence: str = "raise",
+        beta: float = 1.0,
+        latent_dim: int | None = None,
+        penalties: Iterable[nn.Module] = (),
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__(
+            encoder,
+            decoder,
+            likelihood,
+            beta=beta,
+            latent_dim=latent_dim,
+            penalties=penalties,
+            check_finite=check_finite,
+        )
+        if num_steps < 1:
+            raise ValueError(f"HVAE: num_steps: expected at least 1, got {num_steps}")
+        if on_divergence not in ON_DIVERGENCE:
+            raise ValueError(f"HVAE: on_divergence: expected one of {ON_DIVERGENCE}, got {on_divergence!r}")
+        self.num_steps = num_steps
+        self.tempering = Tempering(tempering, num_steps, beta_0, learn_tempering)
+        self.leapfrog_step = BoundedStepSize(
+            step_size, max_step_size, num_steps, self.latent_dim, learn_step_size
+        )
+        self.on_divergence = on_divergence
+        self.divergences = 0
+        """Samples whose trajectory was given up so far, in this process (on_divergence="drop")."""
+
+    @property
+    def step_size(self) -> Tensor:
+        """The step size in use: [], [d], [K, 1] or [K, d]."""
+        return self.leapfrog_step()
+
+    @property
+    def alpha(self) -> Tensor:
+        """The factor on the momentum at each step: [K]."""
+        return self.tempering()[0]
+
+    @property
+    def beta_0(self) -> Tensor:
+        """The inverse temperature at the start: []."""
+        return self.tempering()[1]
+
+    def objective(
+        self,
+        x: Tensor,
+        *,
+        beta: float | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TrainingStep:
+        """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise)."""
+        mu, logvar = self.encode(x)
+        noise = self._noise(mu, noise, generator)
+        path = self._follow(x, mu, logvar, noise)
+        bad = self._diverged(path)
+        if bad is not None:
+            if self.on_divergence == "raise":
+                raise self._report(x, mu, logvar, noise, bad)
+            path = self._give_up(x, mu, logvar, noise, bad)
+        loss = -path.log_px - (self.beta if beta is None else beta) * path.log_ratio
+        return TrainingStep(self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator)
+
+    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the ELBO above, which is the log of an importance weight: [N]."""
+        path = self._follow(x, mu, logvar, noise)
+        bad = self._diverged(path)
+        if bad is None:
+            return path.weight()
+        if self.on_divergence == "raise":
+            raise self._report(x, mu, logvar, noise, bad)
+        self.divergences += int(bad.sum())
+        return path.weight().masked_fill(bad, -float("inf"))
+
+    def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One z_K [B, d] for each x."""
+        return self.objective(x, generator=generator).z
+
+    def _start(self, mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_0, rho_0 and alpha."""
+        alpha, beta_0 = self.tempering()
+        return (
+            reparameterize(mu, logvar, noise[0]),
+            noise[1] * beta_0.to(mu.dtype).rsqrt(),
+            alpha.to(mu.dtype),
+        )
+
+    def _follow(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
+        z_0, rho_0, alpha = self._start(mu, logvar, noise)
+        z, rho, log_px = hamiltonian_flow(
+            self.decoder, z_0, rho_0, x, self.step_size.to(mu.dtype), alpha, self.likelihood
+        )
+        # The constants of the four normal densities cancel, and so does the volume: prod alpha^2 = beta_0.
+        log_ratio = 0.5 * (logvar + noise.square().sum(0) - z.square() - rho.square()).sum(1)
+        return _Path(z_0, z, log_px, log_ratio)
+
+    def _stay(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
+        """The trajectory of no steps and no tempering: the VAE's sample ELBO."""
+        z_0 = reparameterize(mu, logvar, noise[0])
+        log_px = self.likelihood.log_prob(self.decode(z_0), x)
+        return _Path(z_0, z_0, log_px, 0.5 * (logvar + noise[0].square() - z_0.square()).sum(1))
+
+    def _diverged(self, path: _Path) -> Tensor | None:
+        """Mask [B] of samples whose weight is not finite, or None if all are."""
+        if self.on_divergence == "ignore":
+            return None
+        bad = ~torch.isfinite(path.weight().detach())
+        return bad if bool(bad.any()) else None
+
+    def _give_up(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor) -> _Path:
+        """The batch again, diverged samples without their trajectory.
+
+        Masking alone would not do: a cotangent of zero times an infinite derivative is NaN in every
+        parameter.
+        """
+        order = torch.cat((torch.nonzero(~bad)[:, 0], torch.nonzero(bad)[:, 0]))
+        kept, given_up = order.split([len(order) - int(bad.sum()), int(bad.sum())])
+        still = self._stay(x[given_up], mu[given_up], logvar[given_up], noise[:, given_up])
+        if not bool(torch.isfinite(still.weight()).all()):
+            raise self._report(x, mu, logvar, noise, bad)
+        moved = self._follow(x[kept], mu[kept], logvar[kept], noise[:, kept])
+        self.divergences += len(given_up)
+        back = torch.argsort(order)
+        return _Path(
+            *(
+                torch.cat((getattr(moved, name), getattr(still, name)))[back]
+                for name in ("z_0", "z", "log_px", "log_ratio")
+            )
+        )
+
+    @torch.no_grad()
+    def _report(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor) -> DivergenceError:
+        """Run the diverged samples again, step by step, to say where it went wrong."""
+        z_0, rho_0, alpha = self._start(mu[bad], logvar[bad], noise[:, bad])
+        eps = self.step_size.to(mu.dtype)
+        trajectory = hamiltonian_flow(
+            self.decoder, z_0, rho_0, x[bad], eps, alpha, self.likelihood, return_trajectory=True
+        )[3]
+        energy = trajectory.energy()
+        # Where every energy is finite, the weight is infinite by their difference: blame the last step.
+        finite = torch.isfinite(energy)
+        finite[-1] = False
+        first = finite.int().argmin(0)
+        sample = int(first.argmin())
+        step = int(first[sample])
+        sizes = (float(eps.min()), float(eps.max()))
+        count = f"{int(bad.sum())} of {len(bad)}"
+        if step == 0:
+            return DivergenceError(
+                f"HVAE: {count} samples have no finite log p(x, z_0) before the first leapfrog step: "
+                "the encoder or the decoder returned NaN, infinite or huge values; the step size is not "
+                "the cause",
+                0,
+                int(bad.sum()),
+                float("nan"),
+                sizes,
+            )
+        error = float(energy[step - 1, sample] - energy[0, sample])
+        return DivergenceError(
+            f"HVAE: {count} trajectories left the finite range, the first at leapfrog step {step} of "
+            f"{self.num_steps} (energy error {error:.4g} nats the step before); step size "
+            f"{sizes[0]:.4g} to {sizes[1]:.4g}. Lower step_size or max_step_size, or pass "
+            "on_divergence='drop' to go on with the plain ELBO of such samples",
+            step,
+            int(bad.sum()),
+            error,
+            sizes,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says of the settings."""
+        return f"{super().extra_repr()}, num_steps={self.num_steps}, on_divergence={self.on_divergence!r}"

@@ -1,0 +1,46 @@
+"""The variational autoencoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvae.models.base import BaseVAE, TrainingStep, reparameterize
+
+__all__ = ["VAE"]
+
+
+class VAE(BaseVAE):
+    """Variational autoencoder (Kingma, Welling, ICLR 2014, equation 10), with beta (Higgins et al., ICLR
+    2017).
+
+    The loss of a sample is beta KL(q(z | x) || N(0, I)) - log p(x | z), z = mu + sigma eps, with the KL in
+    closed form. Arguments, shapes and errors: ``BaseVAE``.
+    """
+
+    def objective(
+        self,
+        x: Tensor,
+        *,
+        beta: float | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TrainingStep:
+        """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
+        mu, logvar = self.encode(x)
+        z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
+        log_px = self.likelihood.log_prob(self.decode(z), x)
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        loss = (self.beta if beta is None else beta) * kl - log_px
+        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator)
+
+    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """log p(x | z) + log p(z) - log q(z | x) at z = mu + sigma noise[0]: [N]."""
+        z = reparameterize(mu, logvar, noise[0])
+        log_px = self.likelihood.log_prob(self.decode(z), x)
+        return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
+
+    def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One z ~ q(z | x) for each x: [B, d]."""
+        mu, logvar = self.encode(x)
+        return reparameterize(mu, logvar, self.draw_noise(mu, generator)[0])
