@@ -1,0 +1,87 @@
+"""From an ``nn.Module`` to the layer list that csrc/network sweeps.
+
+:func:`lower` reads the module's structure once (walking ``nn.Sequential``, tracing any other forward with
+torch.fx), remembers it as long as the module does not change, and fetches the current tensors at every call.
+It accepts only chains of stock layers without hooks and says by name what it cannot take; :func:`explain`
+prints the same as a table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_global_hooks
+from .errors import CoupledSamples, UnsupportedLayer
+from .explain import explain
+from .structure import current, evaluate
+from .traced import lower_traced
+
+__all__ = ["CoupledSamples", "LoweredNetwork", "UnsupportedLayer", "explain", "lower"]
+
+
+class LoweredNetwork(NamedTuple):
+    """A feed-forward network as csrc/network reads it.
+
+    spec: layers joined by ``;``, each its kind and arguments separated by blanks. W, B, M, V are indices into
+        ``tensors``, -1 where there is no tensor (M, V: running mean and variance; a reshape is that of one
+        sample and may have one -1)::
+
+            linear W B
+            conv2d W B sh sw ph pw dh dw groups
+            conv_transpose2d W B sh sw ph pw oph opw dh dw groups
+            batch_norm W B M V eps
+            reshape d1 d2 ...
+            relu | leaky_relu slope | elu alpha | softplus beta threshold
+            tanh | sigmoid | silu | gelu | gelu_tanh
+
+    tensors: the module's own parameters and buffers, and what its parametrisations compute from theirs;
+        gradients flow to both.
+    names: where in the module each tensor is, for example ``"2.weight"``.
+    """
+
+    spec: str
+    tensors: list[Tensor]
+    names: tuple[str, ...]
+
+    @property
+    def ends_in_sigmoid(self) -> bool:
+        """Whether the output is a sigmoid's, reshaped or not: probabilities and not natural parameters."""
+        for layer in reversed(self.spec.split(";")):
+            if not layer.startswith("reshape"):
+                return layer == "sigmoid"
+        return False
+
+
+def lower(module: nn.Module, *, strip_sigmoid: bool = False) -> LoweredNetwork:
+    """Read a module as a chain of layers.
+
+    The structure is cached weakly for each module, and read again when a training flag, a hook, a child, a
+    parameter's name or an attribute changed. A parametrised tensor (spectral_norm, weight_norm) is evaluated
+    once a call. Under ``torch.compile`` the structure is a constant guarded by the same facts (hooks
+    and objects excepted, which Dynamo does not guard) and the tensors are inputs.
+
+    Args:
+        module: the decoder, from z [B, d] to natural parameters; any floating dtype and device.
+        strip_sigmoid: take off the sigmoid that the module ends in.
+
+    Returns:
+        The layers with the current tensors. A tensor may occur twice if two layers share it.
+
+    Raises:
+        CoupledSamples: BatchNorm or Dropout in training mode.
+        UnsupportedLayer: a layer, hook, tensor type, branch or unused parameter that cannot be taken; names
+            it and the reason. Under ``torch.compile(fullgraph=True)`` it arrives inside Dynamo's own error.
+        ValueError: ``strip_sigmoid=True`` and the module does not end in a sigmoid.
+        TypeError: ``module`` is not an ``nn.Module``.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return LoweredNetwork(*lower_traced(module, strip_sigmoid))
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"lower: module must be an nn.Module, got {type(module).__name__}")
+    check_global_hooks()
+    known, collected = current(module)
+    tensors = evaluate(known, collected)
+    return LoweredNetwork(known.spec_for(strip_sigmoid), tensors, known.names)

@@ -1,0 +1,120 @@
+"""What must hold before a module is read: calling it runs its forward alone, and its tensors are plain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module_internals
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .errors import UnsupportedLayer, describe, join
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    _module_internals._global_forward_hooks,
+    _module_internals._global_forward_pre_hooks,
+    _module_internals._global_backward_hooks,
+    _module_internals._global_backward_pre_hooks,
+)
+# As they are at import, so that a later replacement shows.
+_CALL = nn.Module.__call__
+PLAIN = frozenset({Tensor, nn.Parameter})
+_WRAPPERS = {
+    "DataParallel": "it scatters the batch in its own forward",
+    "DistributedDataParallel": "its own forward prepares the gradient reduction",
+    "FullyShardedDataParallel": "its own forward gathers the sharded parameters",
+    "FSDPModule": "its own forward gathers the sharded parameters",
+}
+
+
+def check_global_hooks() -> None:
+    """Hooks on every module (``register_module_forward_hook``; the FLOP counter sets some) would not fire
+    inside an op."""
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            raise UnsupportedLayer(
+                "lower: global module hooks are registered (torch.nn.modules.module.register_module_*), "
+                "which would not fire "
+                "inside a lowered network; remove them"
+            )
+
+
+def check_tensor(path: str, tensor: Tensor) -> None:
+    """Refuse what C++ cannot read as a plain strided tensor; costs one set lookup for a plain one."""
+    if type(tensor) in PLAIN:
+        return
+    kind = type(tensor).__name__
+    if not isinstance(tensor, Tensor):
+        raise UnsupportedLayer(f"lower: tensor '{path}' is a {kind}, expected a torch.Tensor")
+    if kind == "DTensor":
+        raise UnsupportedLayer(
+            f"lower: parameter '{path}' is a DTensor (tensor parallel or FSDP2); the sweeps need whole "
+            "local tensors: replicate "
+            "the decoder's parameters and keep them out of the sharding plan"
+        )
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        raise UnsupportedLayer(f"lower: tensor '{path}' is not initialised; run the module once")
+    if is_traceable_wrapper_subclass(tensor):
+        raise UnsupportedLayer(
+            f"lower: tensor '{path}' is a tensor subclass ({kind}); only plain tensors are lowered"
+        )
+
+
+def _check_layout(path: str, tensor: Tensor) -> None:
+    check_tensor(path, tensor)
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise UnsupportedLayer(
+            f"lower: tensor '{path}' is sparse or quantised; only dense tensors are lowered"
+        )
+
+
+def named(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule by every path, except inside parametrisations, which run when their tensor is read."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and name != "parametrizations":
+            yield from named(child, join(path, name))
+
+
+def check_module(path: str, module: nn.Module) -> None:
+    """Refuse one module, by name and reason, if calling it does more than its type's forward."""
+    cls = type(module)
+    kind = cls.__name__
+
+    def refuse(reason: str) -> UnsupportedLayer:
+        return UnsupportedLayer(describe(path, kind, reason))
+
+    for wrapper, reason in _WRAPPERS.items():
+        if any(parent.__name__ == wrapper for parent in cls.__mro__):
+            raise refuse(
+                f"{reason}, which a lowered network would bypass; wrap the whole model, not the decoder"
+            )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise refuse("TorchScript modules are not read; pass the module it was made from")
+    if cls.__module__.startswith(("torch.ao.", "torchao.")):
+        raise refuse("quantised modules are not lowered; pass the float module")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        raise refuse("it is lazy and has no shapes yet; run the module once on a batch")
+    for store in (module._parameters, module._buffers):
+        for name, tensor in store.items():
+            if tensor is not None:
+                _check_layout(join(path, name), tensor)
+    for hooks in HOOKS:
+        for hook in getattr(module, hooks).values():
+            if getattr(type(hook), "__module__", "").startswith("torch.nn.utils."):
+                raise refuse(
+                    f"its tensor is computed by a hook ({type(hook).__name__}); use "
+                    "torch.nn.utils.parametrizations (weight_norm, spectral_norm), or make it permanent "
+                    "with torch.nn.utils.remove_*/prune.remove"
+                )
+            raise refuse(
+                f"it has a hook ({hooks.strip('_')[:-1]}), which would not fire inside a lowered network; "
+                "remove it"
+            )
+    if kind != "OptimizedModule":
+        if "forward" in vars(module):
+            raise refuse("its forward was replaced on the instance; put the change into the class")
+        if cls.__call__ is not _CALL and not isinstance(module, torch.fx.GraphModule):
+            raise refuse("its type replaces __call__, which a lowered network would bypass")

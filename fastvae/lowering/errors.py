@@ -1,0 +1,32 @@
+"""Why a module is not lowered."""
+
+from __future__ import annotations
+
+__all__ = ["CoupledSamples", "UnsupportedLayer"]
+
+
+class UnsupportedLayer(ValueError):  # noqa: N818
+    """A module that :func:`fastvae.lowering.lower` cannot turn into a layer list.
+
+    The message names the module's path inside the decoder, its type, the reason and, where there is one, the
+    remedy. A plain autograd evaluation of the same module still gives the right result.
+    """
+
+
+class CoupledSamples(UnsupportedLayer):
+    """BatchNorm or Dropout in training mode: a sample's output depends on the other samples or on noise.
+
+    No closed form of one sample's gradient exists then, so callers raise this error and do not fall back to
+    autograd.
+    """
+
+
+def join(path: str, name: str) -> str:
+    """The path of something inside the module at ``path``."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def describe(path: str, kind: str, reason: str) -> str:
+    """The one form of every message: ``lower: layer '3.1' (Upsample): reason``."""
+    where = f"layer '{path}'" if path else "the module itself"
+    return f"lower: {where} ({kind}): {reason}"

@@ -1,0 +1,59 @@
+"""The reading of a module as a table for people."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .checks import check_global_hooks, named
+from .errors import CoupledSamples, UnsupportedLayer
+from .reading import render
+from .structure import current, verify
+
+
+def explain(module: nn.Module) -> str:
+    """Say layer by layer what :func:`fastvae.lowering.lower` makes of a module.
+
+    Args:
+        module: any ``nn.Module``.
+
+    Returns:
+        A table of layer path, kind, parameters with their shapes, shape after the layer ([B, ...], ``?``
+        where the module does not fix it) and whether it is lowered; below it, if the module is not lowered,
+        which layer stops it, why, and what one can do.
+    """
+    problem = consequence = ""
+    known, collected = current(module)
+    try:
+        check_global_hooks()
+        verify(known, collected)
+    except CoupledSamples as error:
+        problem, consequence = (
+            str(error),
+            "No sample has a gradient of its own then: the flow raises this error.",
+        )
+    except UnsupportedLayer as error:
+        problem = str(error)
+        consequence = "The decoder still works through autograd: the same result in more time."
+    rows = [("layer", "kind", "parameters", "output", "lowered")]
+    for layer in known.layers:
+        tensors = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in layer.tensors if ref is not None)
+        rows.append((layer.path or "(itself)", layer.kind, tensors or "-", render(layer.shape), "yes"))
+    if problem:
+        read = {layer.path for layer in known.layers}
+        for path, inner in named(module):
+            if not inner._modules and path not in read:
+                shapes = ", ".join(
+                    f"{name} {list(p.shape)}" for name, p in inner.named_parameters(recurse=False)
+                )
+                state = "no" if path == known.stopped_at else "not read"
+                rows.append((path or "(itself)", type(inner).__name__, shapes or "-", "-", state))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    if problem:
+        lines += ["", f"Not lowered. {problem}", consequence]
+    else:
+        count = sum(layer.kind != "identity" for layer in known.layers)
+        lines += ["", f"Lowered: {count} layers, {len(known.names)} tensors."]
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""What the reading of a module depended on, and the cheap check that it still holds.
+
+A node remembers the type of one module, its forward, training flag, hooks, plain attributes (numbers, strings,
+containers and configuration objects of those; anything else by identity), and the names of its parameters and
+children. One walk compares all that and picks up the current tensors. Children are compared by what they are
+and not by identity, so that the cache holds no module alive; tensors are never cached.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import HOOKS
+from .errors import join
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+# By exact type: a NumPy scalar that is not a number would not equal its own copy.
+_SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
+
+
+class Node:
+    """The snapshot of one module.
+
+    ``take_*`` name the tensors that the spec reads, in the order of their indices. ``evaluated`` names
+    parametrisations whose result the spec reads: they hand their gradient on by themselves, so their inside
+    does not matter. The others may hide unused parameters.
+    """
+
+    def __init__(
+        self, path: str, module: nn.Module, wanted: set[tuple[str, str]], evaluated: tuple[str, ...] = ()
+    ) -> None:
+        state = vars(module)
+        self.path = path
+        self.type = type(module)
+        self.forward = self.type.forward
+        optimized = self.type.__name__ == "OptimizedModule"
+        own = [] if optimized else [key for key in state if key not in _INTERNAL]
+        plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
+        self.plain = tuple(plain.items())
+        self.size = 0 if optimized else len(state)
+        self.read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*HOOKS, *plain)
+        self.values = ({},) * len(HOOKS) + tuple(plain.values())
+        held = {key: state[key] for key in own if key not in plain}
+        self.opaque = tuple((key, _reference(value)) for key, value in held.items())
+        self.configs = tuple((key, fields) for key, value in held.items() if (fields := _config(value)))
+
+        parameters, buffers = module._parameters, module._buffers
+        mine = {name for at, name in wanted if at == path}
+        takes = sorted(mine, key=[*parameters, *buffers, *sorted(mine)].index)
+        direct = [name for name in takes if not hasattr(self.type, name)]
+        self.count = len(parameters)
+        self.take_parameters = tuple(name for name in direct if name in parameters)
+        self.take_buffers = tuple(name for name in direct if name in buffers)
+        stored = {*self.take_parameters, *self.take_buffers}
+        self.take_computed = tuple(name for name in takes if name not in stored)
+        self.absent = tuple(name for name, tensor in parameters.items() if tensor is None)
+        self.unread = tuple(name for name in parameters if name not in self.take_parameters + self.absent)
+
+        self.names = tuple(module._modules)
+        self.empty = tuple(name for name, child in module._modules.items() if child is None)
+        inside = self.take_computed if "parametrizations" in self.names else ()
+        self.children = {
+            name: Node(join(path, name), child, wanted, inside if name == "parametrizations" else ())
+            for name, child in module._modules.items()
+            if child is not None and name not in evaluated
+        }
+        seldom = (self.take_buffers, self.take_computed, self.absent, self.unread, self.empty, self.opaque)
+        self.rare = any(seldom)
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below it, parents first."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+    def tensor_names(self) -> list[str]:
+        """Paths of this module's tensors in the order in which :func:`visit` collects them."""
+        takes = (*self.take_parameters, *self.take_buffers, *self.take_computed)
+        return [join(self.path, name) for name in takes]
+
+
+def _is_plain(value: object, depth: int = 4) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return depth > 0 and all(_is_plain(entry, depth - 1) for entry in value)
+    if isinstance(value, dict):
+        return depth > 0 and all(_is_plain(entry, depth - 1) for pair in value.items() for entry in pair)
+    return type(value) in _SCALARS
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+def _config(value: Any) -> dict[str, Any]:
+    """The plain fields of a configuration object (a dataclass, a Namespace) that a module holds."""
+    if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return {}
+    return {key: copy.deepcopy(entry) for key, entry in vars(value).items() if _is_plain(entry)}
+
+
+class Collected(NamedTuple):
+    """What one walk picks up.
+
+    found: the spec's tensors, None where a property is still to be evaluated.
+    computed: those properties, as position in ``found``, module and name.
+    unread: trainable parameters that the spec does not read, with their paths.
+    """
+
+    found: list[Any]
+    computed: list[tuple[int, nn.Module, str]]
+    unread: list[tuple[str, Tensor]]
+
+
+# Of a node: its parent's place in the program and its name there, then what is compared, then the parameters
+# that are picked up, then the node itself where more is to be done. Tuples in one flat loop, because this
+# runs at every training step.
+_Line = tuple[
+    int, str, type[nn.Module], Any, int, Callable[..., Any], Any, tuple[str, ...], int, tuple[str, ...], Any
+]
+
+
+def compile_program(root: Node) -> list[_Line]:
+    """The nodes as the lines that :func:`visit` goes through."""
+    lines: list[_Line] = []
+
+    def add(node: Node, parent: int, name: str) -> None:
+        at = len(lines)
+        facts = (node.type, node.forward, node.size, node.read, node.values, node.names, node.count)
+        lines.append((parent, name, *facts, node.take_parameters, node if node.rare else None))
+        for key, child in node.children.items():
+            add(child, at + 1, key)
+
+    add(root, 0, "")
+    return lines
+
+
+def visit(module: nn.Module, program: list[_Line]) -> Collected | None:
+    """Collect the tensors of a module whose structure is still the program's; None as soon as it is not."""
+    collected = Collected([], [], [])
+    found = collected.found
+    # Entry 0 holds the root; the children of line i are in entry i + 1.
+    tables: list[dict[str, Any]] = [{"": module}]
+    for parent, key, kind, forward, size, pick, values, names, count, takes, rare in program:
+        inner: Any = tables[parent][key]
+        if type(inner) is not kind or kind.forward is not forward:
+            return None
+        state = inner.__dict__
+        if pick(state) != values or (len(state) != size and size):
+            return None
+        parameters, modules = state["_parameters"], state["_modules"]
+        if len(parameters) != count or (tuple(modules) if modules else ()) != names:
+            return None
+        tables.append(modules)
+        for name in takes:
+            tensor = parameters[name]
+            if tensor is None:
+                return None
+            found.append(tensor)
+        if rare is not None and not _visit_rare(inner, rare, collected):
+            return None
+    return collected
+
+
+def _visit_rare(module: nn.Module, node: Node, collected: Collected) -> bool:
+    state, parameters, buffers = vars(module), module._parameters, module._buffers
+    for name in node.take_buffers:
+        if buffers[name] is None:
+            return False
+        collected.found.append(buffers[name])
+    for name in node.take_computed:
+        collected.computed.append((len(collected.found), module, name))
+        collected.found.append(None)
+    for name in node.unread:
+        tensor = parameters[name]
+        if tensor is None:
+            return False
+        if tensor.requires_grad:
+            collected.unread.append((join(node.path, name), tensor))
+    return (
+        all(parameters[name] is None for name in node.absent)
+        and all(module._modules[name] is None for name in node.empty)
+        and all(state[key] is reference() for key, reference in node.opaque)
+        and all(fields.items() <= vars(state[key]).items() for key, fields in node.configs)
+    )

@@ -1,0 +1,115 @@
+"""The cached structure of every module read so far; tensors are never cached."""
+
+from __future__ import annotations
+
+import threading
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from .checks import PLAIN, check_module, check_tensor, named
+from .errors import UnsupportedLayer, join
+from .graph import read
+from .reading import Layer, Reading
+from .snapshot import Collected, Node, compile_program, visit
+
+
+class Structure:
+    """The layers of a module, or the reason why there are none, and the snapshot that they were read from."""
+
+    def __init__(self, module: nn.Module) -> None:
+        reading = Reading()
+        # As text: an exception's traceback would hold the module, and so keep its cache entry alive.
+        self.failure: tuple[type[UnsupportedLayer], str] | None = None
+        try:
+            for path, inner in named(module):
+                reading.at(path, type(inner).__name__)
+                check_module(path, inner)
+            read(reading, "", module)
+            if all(layer.kind == "identity" for layer in reading.layers):
+                raise UnsupportedLayer("lower: the module has no layer that changes its input")
+        except UnsupportedLayer as failure:
+            self.failure = type(failure), str(failure)
+        self.stopped_at = reading.path if self.failure else None
+        self.layers = tuple(reading.layers)
+        wanted = {(ref.path, ref.name) for layer in self.layers for ref in layer.tensors if ref is not None}
+        self.root = Node("", module, wanted)
+        self.program = compile_program(self.root)
+        paths = [name for node in self.root.walk() for name in node.tensor_names()]
+        index = {path: position for position, path in enumerate(paths)}
+        texts = [_text(layer, index) for layer in self.layers if layer.kind != "identity"]
+        self.spec = ";".join(texts)
+        self.names = tuple(path.removeprefix("_orig_mod.") for path in paths)
+        last = next((at for at in reversed(range(len(texts))) if not texts[at].startswith("reshape")), -1)
+        self.stripped = (
+            ";".join(texts[:last] + texts[last + 1 :]) if last >= 0 and texts[last] == "sigmoid" else None
+        )
+
+    def spec_for(self, strip_sigmoid: bool) -> str:
+        """The spec, without its last sigmoid if asked for."""
+        if not strip_sigmoid:
+            return self.spec
+        if self.stripped is None:
+            kinds = [layer.kind for layer in self.layers if layer.kind != "identity"]
+            raise ValueError(
+                "lower: strip_sigmoid=True expects a module that ends in a sigmoid, got one ending in "
+                f"{kinds[-1]}"
+            )
+        return self.stripped
+
+
+def _text(layer: Layer, index: dict[str, int]) -> str:
+    numbers = ["-1" if ref is None else str(index[join(ref.path, ref.name)]) for ref in layer.tensors]
+    return " ".join([layer.kind, *numbers, *layer.args])
+
+
+_cache: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def current(module: nn.Module) -> tuple[Structure, Collected]:
+    """The structure that holds now, read again if the module changed, and the tensors of the same walk."""
+    known = _cache.get(module)
+    if known is not None:
+        try:
+            collected = visit(module, known.program)
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            # An attribute is gone, or does not compare with the remembered one: the module changed.
+            collected = None
+        if collected is not None:
+            return known, collected
+    fresh = Structure(module)
+    with _lock:
+        _cache[module] = fresh
+    collected = visit(module, fresh.program)
+    if collected is None:
+        if fresh.failure is None:
+            raise UnsupportedLayer(f"lower: the {type(module).__name__} changed while it was read")
+        collected = Collected([], [], [])
+    return fresh, collected
+
+
+def verify(known: Structure, collected: Collected) -> None:
+    """Raise why the module is not lowered: its structure, a tensor's type, or an unused parameter."""
+    if known.failure is not None:
+        error, message = known.failure
+        raise error(message)
+    for position, tensor in enumerate(collected.found):
+        if type(tensor) not in PLAIN and tensor is not None:
+            check_tensor(known.names[position], tensor)
+    for path, parameter in collected.unread:
+        # A parameter tied to one that is read is the same object.
+        if not any(parameter is tensor for tensor in collected.found):
+            raise UnsupportedLayer(
+                f"lower: parameter '{path}' requires a gradient, but no layer of the forward uses it; "
+                "remove it, or freeze it with requires_grad_(False)"
+            )
+
+
+def evaluate(known: Structure, collected: Collected) -> list[Tensor]:
+    """The spec's tensors, each property evaluated once."""
+    if known.failure is None:
+        for position, module, name in collected.computed:
+            collected.found[position] = getattr(module, name)
+    verify(known, collected)
+    return collected.found
