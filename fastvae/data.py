@@ -23,7 +23,6 @@ from torch.utils.data import Dataset, default_collate
 __all__ = ["ImageDataset", "binarize", "collate_binarized", "images_of", "load"]
 
 _Array = np.ndarray[Any, Any]
-_IDX_UINT8 = 0x08
 _IDX_NAME = re.compile(r"(?:(?P<prefix>.+)[-_.])?images[-.]idx[34]-ubyte(?:\.gz)?")
 _ROLES = {"train": "train", "t10k": "test", "test": "test"}
 
@@ -36,8 +35,8 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     Attributes:
         images: uint8 [N, C, H, W]; anything else, or N = 0, is a ValueError.
-        labels: int64 [N], or None; other integers are converted.
-        name: where the images come from, for messages and reports.
+        labels: int64 [N], or None.
+        name: where the images come from.
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, name: str = "images") -> None:
@@ -167,9 +166,8 @@ def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
             f"binarize: x: expected floating point values in [0, 1], got {x.dtype}; divide by 255?"
         )
     if x.device.type == "cpu" and not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(
-            f"binarize: x: expected values in [0, 1], got {float(x.min()):.6g} to {float(x.max()):.6g}"
-        )
+        found = f"{float(x.min()):.6g} to {float(x.max()):.6g}"
+        raise ValueError(f"binarize: x: expected values in [0, 1], got {found}")
     # Single precision at least: bfloat16 draws take 256 values and would bias every probability.
     noise_dtype = torch.promote_types(x.dtype, torch.float32)
     noise = torch.rand(x.shape, dtype=noise_dtype, device=x.device, generator=generator)
@@ -232,11 +230,10 @@ def _find(source: str | os.PathLike[str]) -> Path:
 
 def _load_digits() -> ImageDataset:
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped,unused-ignore]
+        from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ImportError(
-            'load: source "digits" ships with scikit-learn, which is not installed; '
-            'to mend it: pip install "fastvae[demo]"   (or pip install scikit-learn)'
+            'load: source "digits" needs scikit-learn; to mend it: pip install "fastvae[demo]"'
         ) from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -265,17 +262,14 @@ def _load_idx_parts(folder: Path, files: dict[str, Path], split: str) -> ImageDa
     if split != "all":
         if split not in files:
             names = ", ".join(path.name for path in files.values())
-            raise FileNotFoundError(
-                f"{folder}: expected an IDX images file for split={split!r}, found {names}"
-            )
+            raise FileNotFoundError(f"{folder}: expected an images file for split={split!r}, found {names}")
         return _load_idx(files[split])
     parts = [_load_idx(files[role]) for role in ("train", "test") if role in files]
     if len({part.images.shape[1:] for part in parts}) > 1 or len({part.labels is None for part in parts}) > 1:
         raise ValueError(f"{folder}: expected images of one shape, all or none labelled, found {parts}")
+    images = torch.cat([part.images for part in parts])
     labels = [part.labels for part in parts if part.labels is not None]
-    return ImageDataset(
-        torch.cat([part.images for part in parts]), torch.cat(labels) if labels else None, str(folder)
-    )
+    return ImageDataset(images, torch.cat(labels) if labels else None, str(folder))
 
 
 def _load_idx(path: Path) -> ImageDataset:
@@ -298,7 +292,7 @@ def _read_idx(path: Path, ranks: tuple[int, ...]) -> _Array:
             data = gzip.decompress(data)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path}: expected a whole gzip file, found a damaged one ({error})") from error
-    magics = [bytes((0, 0, _IDX_UINT8, rank)) for rank in ranks]
+    magics = [bytes((0, 0, 8, rank)) for rank in ranks]
     if data[:4] not in magics:
         expected = " or ".join(magic.hex(" ") for magic in magics)
         found = data[:4].hex(" ") or "nothing"

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.data import binarize as draw_binary
 from fastvae.data import images_of
+from fastvae.models import DivergenceError
 
 __all__ = ["History", "fit", "load_checkpoint", "save_checkpoint"]
 
@@ -281,8 +282,9 @@ def fit(
             the epoch's start.
         clip_grad_norm: largest gradient norm.
         binarize: draw binary images anew in each step (:func:`fastvae.data.binarize`).
-        on_nonfinite: a loss or gradient that is not finite raises before it reaches the weights, or that
-            step is skipped, counted, and BatchNorm's running statistics are put back.
+        on_nonfinite: a loss or gradient that is not finite, or a model's ``DivergenceError``, raises before
+            it reaches the weights; or that step is skipped, counted, and BatchNorm's running statistics are
+            put back (a diverged validation counts as infinite loss).
         progress: show a bar on a terminal if tqdm is installed.
 
     Returns:
@@ -501,13 +503,19 @@ class _Run:
         """One optimisation step; its loss, or None if it was skipped."""
         noise = _global_states() if self.demands_closure else None
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.on_nonfinite == "skip" else []
-        loss, norm = self._backward(x)
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        # One transfer: on a GPU each would wait for the queue.
-        loss_value, norm_value = torch.stack([loss.to(dtype), norm.to(loss.device, dtype)]).tolist()
-        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+        problem, cause, loss_value = "", None, math.nan
+        try:
+            loss, norm = self._backward(x)
+            dtype = torch.promote_types(loss.dtype, torch.float32)
+            # One transfer: on a GPU each would wait for the queue.
+            loss_value, norm_value = torch.stack([loss.to(dtype), norm.to(loss.device, dtype)]).tolist()
+            if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+                problem = f"loss {loss_value}, gradient norm {norm_value}"
+        except DivergenceError as error:
+            problem, cause = str(error), error
+        if problem:
             if self.on_nonfinite == "raise":
-                raise self._not_finite(f"{where}: loss {loss_value}, gradient norm {norm_value}")
+                raise self._not_finite(f"{where}: {problem}") from cause
             self.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers, strict=True):
@@ -545,16 +553,21 @@ class _Run:
         # The same noise after every epoch: differences between epochs are then the model's.
         _seed_globals(self.seed, "validation", 0)
         total, samples = 0.0, 0
+        cause: DivergenceError | None = None
         with _modes_kept(self.model):
             self.model.eval()
             for batch in self.val_loader:
                 x = self._images(batch)
-                total += float(self._losses(x).sum(dtype=torch.float64))
                 samples += x.shape[0]
+                try:
+                    total += float(self._losses(x).sum(dtype=torch.float64))
+                except DivergenceError as error:
+                    total, cause = math.inf, error
         if not samples:
             raise ValueError(f"fit: val_loader: expected at least one batch, got none in epoch {number}")
         if not math.isfinite(total) and self.on_nonfinite == "raise":
-            raise self._not_finite(f"epoch {number}: validation loss {total / samples}")
+            found = cause or f"loss {total / samples}"
+            raise self._not_finite(f"epoch {number}, validation: {found}") from cause
         return total / samples
 
     def _advance_scheduler(self, loss: float) -> None:
@@ -592,7 +605,7 @@ class _Run:
             except ValueError as error:
                 warnings.warn(f"fit: {error}; going back to the checkpoint before it", stacklevel=4)
                 continue
-            if max_steps is None or not content["state"] or content["state"]["steps"] <= max_steps:
+            if max_steps is None or (content["state"] or {}).get("steps", 0) <= max_steps:
                 self._restore(path, content)
                 return
         raise ValueError(

@@ -128,7 +128,7 @@ def test_damaged_idx(tmp_path: Path, case: str) -> None:
 
 def test_idx_label_count(idx_folder: Path) -> None:
     write(idx_folder / "train-labels-idx1-ubyte.gz", idx_bytes(np.arange(11)))
-    with pytest.raises(ValueError, match="train-labels-idx1-ubyte.gz: expected 12 labels.*found 11"):
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte.gz: expected 12 labels.*found 11"):
         load(idx_folder)
 
 
@@ -206,7 +206,7 @@ def test_damaged_npz(tmp_path: Path, case: str) -> None:
 
 def test_npy_is_not_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", pixels(4, 3, 3))
-    with pytest.raises(ValueError, match="images.npy: expected an .npz file"):
+    with pytest.raises(ValueError, match=r"images.npy: expected an .npz file"):
         load(tmp_path / "images.npy")
 
 
@@ -216,7 +216,7 @@ def test_data_folder_from_environment(
     elsewhere = tmp_path_factory.mktemp("cwd")
     monkeypatch.chdir(elsewhere)
     monkeypatch.delenv("FASTVAE_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="'tiny'.*FASTVAE_DATA is not set"):
+    with pytest.raises(FileNotFoundError, match=r"'tiny'.*FASTVAE_DATA is not set"):
         load("tiny")
     monkeypatch.setenv("FASTVAE_DATA", str(idx_folder))
     assert len(load(None)) == 12
@@ -227,7 +227,7 @@ def test_data_folder_from_environment(
 
 
 def test_arguments() -> None:
-    with pytest.raises(ValueError, match="split: expected .*'valid'"):
+    with pytest.raises(ValueError, match=r"split: expected .*'valid'"):
         load("digits", split="valid")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="test_fraction"):
         load("digits", test_fraction=1.0)

@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastvae.models import DivergenceError
 from fastvae.training import History, fit, load_checkpoint, save_checkpoint
 
 
@@ -286,14 +287,14 @@ def test_all_checkpoints_damaged(tmp_path: Path) -> None:
 def test_resume_choices(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="resume=True"):
         quiet_fit(make(), batches(), epochs=2, run_dir=tmp_path / "run", resume=True)
-    with pytest.raises(FileNotFoundError, match="resume=True.*None"):
+    with pytest.raises(FileNotFoundError, match=r"resume=True.*None"):
         quiet_fit(make(), batches(), epochs=2, resume=True)
     quiet_fit(make(), batches(), epochs=3, run_dir=tmp_path / "run")
-    with pytest.raises(FileExistsError, match="expected no checkpoints in .*epoch-0000.pt"):
+    with pytest.raises(FileExistsError, match=r"expected no checkpoints in .*epoch-0000.pt"):
         quiet_fit(make(), batches(), epochs=2, run_dir=tmp_path / "run", resume=False)
     straight = quiet_fit(make(), batches(), epochs=4)
     second = tmp_path / "run" / "epoch-0002.pt"
-    with pytest.raises(FileExistsError, match="no checkpoints after epoch 2 .*epoch-0003.pt"):
+    with pytest.raises(FileExistsError, match=r"no checkpoints after epoch 2 .*epoch-0003.pt"):
         quiet_fit(make(1), batches(), epochs=4, run_dir=tmp_path / "run", resume=second)
     branch = quiet_fit(make(1), batches(), epochs=4, run_dir=tmp_path / "branch", resume=second)
     assert branch.train_loss == straight.train_loss
@@ -583,6 +584,25 @@ def test_nonfinite_skip_counts_and_goes_on() -> None:
         quiet_fit(Exploding(set(range(99))), batches(), epochs=1, on_nonfinite="skip")
 
 
+@pytest.mark.parametrize("when", [True, False], ids=["training", "validation"])
+def test_diverged_trajectories(when: bool) -> None:
+    def diverge(module: nn.Module, arguments: Any) -> None:
+        if module.training == when:
+            raise DivergenceError("2 trajectories left the finite range")
+
+    model = make()
+    model.register_forward_pre_hook(diverge)
+    run = functools.partial(quiet_fit, model, batches(), epochs=2, val_loader=batches())
+    where = r"epoch 1, step 1 .*" if when else "epoch 1, validation"
+    with pytest.raises(FloatingPointError, match=f"{where}: 2 trajectories left the finite range; last good"):
+        run()
+    if when:
+        with pytest.raises(FloatingPointError, match="all 6 steps of epoch 1 were skipped"):
+            run(on_nonfinite="skip")
+    else:
+        assert run(on_nonfinite="skip").val_loss == [math.inf, math.inf]
+
+
 def test_weights_that_overflow_are_not_checkpointed(tmp_path: Path) -> None:
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -599,7 +619,7 @@ def test_weights_that_overflow_are_not_checkpointed(tmp_path: Path) -> None:
 
 def test_nonfinite_validation() -> None:
     bad = [images(4) * math.nan]
-    with pytest.raises(FloatingPointError, match="epoch 1: validation loss nan"):
+    with pytest.raises(FloatingPointError, match="epoch 1, validation: loss nan"):
         quiet_fit(make(), batches(), epochs=2, val_loader=bad)
     history = quiet_fit(make(), batches(), epochs=2, val_loader=bad, on_nonfinite="skip")
     assert history.best_epoch is None and all(v is not None and math.isnan(v) for v in history.val_loss)
@@ -616,7 +636,7 @@ def test_batches_of_every_kind() -> None:
 def test_empty_loaders() -> None:
     with pytest.raises(ValueError, match="loader: expected at least one batch, got none in epoch 1"):
         quiet_fit(make(), [], epochs=1)
-    with pytest.raises(ValueError, match="got none in epoch 2 .*read only once"):
+    with pytest.raises(ValueError, match=r"got none in epoch 2 .*read only once"):
         quiet_fit(make(), iter([images(8)]), epochs=2)
     with pytest.raises(ValueError, match="val_loader: expected at least one batch"):
         quiet_fit(make(), batches(), epochs=1, val_loader=[])
