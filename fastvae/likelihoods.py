@@ -11,36 +11,31 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from fastvae.lowering import LoweredNetwork
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "check_decoder", "resolve", "unit_interval"]
 
 
 def unit_interval(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Data as floats of ``dtype``: uint8 is divided by 255, bool becomes 0 or 1, floats keep their value."""
-    if x.dtype == torch.uint8:
-        return x.to(dtype) / 255
-    if x.dtype == torch.bool or x.is_floating_point():
-        return x.to(dtype)
-    raise ValueError(f"x: expected uint8, bool or a floating dtype, got {x.dtype}")
+    _check_dtype(x)
+    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def _check_dtype(x: Tensor) -> None:
+    if not (x.dtype in (torch.uint8, torch.bool) or x.is_floating_point()):
+        raise ValueError(f"x: expected uint8, bool or a floating dtype, got {x.dtype}")
 
 
 def _at_least_float32(params: Tensor) -> Tensor:
     return params.float() if params.dtype in (torch.float16, torch.bfloat16) else params
-
-
-def _finite_range(x: Tensor, name: str) -> tuple[float, float]:
-    """Smallest and largest element of a floating x, in one transfer; ValueError if any is not finite."""
-    low, high = torch.stack(x.detach().aminmax()).tolist()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(
-            f"{name}: x holds {bad} NaN or infinite value(s) in {x.numel()}; expected finite data"
-        )
-    return low, high
 
 
 class Likelihood(ABC):
@@ -95,17 +90,19 @@ class Likelihood(ABC):
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError if x is NaN or infinite, or not data of this likelihood. Waits for x on a GPU."""
-        name = type(self).__name__
-        if not (x.dtype in (torch.uint8, torch.bool) or x.is_floating_point()):
-            raise ValueError(f"{name}: x: expected uint8, bool or a floating dtype, got {x.dtype}")
-        if x.is_floating_point() and x.numel():
-            self._check_range(*_finite_range(x, name))
+        _check_dtype(x)
+        if not x.is_floating_point() or not x.numel():
+            return
+        low, high = torch.stack(x.detach().aminmax()).tolist()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = f"{int((~torch.isfinite(x)).sum())} NaN or infinite value(s) in {x.numel()}"
+            raise ValueError(f"{type(self).__name__}: x holds {bad}; expected finite data")
+        self._check_range(low, high)
 
     def _check_range(self, low: float, high: float) -> None:
         if low < 0 or high > 1:
-            raise ValueError(
-                f"{type(self).__name__}: x: expected values in [0, 1] (or uint8), got [{low:.6g}, {high:.6g}]"
-            )
+            got = f"[{low:.6g}, {high:.6g}]"
+            raise ValueError(f"{type(self).__name__}: x: expected values in [0, 1] (or uint8), got {got}")
 
     def params_of_output(self, output: Tensor) -> Tensor:
         """Natural parameters from what the decoder module returned."""
@@ -174,9 +171,9 @@ class Bernoulli(Likelihood):
         """The logits of the decoder's output."""
         if not self.probs:
             return output
-        output = _at_least_float32(output)
-        info = torch.finfo(output.dtype)
-        p = output.clamp(info.tiny, 1 - info.eps / 2)
+        p = _at_least_float32(output)
+        info = torch.finfo(p.dtype)
+        p = p.clamp(info.tiny, 1 - info.eps / 2)
         return torch.log(p) - torch.log1p(-p)
 
 
@@ -224,21 +221,18 @@ class Categorical(Likelihood):
 
     The decoder returns [B, C * num_classes, H, W] (or any trailing dimensions), channel-major: the logit of
     channel c, class v is channel ``c * num_classes + v``. A flat output [B, N * num_classes] is the case
-    without trailing
-    dimensions: each of the N elements of x, in x's own order, has ``num_classes`` consecutive logits. (A
-    convolutional decoder must therefore not be flattened at its end.)
+    without trailing dimensions: each of the N elements of x, in x's own order, has ``num_classes``
+    consecutive logits. (A convolutional decoder must therefore not be flattened at its end.)
 
-    x is uint8 holding the class itself, or floating in [0, 1] (or bool) with class ``round((num_classes - 1)
-    * x)``. Means and samples are returned as class / (num_classes - 1), in [0, 1].
+    x is uint8 holding the class itself, or floating in [0, 1] (or bool) with class
+    round(x (num_classes - 1)), which has no gradient. Means and samples are class / (num_classes - 1).
     """
 
     num_classes: int = 256
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_classes, int) or self.num_classes < 2:
-            raise ValueError(
-                f"Categorical: num_classes: expected an integer of at least 2, got {self.num_classes}"
-            )
+            raise ValueError(f"Categorical: num_classes: expected an integer above 1, got {self.num_classes}")
 
     @property
     def values_per_element(self) -> int:
@@ -253,15 +247,12 @@ class Categorical(Likelihood):
     def check(self, x: Tensor) -> None:
         """As ``Likelihood.check``; also ValueError for a uint8 class that is too large."""
         super().check(x)
-        if (
-            x.dtype == torch.uint8
-            and self.num_classes < 256
-            and x.numel()
-            and int(x.max()) >= self.num_classes
-        ):
-            raise ValueError(
-                f"Categorical: x: expected classes below num_classes = {self.num_classes}, got {int(x.max())}"
-            )
+        if x.dtype == torch.uint8 and self.num_classes < 256 and x.numel():
+            largest, limit = int(x.max()), self.num_classes
+            if largest >= limit:
+                raise ValueError(
+                    f"Categorical: x: expected classes below num_classes = {limit}, got {largest}"
+                )
 
     def as_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x as an encoder sees it: class / (num_classes - 1) for uint8."""
@@ -271,10 +262,9 @@ class Categorical(Likelihood):
         """Class index of each element of x, int64, of x's shape."""
         if x.dtype == torch.uint8:
             return x.long()
-        if x.dtype == torch.bool:
-            return x.long() * (self.num_classes - 1)
-        if not x.is_floating_point():
-            raise ValueError(f"Categorical: x: expected uint8, bool or a floating dtype, got {x.dtype}")
+        _check_dtype(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("Categorical: x: expected x.requires_grad = False: a class has no gradient")
         return torch.round(x.detach() * (self.num_classes - 1)).long()
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
@@ -319,10 +309,9 @@ _BY_NAME: dict[str, type[Likelihood]] = {
 
 
 def resolve(likelihood: str | Likelihood) -> Likelihood:
-    """The likelihood itself, or the plain one of that name: "bernoulli", "gaussian" or "categorical".
+    """The likelihood itself, or the plain one of that name ("bernoulli", "gaussian", "categorical").
 
-    Raises:
-        ValueError: an unknown name.  TypeError: neither a name nor a Likelihood.
+    ValueError for another name, TypeError for anything else.
     """
     if isinstance(likelihood, Likelihood):
         return likelihood
@@ -337,28 +326,27 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
     return _BY_NAME[likelihood]()
 
 
-def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:
+def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> LoweredNetwork | None:
     """Raise ValueError if the decoder's last layer contradicts the likelihood.
 
     A decoder that ends in a Sigmoid returns probabilities, which ``Bernoulli()`` would read as logits; one
-    that does not is no decoder for ``Bernoulli(probs=True)``. A decoder that cannot be lowered is not looked
-    into.
+    that does not is no decoder for ``Bernoulli(probs=True)``. Returns the decoder's layers as they are in
+    eval mode, or None if it cannot be lowered; it is then not looked into.
     """
     from fastvae.lowering import UnsupportedLayer, lower
 
-    if not isinstance(likelihood, Bernoulli):
-        return
+    modes = [(module, module.training) for module in decoder.modules()]
     try:
-        last = lower(decoder).spec.split(";")[-1].split()[:1]
+        for module, _ in modes:
+            module.training = False
+        network = lower(decoder)
     except UnsupportedLayer:
-        return
-    if last == ["sigmoid"] and not likelihood.probs:
-        raise ValueError(
-            "likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a Sigmoid; "
-            "pass Bernoulli(probs=True), or take the Sigmoid off"
-        )
-    if last != ["sigmoid"] and likelihood.probs:
-        raise ValueError(
-            "likelihood: Bernoulli(probs=True) expects a decoder that ends in a Sigmoid, and this one ends "
-            f"in {' '.join(last) or 'nothing'}; pass Bernoulli() if it returns logits"
-        )
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
+    if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid != likelihood.probs:
+        wanted = "ends in a Sigmoid" if likelihood.probs else "returns logits, and this one ends in a Sigmoid"
+        remedy = "for probabilities pass Bernoulli(probs=True), for logits 'bernoulli'"
+        raise ValueError(f"likelihood: {likelihood} expects a decoder that {wanted}; {remedy}")
+    return network

@@ -211,22 +211,27 @@ def test_errors_name_what_was_expected(likelihood: Likelihood) -> None:
 def test_categorical_and_gaussian_arguments() -> None:
     with pytest.raises(ValueError, match="scale: expected a finite number above 0, got 0"):
         Gaussian(0)
-    with pytest.raises(ValueError, match="num_classes: expected an integer of at least 2"):
+    with pytest.raises(ValueError, match="num_classes: expected an integer above 1"):
         Categorical(1)
     with pytest.raises(ValueError, match=r"expected \[B, C \* 5, \.\.\.\], got \[4, 6, 5\]"):
         Categorical(5).log_prob(torch.zeros(4, 6, 5), torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="a class has no gradient"):
+        Categorical(5).log_prob(torch.zeros(4, 5), torch.zeros(4, 1, requires_grad=True))
     with pytest.raises(ValueError, match="expected classes below num_classes = 5, got 7"):
         Categorical(5).check(torch.full((2, 3), 7, dtype=torch.uint8))
 
 
 def test_a_sigmoid_decoder_is_refused_by_the_plain_bernoulli() -> None:
-    pytest.importorskip("fastvae.lowering")
     plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4))
-    ending = nn.Sequential(plain, nn.Sigmoid())
-    check_decoder(plain, Bernoulli())
+    ending = nn.Sequential(plain, nn.Dropout(), nn.Sigmoid())
+    network = check_decoder(plain, Bernoulli())
+    assert network is not None and network.spec.startswith("linear 0 1;tanh")
+    assert check_decoder(nn.Sequential(nn.Linear(2, 3), nn.Softmax(1)), Bernoulli()) is None
     check_decoder(ending, Bernoulli(probs=True))
     check_decoder(ending, Gaussian())
-    with pytest.raises(ValueError, match="ends in a Sigmoid"):
+    with pytest.raises(ValueError, match=r"returns logits, and this one ends in a Sigmoid"):
         check_decoder(ending, Bernoulli())
     with pytest.raises(ValueError, match=r"Bernoulli\(probs=True\) expects a decoder that ends in a Sigmoid"):
         check_decoder(plain, Bernoulli(probs=True))
+    # The check looks at the decoder in eval mode and leaves it as it was.
+    assert all(module.training for module in ending.modules())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.likelihoods import Likelihood, check_decoder, resolve
+from fastvae.lowering import LoweredNetwork
 
 __all__ = ["BaseVAE", "Penalty", "TrainingStep", "reparameterize"]
 
@@ -83,7 +84,7 @@ class BaseVAE(nn.Module, ABC):
     Raises:
         ValueError: beta or latent_dim out of range; a decoder whose last layer contradicts the likelihood;
             later, an x or an encoder output that does not fit.
-        TypeError: a penalty that is not a module.
+        TypeError: an encoder, decoder or penalty that is not a module.
     """
 
     noise_draws: int = 1
@@ -111,11 +112,14 @@ class BaseVAE(nn.Module, ABC):
             if not isinstance(penalty, nn.Module):
                 raise TypeError(f"{name}: penalties: expected torch modules, got {type(penalty).__name__}")
         self.likelihood = resolve(likelihood)
-        check_decoder(decoder, self.likelihood)
+        for role, module in (("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name}: {role}: expected a torch module, got {type(module).__name__}")
+        network = check_decoder(decoder, self.likelihood)
         self.encoder = encoder
         self.decoder = decoder
         self.beta = float(beta)
-        self.latent_dim = latent_dim if latent_dim is not None else _latent_dim_of(decoder)
+        self.latent_dim = latent_dim if latent_dim is not None else _latent_dim_of(network)
         self.penalties = nn.ModuleList(penalties)
         self.check_finite = check_finite
 
@@ -326,17 +330,13 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _latent_dim_of(decoder: nn.Module) -> int | None:
+def _latent_dim_of(network: LoweredNetwork | None) -> int | None:
     """The size of the decoder's input where its first layer fixes it."""
-    from fastvae.lowering import UnsupportedLayer, lower
-
-    try:
-        lowered = lower(decoder)
-    except UnsupportedLayer:
+    if network is None:
         return None
-    kind, *words = lowered.spec.split(";")[0].split()
+    kind, *words = network.spec.split(";")[0].split()
     if kind == "linear":
-        return lowered.tensors[int(words[0])].shape[1]
+        return network.tensors[int(words[0])].shape[1]
     if kind == "reshape" and "-1" not in words:
         return math.prod(int(word) for word in words)
     return None
