@@ -1,9 +1,7 @@
 """Likelihoods p(x | z): densities of data given the natural parameters that a decoder returns.
 
-All three accept ``params`` of shape [B, ...] and ``x`` with as many elements a sample (for ``Categorical``:
-``num_classes`` times fewer), in any shape; ``x`` is reshaped to the parameters' layout. Images may be given
-as uint8 (0..255, read as x / 255), as bool (0 or 1) or as floats; sums and logarithms are taken in float32 or
-float64, also when ``params`` is half precision.
+``params`` are [B, ...]; ``x`` has as many elements a sample (``Categorical``: ``num_classes`` times fewer) in
+any shape, as floats, bool (0 or 1) or uint8 (0..255, read as x / 255). Half precision is summed in float32.
 """
 
 from __future__ import annotations
