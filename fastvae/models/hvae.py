@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, TrainingStep, reparameterize
 from fastvae.models.tempering import BoundedStepSize, Tempering
-from fastvae.ops import hamiltonian_flow
+from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 
 __all__ = ["HVAE", "DivergenceError"]
 
