@@ -78,6 +78,14 @@ def named(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from named(child, join(path, name))
 
 
+def check_scripted(module: nn.Module) -> None:
+    """Refuse TorchScript, which has none of a module's ordinary dictionaries."""
+    for path, inner in named(module):
+        if isinstance(inner, torch.jit.ScriptModule):
+            reason = "TorchScript modules are not read; pass the module it was made from"
+            raise UnsupportedLayer(describe(path, type(inner).__name__, reason))
+
+
 def check_module(path: str, module: nn.Module) -> None:
     """Refuse one module, by name and reason, if calling it does more than its type's forward."""
     cls = type(module)
@@ -91,8 +99,6 @@ def check_module(path: str, module: nn.Module) -> None:
             raise refuse(
                 f"{reason}, which a lowered network would bypass; wrap the whole model, not the decoder"
             )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise refuse("TorchScript modules are not read; pass the module it was made from")
     if cls.__module__.startswith(("torch.ao.", "torchao.")):
         raise refuse("quantised modules are not lowered; pass the float module")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):

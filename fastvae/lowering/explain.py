@@ -7,7 +7,7 @@ from torch import nn
 from .checks import check_global_hooks, named
 from .errors import CoupledSamples, UnsupportedLayer
 from .reading import render
-from .structure import current, verify
+from .structure import Structure, current, verify
 
 
 def explain(module: nn.Module) -> str:
@@ -22,8 +22,9 @@ def explain(module: nn.Module) -> str:
         which layer stops it, why, and what one can do.
     """
     problem = consequence = ""
-    known, collected = current(module)
+    known: Structure | None = None
     try:
+        known, collected = current(module)
         check_global_hooks()
         verify(known, collected)
     except CoupledSamples as error:
@@ -35,17 +36,18 @@ def explain(module: nn.Module) -> str:
         problem = str(error)
         consequence = "The decoder still works through autograd: the same result in more time."
     rows = [("layer", "kind", "parameters", "output", "lowered")]
-    for layer in known.layers:
+    layers = known.layers if known else ()
+    for layer in layers:
         tensors = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in layer.tensors if ref is not None)
         rows.append((layer.path or "(itself)", layer.kind, tensors or "-", render(layer.shape), "yes"))
     if problem:
-        read = {layer.path for layer in known.layers}
+        read = {layer.path for layer in layers}
         for path, inner in named(module):
             if not inner._modules and path not in read:
                 shapes = ", ".join(
                     f"{name} {list(p.shape)}" for name, p in inner.named_parameters(recurse=False)
                 )
-                state = "no" if path == known.stopped_at else "not read"
+                state = "no" if known and path == known.stopped_at else "not read"
                 rows.append((path or "(itself)", type(inner).__name__, shapes or "-", "-", state))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
@@ -54,6 +56,6 @@ def explain(module: nn.Module) -> str:
     if problem:
         lines += ["", f"Not lowered. {problem}", consequence]
     else:
-        count = sum(layer.kind != "identity" for layer in known.layers)
-        lines += ["", f"Lowered: {count} layers, {len(known.names)} tensors."]
+        count = sum(layer.kind != "identity" for layer in layers)
+        lines += ["", f"Lowered: {count} layers."]
     return "\n".join(lines)

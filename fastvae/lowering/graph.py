@@ -207,8 +207,9 @@ class _Chain:
     def check_output(self, node: Node) -> None:
         self.reading.at(self.path, type(self.module).__name__)
         result = node.args[0]
-        if isinstance(result, (tuple, list, dict)):
-            raise self.reading.refuse(f"its forward returns a {type(result).__name__}, expected one tensor")
+        for kind in (tuple, list, dict):
+            if isinstance(result, kind):
+                raise self.reading.refuse(f"its forward returns a {kind.__name__}, expected one tensor")
         if result is not self.latest:
             raise self.reading.refuse("its forward does not return the last tensor that it computes")
 

@@ -1,9 +1,9 @@
 """What the reading of a module depended on, and the cheap check that it still holds.
 
-A node remembers the type of one module, its forward, training flag, hooks, plain attributes (numbers, strings,
-containers and configuration objects of those; anything else by identity), and the names of its parameters and
-children. One walk compares all that and picks up the current tensors. Children are compared by what they are
-and not by identity, so that the cache holds no module alive; tensors are never cached.
+A node remembers the type of one module, its forward, training flag, hooks, plain attributes (numbers,
+strings, containers and configuration objects of those; anything else by identity), and the names of its
+parameters and children. One walk compares all that and picks up the current tensors. Children are compared by
+what they are and not by identity, so that the cache holds no module alive; tensors are never cached.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ class Node:
         state = vars(module)
         self.path = path
         self.type = type(module)
-        self.forward = self.type.forward
+        self.forward = getattr(self.type, "forward", None)
         optimized = self.type.__name__ == "OptimizedModule"
         own = [] if optimized else [key for key in state if key not in _INTERNAL]
         plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
         self.plain = tuple(plain.items())
         self.size = 0 if optimized else len(state)
         self.read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*HOOKS, *plain)
-        self.values = ({},) * len(HOOKS) + tuple(plain.values())
+        # A module with hooks matches nothing: it is refused, and looked at again every time.
+        self.values = tuple(None if state[key] else {} for key in HOOKS) + tuple(plain.values())
         held = {key: state[key] for key in own if key not in plain}
         self.opaque = tuple((key, _reference(value)) for key, value in held.items())
         self.configs = tuple((key, fields) for key, value in held.items() if (fields := _config(value)))

@@ -18,7 +18,7 @@ _Facts = tuple[_Path, tuple[str, ...], tuple[tuple[str, Any], ...], tuple[tuple[
 def _facts(node: Node, module: nn.Module, path: _Path) -> list[_Facts]:
     """Of each module its path, children's names, plain attributes, and unread parameters' requires_grad."""
     frozen = tuple((name, module.get_parameter(name).requires_grad) for name in node.unread)
-    found = [(path, node.names, node.plain, frozen)]
+    found = [] if "_orig_mod" in node.names else [(path, node.names, node.plain, frozen)]
     for name, child in node.children.items():
         found += _facts(child, module.get_submodule(name), (*path, name))
     return found
