@@ -63,7 +63,7 @@ def cuda_wanted() -> bool:
 
 def sources(*patterns: str) -> list[str]:
     """The same globs as CMakeLists.txt, relative to this file."""
-    found = [path for pattern in patterns for path in sorted(glob.glob(str(ROOT / pattern)))]
+    found = [path for pattern in patterns for path in sorted(glob.glob(str(ROOT / pattern), recursive=True))]
     return [os.path.relpath(path, ROOT) for path in found]
 
 
@@ -85,7 +85,14 @@ def extension():
         options["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     # -fopenmp is for the compiler alone: linking it would bring a second OpenMP runtime beside torch's.
-    return kind("fastvae._C", files, extra_compile_args=options, define_macros=macros, extra_link_args=["-Wl,-s"])
+    return kind(
+        "fastvae._C",
+        files,
+        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+        extra_compile_args=options,
+        define_macros=macros,
+        extra_link_args=["-Wl,-s"],
+    )
 
 
 class BuildExtension(cpp_extension.BuildExtension):

@@ -1,0 +1,129 @@
+# Everything a contributor runs. Each target sets up what it needs (.venv, the build) and nothing twice.
+#
+#   make demo        train a VAE and a Hamiltonian VAE on real images      (ARGS="--data FOLDER" for others)
+#   make test        Python tests and C++ kernel tests                     (ARGS="-k leapfrog")
+#   make test-all    the slow tests too, sanitizers, CUDA kernels on the host
+#   make lint        clang-format, clang-tidy, ruff, mypy
+#   make bench       benchmarks, JAX among the rivals
+#   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
+#   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
+#   make wheel       dist/*.whl for the torch of .venv
+#   make clean       removes what was built, not the environments
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers lint bench cuda-check cuda-build wheel clean build
+
+PYTHON ?= python3
+# With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
+TORCH := 2.13.0
+TORCH_CUDA := 2.14.1
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+CUDA_PY := .venv-cuda/bin/python
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/kernels/*/*.h csrc/kernels/*/*.cpp)
+CUDA_SOURCES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh)
+TESTS_CPP := $(wildcard tests/cpp/*.cpp tests/cpp/*.h) CMakeLists.txt CMakePresets.json
+CPP_FILES := $(filter-out CMake%,$(SOURCES) $(CUDA_SOURCES) $(TESTS_CPP))
+# The cmake and ninja of .venv, unless the system has its own in front.
+export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
+
+define CHECK_TOOLS
+missing=""; \
+command -v $(PYTHON) >/dev/null || { echo "Python 3.10 or newer is needed: apt-get install python3"; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+  { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); name another: make PYTHON=python3.11"; exit 1; }; \
+$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+  || missing="$$missing python3-dev"; \
+command -v $${CXX:-g++} >/dev/null || missing="$$missing g++"; \
+if [ -n "$$missing" ]; then echo "Not on this machine:$$missing. Install with: apt-get install$$missing"; exit 1; fi
+endef
+
+# --- environments ---------------------------------------------------------------------------------------------------
+
+$(VENV)/.torch-$(TORCH):
+	@$(CHECK_TOOLS)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet torch==$(TORCH)
+	touch $@
+
+$(VENV)/.packages: pyproject.toml $(VENV)/.torch-$(TORCH)
+	$(PY) scripts/requirements.py train demo test lint > $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet torch==$(TORCH) -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.packages
+	$(PY) scripts/requirements.py bench > $(VENV)/requirements-bench.txt
+	$(PY) -m pip install --quiet torch==$(TORCH) -r $(VENV)/requirements-bench.txt
+	touch $@
+
+.venv-cuda/.torch-$(TORCH_CUDA): pyproject.toml
+	@$(CHECK_TOOLS)
+	$(PYTHON) -m venv .venv-cuda
+	$(CUDA_PY) -m pip install --quiet torch==$(TORCH_CUDA)
+	$(CUDA_PY) scripts/requirements.py > .venv-cuda/requirements.txt
+	$(CUDA_PY) -m pip install --quiet torch==$(TORCH_CUDA) -r .venv-cuda/requirements.txt
+	touch $@
+
+# --- build ----------------------------------------------------------------------------------------------------------
+
+# --force leaves the decision what to compile to ninja, which knows the headers of each file.
+build/.extension: $(SOURCES) $(CUDA_SOURCES) setup.py $(VENV)/.packages
+	$(PY) setup.py --quiet build_ext --inplace --force
+	@mkdir -p build && touch $@
+
+build: build/.extension
+
+build/cpp/%/.built: $(SOURCES) $(CUDA_SOURCES) $(TESTS_CPP) $(VENV)/.packages
+	cmake --preset $*
+	cmake --build --preset $*
+	touch $@
+
+# --- what people ask for --------------------------------------------------------------------------------------------
+
+demo: build/.extension
+	$(PY) -m fastvae demo $(ARGS)
+
+test: test-cpp test-py
+
+test-py: build/.extension
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-cpp: build/cpp/default/.built
+	ctest --preset default
+
+test-all: test test-slow test-sanitizers
+
+test-slow: build/.extension
+	$(PY) -m pytest -q -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+test-sanitizers: build/cpp/asan/.built build/cpp/tsan/.built
+	ctest --preset asan
+	ctest --preset tsan
+
+lint: $(VENV)/.packages build/cpp/default/.built
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+	$(VENV)/bin/clang-tidy --quiet -p build/cpp/default $(wildcard csrc/kernels/cpu/*.cpp)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: build/.extension $(VENV)/.bench
+	$(PY) -m benchmarks.flow $(ARGS)
+
+cuda-check:
+	scripts/cuda_check.sh
+
+cuda-build: .venv-cuda/.torch-$(TORCH_CUDA)
+	PYTHON=$(CURDIR)/$(CUDA_PY) scripts/cuda_build.sh
+
+wheel: build/.extension
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info fastvae/_C*.so fastvae/_build.py

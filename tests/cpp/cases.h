@@ -1,0 +1,325 @@
+// Arguments for every kernel of kernels.h at small, odd sizes, made the same way as often as a test asks: once for each
+// of the implementations that it compares.
+//
+// Arrays live in an Arena, each an allocation of its own, so that AddressSanitizer sees every step past an end. What a
+// kernel wrote is found by comparing whole arenas: inputs must not have changed, and outputs must agree.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "kernels.h"
+
+namespace cases {
+
+using namespace fastvae;  // NOLINT(google-build-using-namespace): a test's header
+
+template <typename T>
+class Arena {
+ public:
+  T* random(int64_t size, double lowest = -2.0, double highest = 2.0) {
+    std::uniform_real_distribution<double> uniform(lowest, highest);
+    T* data = filled(size, T(0));
+    for (int64_t i = 0; i < size; ++i) {
+      data[i] = static_cast<T>(uniform(generator_));
+    }
+    return data;
+  }
+
+  T* filled(int64_t size, T value) { return arrays_.emplace_back(static_cast<size_t>(size), value).data(); }
+
+  // An output, filled with something that no kernel computes.
+  T* output(int64_t size) { return filled(size, T(-12345)); }
+
+  const std::deque<std::vector<T>>& arrays() const { return arrays_; }
+
+ private:
+  std::mt19937_64 generator_{7};
+  std::deque<std::vector<T>> arrays_;
+};
+
+// The largest |a - b| / (1 + |b|), NaN counted as infinite.
+template <typename T>
+double difference(const Arena<T>& a, const Arena<T>& b) {
+  double worst = 0.0;
+  for (size_t k = 0; k < a.arrays().size(); ++k) {
+    for (size_t i = 0; i < a.arrays()[k].size(); ++i) {
+      const double x = static_cast<double>(a.arrays()[k][i]);
+      const double y = static_cast<double>(b.arrays()[k][i]);
+      const double error = std::abs(x - y) / (1.0 + std::abs(y));
+      worst = error <= worst ? worst : (std::isnan(error) ? HUGE_VAL : error);
+    }
+  }
+  return worst;
+}
+
+template <typename T>
+bool same_bits(const Arena<T>& a, const Arena<T>& b) {
+  for (size_t k = 0; k < a.arrays().size(); ++k) {
+    const std::vector<T>& x = a.arrays()[k];
+    if (std::memcmp(x.data(), b.arrays()[k].data(), x.size() * sizeof(T)) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+inline const std::vector<ActivationSpec>& activations() {
+  static const std::vector<ActivationSpec> all = {{Activation::kIdentity},
+                                                  {Activation::kRelu},
+                                                  {Activation::kLeakyRelu, 0.125},
+                                                  {Activation::kElu, 1.5},
+                                                  {Activation::kSoftplus, 2.0, 3.0},
+                                                  {Activation::kTanh},
+                                                  {Activation::kSigmoid},
+                                                  {Activation::kSilu},
+                                                  {Activation::kGelu},
+                                                  {Activation::kGeluTanh}};
+  return all;
+}
+
+// --- pointwise
+// --------------------------------------------------------------------------------------------------------
+
+template <typename T, typename Visitor>
+void for_each_pointwise(int64_t rows, int64_t channels, const ActivationSpec& activation, Visitor visit) {
+  const std::string where = " activation " + std::to_string(static_cast<int>(activation.kind)) + " [" +
+                            std::to_string(rows) + ", " + std::to_string(channels) + "]";
+  const int64_t size = rows * channels;
+  const bool linear = is_piecewise_linear(activation.kind);
+  for (const bool biased : {true, false}) {
+    for (const bool kept : {true, false}) {
+      visit("bias_activation" + where + (biased ? " biased" : "") + (kept ? " kept" : " in place"), rows,
+            [=](Arena<T>& arena) {
+              BiasActivation<T> args{};
+              T* a = arena.random(size, -3.0, 3.0);
+              args.a = a;
+              args.bias = biased ? arena.random(channels) : nullptr;
+              args.h = kept ? arena.output(size) : a;
+              args.kept = kept ? arena.output(size) : nullptr;
+              args.rows = rows;
+              args.channels = channels;
+              args.activation = activation;
+              return args;
+            });
+    }
+  }
+  for (const bool in_place : {true, false}) {
+    const std::string mode = in_place ? " in place" : "";
+    // s is an output of the activation (positive for softplus) or an input; in (0, 1) it can be either.
+    visit("activation_reverse" + where + mode, size, [=](Arena<T>& arena) {
+      ActivationReverse<T> args{};
+      T* g = arena.random(size);
+      args.g = g;
+      args.s = arena.random(size, 0.01, 0.99);
+      args.delta = in_place ? g : arena.output(size);
+      args.size = size;
+      args.activation = activation;
+      return args;
+    });
+    visit("activation_tangent" + where + mode, size, [=](Arena<T>& arena) {
+      ActivationTangent<T> args{};
+      T* adot = arena.random(size);
+      args.adot = adot;
+      args.s = arena.random(size, 0.01, 0.99);
+      args.e = linear ? nullptr : arena.random(size);
+      args.hdot = in_place ? adot : arena.output(size);
+      args.curvature = linear ? nullptr : arena.output(size);
+      args.size = size;
+      args.activation = activation;
+      return args;
+    });
+    visit("activation_adjoint" + where + mode, size, [=](Arena<T>& arena) {
+      ActivationAdjoint<T> args{};
+      args.g = arena.random(size);
+      args.s = arena.random(size, 0.01, 0.99);
+      T* curvature = linear ? nullptr : arena.random(size);
+      args.curvature = curvature;
+      args.delta_dot = in_place && !linear ? curvature : arena.output(size);
+      args.size = size;
+      args.activation = activation;
+      return args;
+    });
+  }
+}
+
+// --- heads
+// ------------------------------------------------------------------------------------------------------------
+
+template <typename T, typename Visitor>
+void for_each_head(const LikelihoodSpec& likelihood, int64_t samples, int64_t positions, int64_t channels,
+                   Visitor visit) {
+  const bool categorical = likelihood.kind == Likelihood::kCategorical;
+  const std::string where = " likelihood " + std::to_string(static_cast<int>(likelihood.kind)) + " [" +
+                            std::to_string(samples) + ", " + std::to_string(positions) + ", " +
+                            std::to_string(channels) + "]";
+  const int64_t size = samples * positions * channels;
+  const int64_t observed = categorical ? size / likelihood.classes : size;
+  for (const bool biased : {true, false}) {
+    for (const int wanted : {0, 1, 2, 3}) {  // residual only; both; log probability only; both, in place
+      visit("head_residual" + where + (biased ? " biased" : "") + " wanted " + std::to_string(wanted), samples,
+            [=](Arena<T>& arena) {
+              HeadResidual<T> args{};
+              T* a = arena.random(size, -4.0, 4.0);
+              args.a = a;
+              args.bias = biased ? arena.random(channels) : nullptr;
+              args.x = arena.random(observed, 0.0, 1.0);
+              args.residual = wanted == 2 ? nullptr : (wanted == 3 ? a : arena.output(size));
+              args.log_prob = wanted == 0 ? nullptr : arena.output(samples);
+              args.samples = samples;
+              args.positions = positions;
+              args.channels = channels;
+              args.likelihood = likelihood;
+              return args;
+            });
+    }
+  }
+  for (const bool with_cotangent : {true, false}) {
+    for (const bool with_grad_x : {true, false}) {
+      if (with_grad_x && categorical) {
+        continue;
+      }
+      visit("head_tangent" + where + (with_cotangent ? " cotangent" : "") + (with_grad_x ? " grad_x" : " in place"),
+            samples, [=](Arena<T>& arena) {
+              HeadTangent<T> args{};
+              T* adot = arena.random(size);
+              args.adot = adot;
+              args.residual = arena.random(size, -0.9, 0.9);
+              args.x = arena.random(observed, 0.0, 1.0);
+              args.cotangent = with_cotangent ? arena.random(samples) : nullptr;
+              args.delta_dot = with_grad_x ? arena.output(size) : adot;
+              args.grad_x = with_grad_x ? arena.random(size) : nullptr;
+              args.samples = samples;
+              args.positions = positions;
+              args.channels = channels;
+              args.likelihood = likelihood;
+              return args;
+            });
+    }
+  }
+}
+
+// --- leapfrog
+// ---------------------------------------------------------------------------------------------------------
+
+template <typename T, typename Visitor>
+void for_each_leapfrog(int64_t samples, int64_t dim, int64_t step_stride, Visitor visit) {
+  const std::string where =
+      " [" + std::to_string(samples) + ", " + std::to_string(dim) + "] stride " + std::to_string(step_stride);
+  const int64_t size = samples * dim;
+  const int64_t steps = step_stride == 0 ? 1 : dim;
+  visit("kick_drift" + where, samples, [=](Arena<T>& arena) {
+    KickDrift<T> args{};
+    args.z = arena.random(size);
+    args.rho = arena.random(size);
+    args.force = arena.random(size);
+    args.step = arena.random(steps, 0.1, 0.5);
+    args.step_stride = step_stride;
+    args.z_next = arena.output(size);
+    args.rho_half = arena.output(size);
+    args.samples = samples;
+    args.dim = dim;
+    return args;
+  });
+  for (const bool in_flow : {true, false}) {
+    const std::string mode = in_flow ? " in a flow" : "";
+    visit("kick_temper" + where + mode, samples, [=](Arena<T>& arena) {
+      KickTemper<T> args{};
+      args.rho_half = arena.random(size);
+      args.force = arena.random(size);
+      args.z = in_flow ? arena.random(size) : nullptr;
+      args.step = arena.random(steps, 0.1, 0.5);
+      args.step_stride = step_stride;
+      args.alpha = arena.random(1, 0.5, 1.0);
+      args.rho_next = arena.output(size);
+      args.force_out = in_flow ? arena.output(size) : nullptr;
+      args.samples = samples;
+      args.dim = dim;
+      return args;
+    });
+    visit("kick_temper_backward" + where + mode, samples, [=](Arena<T>& arena) {
+      KickTemperBackward<T> args{};
+      args.grad = arena.random(size);
+      args.rho_half = in_flow ? nullptr : arena.random(size);
+      args.force = arena.random(size);
+      args.step = arena.random(steps, 0.1, 0.5);
+      args.step_stride = step_stride;
+      args.alpha = arena.random(1, 0.5, 1.0);
+      T* pending = in_flow ? arena.random(size) : nullptr;
+      args.pending = pending;
+      args.grad_momentum = arena.output(size);
+      args.grad_force = in_flow ? pending : arena.output(size);
+      args.alpha_terms = in_flow ? nullptr : arena.output(size);
+      args.step_terms = arena.output(size);
+      args.samples = samples;
+      args.dim = dim;
+      return args;
+    });
+    visit("kick_drift_backward" + where + mode, samples, [=](Arena<T>& arena) {
+      KickDriftBackward<T> args{};
+      T* grad_z = arena.random(size);
+      T* grad_rho_next = in_flow ? arena.random(size) : nullptr;
+      args.grad_z = grad_z;
+      args.grad_rho_half = arena.random(size);
+      args.hessian = in_flow ? arena.random(size) : nullptr;
+      args.through_force = in_flow ? arena.random(size) : nullptr;
+      args.rho = arena.random(size);
+      args.force = arena.random(size);
+      args.grad_rho_next = grad_rho_next;
+      args.force_next = in_flow ? arena.random(size) : nullptr;
+      args.step = arena.random(steps, 0.1, 0.5);
+      args.step_stride = step_stride;
+      args.grad_z_out = in_flow ? grad_z : arena.output(size);
+      args.grad_rho = in_flow ? grad_rho_next : arena.output(size);
+      args.grad_force = arena.output(size);
+      args.step_terms = arena.random(size);
+      args.alpha_terms = in_flow ? arena.output(size) : nullptr;
+      args.accumulate_step = in_flow;
+      args.samples = samples;
+      args.dim = dim;
+      return args;
+    });
+  }
+}
+
+// Calls visit(name, count, build) for every case; build(arena) gives the argument struct, count is the kernel's index.
+template <typename T, typename Visitor>
+void for_each_case(Visitor visit) {
+  for (const ActivationSpec& activation : activations()) {
+    for (const auto& [rows, channels] : {std::pair<int64_t, int64_t>{1, 1}, {7, 3}, {5, 37}, {3, 400}}) {
+      for_each_pointwise<T>(rows, channels, activation, visit);
+    }
+  }
+  for (const Likelihood kind : {Likelihood::kBernoulli, Likelihood::kGaussian}) {
+    const LikelihoodSpec likelihood{kind, 0.7};
+    for_each_head<T>(likelihood, 1, 1, 1, visit);
+    for_each_head<T>(likelihood, 5, 3, 7, visit);
+    for_each_head<T>(likelihood, 6, 1, 301, visit);
+    for_each_head<T>(likelihood, 2, 173, 2, visit);
+  }
+  for_each_head<T>({Likelihood::kCategorical, 1.0, 256}, 2, 5, 512, visit);
+  for_each_head<T>({Likelihood::kCategorical, 1.0, 5}, 6, 19, 15, visit);
+  for_each_head<T>({Likelihood::kCategorical, 1.0, 33}, 1, 1, 33, visit);
+  for (const int64_t step_stride : {0, 1}) {
+    for_each_leapfrog<T>(1, 1, step_stride, visit);
+    for_each_leapfrog<T>(5, 3, step_stride, visit);
+    for_each_leapfrog<T>(3, 130, step_stride, visit);
+    for_each_leapfrog<T>(67, 17, step_stride, visit);
+  }
+}
+
+// cpu_kernel(args, begin, end) for each argument struct.
+#define FASTVAE_TEST_CPU(NAME, ARGS)                                 \
+  template <typename T>                                              \
+  void cpu_kernel(const ARGS<T>& args, int64_t begin, int64_t end) { \
+    fastvae::cpu::NAME(args, begin, end);                            \
+  }
+FASTVAE_FOR_EACH_KERNEL(FASTVAE_TEST_CPU)
+#undef FASTVAE_TEST_CPU
+
+}  // namespace cases

@@ -1,0 +1,255 @@
+// csrc/kernels/math against long double: ulps of the elementary functions in each instruction set that the kernels are
+// cloned for, the two derivatives of the activations, and NaN, which must never be lost.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "math/activations.h"
+#include "math/likelihoods.h"
+
+using fastvae::Activation;
+using fastvae::ActivationSpec;
+namespace math = fastvae::math;
+
+namespace {
+
+// CMakeLists.txt compiles this file once for each instruction set that the kernels are cloned for.
+#if defined(__AVX512F__)
+constexpr const char* kSet = "AVX-512";
+bool supported() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"); }
+#elif defined(__AVX2__)
+constexpr const char* kSet = "AVX2";
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#else
+constexpr const char* kSet = "baseline";
+bool supported() { return true; }
+#endif
+constexpr int kSkipped = 77;  // to ctest
+
+// --- elementary functions
+// ---------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Elementary {
+  const char* name;
+  void (*loop)(const std::vector<T>& x, std::vector<T>& y);
+  long double (*exact)(long double);
+  T lowest;
+  T highest;
+  double ulps;  // the figure that elementary.h states
+};
+
+long double exact_exp(long double x) { return expl(x); }
+long double exact_expm1(long double x) { return expm1l(x); }
+long double exact_log1p_unit(long double x) { return log1pl(x); }
+long double exact_tanh(long double x) { return tanhl(x); }
+long double exact_sigmoid(long double x) { return 1.0L / (1.0L + expl(-x)); }
+long double exact_softplus(long double x) { return x > 0 ? x + log1pl(expl(-x)) : log1pl(expl(x)); }
+
+template <typename T>
+std::vector<Elementary<T>> elementary_functions() {
+  using F = math::Ieee<T>;
+  const T huge = std::numeric_limits<T>::max() / 4;
+// Through a loop that the compiler vectorises, as in the kernels.
+#define FUNCTION(NAME, LOWEST, HIGHEST, ULPS)            \
+  Elementary<T> {                                        \
+    #NAME,                                               \
+        [](const std::vector<T>& x, std::vector<T>& y) { \
+          for (size_t i = 0; i < x.size(); ++i) {        \
+            y[i] = math::NAME(x[i]);                     \
+          }                                              \
+        },                                               \
+        exact_##NAME, LOWEST, HIGHEST, ULPS              \
+  }
+  return {FUNCTION(exp, F::kLowest, F::kHighest, 1.1), FUNCTION(expm1, F::kLowest, F::kHighest, 2),
+          FUNCTION(log1p_unit, T(0), T(1), 2),         FUNCTION(tanh, -huge, huge, 3),
+          FUNCTION(sigmoid, F::kLowest, huge, 3),      FUNCTION(softplus, F::kLowest, huge, 3)};
+#undef FUNCTION
+}
+
+// Half of the points uniform, half uniform in the exponent (down to where squares of numbers vanish), both signs.
+template <typename T>
+std::vector<T> points(T lowest, T highest, size_t count) {
+  std::mt19937_64 random(20240917);
+  std::uniform_real_distribution<double> uniform(0.0, 1.0);
+  std::vector<T> x = {lowest, highest, std::max(lowest, T(0)), T(-0.0)};
+  const double near = std::min<double>(highest, 50.0);
+  const double far = std::max<double>(lowest, -50.0);
+  const double log_tiny = std::log(static_cast<double>(std::numeric_limits<T>::min()));
+  while (x.size() < count) {
+    const double u = uniform(random);
+    x.push_back(static_cast<T>(far + u * (near - far)));
+    const double positive = std::exp(log_tiny + u * (std::log(static_cast<double>(highest)) - log_tiny));
+    x.push_back(std::min(static_cast<T>(positive), highest));
+    if (lowest < 0) {
+      const double negative = std::exp(log_tiny + u * (std::log(-static_cast<double>(lowest)) - log_tiny));
+      x.push_back(std::max(static_cast<T>(-negative), lowest));
+    }
+  }
+  return x;
+}
+
+// |got - exact| in units of the last place of `exact` in T (of the smallest normal number below it).
+template <typename T>
+double ulps_between(T got, long double exact) {
+  int exponent = 0;
+  frexpl(exact, &exponent);
+  exponent = std::max(exponent, std::numeric_limits<T>::min_exponent);
+  const long double ulp = ldexpl(1.0L, exponent - std::numeric_limits<T>::digits);
+  return static_cast<double>(fabsl(static_cast<long double>(got) - exact) / ulp);
+}
+
+template <typename T>
+void test_elementary(const char* type) {
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  for (const Elementary<T>& function : elementary_functions<T>()) {
+    std::vector<T> x = points<T>(function.lowest, function.highest, 400000);
+    x.push_back(nan);
+    std::vector<long double> exact(x.size());
+    std::transform(x.begin(), x.end(), exact.begin(), [&](T value) { return function.exact(value); });
+    std::vector<T> y(x.size());
+    function.loop(x, y);
+    double worst = 0.0;
+    T at = T(0);
+    for (size_t i = 0; i + 1 < x.size(); ++i) {
+      const double error = ulps_between(y[i], exact[i]);
+      if (!(error <= worst)) {
+        worst = error;
+        at = x[i];
+      }
+    }
+    std::printf("%-10s %-6s %s: at most %.2f ulp (at %.9g)\n", function.name, type, kSet, worst,
+                static_cast<double>(at));
+    CHECK(worst <= function.ulps, "%s %s %s: %.3f ulp at %.17g, stated %.1f", function.name, type, kSet, worst,
+          static_cast<double>(at), function.ulps);
+    CHECK(std::isnan(y.back()), "%s %s %s: NaN became %g", function.name, type, kSet, static_cast<double>(y.back()));
+  }
+  const T infinity = std::numeric_limits<T>::infinity();
+  CHECK(math::tanh(infinity) == T(1) && math::tanh(-infinity) == T(-1), "tanh %s at infinity", type);
+  CHECK(math::sigmoid(infinity) == T(1), "sigmoid %s at infinity", type);
+  CHECK(math::sigmoid(-infinity) >= T(0) && math::sigmoid(-infinity) < std::numeric_limits<T>::min() * T(10),
+        "sigmoid %s at -infinity", type);
+  CHECK(math::softplus(infinity) == infinity, "softplus %s at infinity", type);
+  const math::SigmoidSoftplus<T> both = math::sigmoid_softplus(T(-1.25));
+  CHECK(both.sigmoid == math::sigmoid(T(-1.25)) && both.softplus == math::softplus(T(-1.25)),
+        "sigmoid_softplus %s differs from its halves", type);
+}
+
+// --- activations
+// ------------------------------------------------------------------------------------------------------
+
+long double exact_phi(const ActivationSpec& spec, long double a) {
+  const auto first = static_cast<long double>(spec.first);
+  switch (spec.kind) {
+    case Activation::kIdentity:
+      return a;
+    case Activation::kRelu:
+      return a > 0 ? a : 0;
+    case Activation::kLeakyRelu:
+      return a > 0 ? a : first * a;
+    case Activation::kElu:
+      return a > 0 ? a : first * expm1l(a);
+    case Activation::kSoftplus:
+      return first * a > static_cast<long double>(spec.second) ? a : exact_softplus(first * a) / first;
+    case Activation::kTanh:
+      return tanhl(a);
+    case Activation::kSigmoid:
+      return exact_sigmoid(a);
+    case Activation::kSilu:
+      return a * exact_sigmoid(a);
+    case Activation::kGelu:
+      return 0.5L * a * (1 + erfl(a * sqrtl(0.5L)));
+    case Activation::kGeluTanh:
+      return 0.5L * a * (1 + tanhl(0.79788456080286535588L * (a + 0.044715L * a * a * a)));
+  }
+  return 0;
+}
+
+template <Activation kind, typename T>
+void test_activation(const ActivationSpec& spec, const char* type) {
+  const math::Phi<kind, T> phi(spec);
+  // Central differences in long double: truncation h^2 phi''' / 6 and h^2 phi'''' / 12 (beta = 2.5 scales them by 16).
+  const long double h = 1e-4L;
+  const double tolerance = std::max(1e-6, 32.0 * std::numeric_limits<T>::epsilon());
+  for (double point = -9.97; point < 10.0; point += 0.0371) {
+    const T a = static_cast<T>(point);
+    const auto exact_a = static_cast<long double>(a);
+    const long double value = exact_phi(spec, exact_a);
+    const long double up = exact_phi(spec, exact_a + h);
+    const long double down = exact_phi(spec, exact_a - h);
+    const auto slope = static_cast<double>((up - down) / (2 * h));
+    const auto second = static_cast<double>((up - 2 * value + down) / (h * h));
+    const bool kink = (spec.kind != Activation::kIdentity && std::abs(point) < 2e-4) ||
+                      (kind == Activation::kSoftplus && std::abs(spec.first * point - spec.second) < 1e-2);
+    const T got_value = phi.value(a);
+    const double value_error = std::abs(static_cast<double>(got_value) - static_cast<double>(value));
+    CHECK(value_error <= 8.0 * std::numeric_limits<T>::epsilon() * (1.0 + std::abs(point)),
+          "activation %d %s at %g: value off by %g", static_cast<int>(kind), type, point, value_error);
+    if (kink) {
+      continue;
+    }
+    const T s = fastvae::keeps_input(kind) ? a : got_value;
+    const T got_slope = phi.slope(s);
+    const T g = T(0.75);
+    const T e = fastvae::keeps_input(kind) ? g : got_slope * g;
+    const double got_second = static_cast<double>(phi.curvature(s, e)) / 0.75;
+    CHECK(std::abs(static_cast<double>(got_slope) - slope) <= tolerance, "activation %d %s at %g: slope %g, not %g",
+          static_cast<int>(kind), type, point, static_cast<double>(got_slope), slope);
+    CHECK(std::abs(got_second - second) <= 4 * tolerance, "activation %d %s at %g: second derivative %g, not %g",
+          static_cast<int>(kind), type, point, got_second, second);
+  }
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  CHECK(std::isnan(phi.value(nan)), "activation %d %s loses a NaN", static_cast<int>(kind), type);
+}
+
+template <typename T>
+void test_activations(const char* type) {
+  test_activation<Activation::kIdentity, T>({Activation::kIdentity}, type);
+  test_activation<Activation::kRelu, T>({Activation::kRelu}, type);
+  test_activation<Activation::kLeakyRelu, T>({Activation::kLeakyRelu, 0.125}, type);
+  test_activation<Activation::kElu, T>({Activation::kElu, 1.5}, type);
+  test_activation<Activation::kSoftplus, T>({Activation::kSoftplus, 1.0, 20.0}, type);
+  test_activation<Activation::kSoftplus, T>({Activation::kSoftplus, 2.5, 10.0}, type);
+  test_activation<Activation::kTanh, T>({Activation::kTanh}, type);
+  test_activation<Activation::kSigmoid, T>({Activation::kSigmoid}, type);
+  test_activation<Activation::kSilu, T>({Activation::kSilu}, type);
+  test_activation<Activation::kGelu, T>({Activation::kGelu}, type);
+  test_activation<Activation::kGeluTanh, T>({Activation::kGeluTanh}, type);
+}
+
+// --- classes
+// ----------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void test_classes(const char* type) {
+  for (int64_t c = 0; c < 256; ++c) {
+    const int64_t got = math::class_of(static_cast<T>(c) / T(255), 256);
+    CHECK(got == c, "class_of %s: %d became %d", type, static_cast<int>(c), static_cast<int>(got));
+  }
+  const T infinity = std::numeric_limits<T>::infinity();
+  for (const T wrong : {T(-3), -infinity, std::numeric_limits<T>::quiet_NaN()}) {
+    CHECK(math::class_of(wrong, 256) == 0, "class_of %s(%g)", type, static_cast<double>(wrong));
+  }
+  for (const T wrong : {T(7), infinity, std::numeric_limits<T>::max()}) {
+    CHECK(math::class_of(wrong, 256) == 255, "class_of %s(%g)", type, static_cast<double>(wrong));
+  }
+}
+
+}  // namespace
+
+int main() {
+  if (!supported()) {
+    std::printf("test_math: this processor has no %s\n", kSet);
+    return kSkipped;
+  }
+  test_elementary<float>("float");
+  test_elementary<double>("double");
+  test_activations<float>("float");
+  test_activations<double>("double");
+  test_classes<float>("float");
+  test_classes<double>("double");
+  return check::finish("test_math");
+}
