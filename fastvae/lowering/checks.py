@@ -55,7 +55,7 @@ def check_tensor(path: str, tensor: Tensor) -> None:
             "the decoder's parameters and keep them out of the sharding plan"
         )
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-        raise UnsupportedLayer(f"lower: tensor '{path}' is not initialised; run the module once")
+        raise UnsupportedLayer(f"lower: tensor '{path}' is lazy and has no shape yet; run the module once")
     if is_traceable_wrapper_subclass(tensor):
         raise UnsupportedLayer(
             f"lower: tensor '{path}' is a tensor subclass ({kind}); only plain tensors are lowered"
@@ -78,12 +78,16 @@ def named(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from named(child, join(path, name))
 
 
-def check_scripted(module: nn.Module) -> None:
-    """Refuse TorchScript, which has none of a module's ordinary dictionaries."""
+def check_readable(module: nn.Module) -> None:
+    """Refuse what a snapshot does not describe: TorchScript and the types of tensors."""
     for path, inner in named(module):
         if isinstance(inner, torch.jit.ScriptModule):
             reason = "TorchScript modules are not read; pass the module it was made from"
             raise UnsupportedLayer(describe(path, type(inner).__name__, reason))
+        for store in (inner._parameters, inner._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    _check_layout(join(path, name), tensor)
 
 
 def check_module(path: str, module: nn.Module) -> None:
@@ -103,10 +107,6 @@ def check_module(path: str, module: nn.Module) -> None:
         raise refuse("quantised modules are not lowered; pass the float module")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         raise refuse("it is lazy and has no shapes yet; run the module once on a batch")
-    for store in (module._parameters, module._buffers):
-        for name, tensor in store.items():
-            if tensor is not None:
-                _check_layout(join(path, name), tensor)
     for hooks in HOOKS:
         for hook in getattr(module, hooks).values():
             if getattr(type(hook), "__module__", "").startswith("torch.nn.utils."):

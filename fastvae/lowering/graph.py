@@ -7,21 +7,20 @@ stop the reading with the node's name.
 
 from __future__ import annotations
 
-import inspect
 import operator
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Node, Tracer
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from . import activations
 from .errors import join
 from .reading import Reading, Shape, TensorRef, read_stock, render, stock_base
+from .tracing import trace
 
 _ACTIVATIONS: dict[Any, Callable[..., activations.Activation]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), activations.relu),
@@ -150,38 +149,6 @@ _SIZES: dict[Any, Callable[..., Any]] = {
     "dim": lambda shape: len(shape) + 1,
 }
 _ARITHMETIC = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
-
-
-class _Leaves(Tracer):
-    """Keeps stock modules whole, subclasses that do not change their forward included."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return stock_base(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        inner = m._modules.get("_orig_mod") if type(m).__name__ == "OptimizedModule" else None
-        return super().call_module(m, forward, args, kwargs) if inner is None else inner(*args, **kwargs)
-
-
-# Tracing patches torch.nn.Module for the time it runs.
-_lock = threading.Lock()
-
-
-def _trace(reading: Reading, module: nn.Module) -> torch.fx.Graph:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    required = [p.name for p in plain[1:] if p.default is p.empty]
-    if required:
-        raise reading.refuse(f"its forward needs {', '.join(required)} beside the first argument")
-    try:
-        with _lock:
-            return _Leaves().trace(module, {p.name: p.default for p in plain[1:]} or None)
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        raise reading.refuse(
-            "torch.fx cannot trace its forward, which does more than call layers: "
-            f"{type(error).__name__}: {text[0] if text else ''}"
-        ) from error
 
 
 class _Chain:
@@ -336,4 +303,4 @@ def read(reading: Reading, path: str, module: nn.Module) -> None:
     elif stock_base(module) is not None or type(module).__module__.startswith("torch.nn."):
         read_stock(reading, path, module)
     else:
-        _Chain(reading, module, path).walk(_trace(reading, module))
+        _Chain(reading, module, path).walk(trace(reading, module))

@@ -72,7 +72,16 @@ class Node:
             for name, child in module._modules.items()
             if child is not None and name not in evaluated
         }
-        seldom = (self.take_buffers, self.take_computed, self.absent, self.unread, self.empty, self.opaque)
+        self.buffers = _present(buffers)
+        seldom = (
+            buffers,
+            self.take_buffers,
+            self.take_computed,
+            self.absent,
+            self.unread,
+            self.empty,
+            self.opaque,
+        )
         self.rare = any(seldom)
 
     def walk(self) -> Iterator[Node]:
@@ -85,6 +94,10 @@ class Node:
         """Paths of this module's tensors in the order in which :func:`visit` collects them."""
         takes = (*self.take_parameters, *self.take_buffers, *self.take_computed)
         return [join(self.path, name) for name in takes]
+
+
+def _present(tensors: dict[str, Tensor | None]) -> tuple[str, ...]:
+    return tuple(name for name, tensor in tensors.items() if tensor is not None)
 
 
 def _is_plain(value: object, depth: int = 4) -> bool:
@@ -174,9 +187,9 @@ def visit(module: nn.Module, program: list[_Line]) -> Collected | None:
 
 def _visit_rare(module: nn.Module, node: Node, collected: Collected) -> bool:
     state, parameters, buffers = vars(module), module._parameters, module._buffers
+    if _present(buffers) != node.buffers:
+        return False
     for name in node.take_buffers:
-        if buffers[name] is None:
-            return False
         collected.found.append(buffers[name])
     for name in node.take_computed:
         collected.computed.append((len(collected.found), module, name))

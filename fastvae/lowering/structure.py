@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from .checks import PLAIN, check_module, check_scripted, check_tensor, named
+from .checks import PLAIN, check_module, check_readable, check_tensor, named
 from .errors import UnsupportedLayer, join
 from .graph import read
 from .reading import Layer, Reading
@@ -18,7 +18,7 @@ class Structure:
     """The layers of a module, or the reason why there are none, and the snapshot that they were read from."""
 
     def __init__(self, module: nn.Module) -> None:
-        check_scripted(module)
+        check_readable(module)
         reading = Reading()
         # As text: an exception's traceback would hold the module, and so keep its cache entry alive.
         self.failure: tuple[type[UnsupportedLayer], str] | None = None
