@@ -89,7 +89,7 @@ struct HeadTangent {
   LikelihoodSpec likelihood;
 };
 
-// The first half of a leapfrog step. Index: elements of [samples, dim].
+// The first half of a leapfrog step; arrays are [samples, dim]. Index: samples.
 template <typename T>
 struct KickDrift {
   const T* z;
@@ -103,7 +103,7 @@ struct KickDrift {
   int64_t dim;
 };
 
-// The second half. With z, `force` holds grad_z ll and the force of a standard normal prior is added: F = force - z.
+// The second half. Index: samples. With z, `force` holds grad_z ll and the force of a standard normal prior is added: F = force - z.
 template <typename T>
 struct KickTemper {
   const T* rho_half;
@@ -118,7 +118,7 @@ struct KickTemper {
   int64_t dim;
 };
 
-// Gradient of KickTemper. The terms are summed by the glue (over samples, and for alpha over dim).
+// Gradient of KickTemper. Index: samples. The terms are summed by the glue (over samples, and for alpha over dim).
 template <typename T>
 struct KickTemperBackward {
   const T* grad;
@@ -136,7 +136,7 @@ struct KickTemperBackward {
   int64_t dim;
 };
 
-// Gradient of KickDrift. In a flow, grad_z first receives the cotangent of F(z') through the network and the prior,
+// Gradient of KickDrift. Index: samples. In a flow, grad_z first receives the cotangent of F(z') through the network and the prior,
 // grad_z += hessian - through_force, and the terms of alpha wait until rho~ is known:
 // alpha_terms = grad_rho_next (rho~ + eps/2 force_next).
 template <typename T>
@@ -161,6 +161,45 @@ struct KickDriftBackward {
   int64_t dim;
 };
 
+// How the kernel of a convolution walks over the larger of its two images.
+struct ConvolutionWindow {
+  int64_t channels;  // of the larger image
+  int64_t height, width;              // of the smaller image
+  int64_t big_height, big_width;      // of the larger one
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t padding_height, padding_width;
+  int64_t dilation_height, dilation_width;
+};
+
+// columns [samples, height, width, kernel_height, kernel_width, channels]: the patch of the larger image (zero outside
+// it) that each position of the smaller one meets. CPU only. Index: samples.
+template <typename T>
+struct Unfold {
+  const T* image;
+  T* columns;
+  ConvolutionWindow window;
+};
+
+// The adjoint of Unfold: image = sum of the patches. CPU only. Index: samples.
+template <typename T>
+struct Fold {
+  const T* columns;
+  T* image;
+  ConvolutionWindow window;
+};
+
+// A transposed convolution to few channels, [samples, height, width, in_channels] to [samples, big_height, big_width,
+// channels], without bias. CPU only. Index: samples.
+template <typename T>
+struct NarrowConvTranspose {
+  const T* in;
+  const T* weight;  // [in_channels, channels, kernel_height, kernel_width]
+  T* out;
+  int64_t in_channels;
+  ConvolutionWindow window;
+};
+
 #define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
   DECLARE(bias_activation, BiasActivation)          \
   DECLARE(activation_reverse, ActivationReverse)    \
@@ -178,6 +217,9 @@ namespace cpu {
   void NAME(const ARGS<float>& args, int64_t begin, int64_t end); \
   void NAME(const ARGS<double>& args, int64_t begin, int64_t end);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
+FASTVAE_DECLARE_CPU(unfold, Unfold)
+FASTVAE_DECLARE_CPU(fold, Fold)
+FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
 #undef FASTVAE_DECLARE_CPU
 }  // namespace cpu
 

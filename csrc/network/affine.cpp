@@ -6,6 +6,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
+#include "conv_transpose.h"
+
 namespace fastvae {
 namespace {
 
@@ -44,6 +46,11 @@ at::Tensor transpose_blocks(const at::Tensor& in, const at::Tensor& out, int64_t
 
 }  // namespace
 
+at::Tensor affine_pack(const Stage& stage, const at::Tensor& weight) {
+  return conv_transpose_route(stage, weight) == ConvTransposeRoute::kFolded ? conv_transpose_pack(weight)
+                                                                            : weight.contiguous();
+}
+
 at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out) {
   switch (stage.affine) {
     case Affine::kIdentity:
@@ -63,6 +70,16 @@ at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::
     case Affine::kToImage:
       return transpose_blocks(in, out, stage.out.channels, stage.out.positions());
     default:
+      switch (conv_transpose_route(stage, weight)) {
+        case ConvTransposeRoute::kFolded:
+          folded_conv_transpose(stage, weight, in, out);
+          return out;
+        case ConvTransposeRoute::kNarrow:
+          narrow_conv_transpose(stage, weight, in, out);
+          return out;
+        case ConvTransposeRoute::kLibrary:
+          break;
+      }
       return convolve(stage, weight, in);
   }
 }
@@ -87,6 +104,10 @@ at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const 
     case Affine::kToImage:
       return transpose_blocks(delta, out, stage.out.positions(), stage.out.channels);
     default: {
+      if (conv_transpose_route(stage, weight) == ConvTransposeRoute::kFolded) {
+        folded_conv_transpose_reverse(stage, weight, delta, out);
+        return out;
+      }
       // `out` stands in for the layer's input, of which only the sizes are read.
       return as_rows(
           std::get<0>(convolve_backward(stage, weight, delta, as_image(out, stage.in), {true, false, false})));
@@ -98,6 +119,8 @@ void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, co
                                 const at::Tensor& h, at::Tensor& gradient) {
   if (stage.affine == Affine::kLinear) {
     gradient.addmm_(delta.view({-1, stage.out.channels}).t(), h.view({-1, stage.in.channels}));
+  } else if (conv_transpose_route(stage, weight) == ConvTransposeRoute::kFolded) {
+    folded_conv_transpose_add_weight_gradient(stage, weight, delta, h, gradient);
   } else if (is_convolution(stage)) {
     gradient.add_(std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false})));
   }

@@ -10,6 +10,9 @@
 
 namespace fastvae {
 
+// The weight as the other functions take it: dense, and packed where a kernel of ours reads it.
+at::Tensor affine_pack(const Stage& stage, const at::Tensor& weight);
+
 at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out);
 at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
                             const at::Tensor& out);

@@ -11,6 +11,9 @@
 namespace fastvae {
 namespace {
 
+// Channels of an image below which its rows are too short for a vector.
+constexpr int64_t kNarrow = 8;
+
 int64_t rows_of(const at::Tensor& flat, const SampleShape& shape) { return flat.numel() / shape.channels; }
 
 bool is_plain(const Stage& stage) { return stage.activation.kind == Activation::kIdentity; }
@@ -38,7 +41,7 @@ Network::Network(const char* op, const Program& program, const LikelihoodSpec& l
   for (size_t l = 0; l < depth(); ++l) {
     const Stage& stage = program.stages[l];
     if (stage.weight >= 0) {
-      weight_[l] = tensors[stage.weight].contiguous();
+      weight_[l] = affine_pack(stage, tensors[stage.weight]);
     }
     if (stage.bias >= 0) {
       bias_[l] = tensors[stage.bias].contiguous();
@@ -136,10 +139,16 @@ at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, co
   }
   const size_t last = depth() - 1;
   const SampleShape& out = program_.output();
-  const at::Tensor raw = apply(last, in, tape.delta[last]);
+  at::Tensor raw = apply(last, in, tape.delta[last]);
+  // With one to three channels the kernel would run over rows that short; without a bias a sample is one run.
+  const bool narrow = bias_[last].defined() && out.channels < kNarrow && out.positions() > 1 &&
+                      likelihood_.kind != Likelihood::kCategorical;
+  if (narrow) {
+    raw = raw.view({-1, out.channels}).add(bias_[last]);
+  }
   FASTVAE_DISPATCH(raw, {
     const HeadResidual<scalar_t> args{raw.const_data_ptr<scalar_t>(),
-                                      data_or_null<scalar_t>(bias_[last]),
+                                      narrow ? nullptr : data_or_null<scalar_t>(bias_[last]),
                                       x.const_data_ptr<scalar_t>(),
                                       tape.delta[last].mutable_data_ptr<scalar_t>(),
                                       mutable_data_or_null<scalar_t>(log_prob),

@@ -196,27 +196,31 @@ class Parser {
       known *= target[*free];
     }
     expect(known == shape_.numel(), c10::str("cannot become ", at::IntArrayRef(target)));
-    expect(target.size() == 1 || target.size() == 3, "expected one or three dimensions a sample");
-    if (!shape_.flat) {
-      if (shape_.channels > 1 && shape_.positions() > 1) {
-        begin(Affine::kToFlat);
-      }
-      end_shape({shape_.numel(), 1, 1, true});
+    expect(!target.empty() && target.size() <= 3, "expected one to three dimensions a sample");
+    if (target.size() == 2) {
+      target.insert(target.begin(), 1);  // rows and columns without a channel, as in view(-1, 28, 28)
     }
+    const bool moves_out = !shape_.flat && shape_.channels > 1 && shape_.positions() > 1;
+    const bool same_image = target.size() == 3 && !shape_.flat && shape_.channels == target[0] &&
+                            shape_.height == target[1] && shape_.width == target[2];
+    if (same_image) {
+      return;
+    }
+    become(moves_out ? Affine::kToFlat : Affine::kIdentity, {shape_.numel(), 1, 1, true});
     if (target.size() == 3) {
-      if (target[0] > 1 && target[1] * target[2] > 1) {
-        begin(Affine::kToImage);
-      }
-      end_shape({target[0], target[1], target[2], false});
+      const bool moves_in = target[0] > 1 && target[1] * target[2] > 1;
+      become(moves_in ? Affine::kToImage : Affine::kIdentity, {target[0], target[1], target[2], false});
     }
   }
 
-  // A reshape that moves nothing belongs to the stage before it.
-  void end_shape(const SampleShape& shape) {
-    if (!stages_.empty()) {
-      stages_.back().out = shape;
+  // A reshape that moves nothing needs no stage: the next one reads the same memory under its own shape.
+  void become(Affine affine, const SampleShape& shape) {
+    if (affine == Affine::kIdentity) {
+      shape_ = shape;
+    } else {
+      begin(affine);
+      end(shape);
     }
-    shape_ = shape;
   }
 
   void activation(const std::string& kind) {

@@ -132,7 +132,7 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
                                       rho_half.mutable_data_ptr<scalar_t>(),
                                       flow.samples,
                                       flow.dim};
-      FASTVAE_LAUNCH(kick_drift, z.device(), drift, z_k.numel(), 1);
+      FASTVAE_LAUNCH(kick_drift, z.device(), drift, drift.samples, drift.dim);
       const at::Tensor gradient = gradient_at(k + 1);
       const KickTemper<scalar_t> temper{rho_half.const_data_ptr<scalar_t>(),
                                         gradient.const_data_ptr<scalar_t>(),
@@ -144,7 +144,7 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
                                         force_next.mutable_data_ptr<scalar_t>(),
                                         flow.samples,
                                         flow.dim};
-      FASTVAE_LAUNCH(kick_temper, z.device(), temper, z_k.numel(), 1);
+      FASTVAE_LAUNCH(kick_temper, z.device(), temper, temper.samples, temper.dim);
     });
   }
   if (trajectory) {
@@ -270,7 +270,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
       temper.step_terms = mutable_data_or_null<scalar_t>(step_terms);
       temper.samples = B;
       temper.dim = d;
-      FASTVAE_LAUNCH(kick_temper_backward, z.device(), temper, B * d, 1);
+      FASTVAE_LAUNCH(kick_temper_backward, z.device(), temper, temper.samples, temper.dim);
 
       const at::Tensor dz = hessian(k + 1);
       sweep_again(k);
@@ -295,7 +295,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
       drift.accumulate_step = true;
       drift.samples = B;
       drift.dim = d;
-      FASTVAE_LAUNCH(kick_drift_backward, z.device(), drift, B * d, 1);
+      FASTVAE_LAUNCH(kick_drift_backward, z.device(), drift, drift.samples, drift.dim);
     });
     if (step_terms.defined()) {
       grad_step[k].copy_(step_terms.sum(0));

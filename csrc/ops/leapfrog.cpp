@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor> leapfrog_kick_drift(const at::Tensor& z, cons
                                    rho_half.mutable_data_ptr<scalar_t>(),
                                    z.size(0),
                                    z.size(1)};
-    FASTVAE_LAUNCH(kick_drift, z.device(), args, z.numel(), 1);
+    FASTVAE_LAUNCH(kick_drift, z.device(), args, args.samples, args.dim);
   });
   return {z_next, rho_half};
 }
@@ -92,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_drift_b
     args.step_terms = step_terms.mutable_data_ptr<scalar_t>();
     args.samples = z.size(0);
     args.dim = z.size(1);
-    FASTVAE_LAUNCH(kick_drift_backward, z.device(), args, z.numel(), 1);
+    FASTVAE_LAUNCH(kick_drift_backward, z.device(), args, args.samples, args.dim);
   });
   return {grad_z, grad_rho, grad_force, sum_to_step(step_terms, step_size)};
 }
@@ -119,7 +119,7 @@ at::Tensor leapfrog_kick_temper(const at::Tensor& rho_half, const at::Tensor& fo
     args.rho_next = rho_next.mutable_data_ptr<scalar_t>();
     args.samples = rho_half.size(0);
     args.dim = rho_half.size(1);
-    FASTVAE_LAUNCH(kick_temper, rho_half.device(), args, rho_half.numel(), 1);
+    FASTVAE_LAUNCH(kick_temper, rho_half.device(), args, args.samples, args.dim);
   });
   return rho_next;
 }
@@ -155,7 +155,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
     args.step_terms = step_terms.mutable_data_ptr<scalar_t>();
     args.samples = rho_half.size(0);
     args.dim = rho_half.size(1);
-    FASTVAE_LAUNCH(kick_temper_backward, rho_half.device(), args, rho_half.numel(), 1);
+    FASTVAE_LAUNCH(kick_temper_backward, rho_half.device(), args, args.samples, args.dim);
   });
   return {grad_rho, grad_force, sum_to_step(step_terms, step_size), alpha_terms.sum().view(alpha.sizes())};
 }

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._extension import raw
-from fastvae.likelihoods import Bernoulli, Likelihood, check_decoder, resolve
+from fastvae.likelihoods import Bernoulli, Likelihood, resolve
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.ops._registration import (
     cast_under_autocast,
@@ -25,6 +26,36 @@ STORE_LIMIT_BYTES = 256 * 2**20
 """memory="auto" keeps the activations of all steps up to this size, and recomputes them beyond it."""
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@overload
+def hamiltonian_flow(
+    decoder: nn.Module,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float | Sequence[float],
+    alpha: Tensor,
+    likelihood: str | Likelihood = ...,
+    *,
+    memory: str = ...,
+    return_trajectory: Literal[False] = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def hamiltonian_flow(
+    decoder: nn.Module,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float | Sequence[float],
+    alpha: Tensor,
+    likelihood: str | Likelihood = ...,
+    *,
+    memory: str = ...,
+    return_trajectory: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
 
 
 def hamiltonian_flow(
@@ -94,7 +125,10 @@ def hamiltonian_flow(
             decoder, z, rho, x, step_size, alpha, like, return_trajectory=return_trajectory
         )
     if isinstance(like, Bernoulli) and network.ends_in_sigmoid:
-        check_decoder(decoder, like)
+        raise ValueError(
+            "fastvae::hamiltonian_flow: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends "
+            "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
+        )
     observed = _observed(x, z, like)
     store = memory == "store" or (memory == "auto" and _stash_bytes(network, z, alpha) <= STORE_LIMIT_BYTES)
     z_K, rho_K, log_px, z_steps, rho_steps, log_px_steps, _ = torch.ops.fastvae.hamiltonian_flow(
@@ -120,15 +154,20 @@ def _observed(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
         raise ValueError(
             f"fastvae::hamiltonian_flow: x: expected {z.shape[0]} samples as z has, got {list(x.shape)}"
         )
-    return likelihood.as_float(x, z.dtype).reshape(x.shape[0], -1 if x.numel() else x[0:1].numel())
+    return likelihood.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _stash_bytes(network: LoweredNetwork, z: Tensor, alpha: Tensor) -> int:
     return _stash_numel(network.spec, network.tensors, z, alpha) * z.element_size()
 
 
+@torch.compiler.assume_constant_result
+def _stash_numel_per_sample(spec: str, shapes: tuple[tuple[int, ...], ...], latent_dim: int) -> int:
+    return raw.hamiltonian_flow_stash_numel(spec, shapes, latent_dim)
+
+
 def _stash_numel(spec: str, tensors: Sequence[Tensor], z: Tensor, alpha: Tensor) -> int:
-    per_sample = raw.hamiltonian_flow_stash_numel(spec, [tuple(t.shape) for t in tensors], z.shape[1])
+    per_sample = _stash_numel_per_sample(spec, tuple(tuple(t.shape) for t in tensors), z.shape[1])
     return (alpha.shape[0] + 1) * z.shape[0] * per_sample
 
 

@@ -2,13 +2,15 @@
 // this attribute that inlines a template; templates themselves cannot carry it.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTVAE_NO_CLONES)
-#define FASTVAE_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// Levels, not processor names: a clone for "skylake-avx512" is not chosen on its successors.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(FASTVAE_NO_CLONES)
+#define FASTVAE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTVAE_CLONES
 #endif
 
 #define FASTVAE_INLINE inline __attribute__((always_inline))
+#define FASTVAE_LAMBDA_INLINE __attribute__((always_inline))
 
 // Defines the float and the double kernel of kernels.h from one template.
 #define FASTVAE_DEFINE_CPU(NAME, ARGS)                                                                                 \

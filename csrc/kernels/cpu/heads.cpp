@@ -22,47 +22,58 @@ struct LaneSum {
   }
 };
 
+// One run of outputs whose bias, if any, lies beside them.
 template <typename Head, bool has_bias, typename T>
+FASTVAE_INLINE void independent_head_run(const Head& head, const T* a, const T* bias, const T* x, T* residual, int64_t n,
+                                         bool wants_log_prob, LaneSum<T>& sum) {
+  constexpr int kLanes = LaneSum<T>::kLanes;
+  if (!wants_log_prob) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      residual[j] = head.residual(has_bias ? a[j] + bias[j] : a[j], x[j]);
+    }
+    return;
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    T lane_residual[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const math::HeadValue<T> both = head.both(has_bias ? a[j + lane] + bias[j + lane] : a[j + lane], x[j + lane]);
+      sum.lanes[lane] += both.log_prob;
+      lane_residual[lane] = both.residual;
+    }
+    if (residual != nullptr) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        residual[j + lane] = lane_residual[lane];
+      }
+    }
+  }
+  for (; j < n; ++j) {
+    const math::HeadValue<T> both = head.both(has_bias ? a[j] + bias[j] : a[j], x[j]);
+    sum.lanes[0] += both.log_prob;
+    if (residual != nullptr) {
+      residual[j] = both.residual;
+    }
+  }
+}
+
+template <typename Head, typename T>
 FASTVAE_INLINE void independent_head_rows(const HeadResidual<T>& args, int64_t begin, int64_t end) {
   const Head head(args.likelihood);
-  const int64_t n = args.channels;
-  constexpr int kLanes = LaneSum<T>::kLanes;
+  // Without a bias a sample is one run, which matters for images of one to three channels.
+  const int64_t runs = args.bias == nullptr ? 1 : args.positions;
+  const int64_t n = args.positions * args.channels / runs;
   for (int64_t sample = begin; sample < end; ++sample) {
     LaneSum<T> sum;
-    for (int64_t position = 0; position < args.positions; ++position) {
-      const int64_t offset = (sample * args.positions + position) * n;
-      const T* a = args.a + offset;
-      const T* x = args.x + offset;
-      if (args.log_prob == nullptr) {
-        T* residual = args.residual + offset;
-#pragma GCC ivdep
-        for (int64_t j = 0; j < n; ++j) {
-          residual[j] = head.residual(has_bias ? a[j] + args.bias[j] : a[j], x[j]);
-        }
-        continue;
-      }
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t offset = (sample * runs + run) * n;
       T* residual = args.residual == nullptr ? nullptr : args.residual + offset;
-      int64_t j = 0;
-      for (; j + kLanes <= n; j += kLanes) {
-        T lane_residual[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const T value = has_bias ? a[j + lane] + args.bias[j + lane] : a[j + lane];
-          const math::HeadValue<T> both = head.both(value, x[j + lane]);
-          sum.lanes[lane] += both.log_prob;
-          lane_residual[lane] = both.residual;
-        }
-        if (residual != nullptr) {
-          for (int lane = 0; lane < kLanes; ++lane) {
-            residual[j + lane] = lane_residual[lane];
-          }
-        }
-      }
-      for (; j < n; ++j) {
-        const math::HeadValue<T> both = head.both(has_bias ? a[j] + args.bias[j] : a[j], x[j]);
-        sum.lanes[0] += both.log_prob;
-        if (residual != nullptr) {
-          residual[j] = both.residual;
-        }
+      if (args.bias == nullptr) {
+        independent_head_run<Head, false>(head, args.a + offset, args.bias, args.x + offset, residual, n,
+                                          args.log_prob != nullptr, sum);
+      } else {
+        independent_head_run<Head, true>(head, args.a + offset, args.bias, args.x + offset, residual, n,
+                                         args.log_prob != nullptr, sum);
       }
     }
     if (args.log_prob != nullptr) {
@@ -124,12 +135,10 @@ template <typename T>
 FASTVAE_INLINE void head_residual_template(const HeadResidual<T>& args, int64_t begin, int64_t end) {
   switch (args.likelihood.kind) {
     case Likelihood::kBernoulli:
-      args.bias != nullptr ? independent_head_rows<math::BernoulliHead<T>, true>(args, begin, end)
-                           : independent_head_rows<math::BernoulliHead<T>, false>(args, begin, end);
+      independent_head_rows<math::BernoulliHead<T>>(args, begin, end);
       break;
     case Likelihood::kGaussian:
-      args.bias != nullptr ? independent_head_rows<math::GaussianHead<T>, true>(args, begin, end)
-                           : independent_head_rows<math::GaussianHead<T>, false>(args, begin, end);
+      independent_head_rows<math::GaussianHead<T>>(args, begin, end);
       break;
     case Likelihood::kCategorical:
       categorical_head_rows(args, begin, end);
