@@ -1,0 +1,168 @@
+"""``fit``: what it takes, and the run that it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastvae.training.history import History
+from fastvae.training.randomness import global_generators_kept, modes_kept
+from fastvae.training.run import Run
+from fastvae.training.step import Stepper, parameters_of
+
+__all__ = ["fit"]
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    epochs: int,
+    optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    val_loader: Iterable[Any] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | Literal["epoch", "never"] | None = "epoch",
+    resume: bool | str | os.PathLike[str] = "auto",
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    schedule_by: Literal["epoch", "step"] = "epoch",
+    patience: int | None = None,
+    max_steps: int | None = None,
+    clip_grad_norm: float | None = None,
+    binarize: bool = False,
+    on_nonfinite: Literal["raise", "skip"] = "raise",
+    progress: bool = True,
+) -> History:
+    """Minimise ``model(x).mean()`` over the batches of ``loader``.
+
+    A run that was killed and is started again with the same arguments ends with the same losses and weights,
+    bit for bit, as one that was not (on one machine, with deterministic kernels). For that, torch's, numpy's
+    and Python's global generators are seeded from (seed, epoch) at the start of every epoch, and the states
+    of the loaders' own generators are stored; ``fit`` gives the global generators back as it found them.
+    Out of reach are generators hidden in data sets or models, and workers kept by ``persistent_workers``.
+
+    Args:
+        model: ``model(x)`` is the loss of each sample, [B]. Objects in ``model.penalties`` with a ``step()``
+            are stepped after each optimisation step, and stored if they have ``state_dict``.
+        loader: any iterable that can be iterated once an epoch. A batch is a tensor, a tuple or list whose
+            first entry is a tensor, or a mapping with "data". A sampler's ``set_epoch`` is called.
+        epochs: in all, those of a resumed run included.
+        optimizer: an instance, or a callable from the list of trainable parameters (an optimiser class, a
+            ``functools.partial``). None: Adam, 1e-3. Any ``torch.optim.Optimizer`` for dense gradients
+            works; those whose ``step`` demands a closure (LBFGS) evaluate it with the same noise each time.
+        val_loader: its mean loss is computed after every epoch in eval mode, always with the same noise.
+        run_dir: folder for ``epoch-0000.pt`` (the start), ``epoch-0001.pt``, ... and ``history.json``.
+        checkpoint_every: "epoch"; an int, every so many epochs; "never" or None. The last is always kept.
+        resume: "auto": from the newest whole checkpoint in ``run_dir`` (a damaged one is passed over with a
+            warning), if there is any; True: there must be one; a path: from that file; False: start anew in
+            a folder without checkpoints. Restores learning rates too, whatever the new optimiser was given.
+        device: where to move the model; None leaves it. Batches are moved to the model's device.
+        seed: of shuffling and noise. Initial weights are the caller's: seed before building the model.
+        scheduler: an instance for this optimiser, or a callable from it; ``ReduceLROnPlateau`` reads the
+            validation loss, or the training loss without one.
+        schedule_by: call the scheduler after each "epoch" or each "step".
+        patience: stop after so many epochs without a lower validation loss; the best weights are put back
+            at the end of the run.
+        max_steps: stop after so many optimisation steps, if need be within an epoch: its checkpoint
+            ``step-00000123.pt`` counts in TracIn by its share of the epoch, and a longer run resumes from
+            the epoch's start.
+        clip_grad_norm: largest gradient norm.
+        binarize: draw binary images anew in each step (:func:`fastvae.data.binarize`).
+        on_nonfinite: a loss or gradient that is not finite, or a model's ``DivergenceError``, raises before
+            it reaches the weights; or that step is skipped, counted, and BatchNorm's running statistics are
+            put back (a diverged validation counts as infinite loss).
+        progress: show a bar on a terminal if tqdm is installed.
+
+    Returns:
+        :class:`History`. The model keeps the mode (train or eval) it came with; training is in train mode.
+
+    Raises:
+        FloatingPointError: with epoch and step; the checkpoints so far stay.
+        ValueError: empty loader, losses not [B], arguments or a checkpoint that do not fit together.
+        FileNotFoundError, FileExistsError: by ``resume``.
+    """
+    for name, count in (("epochs", epochs), ("patience", patience), ("max_steps", max_steps)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"fit: {name}: expected an int of at least 1, got {count!r}")
+    for name, choice, choices in (
+        ("schedule_by", schedule_by, ("epoch", "step")),
+        ("on_nonfinite", on_nonfinite, ("raise", "skip")),
+    ):
+        if choice not in choices:
+            raise ValueError(f"fit: {name}: expected one of {choices}, got {choice!r}")
+    if patience is not None and val_loader is None:
+        raise ValueError("fit: patience: expected a val_loader to watch, got val_loader=None")
+    if device is not None:
+        model.to(device)
+    chosen_optimizer = _build_optimizer(model, optimizer)
+    run = Run(
+        model=model,
+        loader=loader,
+        val_loader=val_loader,
+        optimizer=chosen_optimizer,
+        scheduler=_build_scheduler(chosen_optimizer, scheduler),
+        run_dir=None if run_dir is None else Path(run_dir),
+        interval=_interval(checkpoint_every),
+        seed=seed,
+        schedule_by=schedule_by,
+        patience=patience,
+        on_nonfinite=on_nonfinite,
+        stepper=Stepper(model, chosen_optimizer, clip_grad_norm, binarize, restore=on_nonfinite == "skip"),
+    )
+    run.start(resume, epochs, max_steps)
+    with modes_kept(model), global_generators_kept():
+        model.train()
+        run.train(epochs, max_steps, progress)
+    return run.history
+
+
+def _interval(checkpoint_every: int | str | None) -> int | None:
+    if checkpoint_every is None or checkpoint_every == "never":
+        return None
+    if checkpoint_every == "epoch":
+        return 1
+    if isinstance(checkpoint_every, int) and checkpoint_every >= 1:
+        return checkpoint_every
+    raise ValueError(
+        f'fit: checkpoint_every: expected "epoch", "never" or an int of at least 1, got {checkpoint_every!r}'
+    )
+
+
+def _build_optimizer(
+    model: nn.Module, optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
+) -> Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("fit: model: expected trainable parameters, got none")
+    if optimizer is None:
+        return torch.optim.Adam(parameters, lr=1e-3)
+    chosen = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
+    if not isinstance(chosen, Optimizer):
+        raise ValueError(f"fit: optimizer: expected a torch.optim.Optimizer, got {type(chosen).__name__}")
+    if not {id(p) for p in parameters_of(chosen)} & {id(p) for p in parameters}:
+        raise ValueError(
+            "fit: optimizer: expected one of this model's parameters, got one that holds none of them"
+        )
+    return chosen
+
+
+def _build_scheduler(
+    optimizer: Optimizer, scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None
+) -> LRScheduler | None:
+    if scheduler is None:
+        return None
+    chosen = scheduler if isinstance(scheduler, LRScheduler) else scheduler(optimizer)
+    if not isinstance(chosen, LRScheduler) or chosen.optimizer is not optimizer:
+        raise ValueError(
+            "fit: scheduler: expected an LRScheduler of the optimizer that fit uses, or a callable from it, "
+            f"got {type(chosen).__name__}"
+        )
+    return chosen

@@ -1,0 +1,34 @@
+"""What a run asks of a loader besides its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+__all__ = ["generators_of", "length_of", "samplers_of"]
+
+
+def samplers_of(loader: Any) -> list[Any]:
+    """The sampler and the batch sampler of a DataLoader, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    found = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
+
+def generators_of(*loaders: Any) -> list[torch.Generator]:
+    """The generators that belong to the loaders, each once."""
+    holders = [holder for loader in loaders for holder in (loader, *samplers_of(loader))]
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list(
+        {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values()
+    )
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """Batches in an epoch, None where the loader does not know."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -1,0 +1,62 @@
+"""The state that a run borrows: the global generators, and the modes of modules."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["global_generators_kept", "global_states", "modes_kept", "seed_globals", "set_global_states"]
+
+
+def seed_globals(seed: int, purpose: str, epoch: int) -> None:
+    """Seed torch's, numpy's and Python's global generators."""
+    # Hashed, so that runs with neighbouring seeds share no epoch's noise.
+    digest = hashlib.sha256(f"{seed} {purpose} {epoch}".encode()).digest()
+    key = int.from_bytes(digest[:8], "little")
+    torch.manual_seed(key)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+
+
+def global_states() -> tuple[Any, ...]:
+    """The states of the global generators, for ``set_global_states``."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+
+
+def set_global_states(states: tuple[Any, ...]) -> None:
+    """Put the global generators back to where ``global_states`` found them."""
+    torch_state, cuda, python_state, numpy_state = states
+    torch.set_rng_state(torch_state)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+
+
+@contextmanager
+def global_generators_kept() -> Iterator[None]:
+    """Leave the global generators as they were found."""
+    states = global_states()
+    try:
+        yield
+    finally:
+        set_global_states(states)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave every module in the mode (train or eval) it was found in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,305 @@
+"""A run in progress: epochs, validation, early stopping, and the checkpoints to go on from."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fastvae.models import DivergenceError
+from fastvae.training.checkpoints import penalties_of, read_checkpoint, restore_model, save_checkpoint, unwrap
+from fastvae.training.history import History
+from fastvae.training.loaders import generators_of, length_of, samplers_of
+from fastvae.training.randomness import modes_kept, seed_globals
+from fastvae.training.step import NotFiniteError, Stepper
+
+__all__ = ["Run"]
+
+_EPOCH_FILE = re.compile(r"epoch-(\d+)\.pt")
+
+
+@dataclass
+class Run:
+    """A run in progress; what a checkpoint must hold to go on is in ``_save`` and ``_restore``."""
+
+    model: nn.Module
+    loader: Iterable[Any]
+    val_loader: Iterable[Any] | None
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    run_dir: Path | None
+    interval: int | None
+    seed: int
+    schedule_by: str
+    patience: int | None
+    on_nonfinite: str
+    stepper: Stepper
+    history: History = field(default_factory=History)
+    epoch: int = 0
+    steps: int = 0
+    best: dict[str, Any] | None = None
+    pending_weight: float = 0.0
+    last_checkpoint: Path | None = None
+
+    def start(self, resume: bool | str | os.PathLike[str], epochs: int, max_steps: int | None) -> None:
+        """Restore what ``resume`` asks for, or write the checkpoint of the start."""
+        there = _epoch_files(self.run_dir)
+        anew = isinstance(resume, bool) or resume == "auto"
+        if anew and resume and there:
+            self._restore_newest(there, epochs, max_steps)
+            return
+        if resume is True:
+            raise FileNotFoundError(
+                f"fit: resume=True: expected checkpoints in run_dir {self.run_dir}, found none"
+            )
+        if not isinstance(resume, bool) and not anew:
+            self._restore(Path(resume), read_checkpoint(Path(resume)))
+        if later := [path.name for number, path in sorted(there.items()) if anew or number > self.epoch]:
+            after = "" if anew else f"after epoch {self.epoch} "
+            raise FileExistsError(
+                f"fit: run_dir: expected no checkpoints {after}in {self.run_dir}, found "
+                f'{", ".join(later[:3])}; delete them, choose another folder or resume="auto"'
+            )
+        if self.run_dir is not None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self.interval is not None and anew:
+                self._save(complete=True)
+
+    def train(self, epochs: int, max_steps: int | None, progress: bool) -> None:
+        """Epoch after epoch until one of the limits; then the best weights, where patience kept them."""
+        length = length_of(self.loader)
+        total = None if length is None else min(epochs * length, max_steps or epochs * length)
+        bar = _progress_bar(total, self.steps) if progress else None
+        try:
+            self.history.stopped = self._stopped(epochs, max_steps)
+            while not self.history.stopped:
+                complete = self._train_epoch(max_steps, length, bar)
+                self.history.stopped = self._stopped(epochs, max_steps)
+                if self.run_dir is None:
+                    continue
+                due = bool(self.history.stopped) or self.epoch % (self.interval or 1) == 0
+                if self.interval is not None and due:
+                    self._save(complete)
+                self.history.save(self.run_dir / "history.json")
+        finally:
+            if bar is not None:
+                bar.close()
+        if self.patience is not None and self.best is not None:
+            unwrap(self.model).load_state_dict(self.best)
+
+    def _stopped(self, epochs: int, max_steps: int | None) -> str:
+        if self.epoch >= epochs:
+            return "epochs"
+        if max_steps is not None and self.steps >= max_steps:
+            return "max_steps"
+        best = self.history.best_epoch
+        return "patience" if self.patience and best and self.epoch - best >= self.patience else ""
+
+    def _train_epoch(self, max_steps: int | None, length: int | None, bar: Any) -> bool:
+        """One epoch with its validation and its row of the history; False if ``max_steps`` cut it short."""
+        started = time.perf_counter()
+        number = self.epoch + 1
+        seed_globals(self.seed, "train", number)
+        for sampler in samplers_of(self.loader):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(number)
+        total, samples, batches, complete = 0.0, 0, 0, True
+        rates: list[float] = []
+        for batch in self.loader:
+            if max_steps is not None and self.steps >= max_steps:
+                complete = False
+                break
+            batches += 1
+            x = self.stepper.images(batch)
+            value = self._step(x, f"epoch {number}, step {batches} (step {self.steps + 1} of the run)")
+            if value is not None:
+                total += value * x.shape[0]
+                samples += x.shape[0]
+                rates.append(float(self.optimizer.param_groups[0]["lr"]))
+                self.steps += 1
+                for penalty in penalties_of(self.model):
+                    penalty.step()
+                if self.schedule_by == "step":
+                    self._advance_scheduler(value)
+            if bar is not None:
+                bar.set_postfix_str(
+                    f"epoch {number}, loss {math.nan if value is None else value:.4f}", refresh=False
+                )
+                bar.update(1)
+        if not batches:
+            raise ValueError(
+                f"fit: loader: expected at least one batch, got none in epoch {number} "
+                "(drop_last with too few images, or an iterator that can be read only once?)"
+            )
+        if not samples:
+            raise self._not_finite(f"all {batches} steps of epoch {number} were skipped")
+        if bad := [name for name, value in unwrap(self.model).state_dict().items() if not _is_finite(value)]:
+            raise self._not_finite(f"epoch {number}: after its last step {bad[0]} is not finite")
+        val_loss = self._validate(number)
+        mean_rate = math.fsum(rates) / len(rates)
+        self.pending_weight += mean_rate * (1.0 if complete or not length else batches / length)
+        if complete:
+            self.epoch = number
+            if self.schedule_by == "epoch":
+                self._advance_scheduler(total / samples if val_loss is None else val_loss)
+        self._record(number, total / samples, val_loss, mean_rate, batches - len(rates))
+        self.history.seconds.append(time.perf_counter() - started)
+        return complete
+
+    def _record(self, number: int, loss: float, val_loss: float | None, rate: float, skipped: int) -> None:
+        history = self.history
+        history.train_loss.append(loss)
+        history.val_loss.append(val_loss)
+        history.learning_rate.append(rate)
+        history.steps.append(self.steps)
+        history.skipped.append(skipped)
+        if val_loss is None or math.isnan(val_loss):
+            return
+        lowest = None if history.best_epoch is None else history.val_loss[history.best_epoch - 1]
+        if lowest is None or val_loss < lowest:
+            history.best_epoch = number
+            if self.patience is not None:
+                self.best = copy.deepcopy(unwrap(self.model).state_dict())
+
+    def _step(self, x: Tensor, where: str) -> float | None:
+        """One optimisation step; its loss, or None if it was skipped."""
+        try:
+            return self.stepper.take(x)
+        except NotFiniteError as problem:
+            if self.on_nonfinite == "raise":
+                raise self._not_finite(f"{where}: {problem}") from problem.__cause__
+            return None
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"fit: {what}; last good checkpoint: {self.last_checkpoint or 'none was written'}. "
+            'A lower learning rate, clip_grad_norm or on_nonfinite="skip" may help'
+        )
+
+    @torch.no_grad()
+    def _validate(self, number: int) -> float | None:
+        if self.val_loader is None:
+            return None
+        # The same noise after every epoch: differences between epochs are then the model's.
+        seed_globals(self.seed, "validation", 0)
+        total, samples = 0.0, 0
+        cause: DivergenceError | None = None
+        with modes_kept(self.model):
+            self.model.eval()
+            for batch in self.val_loader:
+                x = self.stepper.images(batch)
+                samples += x.shape[0]
+                try:
+                    total += float(self.stepper.losses(x).sum(dtype=torch.float64))
+                except DivergenceError as error:
+                    total, cause = math.inf, error
+        if not samples:
+            raise ValueError(f"fit: val_loader: expected at least one batch, got none in epoch {number}")
+        if not math.isfinite(total) and self.on_nonfinite == "raise":
+            found = cause or f"loss {total / samples}"
+            raise self._not_finite(f"epoch {number}, validation: {found}") from cause
+        return total / samples
+
+    def _advance_scheduler(self, loss: float) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def _save(self, complete: bool) -> None:
+        assert self.run_dir is not None
+        path = self.run_dir / (f"epoch-{self.epoch:04d}.pt" if complete else f"step-{self.steps:08d}.pt")
+        if self.steps:
+            self.history.checkpoints.append(path)
+        state = {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "complete": complete,
+            "seed": self.seed,
+            "optimizer": type(self.optimizer).__qualname__,
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "generators": [
+                generator.get_state() for generator in generators_of(self.loader, self.val_loader)
+            ],
+            "history": self.history.to_dict(self.run_dir),
+            "best": self.best,
+        }
+        save_checkpoint(self.model, path, weight=self.pending_weight, optimizer=self.optimizer, state=state)
+        self.pending_weight = 0.0
+        self.last_checkpoint = path
+
+    def _restore_newest(self, there: dict[int, Path], epochs: int, max_steps: int | None) -> None:
+        for number, path in sorted(there.items(), reverse=True):
+            if number > epochs:
+                continue
+            try:
+                content = read_checkpoint(path)
+            except ValueError as error:
+                warnings.warn(f"fit: {error}; going back to the checkpoint before it", stacklevel=4)
+                continue
+            if max_steps is None or (content["state"] or {}).get("steps", 0) <= max_steps:
+                self._restore(path, content)
+                return
+        raise ValueError(
+            f"fit: resume: expected a usable checkpoint in run_dir, found none in {self.run_dir}"
+        )
+
+    def _restore(self, path: Path, content: dict[str, Any]) -> None:
+        state = content["state"]
+        if not isinstance(state, dict) or not state.get("complete"):
+            raise ValueError(f"{path}: expected the checkpoint of an epoch's end by fit, found another kind")
+        generators = generators_of(self.loader, self.val_loader)
+        for name, now, then in (
+            ("seed", self.seed, state["seed"]),
+            ("optimizer", type(self.optimizer).__qualname__, state["optimizer"]),
+            ("use of a scheduler", self.scheduler is not None, state["scheduler"] is not None),
+            ("number of loader generators", len(generators), len(state["generators"])),
+        ):
+            if now != then:
+                raise ValueError(f"{path}: expected a run with the same {name} ({now}), found {then}")
+        history = History.from_dict(state["history"], path.parent)
+        if self.patience is not None and history.best_epoch is not None and state["best"] is None:
+            raise ValueError(f"{path}: expected a run with patience, found one that kept no best weights")
+        restore_model(self.model, content, path)
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{path}: expected this optimizer's state, found another ({error})") from error
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for generator, generator_state in zip(generators, state["generators"], strict=True):
+            generator.set_state(generator_state)
+        self.history, self.best, self.last_checkpoint = history, state["best"], path
+        self.epoch, self.steps = state["epoch"], state["steps"]
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _epoch_files(run_dir: Path | None) -> dict[int, Path]:
+    if run_dir is None or not run_dir.is_dir():
+        return {}
+    matches = ((_EPOCH_FILE.fullmatch(path.name), path) for path in run_dir.iterdir())
+    return {int(match[1]): path for match, path in matches if match is not None}
+
+
+def _progress_bar(total: int | None, initial: int) -> Any:
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ModuleNotFoundError:
+        return None
+    return tqdm(total=total, initial=initial, unit="step", desc="fit", disable=None, dynamic_ncols=True)

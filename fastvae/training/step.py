@@ -1,0 +1,114 @@
+"""One optimisation step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastvae.data import binarize as draw_binary
+from fastvae.data import images_of
+from fastvae.models import DivergenceError
+from fastvae.training.randomness import global_states, set_global_states
+
+__all__ = ["NotFiniteError", "Stepper", "parameters_of"]
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters that the optimiser changes."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite, before it reached the weights.
+
+    ``__cause__`` is the DivergenceError of a model that raised one.
+    """
+
+
+@dataclass
+class Stepper:
+    """Takes optimisation steps; see ``fit`` for the arguments."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    clip_grad_norm: float | None
+    binarize: bool
+    restore: bool
+    """Put the model's buffers back as they were before a step that was not finite."""
+
+    def __post_init__(self) -> None:
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        self.demands_closure = closure is not None and closure.default is inspect.Parameter.empty
+
+    def images(self, batch: Any) -> Tensor:
+        """The images of a loader's batch, binarised if wanted, on the model's device."""
+        x = images_of(batch)
+        x = draw_binary(x) if self.binarize else x
+        return x.to(next(self.model.parameters()).device, non_blocking=True)
+
+    def losses(self, x: Tensor) -> Tensor:
+        """model(x): [B], or ValueError."""
+        losses: Tensor = self.model(x)
+        if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
+            found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"fit: model(x): expected the loss of each sample, [{x.shape[0]}], got {found}")
+        return losses
+
+    def take(self, x: Tensor) -> float:
+        """One optimisation step; its mean loss. NotFiniteError leaves the weights as they were."""
+        noise = global_states() if self.demands_closure else None
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if self.restore else []
+        try:
+            loss, norm = self._finite_backward(x)
+        except NotFiniteError:
+            if self.restore:
+                self.optimizer.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                        buffer.copy_(before)
+            raise
+
+        def evaluate_again() -> float:
+            if noise is not None:
+                set_global_states(noise)
+            again, again_norm = self._backward(x)
+            self._clip(again_norm)
+            return float(again)
+
+        if self.demands_closure:
+            self.optimizer.step(evaluate_again)
+        else:
+            self._clip(norm)
+            self.optimizer.step()
+        return loss
+
+    def _backward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss and gradient norm, with the gradients in place and not yet clipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.losses(x).mean()
+        loss.backward()
+        return loss.detach(), torch.nn.utils.get_total_norm(
+            [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
+        )
+
+    def _finite_backward(self, x: Tensor) -> tuple[float, Tensor]:
+        try:
+            loss, norm = self._backward(x)
+        except DivergenceError as error:
+            raise NotFiniteError(str(error)) from error
+        dtype = torch.promote_types(loss.dtype, torch.float32)
+        # One transfer: on a GPU each would wait for the queue.
+        loss_value, norm_value = torch.stack([loss.to(dtype), norm.to(loss.device, dtype)]).tolist()
+        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
+            raise NotFiniteError(f"loss {loss_value}, gradient norm {norm_value}")
+        return float(loss_value), norm
+
+    def _clip(self, total_norm: Tensor) -> None:
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters_of(self.optimizer), self.clip_grad_norm, total_norm)
