@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 
@@ -30,6 +32,37 @@ def cast_under_autocast(name: str) -> None:
     """Under autocast, run ``fastvae::<name>`` in float32 whatever the dtypes of its inputs."""
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(f"fastvae::{name}", device, torch.float32)
+
+
+def float32_under_autocast(tensor: Tensor) -> Tensor:
+    """The tensor as autocast will hand it to an operator, so that what takes its dtype is not rounded."""
+    if tensor.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(tensor.device.type):
+        return tensor.float()
+    return tensor
+
+
+def check_one_device(name: str, like: Tensor, like_name: str, **tensors: Tensor | Sequence[Tensor]) -> None:
+    """In a fake kernel: refuse what the kernels refuse.
+
+    A meta tensor among CPU ones brings real tensors here, which would come back uninitialised.
+    """
+    for argument, value in tensors.items():
+        for tensor in (value,) if isinstance(value, Tensor) else value:
+            if tensor.device != like.device:
+                raise ValueError(
+                    f"fastvae::{name}: {argument}: expected {like.device} as {like_name}, "
+                    f"got {list(tensor.shape)} on {tensor.device}"
+                )
+
+
+def refuse_forward_mode(name: str, *tensors: Tensor) -> None:
+    """Raise if a tensor carries a tangent, before autograd raises without naming an alternative."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"fastvae::{name}: forward-mode differentiation is not supported; use fastvae.reference.{name}"
+        )
 
 
 def refuse_function_transforms(name: str, *tensors: Tensor) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastvae.ops._registration import (
     cast_under_autocast,
+    check_one_device,
+    float32_under_autocast,
     refuse_function_transforms,
     refuse_second_derivative,
 )
@@ -35,6 +37,7 @@ def leapfrog_kick_drift(z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor
         TypeError: dtypes other than float32 and float64, or mixed.
     """
     refuse_function_transforms("leapfrog_kick_drift", z)
+    z = float32_under_autocast(z)
     return torch.ops.fastvae.leapfrog_kick_drift(z, rho, force, _as_tensor(step_size, z))
 
 
@@ -60,6 +63,7 @@ def leapfrog_kick_temper(rho_half: Tensor, force: Tensor, step_size: Tensor | fl
         TypeError: dtypes other than float32 and float64, or mixed.
     """
     refuse_function_transforms("leapfrog_kick_temper", rho_half)
+    rho_half = float32_under_autocast(rho_half)
     return torch.ops.fastvae.leapfrog_kick_temper(
         rho_half, force, _as_tensor(step_size, rho_half), _as_tensor(alpha, rho_half)
     )
@@ -71,6 +75,7 @@ def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
 
 @torch.library.register_fake("fastvae::leapfrog_kick_drift")
 def _(z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor) -> tuple[Tensor, Tensor]:
+    check_one_device("leapfrog_kick_drift", z, "z", rho=rho, force=force, step_size=step_size)
     return z.new_empty(z.shape), z.new_empty(z.shape)
 
 
@@ -83,6 +88,9 @@ def _(
 
 @torch.library.register_fake("fastvae::leapfrog_kick_temper")
 def _(rho_half: Tensor, force: Tensor, step_size: Tensor, alpha: Tensor) -> Tensor:
+    check_one_device(
+        "leapfrog_kick_temper", rho_half, "rho_half", force=force, step_size=step_size, alpha=alpha
+    )
     return rho_half.new_empty(rho_half.shape)
 
 
