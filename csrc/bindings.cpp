@@ -79,9 +79,11 @@ PYBIND11_MODULE(_C, m) {
       arg("alpha"), arg("parameters"), arg("z_steps"), arg("rho_steps"), arg("stash"), arg("network"),
       arg("likelihood"), arg("store"), arg("needs"));
   m.def(
-      "hamiltonian_flow_stash_numel",
-      [](const std::string& network, const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim) {
-        return fastvae::hamiltonian_flow_stash_numel(network, shapes, latent_dim);
+      "hamiltonian_flow_stash",
+      [](const std::string& network, const std::string& likelihood, const std::vector<std::vector<int64_t>>& shapes,
+         int64_t latent_dim, int64_t element_size, bool on_cpu) {
+        return fastvae::hamiltonian_flow_stash(network, likelihood, shapes, latent_dim, element_size, on_cpu);
       },
-      arg("network"), arg("shapes"), arg("latent_dim"), "Numbers a sample and step that the flow stores.");
+      arg("network"), arg("likelihood"), arg("shapes"), arg("latent_dim"), arg("element_size"), arg("on_cpu"),
+      "Numbers a sample and step that the flow stores, and what the number of samples is rounded up to.");
 }

@@ -200,6 +200,85 @@ struct NarrowConvTranspose {
   ConvolutionWindow window;
 };
 
+// A Hamiltonian flow through a multilayer perceptron whose weights stay in a core's cache: the whole trajectory of a
+// block of samples in one go. Everything of a block is stored [feature, lane], kSmallFlowLanes samples side by side.
+constexpr int kSmallFlowDepth = 8;  // layers at most
+
+template <typename T>
+constexpr int kSmallFlowLanes = 32 / static_cast<int>(sizeof(T));
+
+template <typename T>
+struct SmallNetwork {
+  int depth;
+  const T* weight[kSmallFlowDepth];  // [out, in]
+  const T* bias[kSmallFlowDepth];    // [out] or null
+  int64_t in[kSmallFlowDepth];
+  int64_t out[kSmallFlowDepth];
+  ActivationSpec activation[kSmallFlowDepth];  // of the last layer: identity
+  LikelihoodSpec likelihood;                   // not categorical
+};
+
+// CPU only. Index: blocks of lanes.
+template <typename T>
+struct SmallFlow {
+  SmallNetwork<T> network;
+  const T* z;      // [samples, dim]
+  const T* rho;    // [samples, dim]
+  const T* x;      // [samples, outputs]
+  const T* step;   // [steps, dim]
+  const T* alpha;  // [steps]
+  T* z_steps;      // [steps + 1, samples, dim]
+  T* rho_steps;    // [steps + 1, samples, dim]
+  T* log_px;       // [samples]
+  T* log_px_steps;  // [steps + 1, samples] or null
+  T* tape;          // [blocks, steps + 1, small_flow_tape_numel, lanes]
+  int64_t samples;
+  int64_t dim;
+  int64_t steps;
+};
+
+// CPU only. Index: tasks; each does its share of the blocks and has its own part of the parameters' gradients.
+template <typename T>
+struct SmallFlowBackward {
+  SmallNetwork<T> network;
+  const T* x;
+  const T* step;
+  const T* alpha;
+  const T* tape;
+  const T* grad_z_in;    // or null
+  const T* grad_rho_in;  // or null
+  const T* grad_log_px;  // or null
+  T* grad_z;             // [samples, dim]
+  T* grad_rho;           // [samples, dim]
+  T* grad_x;             // [samples, outputs] or null
+  T* step_terms;         // [steps, samples, dim] or null
+  T* alpha_terms;        // [steps, samples] or null
+  T* grad_parameters;    // [tasks, for each layer: weight, then bias] or null
+  int64_t samples;
+  int64_t dim;
+  int64_t steps;
+  int64_t tasks;
+};
+
+template <typename T>
+int64_t small_flow_tape_numel(const SmallNetwork<T>& network, int64_t dim) {
+  int64_t numel = 3 * dim;  // z, rho, force
+  for (int l = 0; l < network.depth; ++l) {
+    const bool last = l + 1 == network.depth;
+    numel += network.out[l] * (last ? 1 : (keeps_input(network.activation[l].kind) ? 4 : 2));
+  }
+  return numel;
+}
+
+template <typename T>
+int64_t small_flow_parameter_numel(const SmallNetwork<T>& network) {
+  int64_t numel = 0;
+  for (int l = 0; l < network.depth; ++l) {
+    numel += network.out[l] * (network.in[l] + 1);
+  }
+  return numel;
+}
+
 #define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
   DECLARE(bias_activation, BiasActivation)          \
   DECLARE(activation_reverse, ActivationReverse)    \
@@ -220,6 +299,8 @@ FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
 FASTVAE_DECLARE_CPU(unfold, Unfold)
 FASTVAE_DECLARE_CPU(fold, Fold)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
+FASTVAE_DECLARE_CPU(small_flow, SmallFlow)
+FASTVAE_DECLARE_CPU(small_flow_backward, SmallFlowBackward)
 #undef FASTVAE_DECLARE_CPU
 }  // namespace cpu
 

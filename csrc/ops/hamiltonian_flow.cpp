@@ -12,6 +12,7 @@
 #include "../common/launch.h"
 #include "../network/network.h"
 #include "ops.h"
+#include "small_flow.h"
 
 namespace fastvae {
 namespace {
@@ -29,14 +30,21 @@ TensorShapes shapes_of(at::TensorList tensors) {
   return shapes;
 }
 
+StashShape stash_shape(const Program& program, const LikelihoodSpec& likelihood, int64_t dim, int64_t element_size,
+                       bool on_cpu) {
+  return takes_small_flow(program, likelihood, element_size, on_cpu) ? small_flow_stash(program, dim, element_size)
+                                                                      : StashShape{program.tape_numel() + dim, 1};
+}
+
 // The checked inputs, dense, and the network bound to them.
 struct Flow {
   Flow(const char* op, const at::Tensor& z_in, const at::Tensor& rho_in, const at::Tensor& x_in,
-       const at::Tensor& step_in, const at::Tensor& alpha_in, at::TensorList parameters, std::string_view network_text,
-       std::string_view likelihood_text)
+       const at::Tensor& step_in, const at::Tensor& alpha_in, at::TensorList parameters_in,
+       std::string_view network_text, std::string_view likelihood_text)
       : likelihood(parse_likelihood(op, likelihood_text)),
-        program(op, network_text, shapes_of(parameters), checked_dim(op, z_in)),
-        network(op, program, likelihood, parameters, z_in) {
+        program(op, network_text, shapes_of(parameters_in), checked_dim(op, z_in)),
+        network(op, program, likelihood, parameters_in, z_in),
+        parameters(parameters_in) {
     samples = z_in.size(0);
     dim = z_in.size(1);
     check_like(op, "rho", rho_in, z_in, "z");
@@ -62,7 +70,17 @@ struct Flow {
     return z.size(1);
   }
 
-  int64_t stash_numel() const { return (steps + 1) * samples * (program.tape_numel() + dim); }
+  bool small() const { return takes_small_flow(program, likelihood, z.element_size(), z.is_cpu()); }
+  int64_t stash_numel() const {
+    return stash_shape(program, likelihood, dim, z.element_size(), z.is_cpu()).total(samples, steps);
+  }
+  SmallFlowTensors tensors() const {
+    SmallFlowTensors dense{z, rho, x, step_size, alpha, {}};
+    for (const at::Tensor& parameter : parameters) {
+      dense.parameters.push_back(parameter.contiguous());
+    }
+    return dense;
+  }
   // The stash: the tapes of all steps, then the forces [K + 1, B, d].
   at::Tensor forces(const at::Tensor& stash) const {
     return stash.narrow(0, (steps + 1) * samples * program.tape_numel(), (steps + 1) * samples * dim)
@@ -72,6 +90,7 @@ struct Flow {
   LikelihoodSpec likelihood;
   Program program;
   Network network;
+  at::TensorList parameters;
   int64_t samples = 0, dim = 0, steps = 0;
   at::Tensor z, rho, x, step_size, alpha;
 };
@@ -81,9 +100,13 @@ void write_force(at::Tensor force, const at::Tensor& gradient, const at::Tensor&
 
 }  // namespace
 
-int64_t hamiltonian_flow_stash_numel(std::string_view network, const std::vector<std::vector<int64_t>>& shapes,
-                                     int64_t latent_dim) {
-  return Program("hamiltonian_flow", network, shapes, latent_dim).tape_numel() + latent_dim;
+std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
+                                                    const std::vector<std::vector<int64_t>>& shapes,
+                                                    int64_t latent_dim, int64_t element_size, bool on_cpu) {
+  constexpr const char* op = "hamiltonian_flow";
+  const StashShape shape = stash_shape(Program(op, network, shapes, latent_dim), parse_likelihood(op, likelihood),
+                                       latent_dim, element_size, on_cpu);
+  return {shape.numel, shape.multiple};
 }
 
 FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
@@ -100,6 +123,10 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
   const at::Tensor log_px_steps = at::empty({trajectory ? K + 1 : 0, flow.samples}, options);
   const at::Tensor log_px = at::empty({flow.samples}, options);
   const at::Tensor stash = at::empty({store ? flow.stash_numel() : 0}, options);
+  if (store && flow.small() && flow.samples > 0) {
+    run_small_flow(flow.program, flow.likelihood, flow.tensors(), z_steps, rho_steps, log_px, log_px_steps, stash);
+    return {z_steps[K].clone(), rho_steps[K].clone(), log_px, z_steps, rho_steps, log_px_steps, stash};
+  }
   z_steps[0].copy_(flow.z);
   rho_steps[0].copy_(flow.rho);
   if (flow.samples == 0) {
@@ -183,9 +210,6 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   const at::Tensor grad_log_px = cotangent_of(grad_log_px_in, "grad_log_px", {B});
   const at::Tensor grad_z_K = cotangent_of(grad_z_in, "grad_z", {B, d});
   const at::Tensor grad_rho_K = cotangent_of(grad_rho_in, "grad_rho", {B, d});
-  at::Tensor grad_z = grad_z_K.defined() ? grad_z_K.clone() : at::zeros({B, d}, options);
-  at::Tensor grad_rho = grad_rho_K.defined() ? grad_rho_K.clone() : at::zeros({B, d}, options);
-
   std::vector<at::Tensor> gradients(parameters.size());
   bool any_parameter = false;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -195,6 +219,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
     }
   }
   const at::Tensor grad_x = needs[2] ? at::zeros({flow.x.numel()}, options) : at::Tensor();
+  at::Tensor grad_z, grad_rho;
   const at::Tensor grad_step = needs[3] ? at::empty({K, d}, options) : at::Tensor();
   const at::Tensor grad_alpha = needs[4] ? at::empty({K}, options) : at::Tensor();
   const auto finish = [&] {
@@ -210,10 +235,28 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
                          gradients};
   };
   if (B == 0) {
+    grad_z = at::empty({B, d}, options);
+    grad_rho = at::empty({B, d}, options);
     for (const at::Tensor& gradient : {grad_step, grad_alpha}) {
       if (gradient.defined()) {
         gradient.zero_();
       }
+    }
+    return finish();
+  }
+
+  if (store && flow.small()) {
+    grad_z = at::empty({B, d}, options);
+    grad_rho = at::empty({B, d}, options);
+    const at::Tensor step_terms = needs[3] ? at::empty({K, B, d}, options) : at::Tensor();
+    const at::Tensor alpha_terms = needs[4] ? at::empty({K, B}, options) : at::Tensor();
+    run_small_flow_backward(flow.program, flow.likelihood, flow.tensors(), stash, grad_z_K, grad_rho_K, grad_log_px,
+                            grad_z, grad_rho, grad_x, step_terms, alpha_terms, gradients);
+    if (needs[3]) {
+      grad_step.copy_(step_terms.sum(1));
+    }
+    if (needs[4]) {
+      grad_alpha.copy_(alpha_terms.sum(1));
     }
     return finish();
   }
@@ -247,6 +290,8 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
     return dz;
   };
 
+  grad_z = grad_z_K.defined() ? grad_z_K.clone() : at::zeros({B, d}, options);
+  grad_rho = grad_rho_K.defined() ? grad_rho_K.clone() : at::zeros({B, d}, options);
   sweep_again(K);
   if (needs[2] && grad_log_px.defined()) {
     flow.network.add_observed_gradient(z_steps[K], tape_at(K, 1), grad_log_px, grad_x);

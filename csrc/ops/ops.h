@@ -39,8 +39,9 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
                                         const at::Tensor& rho_steps, const at::Tensor& stash, std::string_view network,
                                         std::string_view likelihood, bool store, at::IntArrayRef needs);
 
-// Numbers a sample and step that hamiltonian_flow stores in its stash.
-int64_t hamiltonian_flow_stash_numel(std::string_view network, const std::vector<std::vector<int64_t>>& shapes,
-                                     int64_t latent_dim);
+// The size of hamiltonian_flow's stash: numbers a sample and step, and what the number of samples is rounded up to.
+std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
+                                                    const std::vector<std::vector<int64_t>>& shapes,
+                                                    int64_t latent_dim, int64_t element_size, bool on_cpu);
 
 }  // namespace fastvae

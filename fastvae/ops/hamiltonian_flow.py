@@ -17,6 +17,9 @@ from fastvae.likelihoods import Bernoulli, Likelihood, resolve
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.ops._registration import (
     cast_under_autocast,
+    check_one_device,
+    float32_under_autocast,
+    refuse_forward_mode,
     refuse_function_transforms,
     refuse_second_derivative,
 )
@@ -113,6 +116,9 @@ def hamiltonian_flow(
         )
     if z.dim() != 2:
         raise ValueError(f"fastvae::hamiltonian_flow: z: expected shape [B, d], got {list(z.shape)}")
+    if alpha.dim() != 1:
+        raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
+    z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))
     try:
         network = lower(decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
     except CoupledSamples:
@@ -121,21 +127,28 @@ def hamiltonian_flow(
         if torch.compiler.is_compiling():
             raise
         _warn_once(decoder, error)
-        return reference.hamiltonian_flow(
-            decoder, z, rho, x, step_size, alpha, like, return_trajectory=return_trajectory
-        )
+        with torch.autocast(z.device.type, enabled=False):
+            return reference.hamiltonian_flow(
+                decoder, z, rho, x, step_size, alpha, like, return_trajectory=return_trajectory
+            )
     if isinstance(like, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             "fastvae::hamiltonian_flow: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends "
             "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     observed = _observed(x, z, like)
-    store = memory == "store" or (memory == "auto" and _stash_bytes(network, z, alpha) <= STORE_LIMIT_BYTES)
+    step_sizes = expand_step_size(step_size, alpha.shape[0], z.shape[1], z)
+    refuse_forward_mode("hamiltonian_flow", z, rho, observed, step_sizes, alpha, *network.tensors)
+    store = memory == "store" or (
+        memory == "auto"
+        and _stash_numel(network.spec, like.spec, network.tensors, z, alpha.shape[0]) * z.element_size()
+        <= STORE_LIMIT_BYTES
+    )
     z_K, rho_K, log_px, z_steps, rho_steps, log_px_steps, _ = torch.ops.fastvae.hamiltonian_flow(
         z,
         rho,
         observed,
-        expand_step_size(step_size, alpha.shape[0], z.shape[1], z),
+        step_sizes,
         alpha,
         network.tensors,
         network.spec,
@@ -157,18 +170,23 @@ def _observed(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
     return likelihood.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-def _stash_bytes(network: LoweredNetwork, z: Tensor, alpha: Tensor) -> int:
-    return _stash_numel(network.spec, network.tensors, z, alpha) * z.element_size()
-
-
 @torch.compiler.assume_constant_result
-def _stash_numel_per_sample(spec: str, shapes: tuple[tuple[int, ...], ...], latent_dim: int) -> int:
-    return raw.hamiltonian_flow_stash_numel(spec, shapes, latent_dim)
+def _stash_shape(
+    spec: str,
+    likelihood: str,
+    shapes: tuple[tuple[int, ...], ...],
+    latent_dim: int,
+    element_size: int,
+    on_cpu: bool,
+) -> tuple[int, int]:
+    return raw.hamiltonian_flow_stash(spec, likelihood, shapes, latent_dim, element_size, on_cpu)
 
 
-def _stash_numel(spec: str, tensors: Sequence[Tensor], z: Tensor, alpha: Tensor) -> int:
-    per_sample = _stash_numel_per_sample(spec, tuple(tuple(t.shape) for t in tensors), z.shape[1])
-    return (alpha.shape[0] + 1) * z.shape[0] * per_sample
+def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
+    """Numbers that the op keeps of the forward pass with memory="store"."""
+    shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+    numel, multiple = _stash_shape(spec, likelihood, shapes, z.shape[1], z.element_size(), z.device.type == "cpu")
+    return (steps + 1) * ((z.shape[0] + multiple - 1) // multiple * multiple) * numel
 
 
 def _warn_once(decoder: nn.Module, error: UnsupportedLayer) -> None:
@@ -195,6 +213,9 @@ def _(
     store: bool,
     trajectory: bool,
 ) -> tuple[Tensor, ...]:
+    check_one_device(
+        "hamiltonian_flow", z, "z", rho=rho, x=x, step_size=step_size, alpha=alpha, parameters=parameters
+    )
     B, d = z.shape
     points = alpha.shape[0] + 1
     return (
@@ -204,7 +225,7 @@ def _(
         z.new_empty(points, B, d),
         z.new_empty(points, B, d),
         z.new_empty(points if trajectory else 0, B),
-        z.new_empty(_stash_numel(network, parameters, z, alpha) if store else 0),
+        z.new_empty(_stash_numel(network, likelihood, parameters, z, alpha.shape[0]) if store else 0),
     )
 
 

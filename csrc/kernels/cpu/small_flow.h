@@ -1,0 +1,125 @@
+// The pieces of the small-network flow that forward and backward share: a block's memory, and the two products.
+#pragma once
+
+#include <cstdint>
+
+#include "../kernels.h"
+#include "clones.h"
+
+namespace fastvae::cpu {
+
+template <typename T>
+using Lanes __attribute__((vector_size(32))) = T;
+
+// out[r] = sum_k w[r * row + k * column] in[k] (+ bias[r]), r < rows, k < inner; in and out are vectors of lanes.
+// Eight sums at a time in registers: 2 * rows * inner FLOPs a lane, one broadcast load a multiply-add.
+template <typename T>
+FASTVAE_INLINE void small_product(const T* w, int64_t row, int64_t column, const T* bias, const T* in, T* out,
+                                  int64_t rows, int64_t inner) {
+  using V = Lanes<T>;
+  const V* x = reinterpret_cast<const V*>(in);
+  V* y = reinterpret_cast<V*>(out);
+  constexpr int kRows = 8;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    V sum[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      sum[i] = V{} + (bias == nullptr ? T(0) : bias[r + i]);
+    }
+    const T* base = w + r * row;
+    for (int64_t k = 0; k < inner; ++k) {
+      const V value = x[k];
+      for (int i = 0; i < kRows; ++i) {
+        sum[i] += base[i * row + k * column] * value;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      y[r + i] = sum[i];
+    }
+  }
+  for (; r < rows; ++r) {
+    V sum = V{} + (bias == nullptr ? T(0) : bias[r]);
+    for (int64_t k = 0; k < inner; ++k) {
+      sum += w[r * row + k * column] * x[k];
+    }
+    y[r] = sum;
+  }
+}
+
+// Where the parts of one point of the trajectory lie in its tape, in numbers.
+template <typename T>
+struct SmallPoint {
+  T* z;
+  T* rho;
+  T* force;
+  T* h[kSmallFlowDepth];       // all but the last layer
+  T* delta[kSmallFlowDepth];   // all layers
+  T* kept_a[kSmallFlowDepth];  // where keeps_input
+  T* kept_g[kSmallFlowDepth];
+
+  const T* slope(int l) const { return kept_a[l] == nullptr ? h[l] : kept_a[l]; }
+  const T* error(int l) const { return kept_g[l] == nullptr ? delta[l] : kept_g[l]; }
+};
+
+template <typename T>
+FASTVAE_INLINE SmallPoint<T> small_point(const SmallNetwork<T>& network, int64_t dim, T* tape) {
+  constexpr int kLanes = kSmallFlowLanes<T>;
+  SmallPoint<T> point{};
+  const auto next = [&](int64_t features) FASTVAE_LAMBDA_INLINE {
+    T* part = tape;
+    tape += features * kLanes;
+    return part;
+  };
+  point.z = next(dim);
+  point.rho = next(dim);
+  point.force = next(dim);
+  for (int l = 0; l < network.depth; ++l) {
+    point.delta[l] = next(network.out[l]);
+    if (l + 1 < network.depth) {
+      point.h[l] = next(network.out[l]);
+      if (keeps_input(network.activation[l].kind)) {
+        point.kept_a[l] = next(network.out[l]);
+        point.kept_g[l] = next(network.out[l]);
+      }
+    }
+  }
+  return point;
+}
+
+// [samples, features] rows of a block to [feature, lane] and back; lanes beyond the last sample are zero.
+template <typename T>
+FASTVAE_INLINE void load_block(const T* rows, int64_t first, int64_t samples, int64_t features, T* block) {
+  constexpr int kLanes = kSmallFlowLanes<T>;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const bool there = first + lane < samples;
+    for (int64_t j = 0; j < features; ++j) {
+      block[j * kLanes + lane] = there ? rows[(first + lane) * features + j] : T(0);
+    }
+  }
+}
+
+template <typename T>
+FASTVAE_INLINE void store_block(const T* block, int64_t first, int64_t samples, int64_t features, T* rows) {
+  constexpr int kLanes = kSmallFlowLanes<T>;
+  for (int lane = 0; lane < kLanes && first + lane < samples; ++lane) {
+    for (int64_t j = 0; j < features; ++j) {
+      rows[(first + lane) * features + j] = block[j * kLanes + lane];
+    }
+  }
+}
+
+// Vectors of lanes, aligned for whole-vector access.
+template <typename T>
+class LaneBuffer {
+ public:
+  explicit LaneBuffer(int64_t features) : data_(new Lanes<T>[static_cast<size_t>(features)]()) {}
+  ~LaneBuffer() { delete[] data_; }
+  LaneBuffer(const LaneBuffer&) = delete;
+  LaneBuffer& operator=(const LaneBuffer&) = delete;
+  T* data() { return reinterpret_cast<T*>(data_); }
+
+ private:
+  Lanes<T>* data_;
+};
+
+}  // namespace fastvae::cpu

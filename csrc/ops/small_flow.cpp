@@ -1,0 +1,133 @@
+#include "small_flow.h"
+
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "../common/launch.h"
+
+namespace fastvae {
+namespace {
+
+// Half a megabyte of L2 is the least that today's cores have; activations and tape need the other half.
+constexpr int64_t kSmallWeightBytes = 256 * 1024;
+
+template <typename T>
+SmallNetwork<T> bind(const Program& program, const LikelihoodSpec& likelihood,
+                     const std::vector<at::Tensor>& parameters) {
+  SmallNetwork<T> network{};
+  network.depth = static_cast<int>(program.stages.size());
+  network.likelihood = likelihood;
+  for (int l = 0; l < network.depth; ++l) {
+    const Stage& stage = program.stages[l];
+    network.weight[l] = parameters.empty() ? nullptr : parameters[stage.weight].const_data_ptr<T>();
+    network.bias[l] =
+        parameters.empty() || stage.bias < 0 ? nullptr : parameters[stage.bias].const_data_ptr<T>();
+    network.in[l] = stage.in.channels;
+    network.out[l] = stage.out.channels;
+    network.activation[l] = stage.activation;
+  }
+  return network;
+}
+
+int64_t lanes_of(int64_t element_size) {
+  return element_size == sizeof(float) ? kSmallFlowLanes<float> : kSmallFlowLanes<double>;
+}
+
+}  // namespace
+
+bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, int64_t element_size, bool on_cpu) {
+  if (!on_cpu || likelihood.kind == Likelihood::kCategorical || program.stages.size() > kSmallFlowDepth) {
+    return false;
+  }
+  int64_t weights = 0;
+  for (const Stage& stage : program.stages) {
+    if (stage.affine != Affine::kLinear) {
+      return false;
+    }
+    weights += stage.in.channels * stage.out.channels;
+  }
+  return program.stages.back().activation.kind == Activation::kIdentity && weights * element_size <= kSmallWeightBytes;
+}
+
+StashShape small_flow_stash(const Program& program, int64_t dim, int64_t element_size) {
+  return {small_flow_tape_numel(bind<float>(program, {}, {}), dim), lanes_of(element_size)};
+}
+
+void run_small_flow(const Program& program, const LikelihoodSpec& likelihood, const SmallFlowTensors& in,
+                    const at::Tensor& z_steps, const at::Tensor& rho_steps, const at::Tensor& log_px,
+                    const at::Tensor& log_px_steps, const at::Tensor& stash) {
+  FASTVAE_DISPATCH(in.z, {
+    SmallFlow<scalar_t> args{};
+    args.network = bind<scalar_t>(program, likelihood, in.parameters);
+    args.z = in.z.const_data_ptr<scalar_t>();
+    args.rho = in.rho.const_data_ptr<scalar_t>();
+    args.x = in.x.const_data_ptr<scalar_t>();
+    args.step = in.step_size.const_data_ptr<scalar_t>();
+    args.alpha = in.alpha.const_data_ptr<scalar_t>();
+    args.z_steps = z_steps.mutable_data_ptr<scalar_t>();
+    args.rho_steps = rho_steps.mutable_data_ptr<scalar_t>();
+    args.log_px = log_px.mutable_data_ptr<scalar_t>();
+    args.log_px_steps = log_px_steps.size(0) > 0 ? log_px_steps.mutable_data_ptr<scalar_t>() : nullptr;
+    args.tape = stash.mutable_data_ptr<scalar_t>();
+    args.samples = in.z.size(0);
+    args.dim = in.z.size(1);
+    args.steps = in.alpha.size(0);
+    const int64_t lanes = kSmallFlowLanes<scalar_t>;
+    FASTVAE_LAUNCH_CPU(small_flow, args, (args.samples + lanes - 1) / lanes, kGrain);
+  });
+}
+
+void run_small_flow_backward(const Program& program, const LikelihoodSpec& likelihood, const SmallFlowTensors& in,
+                             const at::Tensor& stash, const at::Tensor& cotangent_z, const at::Tensor& cotangent_rho,
+                             const at::Tensor& cotangent_log_px, const at::Tensor& grad_z, const at::Tensor& grad_rho,
+                             const at::Tensor& grad_x, const at::Tensor& step_terms, const at::Tensor& alpha_terms,
+                             std::vector<at::Tensor>& gradients) {
+  FASTVAE_DISPATCH(in.z, {
+    SmallFlowBackward<scalar_t> args{};
+    args.network = bind<scalar_t>(program, likelihood, in.parameters);
+    args.x = in.x.const_data_ptr<scalar_t>();
+    args.step = in.step_size.const_data_ptr<scalar_t>();
+    args.alpha = in.alpha.const_data_ptr<scalar_t>();
+    args.tape = stash.const_data_ptr<scalar_t>();
+    args.grad_z_in = data_or_null<scalar_t>(cotangent_z);
+    args.grad_rho_in = data_or_null<scalar_t>(cotangent_rho);
+    args.grad_log_px = data_or_null<scalar_t>(cotangent_log_px);
+    args.grad_z = grad_z.mutable_data_ptr<scalar_t>();
+    args.grad_rho = grad_rho.mutable_data_ptr<scalar_t>();
+    args.grad_x = mutable_data_or_null<scalar_t>(grad_x);
+    args.step_terms = mutable_data_or_null<scalar_t>(step_terms);
+    args.alpha_terms = mutable_data_or_null<scalar_t>(alpha_terms);
+    args.samples = in.z.size(0);
+    args.dim = in.z.size(1);
+    args.steps = in.alpha.size(0);
+    const int64_t lanes = kSmallFlowLanes<scalar_t>;
+    args.tasks = std::min<int64_t>((args.samples + lanes - 1) / lanes, at::get_num_threads());
+    at::Tensor partial;
+    const bool wants_parameters =
+        std::any_of(gradients.begin(), gradients.end(), [](const at::Tensor& g) { return g.defined(); });
+    if (wants_parameters) {
+      partial = at::zeros({args.tasks, small_flow_parameter_numel(args.network)}, in.z.options());
+      args.grad_parameters = partial.mutable_data_ptr<scalar_t>();
+    }
+    FASTVAE_LAUNCH_CPU(small_flow_backward, args, args.tasks, kGrain);
+    if (wants_parameters) {
+      const at::Tensor total = args.tasks == 1 ? partial[0] : partial.sum(0);
+      int64_t offset = 0;
+      for (const Stage& stage : program.stages) {
+        const int64_t rows = stage.out.channels;
+        const int64_t columns = stage.in.channels;
+        if (gradients[stage.weight].defined()) {
+          gradients[stage.weight].add_(total.narrow(0, offset, rows * columns).view({rows, columns}));
+        }
+        offset += rows * columns;
+        if (stage.bias >= 0 && gradients[stage.bias].defined()) {
+          gradients[stage.bias].add_(total.narrow(0, offset, rows));
+        }
+        offset += rows;
+      }
+    }
+  });
+}
+
+}  // namespace fastvae
