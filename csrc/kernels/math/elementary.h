@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "portable.h"
 
@@ -25,6 +26,7 @@ struct Ieee<float> {
   static constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to the nearest integer
   static constexpr float kLn2High = 0.693359375F;
   static constexpr float kLn2Low = -2.12194440e-4F;
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr float kLowest = -87.3F;
   static constexpr float kHighest = 88.3F;
   static constexpr int kMantissaBits = 23;
@@ -37,6 +39,7 @@ struct Ieee<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
   static constexpr double kLowest = -708.0;
   static constexpr double kHighest = 709.0;
   static constexpr int kMantissaBits = 52;

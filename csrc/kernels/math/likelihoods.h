@@ -49,7 +49,7 @@ struct GaussianHead {
   T constant;
   FASTVAE_HOST_DEVICE explicit GaussianHead(const LikelihoodSpec& spec)
       : precision(static_cast<T>(1.0 / (spec.scale * spec.scale))),
-        constant(static_cast<T>(-::log(spec.scale) - 0.91893853320467274178)) {}
+        constant(static_cast<T>(-std::log(spec.scale) - 0.91893853320467274178)) {}
   FASTVAE_HOST_DEVICE T residual(T a, T x) const { return (x - a) * precision; }
   FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
     const T r = (x - a) * precision;
@@ -63,7 +63,7 @@ struct GaussianHead {
 template <typename T>
 FASTVAE_HOST_DEVICE int64_t class_of(T x, int64_t classes) {
   const T last = static_cast<T>(classes - 1);
-  const T scaled = ::rint(x * last);
+  const T scaled = std::rint(x * last);
   const T bounded = scaled > T(0) ? (scaled < last ? scaled : last) : T(0);  // NaN becomes 0
   return static_cast<int64_t>(bounded);
 }
