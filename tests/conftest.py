@@ -1,0 +1,28 @@
+"""Fixtures of all tests: the devices, and float32 that is float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every test that asks for it runs on the CPU and on a GPU (``-k cuda`` selects the latter)."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _full_float32() -> Iterator[None]:
+    """cuDNN convolves in TF32 by default, whose 10 bits would hide errors below 1e-3."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,108 @@
+"""The options of hamiltonian_flow: trajectory, likelihoods by name, memory, decoders that are not lowered."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+
+import flow_problems
+import pytest
+import torch
+from flow_problems import MEMORY, Residual, assert_near, conv, gradients, mlp, problem, seeded
+from torch import nn
+
+from fastvae import ops, reference
+from fastvae.likelihoods import Bernoulli, Gaussian
+
+
+def test_trajectory(device: torch.device) -> None:
+    p = problem(conv, "bernoulli", steps=6).to(device).require()
+    expected = reference.hamiltonian_flow(*p.args(), return_trajectory=True)[3]
+    for memory in MEMORY:
+        *end, trajectory = p.run(memory=memory, return_trajectory=True)
+        assert not any(t.requires_grad for t in trajectory)
+        for name, values, wanted, last in zip(trajectory._fields, trajectory, expected, end, strict=True):
+            assert_near(values, wanted.cpu(), 1e-11, name)
+            assert torch.equal(values[-1], last)
+
+
+def test_trajectory_in_place_change_is_caught(device: torch.device) -> None:
+    """It shares memory with what the backward pass reads, which must not change in silence."""
+    p = problem().to(device).require()
+    *outputs, trajectory = p.run(return_trajectory=True)
+    trajectory.z.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs[2].sum().backward()
+
+
+def test_probabilities_equal_logits(device: torch.device) -> None:
+    logits = problem(seeded(mlp(4)), "bernoulli").to(device)
+    probabilities = replace(
+        logits, decoder=nn.Sequential(logits.decoder, nn.Sigmoid()), likelihood=Bernoulli(probs=True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(logits.run(), probabilities.run(), strict=True))
+
+
+def test_names_of_likelihoods(device: torch.device) -> None:
+    p = problem(mlp, Gaussian()).to(device)
+    for name, likelihood in (("gaussian", Gaussian()), ("bernoulli", Bernoulli())):
+        pairs = zip(
+            ops.hamiltonian_flow(*p.args()[:-1], name),
+            ops.hamiltonian_flow(*p.args()[:-1], likelihood),
+            strict=True,
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(
+        ops.hamiltonian_flow(*p.args()[:-1])[2], ops.hamiltonian_flow(*p.args()[:-1], "bernoulli")[2]
+    )
+
+
+def test_fallback_warns_once_and_agrees(device: torch.device) -> None:
+    p = problem(Residual(3, 4)).to(device).require()
+    with pytest.warns(UserWarning, match="hamiltonian_flow: this decoder cannot be lowered") as caught:
+        outputs = p.run(return_trajectory=True)
+    assert len(caught) == 1
+    assert caught[0].filename == flow_problems.__file__, "points at the caller"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = p.run()
+    expected = p.reference()
+    for output, other, wanted in zip(outputs, again, expected, strict=False):
+        assert torch.equal(output, wanted)
+        assert torch.equal(other, wanted)
+    wanted_gradients = gradients(p, expected)
+    for name, gradient in gradients(p, outputs[:3]).items():
+        assert torch.equal(gradient, wanted_gradients[name]), name
+    with pytest.warns(UserWarning, match="cannot be lowered"):
+        problem(Residual(3, 4)).run()
+
+
+def test_memory_auto_follows_size_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the limit the stash is kept, above it is not; the result is the same to rounding."""
+    p = problem(conv, "bernoulli", steps=5).to(device).require()
+    module = sys.modules["fastvae.ops.hamiltonian_flow"]
+    sizes = []
+    for limit in (2**28, 0):
+        monkeypatch.setattr(module, "STORE_LIMIT_BYTES", limit)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t
+        ):
+            outputs = p.run()
+        sizes.append(sum(kept))
+        assert all(torch.equal(a, b) for a, b in zip(outputs, p.run(memory="store"), strict=True))
+    assert sizes[1] < sizes[0]
+
+
+def test_recompute_memory_does_not_grow_with_steps(device: torch.device) -> None:
+    """What a graph keeps for another step is z_k and rho_k, and step size and alpha of the step."""
+
+    def kept_by(steps: int) -> int:
+        p = problem(conv, "bernoulli", steps=steps, batch=5).to(device).require()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            p.run(memory="recompute")
+        return sum(kept)
+
+    assert kept_by(9) - kept_by(4) == 5 * (2 * 5 * 3 + 3 + 1)
