@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flow_problems import MEMORY, Function, check_against_reference, conv, problem
+from flow_problems import MEMORY, Function, check_against_reference, conv, problem, seeded
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
