@@ -1,0 +1,13 @@
+"""The demonstration: a VAE and a Hamiltonian VAE side by side on real images, and a report of the run.
+
+problem.py      the images, and the networks that suit them
+run.py          training and scores: everything the report is made from
+timing.py       time per step; trajectory.py: energies along trajectories
+sections.py     the report's sections; to add one, append a function to SECTIONS
+figures.py      pictures as PNG
+report.py       sections as HTML and as text
+"""
+
+from fastvae.demo.command import DemoError, add_arguments, run
+
+__all__ = ["DemoError", "add_arguments", "run"]

@@ -1,0 +1,134 @@
+"""The images of the demonstration, and the networks that suit them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.data import binarize, load
+from fastvae.models import BaseVAE
+
+__all__ = ["Batches", "Problem", "load_problem"]
+
+
+class Batches:
+    """Batches of images in a new random order at every iteration, the last one smaller.
+
+    Args:
+        images: [N, C, H, W] in [0, 1].
+        batch_size: images in a batch.
+        limit: images in an iteration; larger data sets give a random part each time.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, limit: int) -> None:
+        self.images, self.batch_size, self.size = images, batch_size, min(limit, len(images))
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for indices in torch.randperm(len(self.images))[: self.size].split(self.batch_size):
+            yield self.images[indices]
+
+
+@dataclass
+class Problem:
+    """Training images, held-out images, and how large the models and their evaluation may be."""
+
+    name: str
+    train: Tensor
+    """[N, C, H, W] grey values in [0, 1], binarised anew in every step."""
+    held_out: Tensor
+    """[M, C, H, W] zeros and ones, drawn once."""
+    held_out_in_all: int
+    """Images in the test part that ``held_out`` was taken from."""
+    convolutional: bool
+    importance_samples: int
+    """For each held-out image."""
+    batch_size: int = 100
+    epoch_limit: int = 5000
+    """Images in an epoch at most."""
+
+    def build(self, kind: type[BaseVAE], seed: int, **options: object) -> BaseVAE:
+        """A model of that kind; for one seed all start with the same encoder and decoder."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            encoder, decoder = _convolutional() if self.convolutional else _dense(self.train.shape[1:])
+            return kind(encoder, decoder, "bernoulli", **options)  # type: ignore[arg-type]
+
+    @property
+    def networks(self) -> str:
+        """The networks in words."""
+        if self.convolutional:
+            return (
+                "the convolutional networks of Caterini et al. (NeurIPS 2018): three 5x5 convolutions of "
+                "stride 2 (16, 32, 32 channels) and 450 hidden units, 64 latent dimensions, and back"
+            )
+        size = math.prod(self.train.shape[1:])
+        return f"encoder {size}-128-128 to 16 latent dimensions, decoder 16-128-128-{size}, softplus"
+
+
+def load_problem(source: str, seed: int) -> Problem:
+    """Images from ``fastvae.data.load(source)``, whose errors it passes on, and a budget that suits them."""
+    train, test = load(source, split="train"), load(source, split="test")
+    images, grey = train.tensors()[0], test.tensors()[0]
+    convolutional = tuple(images.shape[1:]) == (1, 28, 28)
+    limit, samples = (200, 100) if convolutional else (500, 1000)
+    # Files are often sorted by label: the first images would not do.
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(grey), generator=generator)[:limit]
+    held_out = binarize(grey[chosen], generator)
+    return Problem(train.name, images, held_out, len(grey), convolutional, samples)
+
+
+def _dense(shape: torch.Size) -> tuple[nn.Module, nn.Module]:
+    size, hidden, latent = shape.numel(), 128, 16
+    encoder = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(size, hidden),
+        nn.Softplus(),
+        nn.Linear(hidden, hidden),
+        nn.Softplus(),
+        nn.Linear(hidden, 2 * latent),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(latent, hidden),
+        nn.Softplus(),
+        nn.Linear(hidden, hidden),
+        nn.Softplus(),
+        nn.Linear(hidden, size),
+        nn.Unflatten(1, tuple(shape)),
+    )
+    return encoder, decoder
+
+
+def _convolutional() -> tuple[nn.Module, nn.Module]:
+    encoder = nn.Sequential(
+        nn.Conv2d(1, 16, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.Conv2d(16, 32, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.Conv2d(32, 32, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(512, 450),
+        nn.Softplus(),
+        nn.Linear(450, 128),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(64, 450),
+        nn.Softplus(),
+        nn.Linear(450, 512),
+        nn.Softplus(),
+        nn.Unflatten(1, (32, 4, 4)),
+        nn.ConvTranspose2d(32, 32, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.ConvTranspose2d(32, 16, 5, stride=2, padding=2, output_padding=1),
+        nn.Softplus(),
+        nn.ConvTranspose2d(16, 1, 5, stride=2, padding=2, output_padding=1),
+    )
+    return encoder, decoder

@@ -1,0 +1,255 @@
+"""The sections of the report. To add one, write a function of a finished ``Demo`` and append it to SECTIONS.
+
+A section may compute from the trained models; it says nothing that was not measured in this run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastvae import info
+from fastvae.demo.experiment import ELBO_DRAWS, LEARNING_RATE, Demo
+from fastvae.demo.figures import COLOURS, canvas, image_rows, png
+from fastvae.demo.report import Picture, Section, Table
+from fastvae.demo.timing import Timing
+from fastvae.demo.trajectory import energy
+
+__all__ = ["SECTIONS"]
+
+
+def scores(demo: Demo) -> Section:
+    """ELBO and NLL of both models, and their paired differences."""
+    rows = []
+    for name, of in (
+        ("ELBO", lambda trained: trained.elbo),
+        ("negative log-likelihood (NLL)", lambda trained: -trained.log_likelihood),
+    ):
+        first, second = of(demo.vae), of(demo.hvae)
+        rows.append([name, *(_mean_and_error(value) for value in (first, second, second - first))])
+    difference = demo.vae.log_likelihood - demo.hvae.log_likelihood
+    mean, error = float(difference.mean()), _standard_error(difference)
+    verdict = "lower" if mean < 0 else "higher"
+    problem = demo.problem
+    return Section(
+        "Scores on held-out images",
+        [
+            f"""In nats per image, on {len(problem.held_out)} images that took no part in training: mean over
+            the images ± its standard error. The last column is the mean of the paired differences.""",
+            f"""The HVAE's NLL is {verdict} by {abs(mean):.3f} ± {error:.3f} nats. The standard errors are
+            those of the choice of images; this is one training run of each model, and other seeds give other
+            numbers.""",
+            f"""ELBO: mean of {ELBO_DRAWS} one-sample estimates for each image. NLL: importance sampling with
+            {problem.importance_samples:,} samples for each image, an upper bound in expectation. Images are
+            binarised: a pixel is 1 with probability its grey value (held-out images: drawn once).""",
+        ],
+        Table(["", "VAE", "HVAE", "HVAE − VAE"], rows),
+        printed=True,
+    )
+
+
+def samples(demo: Demo) -> Section:
+    """Images that the models make up."""
+    generator = torch.Generator().manual_seed(demo.seed)
+    shape, columns = demo.problem.train.shape[1:], 16
+    noisy = demo.problem.train[torch.randperm(len(demo.problem.train), generator=generator)[: 2 * columns]]
+    rows = [("data", noisy.repeat(math.ceil(2 * columns / len(noisy)), 1, 1, 1)[: 2 * columns])]
+    for trained in demo.models:
+        made = trained.model.sample(4 * columns, generator=generator)
+        rows.append((trained.name, made.reshape(-1, *shape)))
+    return Section(
+        "Samples",
+        ["Codes drawn from the standard normal prior, decoded: the mean of each pixel. Not selected."],
+        pictures=[Picture(image_rows(rows, columns), "Training images (grey), and samples of both models.")],
+    )
+
+
+def reconstructions(demo: Demo) -> Section:
+    """Held-out images beside what the models make of their codes."""
+    generator = torch.Generator().manual_seed(demo.seed)
+    columns = min(16, len(demo.problem.held_out))
+    x = demo.problem.held_out[:columns]
+    rows = [("held out", x)]
+    rows += [(trained.name, trained.model.reconstruct(x, generator=generator)) for trained in demo.models]
+    return Section(
+        "Reconstructions",
+        [
+            f"""Held-out images, and the decoded mean of one code of each: the VAE's from its encoder, the
+            HVAE's at the end of a trajectory of {demo.hamiltonian.num_steps} leapfrog steps from there."""
+        ],
+        pictures=[Picture(image_rows(rows, columns), "Held-out binary images and their reconstructions.")],
+    )
+
+
+def trajectories(demo: Demo) -> Section:
+    """Energy along the trajectories of held-out images."""
+    model = demo.hamiltonian
+    x = demo.problem.held_out[:50]
+    tempered, plain = energy(model, x, demo.seed, tempered=True), energy(model, x, demo.seed, tempered=False)
+    figure, axes = canvas(7.2, 2.7, 2)
+    for axis, title, values in zip(
+        axes, ("as trained, tempered", "tempering off"), (tempered, plain), strict=True
+    ):
+        change = values - values[0]
+        steps = range(len(change))
+        axis.plot(steps, change.numpy(), color=COLOURS["HVAE"], linewidth=0.6, alpha=0.25)
+        axis.plot(
+            steps, change.median(1).values, color=COLOURS["HVAE"], linewidth=2, marker="o", markersize=3
+        )
+        axis.set(title=title, xlabel="leapfrog step", ylabel="H − H at the start, nats")
+    error = (plain - plain[0]).abs().max(0).values
+    eps, (alpha, beta_0) = model.step_size.detach(), (value.detach() for value in model.tempering())
+    return Section(
+        "Energy along the trajectory",
+        [
+            f"""H = −log p(x | z) + |z|²/2 + |ρ|²/2 at every leapfrog step, for {len(x)} held-out images; the
+            thick line is the median. Left, the flow as it was trained: each step multiplies the momentum ρ by
+            its α, which changes the energy. Right, the same start and the same step size with all α = 1,
+            where exact dynamics would keep H constant: what is left is the error of the leapfrog
+            integrator."""
+        ],
+        Table(
+            ["after training", ""],
+            [
+                ["step size", _span(eps, 4)],
+                ["α of each step", ", ".join(f"{value:.3f}" for value in alpha.tolist())],
+                ["β₀, the inverse temperature at the start", f"{float(beta_0):.4f}"],
+                [
+                    "largest |H − H at the start| without tempering, median over images",
+                    f"{error.median():.3f} nats",
+                ],
+                ["trajectories given up because they diverged", f"{model.divergences}"],
+            ],
+        ),
+        [Picture(png(figure), "Change of the energy H in nats over the steps of the trajectory.")],
+    )
+
+
+def curves(demo: Demo) -> Section:
+    """ELBO against steps and time."""
+    figure, axes = canvas(7.2, 2.9, 2)
+    lowest = math.inf
+    for trained in demo.models:
+        history, colour = trained.history, COLOURS[trained.name]
+        held_out = -torch.tensor(history.val_loss, dtype=torch.float64)
+        train = -torch.tensor(history.train_loss, dtype=torch.float64)
+        seconds = torch.tensor(history.seconds, dtype=torch.float64).cumsum(0)
+        for axis, time in zip(axes, (torch.tensor(history.steps), seconds), strict=True):
+            axis.plot(time, train, color=colour, linewidth=0.8, alpha=0.45)
+            axis.plot(time, held_out, color=colour, linewidth=1.8, label=trained.name)
+        # The first epochs would flatten everything after them.
+        lowest = min(lowest, float(held_out[len(held_out) // 20]))
+    for axis, label in zip(axes, ("optimisation steps", "seconds of training"), strict=True):
+        axis.set(xlabel=label, ylabel="ELBO, nats per image")
+        axis.set_ylim(bottom=lowest)
+    axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+    return Section(
+        "Training",
+        [
+            """ELBO per image (one sample each), on held-out images (thick) and in training (thin), after
+            every epoch. The models take the same number of steps, in turns; the time of an epoch includes its
+            pass over the held-out images."""
+        ],
+        pictures=[Picture(png(figure), "ELBO against optimisation steps and against seconds of training.")],
+    )
+
+
+def timings(demo: Demo) -> Section:
+    """Our operator beside eager autograd, and whole training steps."""
+    measured = demo.timings
+    fused, eager = (1e3 * timing.quantile(0.5) for timing in (measured.fused, measured.eager))
+    return Section(
+        "Time per training step",
+        [
+            f"""Milliseconds for a batch of {measured.batch_size} images on {torch.get_num_threads()} CPU
+            threads; all four were timed in turn, {len(measured.fused.seconds)} rounds. Flow: forward and
+            backward through {measured.num_steps} leapfrog steps of the trained model, with the gradient to
+            start, momentum, step size, α and the decoder. Eager autograd evaluates as few forces (K + 1) as
+            our operator.""",
+            f"""Our operator takes {fused:.2f} ms where eager autograd takes {eager:.2f} ms (ratio of medians
+            {eager / fused:.2f}). Their gradients differ by at most {measured.difference:.1e} of the largest
+            entry of each gradient.""",
+        ],
+        Table(
+            ["", "median", "quartiles"],
+            [
+                _times("flow, fastvae.ops.hamiltonian_flow", measured.fused),
+                _times("flow, eager autograd (fastvae.reference)", measured.eager),
+                _times("whole training step, VAE", measured.vae),
+                _times("whole training step, HVAE", measured.hvae),
+            ],
+        ),
+        printed=True,
+    )
+
+
+def setting(demo: Demo) -> Section:
+    """Data, networks and how they were trained."""
+    problem, history = demo.problem, demo.hvae.history
+    shape = "x".join(str(size) for size in problem.train.shape[1:])
+    epoch = min(problem.epoch_limit, len(problem.train))
+    end = "the number of epochs asked for" if demo.stopped == "epochs" else "the time limit"
+    held_out = f"{len(problem.held_out):,}"
+    if problem.held_out_in_all > len(problem.held_out):
+        held_out += f", chosen at random from {problem.held_out_in_all:,}"
+    return Section(
+        "What was run",
+        ["Both models have the same networks and start from the same weights."],
+        Table(
+            ["", ""],
+            [
+                ["data", problem.name],
+                ["training images", f"{len(problem.train):,} of {shape}, an epoch sees {epoch:,}"],
+                ["held-out images", held_out],
+                ["networks", problem.networks],
+                ["likelihood", "Bernoulli, dynamic binarisation"],
+                ["HVAE", f"{demo.hamiltonian.num_steps} leapfrog steps, free tempering"],
+                ["optimiser", f"Adam, learning rate {LEARNING_RATE:g}, batches of {problem.batch_size}"],
+                ["epochs, steps", f"{len(history.steps)}, {history.steps[-1]:,}; ended by {end}"],
+                ["training time, VAE", f"{sum(demo.vae.history.seconds):.1f} s"],
+                ["training time, HVAE", f"{sum(history.seconds):.1f} s"],
+                ["the whole run", f"{demo.seconds:.0f} s before this report was drawn"],
+                ["seed", str(demo.seed)],
+            ],
+            numbers=2,
+        ),
+    )
+
+
+def versions(demo: Demo) -> Section:
+    """The command, and what ``python -m fastvae info`` says."""
+    rows = [["command", demo.command], *([name, value] for name, value in info.describe())]
+    return Section("Command and versions", table=Table(["", ""], rows, numbers=2))
+
+
+SECTIONS: list[Callable[[Demo], Section]] = [
+    scores,
+    samples,
+    reconstructions,
+    trajectories,
+    curves,
+    timings,
+    setting,
+    versions,
+]
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values)))
+
+
+def _mean_and_error(values: Tensor) -> str:
+    return f"{float(values.mean()):.3f} ± {_standard_error(values):.3f}"
+
+
+def _times(name: str, timing: Timing) -> list[str]:
+    low, median, high = (1e3 * timing.quantile(q) for q in (0.25, 0.5, 0.75))
+    return [name, f"{median:.2f} ms", f"{low:.2f} to {high:.2f}"]
+
+
+def _span(values: Tensor, digits: int) -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.{digits}f}" if low == high else f"{low:.{digits}f} to {high:.{digits}f}"

@@ -1,0 +1,52 @@
+"""What this installation is made of: the lines of ``python -m fastvae info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from fastvae import _build
+from fastvae._extension import raw
+from fastvae._version import __version__
+
+__all__ = ["describe"]
+
+_OPTIONAL = {"tqdm": "train", "matplotlib": "demo", "scikit-learn": "demo"}
+
+
+def describe() -> list[tuple[str, str]]:
+    """(name, value) of everything that a report of a fault or of a speed should state."""
+    build = raw.build_info()
+    architectures = build["cuda_architectures"] or "none named"
+    cuda = f"CUDA {_build.TORCH_CUDA}, architectures {architectures}" if build["cuda"] else "no (CPU build)"
+    running_cuda = "a CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+    openmp = "with OpenMP" if build["openmp"] else "without OpenMP"
+    return [
+        ("fastvae", __version__),
+        ("torch, built against", _build.TORCH_VERSION),
+        ("torch, running", f"{torch.__version__} ({running_cuda})"),
+        ("CUDA kernels", cuda),
+        ("GPUs visible", _gpus()),
+        ("CPU instruction set", build["cpu_instruction_set"]),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical CPUs, kernels {openmp}"),
+        ("compiler", build["compiler"]),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+        *((f"optional: {name}", _version(name, extra)) for name, extra in _OPTIONAL.items()),
+    ]
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(f"{device.name} (sm_{device.major}{device.minor})" for device in devices)
+
+
+def _version(name: str, extra: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f'not installed; pip install "fastvae[{extra}]"'

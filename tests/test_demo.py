@@ -1,0 +1,257 @@
+"""python -m fastvae: a demonstration of seconds with every section, info, and clear refusals."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastvae
+from fastvae.__main__ import main
+from fastvae.models import HVAE, VAE
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+from fastvae.demo import experiment, timing
+from fastvae.demo.experiment import run_demo
+from fastvae.demo.figures import image_rows
+from fastvae.demo.problem import Batches, Problem, load_problem
+from fastvae.demo.report import Picture, Section, Table, as_html, as_text
+from fastvae.demo.sections import SECTIONS
+from fastvae.demo.trajectory import energy
+
+TITLES = [
+    "Scores on held-out images",
+    "Samples",
+    "Reconstructions",
+    "Energy along the trajectory",
+    "Training",
+    "Time per training step",
+    "What was run",
+    "Command and versions",
+]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two rounds of timing, and one thread: other tests may be running beside this one."""
+    monkeypatch.setattr(timing, "_ROUNDS", 2)
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_problem(count: int = 40, shape: tuple[int, ...] = (1, 8, 8)) -> Problem:
+    grey = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
+    return Problem("noise", grey, grey[:12].round(), 12, shape == (1, 28, 28), 5, batch_size=10)
+
+
+class Page(HTMLParser):
+    """What a reader without JavaScript sees."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.titles: list[str] = []
+        self.images: list[bytes] = []
+        self.tags: set[str] = set()
+        self.words = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+        if tag == "img":
+            values = dict(attributes)
+            source = values["src"] or ""
+            assert values["alt"] and source.startswith("data:image/png;base64,")
+            self.images.append(base64.b64decode(source.partition(",")[2]))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, "every element is closed, in order"
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        if self.open and self.open[-1] == "h2":
+            self.titles.append(data)
+
+
+def test_demo_writes_a_report_with_every_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+) -> None:
+    digits = fastvae.data.load("digits", split="all").images[:200]
+    np.savez(tmp_path / "few.npz", images=digits.numpy())
+    out = tmp_path / "deep" / "report"
+    arguments = ["demo", "--data", str(tmp_path / "few.npz"), "--epochs", "2", "--out", str(out)]
+    assert main([*arguments, "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    text = (out / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.titles == TITLES and page.open == []
+    assert page.tags.isdisjoint({"script", "link", "iframe"}) and "http" not in text
+    assert len(page.images) == 4 and all(image.startswith(b"\x89PNG") for image in page.images)
+    for word in ("--epochs 2", "--seed 3", fastvae.__version__, torch.__version__, "180 of 1x8x8", "2, 4;"):
+        assert word in page.words
+    number = r"-?\d+\.\d{3} ± \d+\.\d{3}"
+    assert re.search(rf"ELBO\s+{number}\s+{number}\s+{number}", printed)
+    assert re.search(rf"\(NLL\)\s+{number}\s+{number}\s+{number}", printed)
+    assert re.search(r"hamiltonian_flow +\d+\.\d\d ms", printed) and "index.html" in printed
+    row = re.search(rf"ELBO\s+({number})", printed)
+    assert row is not None and row[1] in page.words, "the terminal and the page show the same figures"
+
+
+def test_figures_are_those_of_the_models(quick: None) -> None:
+    """Scores, differences and trajectories against the same computed here."""
+    before = torch.get_rng_state()
+    demo = run_demo(tiny_problem(), epochs=2, seconds=60, seed=0, command="")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert demo.stopped == "epochs" and demo.vae.history.steps == demo.hvae.history.steps == [4, 8]
+    generator = torch.Generator().manual_seed(0)
+    x = demo.problem.held_out
+    draws = [demo.hamiltonian.elbo(x, generator=generator) for _ in range(experiment.ELBO_DRAWS)]
+    torch.testing.assert_close(demo.hvae.elbo, torch.stack(draws).mean(0).double().detach())
+    table = SECTIONS[0](demo).table
+    assert table is not None
+    difference = demo.vae.log_likelihood - demo.hvae.log_likelihood
+    error = float(difference.std()) / len(x) ** 0.5
+    assert table.rows[1][3] == f"{float(difference.mean()):.3f} ± {error:.3f}"
+    # float32 against float32, the sums in another order: 1e-4 as the operator's own tests have it.
+    assert demo.timings.difference < 1e-4
+    still = energy(demo.hamiltonian, x, 0, tempered=False)
+    assert still.shape == (11, 12) and float((still - still[0]).abs().max()) < float(still[0].abs().mean())
+
+
+def test_models_start_alike_and_turns_change_nothing(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in turns, by resuming, gives what one run gives, bit for bit."""
+    problem = tiny_problem()
+    vae, hvae = problem.build(VAE, 5), problem.build(HVAE, 5)
+    for first, second in zip(vae.parameters(), hvae.encoder.parameters(), strict=False):
+        assert torch.equal(first, second)
+    monkeypatch.setattr(experiment, "_SLICE_SECONDS", 0.0)
+    epoch_by_epoch = run_demo(problem, epochs=3, seconds=60, seed=5, command="")
+    monkeypatch.setattr(experiment, "_SLICE_SECONDS", 1e9)
+    at_once = run_demo(problem, epochs=3, seconds=1e9, seed=5, command="")
+    assert epoch_by_epoch.hvae.history.val_loss == at_once.hvae.history.val_loss
+    assert torch.equal(epoch_by_epoch.hvae.log_likelihood, at_once.hvae.log_likelihood)
+
+
+def test_time_limit(quick: None) -> None:
+    demo = run_demo(tiny_problem(), epochs=10_000, seconds=0.5, seed=0, command="")
+    assert demo.stopped == "time" and 1 <= len(demo.vae.history.steps) < 10_000
+    assert demo.vae.history.steps == demo.hvae.history.steps
+
+
+def test_convolutional_problem(quick: None) -> None:
+    problem = tiny_problem(20, (1, 28, 28))
+    model = problem.build(HVAE, 0)
+    assert model.latent_dim == 64 and bool(torch.isfinite(model(problem.held_out)).all())
+    assert model.reconstruct(problem.held_out).shape == problem.held_out.shape
+    demo = run_demo(problem, epochs=1, seconds=60, seed=0, command="")
+    assert [section(demo).title for section in SECTIONS] == TITLES
+
+
+def test_data_of_other_shapes(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 3, 6, 10), dtype=np.uint8)
+    np.savez(tmp_path / "colour.npz", images=images)
+    problem = load_problem(str(tmp_path / "colour.npz"), 0)
+    assert not problem.convolutional and problem.held_out.shape == (3, 3, 6, 10)
+    assert problem.build(VAE, 0).reconstruct(problem.held_out).shape == (3, 3, 6, 10)
+    assert image_rows([("a", problem.train[:4]), ("b", problem.train[:2])], 2).startswith(b"\x89PNG")
+
+
+def test_batches_cover_the_images_or_the_limit() -> None:
+    images = torch.arange(25.0).reshape(25, 1, 1, 1)
+    batches = Batches(images, 10, 100)
+    assert [len(batch) for batch in batches] == [10, 10, 5] and len(batches) == 3
+    assert sorted(torch.cat(list(batches)).flatten().tolist()) == list(range(25))
+    limited = torch.cat(list(Batches(images, 10, 20))).flatten().tolist()
+    assert len(set(limited)) == 20
+
+
+def test_report_escapes_and_aligns() -> None:
+    section = Section(
+        "a < b", ["x &\n   y"], Table(["", "n"], [["<i>", "1"], ["longer", "22"]]), [Picture(b"png", 'a "b"')]
+    )
+    html = as_html("t", [section])
+    assert "a &lt; b" in html and "x &amp; y" in html and "&lt;i&gt;" in html and "<i>" not in html
+    assert 'alt="a &quot;b&quot;"' in html and '<td class="number">22</td>' in html
+    assert as_text(section).splitlines()[2:] == ["         n", "<i>      1", "longer  22", "x & y"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "no-such-place"], "load: source: expected .*got 'no-such-place'"),
+        (["--data", "{tmp}/bad.npz"], r"bad\.npz"),
+        (["--data", "{tmp}"], "expected IDX files or one .npz file"),
+        (["--out", "{tmp}/file"], "file"),
+        (["--epochs", "0"], "--epochs: expected a finite number above 0, got 0"),
+        (["--minutes", "nan"], "--minutes: expected a finite number above 0, got nan"),
+        (["--minutes", "soon"], "--minutes: invalid float value: 'soon'"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """argparse's way: usage, one message, exit status 2."""
+    (tmp_path / "file").write_text("in the way")
+    if any("bad" in word for word in arguments):
+        (tmp_path / "bad.npz").write_bytes(b"not a zip file")
+    words = [word.format(tmp=tmp_path) for word in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--out", str(tmp_path / "out"), *words])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in error
+    assert re.search(f"fastvae demo: error: .*{message}", error)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tqdm"])
+def test_missing_extra(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+
+    def without(name: str, *arguments: Any) -> Any:
+        return None if name == package else real(name, *arguments)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 2
+    assert f"needs {package}; to mend it: pip install fastvae[demo]" in capsys.readouterr().err
+
+
+def test_missing_scikit_learn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 2 and "fastvae[demo]" in capsys.readouterr().err
+
+
+def test_info_prints_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = dict(re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["fastvae"] == fastvae.__version__ and lines["torch, running"].startswith(torch.__version__)
+    assert lines["torch, built against"].split(".")[:2] == torch.__version__.split(".")[:2]
+    for name in ("CUDA kernels", "GPUs visible", "CPU instruction set", "threads", "compiler", "Python"):
+        assert lines[name]
+    assert {"optional: tqdm", "optional: matplotlib", "optional: scikit-learn"} <= set(lines)
+
+
+def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2 and "{info,demo}" in capsys.readouterr().err
