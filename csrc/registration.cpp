@@ -1,4 +1,5 @@
-// Every operator of fastvae, on one screen. Autograd, autocast and fake kernels are registered in fastvae/ops.
+// Every operator of fastvae, on one screen. Autograd is registered in autograd.cpp; autocast and fake kernels, in
+// fastvae/ops.
 #include <torch/library.h>
 
 #include "ops/ops.h"

@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Make the gradient of ``fastvae::<name>``, itself a backward operator, an error instead of nothing."""
-
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        forward = name.removesuffix("_backward")
-        raise NotImplementedError(
-            f"fastvae::{forward}: differentiable once; its second derivative is not implemented. For "
-            f"create_graph=True use fastvae.reference.{forward}, which PyTorch can differentiate twice."
-        )
-
-    torch.library.register_autograd(f"fastvae::{name}", backward, setup_context=setup_context)
 
 
 def cast_under_autocast(name: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from fastvae.ops._registration import (
     float32_under_autocast,
     refuse_forward_mode,
     refuse_function_transforms,
-    refuse_second_derivative,
 )
 from fastvae.reference import Trajectory, expand_step_size
 
@@ -170,6 +170,9 @@ def _observed(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
     return likelihood.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
+_read_stash_shape = functools.lru_cache(maxsize=1024)(raw.hamiltonian_flow_stash)
+
+
 @torch.compiler.assume_constant_result
 def _stash_shape(
     spec: str,
@@ -179,7 +182,7 @@ def _stash_shape(
     element_size: int,
     on_cpu: bool,
 ) -> tuple[int, int]:
-    return raw.hamiltonian_flow_stash(spec, likelihood, shapes, latent_dim, element_size, on_cpu)
+    return _read_stash_shape(spec, likelihood, shapes, latent_dim, element_size, on_cpu)
 
 
 def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
@@ -255,41 +258,4 @@ def _(
     return wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5:]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, rho, x, step_size, alpha, parameters, network, likelihood, store, _ = inputs
-    _, _, _, z_steps, rho_steps, log_px_steps, stash = output
-    ctx.mark_non_differentiable(z_steps, rho_steps, log_px_steps, stash)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, rho, x, step_size, alpha, z_steps, rho_steps, stash, *parameters)
-    ctx.network, ctx.likelihood, ctx.store = network, likelihood, store
-
-
-def _backward(ctx: Any, grad_z: Any, grad_rho: Any, grad_log_px: Any, *_: Any) -> tuple[Any, ...]:
-    z, rho, x, step_size, alpha, z_steps, rho_steps, stash, *parameters = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    needs = [*wants[:5], *wants[5]]
-    *grads, parameter_grads = torch.ops.fastvae.hamiltonian_flow_backward(
-        grad_z,
-        grad_rho,
-        grad_log_px,
-        z,
-        rho,
-        x,
-        step_size,
-        alpha,
-        parameters,
-        z_steps,
-        rho_steps,
-        stash,
-        ctx.network,
-        ctx.likelihood,
-        ctx.store,
-        [int(need) for need in needs],
-    )
-    found = [grad if need else None for grad, need in zip([*grads, *parameter_grads], needs, strict=True)]
-    return (*found[:5], found[5:], None, None, None, None)
-
-
-torch.library.register_autograd("fastvae::hamiltonian_flow", _backward, setup_context=_setup_context)
 cast_under_autocast("hamiltonian_flow")
-refuse_second_derivative("hamiltonian_flow_backward")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,6 @@ from fastvae.ops._registration import (
     check_one_device,
     float32_under_autocast,
     refuse_function_transforms,
-    refuse_second_derivative,
 )
 
 
@@ -102,24 +99,5 @@ def _(
     return new(rho_half.shape), new(rho_half.shape), new(step_size.shape), new(alpha.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _kick_drift_backward(ctx: Any, grad_z_next: Tensor, grad_rho_half: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.fastvae.leapfrog_kick_drift_backward(grad_z_next, grad_rho_half, *ctx.saved_tensors)
-
-
-def _kick_temper_backward(ctx: Any, grad_rho_next: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.fastvae.leapfrog_kick_temper_backward(grad_rho_next, *ctx.saved_tensors)
-
-
-torch.library.register_autograd(
-    "fastvae::leapfrog_kick_drift", _kick_drift_backward, setup_context=_save_inputs
-)
-torch.library.register_autograd(
-    "fastvae::leapfrog_kick_temper", _kick_temper_backward, setup_context=_save_inputs
-)
 for _name in ("leapfrog_kick_drift", "leapfrog_kick_temper"):
     cast_under_autocast(_name)
-    refuse_second_derivative(f"{_name}_backward")

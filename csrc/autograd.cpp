@@ -1,0 +1,244 @@
+// Autograd of every operator: a forward op records its closed-form gradient, another op, once; the gradient of that
+// one is refused, because a missing formula would silently drop terms.
+//
+// In C++ because the Python registration costs about 0.5 ms a call for an op that takes a list of tensors, more than
+// the flow through a small network itself [measured].
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/ops.h"
+
+namespace fastvae {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// Calls an op by its schema, one dispatch key below autograd inside forward(), from the top inside backward().
+template <typename Signature>
+struct Op;
+template <typename Result, typename... Args>
+struct Op<Result(Args...)> {
+  explicit Op(const char* name)
+      : handle(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Args...)>()) {}
+  Result operator()(Args... args) const { return handle.call(std::forward<Args>(args)...); }
+  c10::TypedOperatorHandle<Result(Args...)> handle;
+};
+
+[[noreturn]] void refuse_second_derivative(const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::", op, ": differentiable once; its second derivative is not implemented. "
+                              "For create_graph=True use fastvae.reference.", op,
+                              ", which PyTorch can differentiate twice");
+}
+
+std::vector<at::Tensor> list_of(std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grads) {
+  return {std::get<0>(grads), std::get<1>(grads), std::get<2>(grads), std::get<3>(grads)};
+}
+
+// ---- the two halves of a leapfrog step ----
+
+using Kick = std::tuple<at::Tensor, at::Tensor>;
+using KickGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+const Op<decltype(leapfrog_kick_drift)>& kick_drift_op() {
+  static const Op<decltype(leapfrog_kick_drift)> op("fastvae::leapfrog_kick_drift");
+  return op;
+}
+const Op<decltype(leapfrog_kick_drift_backward)>& kick_drift_backward_op() {
+  static const Op<decltype(leapfrog_kick_drift_backward)> op("fastvae::leapfrog_kick_drift_backward");
+  return op;
+}
+const Op<decltype(leapfrog_kick_temper)>& kick_temper_op() {
+  static const Op<decltype(leapfrog_kick_temper)> op("fastvae::leapfrog_kick_temper");
+  return op;
+}
+const Op<decltype(leapfrog_kick_temper_backward)>& kick_temper_backward_op() {
+  static const Op<decltype(leapfrog_kick_temper_backward)> op("fastvae::leapfrog_kick_temper_backward");
+  return op;
+}
+
+struct KickDriftFunction : Function<KickDriftFunction> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& z, const at::Tensor& rho,
+                               const at::Tensor& force, const at::Tensor& step_size) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({z, rho, force, step_size});
+    auto [z_next, rho_half] = kick_drift_op()(z, rho, force, step_size);
+    return {z_next, rho_half};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    return list_of(kick_drift_backward_op()(grads[0], grads[1], saved[0], saved[1], saved[2], saved[3]));
+  }
+};
+
+struct KickDriftBackwardFunction : Function<KickDriftBackwardFunction> {
+  static variable_list forward(AutogradContext*, const at::Tensor& grad_z_next, const at::Tensor& grad_rho_half,
+                               const at::Tensor& z, const at::Tensor& rho, const at::Tensor& force,
+                               const at::Tensor& step_size) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return list_of(kick_drift_backward_op()(grad_z_next, grad_rho_half, z, rho, force, step_size));
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    refuse_second_derivative("leapfrog_kick_drift");
+  }
+};
+
+struct KickTemperFunction : Function<KickTemperFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& rho_half, const at::Tensor& force,
+                            const at::Tensor& step_size, const at::Tensor& alpha) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({rho_half, force, step_size, alpha});
+    return kick_temper_op()(rho_half, force, step_size, alpha);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    return list_of(kick_temper_backward_op()(grads[0], saved[0], saved[1], saved[2], saved[3]));
+  }
+};
+
+struct KickTemperBackwardFunction : Function<KickTemperBackwardFunction> {
+  static variable_list forward(AutogradContext*, const at::Tensor& grad_rho_next, const at::Tensor& rho_half,
+                               const at::Tensor& force, const at::Tensor& step_size, const at::Tensor& alpha) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return list_of(kick_temper_backward_op()(grad_rho_next, rho_half, force, step_size, alpha));
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    refuse_second_derivative("leapfrog_kick_temper");
+  }
+};
+
+Kick kick_drift(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& force, const at::Tensor& step_size) {
+  const variable_list out = KickDriftFunction::apply(z, rho, force, step_size);
+  return {out[0], out[1]};
+}
+
+KickGradients kick_drift_backward(const at::Tensor& grad_z_next, const at::Tensor& grad_rho_half, const at::Tensor& z,
+                                  const at::Tensor& rho, const at::Tensor& force, const at::Tensor& step_size) {
+  const variable_list out = KickDriftBackwardFunction::apply(grad_z_next, grad_rho_half, z, rho, force, step_size);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+at::Tensor kick_temper(const at::Tensor& rho_half, const at::Tensor& force, const at::Tensor& step_size,
+                       const at::Tensor& alpha) {
+  return KickTemperFunction::apply(rho_half, force, step_size, alpha);
+}
+
+KickGradients kick_temper_backward(const at::Tensor& grad_rho_next, const at::Tensor& rho_half, const at::Tensor& force,
+                                   const at::Tensor& step_size, const at::Tensor& alpha) {
+  const variable_list out = KickTemperBackwardFunction::apply(grad_rho_next, rho_half, force, step_size, alpha);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+// ---- the Hamiltonian flow ----
+
+const Op<decltype(hamiltonian_flow)>& flow_op() {
+  static const Op<decltype(hamiltonian_flow)> op("fastvae::hamiltonian_flow");
+  return op;
+}
+const Op<decltype(hamiltonian_flow_backward)>& flow_backward_op() {
+  static const Op<decltype(hamiltonian_flow_backward)> op("fastvae::hamiltonian_flow_backward");
+  return op;
+}
+
+OptionalTensor optional_of(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// The tensors of a flow that have a gradient: z, rho, x, step_size, alpha, then the parameters.
+constexpr size_t kFlowInputs = 5;
+
+struct FlowFunction : Function<FlowFunction> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
+                               const at::Tensor& step_size, const at::Tensor& alpha, at::TensorList parameters,
+                               std::string_view network, std::string_view likelihood, bool store, bool trajectory) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [z_K, rho_K, log_px, z_steps, rho_steps, log_px_steps, stash] =
+        flow_op()(z, rho, x, step_size, alpha, parameters, network, likelihood, store, trajectory);
+    variable_list saved{z, rho, x, step_size, alpha, z_steps, rho_steps, stash};
+    saved.insert(saved.end(), parameters.begin(), parameters.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["network"] = std::string(network);
+    ctx->saved_data["likelihood"] = std::string(likelihood);
+    ctx->saved_data["store"] = store;
+    ctx->mark_non_differentiable({z_steps, rho_steps, log_px_steps, stash});
+    ctx->set_materialize_grads(false);
+    return {z_K, rho_K, log_px, z_steps, rho_steps, log_px_steps, stash};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList parameters = at::TensorList(saved).slice(kFlowInputs + 3);
+    std::vector<int64_t> needs(kFlowInputs + parameters.size());
+    for (size_t i = 0; i < needs.size(); ++i) {
+      needs[i] = ctx->needs_input_grad(i) ? 1 : 0;
+    }
+    const std::string& network = ctx->saved_data["network"].toStringRef();
+    const std::string& likelihood = ctx->saved_data["likelihood"].toStringRef();
+    auto [grad_z, grad_rho, grad_x, grad_step, grad_alpha, grad_parameters] = flow_backward_op()(
+        optional_of(grads[0]), optional_of(grads[1]), optional_of(grads[2]), saved[0], saved[1], saved[2], saved[3],
+        saved[4], parameters, saved[5], saved[6], saved[7], network, likelihood, ctx->saved_data["store"].toBool(),
+        needs);
+    variable_list found{grad_z, grad_rho, grad_x, grad_step, grad_alpha};
+    found.insert(found.end(), grad_parameters.begin(), grad_parameters.end());
+    for (size_t i = 0; i < needs.size(); ++i) {
+      if (needs[i] == 0) {
+        found[i] = at::Tensor();
+      }
+    }
+    found.resize(found.size() + 4);  // network, likelihood, store, trajectory
+    return found;
+  }
+};
+
+struct FlowBackwardFunction : Function<FlowBackwardFunction> {
+  static variable_list forward(AutogradContext*, const OptionalTensor& grad_z, const OptionalTensor& grad_rho,
+                               const OptionalTensor& grad_log_px, const at::Tensor& z, const at::Tensor& rho,
+                               const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
+                               at::TensorList parameters, const at::Tensor& z_steps, const at::Tensor& rho_steps,
+                               const at::Tensor& stash, std::string_view network, std::string_view likelihood,
+                               bool store, at::IntArrayRef needs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [grad_z_in, grad_rho_in, grad_x, grad_step, grad_alpha, grad_parameters] =
+        flow_backward_op()(grad_z, grad_rho, grad_log_px, z, rho, x, step_size, alpha, parameters, z_steps, rho_steps,
+                           stash, network, likelihood, store, needs);
+    variable_list out{grad_z_in, grad_rho_in, grad_x, grad_step, grad_alpha};
+    out.insert(out.end(), grad_parameters.begin(), grad_parameters.end());
+    return out;
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    refuse_second_derivative("hamiltonian_flow");
+  }
+};
+
+FlowOutputs flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,
+                 const at::Tensor& alpha, at::TensorList parameters, std::string_view network,
+                 std::string_view likelihood, bool store, bool trajectory) {
+  const variable_list out =
+      FlowFunction::apply(z, rho, x, step_size, alpha, parameters, network, likelihood, store, trajectory);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+}
+
+FlowGradients flow_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_rho,
+                            const OptionalTensor& grad_log_px, const at::Tensor& z, const at::Tensor& rho,
+                            const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
+                            at::TensorList parameters, const at::Tensor& z_steps, const at::Tensor& rho_steps,
+                            const at::Tensor& stash, std::string_view network, std::string_view likelihood, bool store,
+                            at::IntArrayRef needs) {
+  const variable_list out =
+      FlowBackwardFunction::apply(grad_z, grad_rho, grad_log_px, z, rho, x, step_size, alpha, parameters, z_steps,
+                                  rho_steps, stash, network, likelihood, store, needs);
+  return {out[0], out[1], out[2], out[3], out[4], std::vector<at::Tensor>(out.begin() + kFlowInputs, out.end())};
+}
+
+}  // namespace
+}  // namespace fastvae
+
+TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
+  m.impl("leapfrog_kick_drift", &fastvae::kick_drift);
+  m.impl("leapfrog_kick_drift_backward", &fastvae::kick_drift_backward);
+  m.impl("leapfrog_kick_temper", &fastvae::kick_temper);
+  m.impl("leapfrog_kick_temper_backward", &fastvae::kick_temper_backward);
+  m.impl("hamiltonian_flow", &fastvae::flow);
+  m.impl("hamiltonian_flow_backward", &fastvae::flow_backward);
+}
