@@ -17,6 +17,7 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def main(extras: list[str]) -> None:
+    """Print the build requirements, then those of the extras."""
     content = tomllib.loads(PYPROJECT.read_text())
     known = content["project"]["optional-dependencies"]
     unknown = sorted(set(extras) - set(known))
