@@ -1,4 +1,4 @@
-"""Run every CUDA kernel through the operators and compare with the CPU in float64; small, for compute-sanitizer.
+"""Run every CUDA kernel through the operators, against the CPU in float64; small, for compute-sanitizer.
 
 python scripts/gpu_smoke.py
 """
@@ -66,7 +66,7 @@ def main() -> None:
                 )
                 repeats = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
                 print(
-                    f"{name} {likelihood} {dtype} {memory}: {worst:.1e} from the CPU, repeats to the bit: {repeats}"
+                    f"{name} {likelihood} {dtype} {memory}: off by {worst:.1e}, repeats to the bit: {repeats}"
                 )
                 if not worst <= tolerance:
                     raise SystemExit(f"gpu_smoke: {name}: expected at most {tolerance}, got {worst}")
