@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder for index.html")
     parser.add_argument("--minutes", type=_positive(float), default=2.0, help="training stops by then")
-    parser.add_argument("--epochs", type=_positive(int), default=300, help="and after so many epochs")
+    parser.add_argument("--epochs", type=_positive(int), default=200, help="and after so many epochs")
     parser.add_argument("--seed", type=int, default=0, help="of weights, shuffling and noise")
 
 

@@ -21,6 +21,7 @@ from fastvae.training.randomness import global_generators_kept
 __all__ = ["Demo", "Trained", "run_demo"]
 
 LEARNING_RATE = 2e-3
+FLOW: dict[str, object] = {"num_steps": 10, "tempering": "free", "step_size": 0.05, "beta_0": 0.5}
 ELBO_DRAWS = 20
 
 # A slice of training of one model before it is the other's turn: both then meet the same disturbances.
@@ -80,7 +81,7 @@ def run_demo(problem: Problem, *, epochs: int, seconds: float, seed: int, comman
     started = time.perf_counter()
     vae = problem.build(VAE, seed)
     # "drop": one trajectory that diverges early in training should not end the demonstration; it is counted.
-    hvae = problem.build(HVAE, seed, num_steps=10, tempering="free", on_divergence="drop")
+    hvae = problem.build(HVAE, seed, **FLOW, on_divergence="drop")
     models = {"VAE": vae, "HVAE": hvae}
     histories, stopped = _train(models, problem, epochs, seconds, seed)
     trained = [
@@ -106,7 +107,7 @@ def _train(
     done, turn, stopped = 0, 1, "epochs"
     with (
         tempfile.TemporaryDirectory() as folder,
-        tqdm(total=epochs, desc="training", unit="epoch", dynamic_ncols=True) as bar,
+        tqdm(total=epochs, desc="training", unit="epoch", dynamic_ncols=True, mininterval=0.5) as bar,
     ):
         while done < epochs:
             turn_started = time.perf_counter()

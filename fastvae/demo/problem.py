@@ -69,7 +69,7 @@ class Problem:
                 "stride 2 (16, 32, 32 channels) and 450 hidden units, 64 latent dimensions, and back"
             )
         size = math.prod(self.train.shape[1:])
-        return f"encoder {size}-128-128 to 16 latent dimensions, decoder 16-128-128-{size}, softplus"
+        return f"encoder {size}-128-128 to 16 latent dimensions, decoder 16-128-128-{size}, ELU"
 
 
 def load_problem(source: str, seed: int) -> Problem:
@@ -90,16 +90,16 @@ def _dense(shape: torch.Size) -> tuple[nn.Module, nn.Module]:
     encoder = nn.Sequential(
         nn.Flatten(),
         nn.Linear(size, hidden),
-        nn.Softplus(),
+        nn.ELU(),
         nn.Linear(hidden, hidden),
-        nn.Softplus(),
+        nn.ELU(),
         nn.Linear(hidden, 2 * latent),
     )
     decoder = nn.Sequential(
         nn.Linear(latent, hidden),
-        nn.Softplus(),
+        nn.ELU(),
         nn.Linear(hidden, hidden),
-        nn.Softplus(),
+        nn.ELU(),
         nn.Linear(hidden, size),
         nn.Unflatten(1, tuple(shape)),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae import info
-from fastvae.demo.experiment import ELBO_DRAWS, LEARNING_RATE, Demo
+from fastvae.demo.experiment import ELBO_DRAWS, FLOW, LEARNING_RATE, Demo
 from fastvae.demo.figures import COLOURS, canvas, image_rows, png
 from fastvae.demo.report import Picture, Section, Table
 from fastvae.demo.timing import Timing
@@ -164,8 +164,9 @@ def timings(demo: Demo) -> Section:
     return Section(
         "Time per training step",
         [
-            f"""Milliseconds for a batch of {measured.batch_size} images on {torch.get_num_threads()} CPU
-            threads; all four were timed in turn, {len(measured.fused.seconds)} rounds. Flow: forward and
+            f"""Milliseconds for a batch of {measured.batch_size} images on the CPU
+            (threads: {torch.get_num_threads()}); all four were timed in turn, {len(measured.fused.seconds)}
+            rounds. Flow: forward and
             backward through {measured.num_steps} leapfrog steps of the trained model, with the gradient to
             start, momentum, step size, α and the decoder. Eager autograd evaluates as few forces (K + 1) as
             our operator.""",
@@ -206,7 +207,7 @@ def setting(demo: Demo) -> Section:
                 ["held-out images", held_out],
                 ["networks", problem.networks],
                 ["likelihood", "Bernoulli, dynamic binarisation"],
-                ["HVAE", f"{demo.hamiltonian.num_steps} leapfrog steps, free tempering"],
+                ["HVAE at the start", ", ".join(f"{name}={value!r}" for name, value in FLOW.items())],
                 ["optimiser", f"Adam, learning rate {LEARNING_RATE:g}, batches of {problem.batch_size}"],
                 ["epochs, steps", f"{len(history.steps)}, {history.steps[-1]:,}; ended by {end}"],
                 ["training time, VAE", f"{sum(demo.vae.history.seconds):.1f} s"],
