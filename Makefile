@@ -4,6 +4,7 @@
 #   make test        Python tests and C++ kernel tests                     (ARGS="-k leapfrog")
 #   make test-all    the slow tests too, sanitizers, CUDA kernels on the host
 #   make lint        clang-format, clang-tidy, ruff, mypy
+#   make format      clang-format and ruff put the sources in shape
 #   make bench       benchmarks, JAX among the rivals
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers lint bench cuda-check cuda-build wheel clean build
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers lint format bench cuda-check cuda-build wheel clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -111,6 +112,11 @@ lint: $(VENV)/.packages build/cpp/default/.built
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+format: $(VENV)/.packages
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 bench: build/.extension $(VENV)/.bench
 	$(PY) -m benchmarks.flow $(ARGS)

@@ -27,9 +27,10 @@ struct Op<Result(Args...)> {
 };
 
 [[noreturn]] void refuse_second_derivative(const char* op) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::", op, ": differentiable once; its second derivative is not implemented. "
-                              "For create_graph=True use fastvae.reference.", op,
-                              ", which PyTorch can differentiate twice");
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::", op,
+                              ": differentiable once; its second derivative is not implemented. "
+                              "For create_graph=True use fastvae.reference.",
+                              op, ", which PyTorch can differentiate twice");
 }
 
 std::vector<at::Tensor> list_of(std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grads) {
@@ -175,10 +176,10 @@ struct FlowFunction : Function<FlowFunction> {
     }
     const std::string& network = ctx->saved_data["network"].toStringRef();
     const std::string& likelihood = ctx->saved_data["likelihood"].toStringRef();
-    auto [grad_z, grad_rho, grad_x, grad_step, grad_alpha, grad_parameters] = flow_backward_op()(
-        optional_of(grads[0]), optional_of(grads[1]), optional_of(grads[2]), saved[0], saved[1], saved[2], saved[3],
-        saved[4], parameters, saved[5], saved[6], saved[7], network, likelihood, ctx->saved_data["store"].toBool(),
-        needs);
+    auto [grad_z, grad_rho, grad_x, grad_step, grad_alpha, grad_parameters] =
+        flow_backward_op()(optional_of(grads[0]), optional_of(grads[1]), optional_of(grads[2]), saved[0], saved[1],
+                           saved[2], saved[3], saved[4], parameters, saved[5], saved[6], saved[7], network, likelihood,
+                           ctx->saved_data["store"].toBool(), needs);
     variable_list found{grad_z, grad_rho, grad_x, grad_step, grad_alpha};
     found.insert(found.end(), grad_parameters.begin(), grad_parameters.end());
     for (size_t i = 0; i < needs.size(); ++i) {

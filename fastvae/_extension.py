@@ -6,6 +6,7 @@ written down by setup.py is compared first.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 try:
@@ -53,9 +54,7 @@ def _open() -> ModuleType:
             "on it: python setup.py build_ext --inplace), and do not run Python from inside the checkout otherwise"
         ) from error
     check_torch(TORCH_VERSION, TORCH_CUDA, torch.__version__, torch.version.cuda)
-    from fastvae import _C
-
-    return _C
+    return importlib.import_module("fastvae._C")
 
 
 raw = _open()

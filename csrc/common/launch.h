@@ -25,17 +25,15 @@ constexpr int64_t kGrain = 8192;
 #endif
 
 // COUNT: the size of the kernel's index; WIDTH: elements behind one index.
-#define FASTVAE_LAUNCH_CPU(KERNEL, ARGS, COUNT, WIDTH)                                          \
-  at::parallel_for(0, COUNT, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, WIDTH)),        \
+#define FASTVAE_LAUNCH_CPU(KERNEL, ARGS, COUNT, WIDTH)                                   \
+  at::parallel_for(0, COUNT, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, WIDTH)), \
                    [&](int64_t begin, int64_t end) { ::fastvae::cpu::KERNEL(ARGS, begin, end); })
 
-#define FASTVAE_LAUNCH(KERNEL, DEVICE, ARGS, COUNT, WIDTH)       \
-  do {                                                           \
-    if ((COUNT) > 0) {                                           \
-      FASTVAE_LAUNCH_CUDA(KERNEL, DEVICE, ARGS) {                \
-        FASTVAE_LAUNCH_CPU(KERNEL, ARGS, COUNT, WIDTH);          \
-      }                                                          \
-    }                                                            \
+#define FASTVAE_LAUNCH(KERNEL, DEVICE, ARGS, COUNT, WIDTH)                                          \
+  do {                                                                                              \
+    if ((COUNT) > 0) {                                                                              \
+      FASTVAE_LAUNCH_CUDA(KERNEL, DEVICE, ARGS) { FASTVAE_LAUNCH_CPU(KERNEL, ARGS, COUNT, WIDTH); } \
+    }                                                                                               \
   } while (false)
 
 // Calls BODY with `scalar_t` defined as the tensor's type, which the entry has checked.

@@ -100,9 +100,11 @@ FASTVAE_INLINE void narrow_conv_transpose_template(const NarrowConvTranspose<T>&
           }
           const int64_t y = shifted / w.stride_height;
           for (int64_t j = 0; j < w.kernel_width; ++j) {
-            // Input column x lands on output column stride x + offset: phase offset mod stride, place x + offset / stride.
+            // Input column x lands on output column stride x + offset: phase offset mod stride, place x + offset /
+            // stride.
             const int64_t offset = j * w.dilation_width - w.padding_width;
-            const int64_t quotient = offset >= 0 ? offset / w.stride_width : -((-offset + w.stride_width - 1) / w.stride_width);
+            const int64_t quotient =
+                offset >= 0 ? offset / w.stride_width : -((-offset + w.stride_width - 1) / w.stride_width);
             const int64_t phase = offset - quotient * w.stride_width;
             // Places start at -width at the lowest; the buffer has that much room on its left.
             const int64_t place = std::clamp(quotient, -w.width, phase_width - 2 * w.width) + w.width;

@@ -15,8 +15,8 @@ struct LaneSum {
   T lanes[kLanes] = {};
   FASTVAE_INLINE T total() const {
     T sum = T(0);
-    for (int i = 0; i < kLanes; ++i) {
-      sum += lanes[i];
+    for (const T lane : lanes) {
+      sum += lane;
     }
     return sum;
   }
@@ -24,8 +24,8 @@ struct LaneSum {
 
 // One run of outputs whose bias, if any, lies beside them.
 template <typename Head, bool has_bias, typename T>
-FASTVAE_INLINE void independent_head_run(const Head& head, const T* a, const T* bias, const T* x, T* residual, int64_t n,
-                                         bool wants_log_prob, LaneSum<T>& sum) {
+FASTVAE_INLINE void independent_head_run(const Head& head, const T* a, const T* bias, const T* x, T* residual,
+                                         int64_t n, bool wants_log_prob, LaneSum<T>& sum) {
   constexpr int kLanes = LaneSum<T>::kLanes;
   if (!wants_log_prob) {
 #pragma GCC ivdep

@@ -95,7 +95,8 @@ FASTVAE_INLINE T lane_total(Lanes<T> lanes) {
 }
 
 // gradient [rows, columns] += sum over points and lanes of delta_dot (x) h + delta (x) hdot, a tile at a time in
-// registers. The four arguments are of the first point; `point` and `tangent` are the distances to the next, in vectors.
+// registers. The four arguments are of the first point; `point` and `tangent` are the distances to the next, in
+// vectors.
 template <int kTileRows, int kTileColumns, typename T>
 FASTVAE_INLINE void outer_tile(const Lanes<T>* delta_dot, const Lanes<T>* h, const Lanes<T>* delta,
                                const Lanes<T>* hdot, int64_t points, int64_t delta_dot_next, int64_t h_next,
@@ -155,8 +156,8 @@ FASTVAE_INLINE void add_parameter_gradients(const SmallNetwork<T>& network, int6
         }
         for (int64_t i = r; i < std::min(rows, r + kTile); ++i) {
           for (int64_t j = c; j < std::min(columns, c + kTile); ++j) {
-            outer_tile<1, 1, T>(delta_dot + i, h + j, delta + i, hdot + j, points, tangent_next, point_next,
-                                point_next, tangent_next, gradients + i * columns + j, columns);
+            outer_tile<1, 1, T>(delta_dot + i, h + j, delta + i, hdot + j, points, tangent_next, point_next, point_next,
+                                tangent_next, gradients + i * columns + j, columns);
           }
         }
       }
@@ -254,8 +255,8 @@ FASTVAE_INLINE void small_flow_backward_template(const SmallFlowBackward<T>& arg
             }
           }
         }
-        hessian_point(network, point, tangent, dim, x.data(), k == args.steps ? cotangent : nullptr, gx,
-                      scratch.data(), dz.data());
+        hessian_point(network, point, tangent, dim, x.data(), k == args.steps ? cotangent : nullptr, gx, scratch.data(),
+                      dz.data());
         for (int64_t i = 0; i < size; ++i) {
           grad_z.data()[i] += dz.data()[i] - tangent.u[i];
         }
@@ -275,8 +276,7 @@ FASTVAE_INLINE void small_flow_backward_template(const SmallFlowBackward<T>& arg
           }
         }
         if (args.step_terms != nullptr) {
-          store_block(step_terms.data(), first, args.samples, dim,
-                      args.step_terms + (k - 1) * args.samples * dim);
+          store_block(step_terms.data(), first, args.samples, dim, args.step_terms + (k - 1) * args.samples * dim);
         }
         if (args.alpha_terms != nullptr) {
           store_block(alpha_terms, first, args.samples, 1, args.alpha_terms + (k - 1) * args.samples);
