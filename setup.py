@@ -23,7 +23,7 @@ def find_torch() -> None:
     shared object, so the one of the target environment is used.
     """
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         for key in ("purelib", "platlib"):
             path = sysconfig.get_path(key, vars={"base": sys.prefix, "platbase": sys.prefix})
@@ -51,7 +51,9 @@ def cuda_wanted() -> bool:
     switch = os.environ.get("FASTVAE_CUDA", "auto")
     if switch not in ("auto", "0", "1"):
         raise SystemExit(f"FASTVAE_CUDA: expected auto, 0 or 1, got {switch!r}")
-    nvcc = shutil.which("nvcc") or (cpp_extension.CUDA_HOME and str(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"))
+    nvcc = shutil.which("nvcc") or (
+        cpp_extension.CUDA_HOME and str(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc")
+    )
     possible = bool(torch.version.cuda) and bool(nvcc) and Path(str(nvcc)).exists()
     if switch == "1" and not possible:
         raise SystemExit(
@@ -70,7 +72,16 @@ def sources(*patterns: str) -> list[str]:
 def extension():
     cuda = cuda_wanted()
     # -ffp-contract stays at its default: fused multiply-adds where the instruction set has them.
-    compile_args = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+    compile_args = [
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wextra",
+    ]
     compile_args += ["-Wno-unused-parameter", "-Wno-psabi", "-fvisibility=hidden"]
     if "x86_64" in os.uname().machine:
         compile_args.append("-mprefer-vector-width=512")
@@ -82,7 +93,13 @@ def extension():
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
         macros = [("FASTVAE_WITH_CUDA", None), ("FASTVAE_CUDA_ARCHITECTURES", f'"{architectures}"')]
         files += sources("csrc/kernels/cuda/*.cu")
-        options["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
+        options["nvcc"] = [
+            "-std=c++20",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler",
+            "-fvisibility=hidden",
+        ]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     # -fopenmp is for the compiler alone: linking it would bring a second OpenMP runtime beside torch's.
     return kind(

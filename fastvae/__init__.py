@@ -1,9 +1,9 @@
 """fastvae: exact, fused operators for variational auto-encoders in PyTorch.
 
-    fastvae.ops             operators (C++ and CUDA), drop-in for your own code
-    fastvae.VAE, HVAE       models assembled from them
-    fastvae.fit, data       training and images
-    fastvae.reference       every operator again, in plain PyTorch
+fastvae.ops             operators (C++ and CUDA), drop-in for your own code
+fastvae.VAE, HVAE       models assembled from them
+fastvae.fit, data       training and images
+fastvae.reference       every operator again, in plain PyTorch
 """
 
 from fastvae import _extension  # isort: skip  (first: says clearly what is wrong when the build does not fit)

@@ -35,12 +35,14 @@ class Parser {
     shape_.channels = in_features;
   }
 
-  std::vector<Stage> run(std::string_view text) {
+  std::vector<Stage> run(std::string_view text, bool exact_output) {
     for (const std::string& line : split(text, ';')) {
       layer(line);
     }
     // The last stage feeds the likelihood head, which takes a_L: an activation there needs a stage after it.
-    if (stages_.empty() || stages_.back().activation.kind != Activation::kIdentity) {
+    // A last reshape that moves nothing matters only to a head that reads channels.
+    if (stages_.empty() || stages_.back().activation.kind != Activation::kIdentity ||
+        (exact_output && stages_.back().out.channels != shape_.channels)) {
       begin(Affine::kIdentity);
     }
     return std::move(stages_);
@@ -198,7 +200,7 @@ class Parser {
     expect(known == shape_.numel(), c10::str("cannot become ", at::IntArrayRef(target)));
     expect(!target.empty() && target.size() <= 3, "expected one to three dimensions a sample");
     if (target.size() == 2) {
-      target.insert(target.begin(), 1);  // rows and columns without a channel, as in view(-1, 28, 28)
+      target.insert(target.begin() + 1, 1);  // channels and one row of positions, as torch reads [B, C, L]
     }
     const bool moves_out = !shape_.flat && shape_.channels > 1 && shape_.positions() > 1;
     const bool same_image = target.size() == 3 && !shape_.flat && shape_.channels == target[0] &&
@@ -236,7 +238,8 @@ class Parser {
       spec = {Activation::kElu, number(1), 0.0};
     } else if (kind == "softplus") {
       expect(number(1) > 0.0, "expected beta > 0");
-      spec = {Activation::kSoftplus, number(1), number(2)};
+      const bool meets = number(2) >= math::kSoftplusMeets;
+      spec = {meets ? Activation::kSoftplus : Activation::kSoftplusSharp, number(1), number(2)};
     } else if (kind == "tanh") {
       spec = {Activation::kTanh, 0.0, 0.0};
     } else if (kind == "sigmoid") {
@@ -266,8 +269,9 @@ class Parser {
 
 }  // namespace
 
-Program::Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features)
-    : stages(Parser(op, shapes, in_features).run(text)) {}
+Program::Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features,
+                 const LikelihoodSpec& likelihood)
+    : stages(Parser(op, shapes, in_features).run(text, likelihood.kind == Likelihood::kCategorical)) {}
 
 int64_t Program::tape_numel() const {
   int64_t numel = output().numel();

@@ -53,7 +53,8 @@ struct Stage {
 using TensorShapes = std::vector<std::vector<int64_t>>;
 
 struct Program {
-  Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features);
+  Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features,
+          const LikelihoodSpec& likelihood);
 
   std::vector<Stage> stages;
   int64_t in_features() const { return stages.front().in.numel(); }

@@ -42,7 +42,7 @@ struct Flow {
        const at::Tensor& step_in, const at::Tensor& alpha_in, at::TensorList parameters_in,
        std::string_view network_text, std::string_view likelihood_text)
       : likelihood(parse_likelihood(op, likelihood_text)),
-        program(op, network_text, shapes_of(parameters_in), checked_dim(op, z_in)),
+        program(op, network_text, shapes_of(parameters_in), checked_dim(op, z_in), likelihood),
         network(op, program, likelihood, parameters_in, z_in),
         parameters(parameters_in) {
     samples = z_in.size(0);
@@ -104,8 +104,9 @@ std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, st
                                                     const std::vector<std::vector<int64_t>>& shapes,
                                                     int64_t latent_dim, int64_t element_size, bool on_cpu) {
   constexpr const char* op = "hamiltonian_flow";
-  const StashShape shape = stash_shape(Program(op, network, shapes, latent_dim), parse_likelihood(op, likelihood),
-                                       latent_dim, element_size, on_cpu);
+  const LikelihoodSpec head = parse_likelihood(op, likelihood);
+  const StashShape shape =
+      stash_shape(Program(op, network, shapes, latent_dim, head), head, latent_dim, element_size, on_cpu);
   return {shape.numel, shape.multiple};
 }
 
@@ -223,15 +224,16 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   const at::Tensor grad_step = needs[3] ? at::empty({K, d}, options) : at::Tensor();
   const at::Tensor grad_alpha = needs[4] ? at::empty({K}, options) : at::Tensor();
   const auto finish = [&] {
-    const at::Tensor none = at::empty({0}, options);
+    // Each its own tensor, also where nothing is wanted: outputs of an op must not alias.
+    const auto wanted = [&](bool need, const at::Tensor& gradient) { return need ? gradient : at::empty({0}, options); };
     for (at::Tensor& gradient : gradients) {
-      gradient = gradient.defined() ? gradient : none;
+      gradient = wanted(gradient.defined(), gradient);
     }
-    return FlowGradients{needs[0] ? grad_z : none,
-                         needs[1] ? grad_rho : none,
-                         needs[2] ? flow.network.observed_from_rows(grad_x) : none,
-                         needs[3] ? grad_step : none,
-                         needs[4] ? grad_alpha : none,
+    return FlowGradients{wanted(needs[0], grad_z),
+                         wanted(needs[1], grad_rho),
+                         needs[2] ? flow.network.observed_from_rows(grad_x) : at::empty({0}, options),
+                         wanted(needs[3], grad_step),
+                         wanted(needs[4], grad_alpha),
                          gradients};
   };
   if (B == 0) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -51,7 +52,10 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
     """Raise under torch.func transforms (vmap, grad, jvp, ...), which would give zeros or a slow loop."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.maybe_get_level(tensors[0]) != -1 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        torch._C._functorch.maybe_get_level(tensors[0]) != -1
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         raise NotImplementedError(
             f"fastvae::{name}: torch.func transforms (vmap, grad, vjp, jvp, ...) are not supported; use "
             f"fastvae.reference.{name} inside them"

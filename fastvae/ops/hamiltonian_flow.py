@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvae import reference
 from fastvae._extension import raw
 from fastvae.likelihoods import Bernoulli, Likelihood, resolve
-from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
+from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
@@ -187,8 +187,10 @@ def _stash_shape(
 
 def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
     """Numbers that the op keeps of the forward pass with memory="store"."""
-    shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-    numel, multiple = _stash_shape(spec, likelihood, shapes, z.shape[1], z.element_size(), z.device.type == "cpu")
+    shapes = tuple(tuple(int(size) for size in tensor.shape) for tensor in tensors)
+    numel, multiple = _stash_shape(
+        spec, likelihood, shapes, int(z.shape[1]), z.element_size(), z.device.type == "cpu"
+    )
     return (steps + 1) * ((z.shape[0] + multiple - 1) // multiple * multiple) * numel
 
 

@@ -13,7 +13,9 @@ from fastvae.ops._registration import (
 )
 
 
-def leapfrog_kick_drift(z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor | float) -> tuple[Tensor, Tensor]:
+def leapfrog_kick_drift(
+    z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """First half of a leapfrog step: a half kick of the momentum, then the drift of the position.
 
         rho_half = rho + step_size / 2 * force,    z_next = z + step_size * rho_half
@@ -38,7 +40,9 @@ def leapfrog_kick_drift(z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor
     return torch.ops.fastvae.leapfrog_kick_drift(z, rho, force, _as_tensor(step_size, z))
 
 
-def leapfrog_kick_temper(rho_half: Tensor, force: Tensor, step_size: Tensor | float, alpha: Tensor | float) -> Tensor:
+def leapfrog_kick_temper(
+    rho_half: Tensor, force: Tensor, step_size: Tensor | float, alpha: Tensor | float
+) -> Tensor:
     """Second half of a leapfrog step: a half kick by the force at the new position, then tempering.
 
         rho_next = alpha * (rho_half + step_size / 2 * force)

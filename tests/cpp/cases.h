@@ -79,7 +79,8 @@ inline const std::vector<ActivationSpec>& activations() {
                                                   {Activation::kSigmoid},
                                                   {Activation::kSilu},
                                                   {Activation::kGelu},
-                                                  {Activation::kGeluTanh}};
+                                                  {Activation::kGeluTanh},
+                                                  {Activation::kSoftplusSharp, 2.0, 3.0}};
   return all;
 }
 

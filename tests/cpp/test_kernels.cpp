@@ -26,6 +26,7 @@ auto by_kind(const ActivationSpec& spec, T first, T second) {
     CASE(kSilu)
     CASE(kGelu)
     CASE(kGeluTanh)
+    CASE(kSoftplusSharp)
 #undef CASE
   }
   return T(0);

@@ -153,6 +153,7 @@ long double exact_phi(const ActivationSpec& spec, long double a) {
     case Activation::kElu:
       return a > 0 ? a : first * expm1l(a);
     case Activation::kSoftplus:
+    case Activation::kSoftplusSharp:
       return first * a > static_cast<long double>(spec.second) ? a : exact_softplus(first * a) / first;
     case Activation::kTanh:
       return tanhl(a);
@@ -183,7 +184,8 @@ void test_activation(const ActivationSpec& spec, const char* type) {
     const auto slope = static_cast<double>((up - down) / (2 * h));
     const auto second = static_cast<double>((up - 2 * value + down) / (h * h));
     const bool kink = (spec.kind != Activation::kIdentity && std::abs(point) < 2e-4) ||
-                      (kind == Activation::kSoftplus && std::abs(spec.first * point - spec.second) < 1e-2);
+                      ((kind == Activation::kSoftplus || kind == Activation::kSoftplusSharp) &&
+                       std::abs(spec.first * point - spec.second) < 1e-2);
     const T got_value = phi.value(a);
     const double value_error = std::abs(static_cast<double>(got_value) - static_cast<double>(value));
     CHECK(value_error <= 8.0 * std::numeric_limits<T>::epsilon() * (1.0 + std::abs(point)),
@@ -218,6 +220,7 @@ void test_activations(const char* type) {
   test_activation<Activation::kSilu, T>({Activation::kSilu}, type);
   test_activation<Activation::kGelu, T>({Activation::kGelu}, type);
   test_activation<Activation::kGeluTanh, T>({Activation::kGeluTanh}, type);
+  test_activation<Activation::kSoftplusSharp, T>({Activation::kSoftplusSharp, 2.5, 1.5}, type);
 }
 
 // --- classes

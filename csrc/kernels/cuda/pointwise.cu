@@ -68,6 +68,7 @@ __global__ void activation_adjoint_kernel(const ActivationAdjoint<T> args, const
       FASTVAE_CUDA_CASE(kSilu, NAME, COUNT)                \
       FASTVAE_CUDA_CASE(kGelu, NAME, COUNT)                \
       FASTVAE_CUDA_CASE(kGeluTanh, NAME, COUNT)            \
+      FASTVAE_CUDA_CASE(kSoftplusSharp, NAME, COUNT)       \
     }                                                      \
   }                                                        \
   FASTVAE_DEFINE_CUDA(NAME, ARGS)

@@ -23,6 +23,7 @@ enum class Activation : int {
   kSilu,
   kGelu,
   kGeluTanh,
+  kSoftplusSharp,
 };
 
 struct ActivationSpec {
@@ -33,7 +34,8 @@ struct ActivationSpec {
 
 // Whether the sweeps must keep a and A^T delta of this activation besides h and delta.
 constexpr bool keeps_input(Activation kind) {
-  return kind == Activation::kSilu || kind == Activation::kGelu || kind == Activation::kGeluTanh;
+  return kind == Activation::kSilu || kind == Activation::kGelu || kind == Activation::kGeluTanh ||
+         kind == Activation::kSoftplusSharp;
 }
 
 constexpr bool is_piecewise_linear(Activation kind) {
@@ -105,6 +107,28 @@ struct Phi<Activation::kSoftplus, T> {
     const T scaled = beta * h;
     const T smooth = beta * math::exp(-scaled) * delta;
     return scaled > threshold ? T(0) : smooth;
+  }
+};
+
+// A softplus whose threshold is so low that the two branches do not meet: h no longer tells which one a took.
+constexpr double kSoftplusMeets = 20.0;
+
+template <typename T>
+struct Phi<Activation::kSoftplusSharp, T> {
+  T beta;
+  T threshold;
+  Phi<Activation::kSoftplus, T> smooth;
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec& spec)
+      : beta(static_cast<T>(spec.first)), threshold(static_cast<T>(spec.second)), smooth(spec) {}
+  FASTVAE_HOST_DEVICE T value(T a) const { return smooth.value(a); }
+  FASTVAE_HOST_DEVICE T slope(T a) const {
+    const T s = math::sigmoid(beta * a);
+    return beta * a > threshold ? T(1) : s;
+  }
+  FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
+    const T s = math::sigmoid(beta * a);
+    const T bent = beta * s * (T(1) - s) * g;
+    return beta * a > threshold ? T(0) : bent;
   }
 };
 
@@ -195,6 +219,7 @@ struct Phi<Activation::kGeluTanh, T> {
   FASTVAE_ACTIVATION_CASE(kSigmoid, LOOP)   \
   FASTVAE_ACTIVATION_CASE(kSilu, LOOP)      \
   FASTVAE_ACTIVATION_CASE(kGelu, LOOP)      \
-  FASTVAE_ACTIVATION_CASE(kGeluTanh, LOOP)
+  FASTVAE_ACTIVATION_CASE(kGeluTanh, LOOP)     \
+  FASTVAE_ACTIVATION_CASE(kSoftplusSharp, LOOP)
 
 }  // namespace fastvae
