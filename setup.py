@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent
 def find_torch() -> None:
     """Make `import torch` find the torch that fastvae will run with.
 
-    pip builds in an isolated environment. A torch of its own there would be another build than the one that loads the
-    shared object, so the one of the target environment is used.
+    pip builds in an isolated environment. A torch of its own there would be another build than the one that
+    loads the shared object, so the one of the target environment is used.
     """
     try:
         import torch
@@ -33,9 +33,9 @@ def find_torch() -> None:
             import torch  # noqa: F401
         except ImportError:
             raise SystemExit(
-                "fastvae is compiled against the torch that it will run with, and none is installed here. Install it "
-                "first (see https://pytorch.org for the build that fits your machine; CPU: pip install torch "
-                "--index-url https://download.pytorch.org/whl/cpu), then run: pip install fastvae"
+                "fastvae is compiled against the torch that it will run with, and none is installed here. "
+                "Install the build of torch that fits your machine first (the selector on PyTorch's home page "
+                "gives the command), then run: pip install fastvae"
             ) from None
 
 
@@ -113,7 +113,7 @@ def extension():
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's build, which also writes down what it built against (read by fastvae before the object is opened)."""
+    """torch's build, which also writes down what it built against, read before the object is opened."""
 
     def run(self) -> None:
         super().run()

@@ -81,21 +81,21 @@ def hamiltonian_flow(
         rho~ = rho_k + step_size_k / 2 G(z_k);   z_{k+1} = z_k + step_size_k rho~
         rho_{k+1} = alpha_k (rho~ + step_size_k / 2 G(z_{k+1}))
 
-    K + 1 forces are evaluated, and the last one's decode gives log p(x | z_K). The gradient is exact (it passes through
-    every force) and reaches z, rho, x, step_size, alpha and every parameter of the decoder.
+    K + 1 forces are evaluated, and the last one's decode gives log p(x | z_K). The gradient is exact (it passes
+    through every force) and reaches z, rho, x, step_size, alpha and every parameter of the decoder.
 
     Args:
-        decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters. Any other
-            module that PyTorch can differentiate twice works through autograd, after one warning; under
-            ``torch.compile(fullgraph=True)`` it raises instead.
+        decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters.
+            Any other module that PyTorch can differentiate twice works through autograd, after one warning;
+            under ``torch.compile(fullgraph=True)`` it raises instead.
         z: start [B, d], float32 or float64, CPU or CUDA.
         rho: momentum [B, d].
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
         step_size: a number, [d], [K, 1] or [K, d].
         alpha: [K], the factor on the momentum at the end of each step (1: no tempering).
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
-        memory: "store" keeps the activations of all steps for the backward pass, "recompute" only z_k and rho_k (peak
-            memory then does not grow with K; about a third more time), "auto" decides by size alone.
+        memory: "store" keeps the activations of all steps for the backward pass, "recompute" only z_k
+            and rho_k (peak memory then hardly grows with K; about a third more time), "auto" decides by size.
         return_trajectory: also return z, rho, log_px of every step, not differentiable.
 
     Returns:
@@ -103,7 +103,8 @@ def hamiltonian_flow(
         :class:`fastvae.reference.Trajectory` of z, rho [K + 1, B, d] and log_px [K + 1, B].
 
     Raises:
-        ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end under "bernoulli".
+        ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end
+            under "bernoulli".
         TypeError: dtypes other than float32 and float64, or mixed.
         CoupledSamples: BatchNorm or Dropout in training mode.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
@@ -133,7 +134,8 @@ def hamiltonian_flow(
             )
     if isinstance(like, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
-            "fastvae::hamiltonian_flow: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends "
+            "fastvae::hamiltonian_flow: likelihood: 'bernoulli' expects a decoder that returns "
+            "logits, and this one ends "
             "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     observed = _observed(x, z, like)
@@ -198,7 +200,8 @@ def _warn_once(decoder: nn.Module, error: UnsupportedLayer) -> None:
     if decoder not in _warned:
         _warned.add(decoder)
         warnings.warn(
-            f"fastvae.ops.hamiltonian_flow: this decoder cannot be lowered, so PyTorch's autograd runs instead (same "
+            f"fastvae.ops.hamiltonian_flow: this decoder cannot be lowered, so PyTorch's autograd "
+            f"runs instead (same "
             f"result, slower). {error}",
             UserWarning,
             stacklevel=3,

@@ -47,8 +47,8 @@ def leapfrog_kick_temper(
 
         rho_next = alpha * (rho_half + step_size / 2 * force)
 
-    Caterini, Doucet, Sejdinovic, Hamiltonian Variational Auto-Encoder, NeurIPS 2018, algorithm 1. The force is also
-    the one that the next step starts with: K steps need K + 1 forces.
+    Caterini, Doucet, Sejdinovic, Hamiltonian Variational Auto-Encoder, NeurIPS 2018, algorithm 1. The
+    force is also the one that the next step starts with: K steps need K + 1 forces.
 
     Args:
         rho_half: momentum [B, d] from :func:`leapfrog_kick_drift`, float32 or float64, CPU or CUDA.
