@@ -55,7 +55,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def tiny_problem(count: int = 40, shape: tuple[int, ...] = (1, 8, 8)) -> Problem:
     grey = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
-    return Problem("noise", grey, grey[:12].round(), 12, shape == (1, 28, 28), 5, batch_size=10)
+    return Problem(
+        "noise", grey, grey[:12].round(), grey[:12], 12, shape == (1, 28, 28), 5, 2, 100, batch_size=10
+    )
 
 
 class Page(HTMLParser):

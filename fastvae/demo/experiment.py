@@ -101,7 +101,7 @@ def _train(
 ) -> tuple[dict[str, History], str]:
     """Train all models for the same number of epochs, in turns, until ``epochs`` or ``seconds``."""
     batches = Batches(problem.train, problem.batch_size, problem.epoch_limit)
-    held_out = problem.held_out.split(problem.batch_size)
+    held_out = problem.held_out.repeat(problem.curve_draws, 1, 1, 1).split(problem.batch_size)
     histories: dict[str, History] = {}
     started = time.perf_counter()
     done, turn, stopped = 0, 1, "epochs"

@@ -44,14 +44,18 @@ class Problem:
     """[N, C, H, W] grey values in [0, 1], binarised anew in every step."""
     held_out: Tensor
     """[M, C, H, W] zeros and ones, drawn once."""
+    held_out_grey: Tensor
+    """[M, C, H, W] the grey values they were drawn from."""
     held_out_in_all: int
     """Images in the test part that ``held_out`` was taken from."""
     convolutional: bool
     importance_samples: int
     """For each held-out image."""
+    curve_draws: int
+    """Codes for each held-out image in the training curves, the same noise after every epoch."""
+    epoch_limit: int
+    """Images in an epoch at most: time limits are looked at between epochs."""
     batch_size: int = 100
-    epoch_limit: int = 5000
-    """Images in an epoch at most."""
 
     def build(self, kind: type[BaseVAE], seed: int, **options: object) -> BaseVAE:
         """A model of that kind; for one seed all start with the same encoder and decoder."""
@@ -77,12 +81,12 @@ def load_problem(source: str, seed: int) -> Problem:
     train, test = load(source, split="train"), load(source, split="test")
     images, grey = train.tensors()[0], test.tensors()[0]
     convolutional = tuple(images.shape[1:]) == (1, 28, 28)
-    limit, samples = (200, 100) if convolutional else (500, 1000)
+    limit, samples, draws, epoch = (200, 100, 1, 1000) if convolutional else (500, 1000, 4, 5000)
     # Files are often sorted by label: the first images would not do.
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(grey), generator=generator)[:limit]
-    held_out = binarize(grey[chosen], generator)
-    return Problem(train.name, images, held_out, len(grey), convolutional, samples)
+    chosen = grey[torch.randperm(len(grey), generator=generator)[:limit]]
+    held_out = binarize(chosen, generator)
+    return Problem(train.name, images, held_out, chosen, len(grey), convolutional, samples, draws, epoch)
 
 
 def _dense(shape: torch.Size) -> tuple[nn.Module, nn.Module]:

@@ -72,7 +72,7 @@ def reconstructions(demo: Demo) -> Section:
     generator = torch.Generator().manual_seed(demo.seed)
     columns = min(16, len(demo.problem.held_out))
     x = demo.problem.held_out[:columns]
-    rows = [("held out", x)]
+    rows = [("held out", demo.problem.held_out_grey[:columns]), ("binarised", x)]
     rows += [(trained.name, trained.model.reconstruct(x, generator=generator)) for trained in demo.models]
     return Section(
         "Reconstructions",
@@ -80,7 +80,12 @@ def reconstructions(demo: Demo) -> Section:
             f"""Held-out images, and the decoded mean of one code of each: the VAE's from its encoder, the
             HVAE's at the end of a trajectory of {demo.hamiltonian.num_steps} leapfrog steps from there."""
         ],
-        pictures=[Picture(image_rows(rows, columns), "Held-out binary images and their reconstructions.")],
+        pictures=[
+            Picture(
+                image_rows(rows, columns),
+                "Held-out images as they are, as the models see them, and reconstructed.",
+            )
+        ],
     )
 
 
@@ -131,7 +136,7 @@ def trajectories(demo: Demo) -> Section:
 def curves(demo: Demo) -> Section:
     """ELBO against steps and time."""
     figure, axes = canvas(7.2, 2.9, 2)
-    lowest = math.inf
+    lowest, highest = math.inf, -math.inf
     for trained in demo.models:
         history, colour = trained.history, COLOURS[trained.name]
         held_out = -torch.tensor(history.val_loss, dtype=torch.float64)
@@ -142,15 +147,17 @@ def curves(demo: Demo) -> Section:
             axis.plot(time, held_out, color=colour, linewidth=1.8, label=trained.name)
         # The first epochs would flatten everything after them.
         lowest = min(lowest, float(held_out[len(held_out) // 20]))
+        highest = max(highest, float(held_out.max()), float(train.max()))
     for axis, label in zip(axes, ("optimisation steps", "seconds of training"), strict=True):
         axis.set(xlabel=label, ylabel="ELBO, nats per image")
-        axis.set_ylim(bottom=lowest)
+        axis.set_ylim(lowest, highest + 0.05 * (highest - lowest) + 1e-3)
     axes[0].legend(frameon=False, fontsize=9, loc="lower right")
     return Section(
         "Training",
         [
-            """ELBO per image (one sample each), on held-out images (thick) and in training (thin), after
-            every epoch. The models take the same number of steps, in turns; the time of an epoch includes its
+            f"""ELBO per image after every epoch: on held-out images (thick; samples of each:
+            {demo.problem.curve_draws}, with the same noise every time) and in training (thin; one sample of
+            each). The models take the same number of steps, in turns; the time of an epoch includes its
             pass over the held-out images."""
         ],
         pictures=[Picture(png(figure), "ELBO against optimisation steps and against seconds of training.")],
