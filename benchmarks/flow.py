@@ -1,0 +1,334 @@
+"""The Hamiltonian flow against eager PyTorch, torch.compile, JAX and the machine's own matrix products.
+
+    python benchmarks/flow.py                 times, under 4 minutes on 2 cores
+    python benchmarks/flow.py --memory        peak memory at K = 5 and K = 50 instead
+    python benchmarks/flow.py --quick         tiny sizes: does everything run?
+
+Every contestant computes the loss sum log p(x | z_K) - |rho_K|^2 / 2 and its gradients to z, step_size, alpha and all
+parameters of the decoder, in float32, and must agree with eager PyTorch to 1e-4 before it is timed. Written are
+flow-<device>.json, .md and .png (flow-memory-<device>.json and .md with --memory).
+
+Floors, for K + 1 forces (each 1 forward and 1 reverse pass, and 4 passes to differentiate through it):
+
+- "GEMM floor": the matrix products alone, by torch.mm into results that exist, in the shapes of one force;
+- "GEMM floor, stacked": the same, the weight gradients of a Linear layer in one product over all forces;
+- "FLOP floor": the operations at the rate of a large square product.
+
+Of a small network the first two are mostly the calls of torch.mm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+# As a script and with -m, from a source tree or beside an installed fastvae.
+sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent))
+
+import common  # noqa: E402
+import floors  # noqa: E402
+import flow_report as report  # noqa: E402
+from flow_report import CHANNELS_LAST, COMPILED, EAGER, EAGER_2K, GRAPH, JAX, OURS, RECOMPUTE  # noqa: E402
+from flow_rivals import JaxFlow, functional_flow  # noqa: E402
+
+from fastvae import ops, reference  # noqa: E402
+
+TOLERANCE = 1e-4
+"""|difference| / |eager's| of the loss and each gradient: float32 round-off of K + 1 forces in another order."""
+
+MEMORY_STEPS = (5, 50)
+
+Flow = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    key: str
+    title: str
+    decoder: Callable[[], nn.Sequential]
+    latent_dim: int
+    batch: int
+    num_steps: int
+    seconds: float
+    """how long its contestants are timed"""
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.Softplus()]
+    return nn.Sequential(*layers[:-1])
+
+
+def paper_decoder(width: int = 16) -> nn.Sequential:
+    """The decoder for MNIST of Caterini, Doucet, Sejdinovic, NeurIPS 2018 (width 16)."""
+    return nn.Sequential(
+        nn.Linear(64, 450),
+        nn.Softplus(),
+        nn.Linear(450, 32 * width),
+        nn.Softplus(),
+        nn.Unflatten(1, (2 * width, 4, 4)),
+        nn.ConvTranspose2d(2 * width, 2 * width, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.ConvTranspose2d(2 * width, width, 5, stride=2, padding=2, output_padding=1),
+        nn.Softplus(),
+        nn.ConvTranspose2d(width, 1, 5, stride=2, padding=2, output_padding=1),
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [
+            Case("mlp", "4-8-8-12, batch 5, K = 2", lambda: mlp(4, 8, 8, 12), 4, 5, 2, 0.1),
+            Case("conv", "convolutional, width 2, batch 3, K = 2", lambda: paper_decoder(2), 64, 3, 2, 0.1),
+        ]
+    return [
+        Case("mlp", "32-512-512-784, batch 128, K = 10", lambda: mlp(32, 512, 512, 784), 32, 128, 10, 25),
+        Case("small", "2-64-64-64, batch 16, K = 10", lambda: mlp(2, 64, 64, 64), 2, 16, 10, 8),
+        Case("conv", "the paper's convolutional, batch 100, K = 10", paper_decoder, 64, 100, 10, 35),
+    ]
+
+
+class Problem:
+    """A case's decoder and inputs on a device, and the loss that every contestant differentiates."""
+
+    def __init__(
+        self, case: Case, device: torch.device, *, batch: int | None = None, num_steps: int | None = None
+    ) -> None:
+        batch, num_steps = batch or case.batch, num_steps or case.num_steps
+        torch.manual_seed(0)
+        self.decoder = case.decoder().to(device)
+        elements = self.decoder(torch.zeros(1, case.latent_dim, device=device)).numel()
+        self.z, self.rho = torch.randn(2, batch, case.latent_dim).to(device)
+        self.x = torch.bernoulli(torch.full((batch, elements), 0.3)).to(device)
+        self.step_size = torch.linspace(0.05, 0.1, num_steps)[:, None].to(device)
+        self.alpha = torch.linspace(0.9, 1, num_steps).to(device)
+        for tensor in (self.z, self.step_size, self.alpha):
+            tensor.requires_grad_()
+
+    def contestant(self, flow: Flow, decoder: nn.Module | None = None) -> Callable[[], list[Tensor]]:
+        """Loss and gradients through a flow; ``decoder`` replaces the problem's own."""
+        network = self.decoder if decoder is None else decoder
+        inputs = [self.z, self.step_size, self.alpha, *network.parameters()]
+
+        def run() -> list[Tensor]:
+            _, rho, log_px = flow(network, self.z, self.rho, self.x, self.step_size, self.alpha)
+            loss = log_px.sum() - rho.square().sum() / 2
+            return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+        return run
+
+
+def channels_last(decoder: nn.Module) -> nn.Module:
+    """A copy with the weights of its convolutions in channels_last, which their results follow."""
+    network = copy.deepcopy(decoder)
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return network
+
+
+def makers(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """How each contestant is built, by name: building or running one may fail, where the machine lacks it."""
+    p = problem
+    ours = p.contestant(functools.partial(ops.hamiltonian_flow, memory="store"))
+    recompute = p.contestant(functools.partial(ops.hamiltonian_flow, memory="recompute"))
+    eager = p.contestant(reference.hamiltonian_flow)
+    found: dict[str, Callable[[], Callable[[], Any]]] = {
+        OURS: lambda: ours,
+        RECOMPUTE: lambda: recompute,
+        EAGER_2K: lambda: p.contestant(reference.hamiltonian_flow_2k),
+        EAGER: lambda: eager,
+    }
+    if any(isinstance(layer, nn.ConvTranspose2d) for layer in p.decoder):
+        found[CHANNELS_LAST] = lambda: p.contestant(reference.hamiltonian_flow, channels_last(p.decoder))
+    if p.z.is_cuda:
+        found[OURS + GRAPH] = lambda: common.captured(ours)
+        found[EAGER + GRAPH] = lambda: common.captured(eager)
+    if options.compile:
+        found[COMPILED] = lambda: p.contestant(torch.compile(functional_flow, fullgraph=True))
+    if options.jax:
+        found[JAX] = lambda: JaxFlow(p.decoder, p.z, p.rho, p.x, p.step_size, p.alpha, options.threads)
+    return found
+
+
+def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Check every contestant against eager PyTorch, then time those that agree, and the floors."""
+    problem = Problem(case, device)
+    expected = problem.contestant(reference.hamiltonian_flow)()
+    contestants: dict[str, common.Contestant] = {}
+    errors: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    for name, make in makers(problem, options).items():
+        progress(f"{case.title}: {name}")
+        try:
+            contestant = make()
+            result = contestant()
+            if isinstance(contestant, JaxFlow):
+                result = contestant.tensors()
+                notes[name] = f"lax.scan with unroll={contestant.unroll}, the quicker of 1 and K"
+            errors[name] = common.relative_error(result, expected)
+            if not errors[name] <= TOLERANCE:
+                raise ArithmeticError(f"differs from eager by {errors[name]:.1e}, over {TOLERANCE:.0e}")
+        except Exception as error:
+            # A rival that this machine lacks leaves a note; one of ours that fails is a fault.
+            if name.startswith("ours"):
+                raise
+            notes[name] = (
+                f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            )
+            continue
+        contestants[name] = contestant
+
+    layers, forces = floors.products(problem.decoder, problem.z), case.num_steps + 1
+    for name, stacked in ((report.FLOOR, False), (report.STACKED, True)):
+        contestants[name] = floors.second_order_floor(layers, forces, device, stacked=stacked)
+    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
+    contestants[square] = common.gemm(side, side, side, device)
+    clocks = dict.fromkeys(contestants, common.clock_of(device))
+    # JAX runs on a stream of its own, which events on PyTorch's do not see.
+    clocks[JAX] = common.wall_clock
+    progress(f"{case.title}: timing")
+    timings = common.interleave(
+        contestants, clocks, seconds=case.seconds, min_rounds=2 if options.quick else 5
+    )
+
+    gflops = 2 * side**3 / timings.pop(square).median / 1e6
+    operations = floors.second_order_operations(layers, forces)
+    floor_timings = {name: timings.pop(name) for name in (report.FLOOR, report.STACKED)}
+    floor_ms = {name: timing.median for name, timing in floor_timings.items()}
+    floor_ms[report.FLOPS] = operations / gflops / 1e6
+    ours = timings[OURS].median
+    return {
+        "case": case.key,
+        "title": case.title,
+        "operations": operations,
+        "square_gemm_gflops": gflops,
+        "timings_ms": timings,
+        "floor_timings_ms": floor_timings,
+        "floor_ms": floor_ms,
+        "ratio_to_ours": {name: timing.median / ours for name, timing in timings.items()},
+        "ours_over_floor": {name: ours / floor for name, floor in floor_ms.items()},
+        "relative_error": errors,
+        "notes": notes,
+    }
+
+
+def memory_probe(key: str, memory: str, num_steps: int, quick: bool, device: str) -> Callable[[], object]:
+    """One forward and backward pass of a case, warmed up with one sample and one step."""
+    case = next(case for case in cases(quick) if case.key == key)
+    flow = functools.partial(ops.hamiltonian_flow, memory=memory)
+    Problem(case, torch.device(device), batch=1, num_steps=1).contestant(flow)()
+    return Problem(case, torch.device(device), num_steps=num_steps).contestant(flow)
+
+
+def run_memory(device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak extra memory of every case and memory mode at both numbers of steps."""
+    rows = []
+    for case in cases(quick=True)[:1] if options.quick else cases(quick=False):
+        for memory in ("recompute", "store"):
+            sizes = {}
+            for steps in MEMORY_STEPS:
+                progress(f"{case.title}: memory={memory!r}, K = {steps}")
+                arguments = (case.key, memory, steps, options.quick, device.type)
+                if device.type == "cuda":
+                    sizes[steps] = common.peak_extra_cuda_memory(memory_probe(*arguments))
+                else:
+                    sizes[steps] = common.peak_extra_memory(
+                        "flow", "memory_probe", *arguments, threads=options.threads
+                    )
+            first, last = sizes.values()
+            growth = last / first if first else None
+            reached = None if growth is None or memory == "store" else growth <= report.MEMORY_BOUND
+            rows.append(
+                {"case": case.title, "memory": memory, "bytes": sizes, "growth": growth, "reached": reached}
+            )
+    return rows
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch and JAX (default 2)")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: does it run?")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
+    )
+    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
+    parser.add_argument("--no-jax", action="store_false", dest="jax", help="leave JAX out")
+    parser.add_argument(
+        "--no-compile",
+        action="store_false",
+        dest="compile",
+        help="leave torch.compile out, which compiles for minutes",
+    )
+    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.compile = options.compile and not options.quick
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--cuda: PyTorch sees no GPU")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(options.device)
+    environment = common.environment(device)
+    kind = ("flow-memory-" if options.memory else "flow-") + common.device_slug(device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / (kind + ("-quick" if options.quick else ""))
+    record: dict[str, Any] = {"benchmark": "flow", "environment": environment}
+    if options.memory:
+        record["settings"] = {
+            "peak": "VmHWM of a fresh process" if device.type == "cpu" else "PyTorch's allocator"
+        }
+        record["memory"] = run_memory(device, options)
+        tables = [report.memory_table(record["memory"])]
+    else:
+        record["settings"] = {
+            "threads": options.threads,
+            "precision": "float32, TF32 off",
+            "copy rate, GB/s": round(common.copy_rate(device, 1 if options.quick else 256), 1),
+        }
+        record["cases"] = [run_case(case, device, options) for case in cases(options.quick)]
+        record["targets"] = [] if options.quick else report.judge(record["cases"], device.type)
+        tables = [report.case_section(case) for case in record["cases"]]
+        if record["targets"]:
+            tables.insert(0, report.target_table(record["targets"]))
+        panels = {
+            case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
+            for case in record["cases"]
+        }
+        if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours (store), medians"):
+            progress("no figure: matplotlib is not installed")
+    common.write_json(path.with_suffix(".json"), record)
+    text = "\n\n".join(
+        ["# The Hamiltonian flow", *tables, report.environment_table(environment, record["settings"])]
+    )
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

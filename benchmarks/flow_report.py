@@ -1,0 +1,134 @@
+"""What the flow's benchmark was asked to show, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import Timing, markdown_table
+
+OURS, RECOMPUTE = "ours, store", "ours, recompute"
+EAGER_2K, EAGER = "eager, 2K forces", "eager, K+1 forces"
+CHANNELS_LAST = "eager, K+1 forces, channels_last"
+COMPILED, JAX = "torch.compile, K+1 forces", "JAX jit, K+1 forces"
+GRAPH = ", CUDA graph"
+FLOOR, STACKED, FLOPS = "GEMM floor", "GEMM floor, stacked", "FLOP floor"
+
+
+@dataclass(frozen=True)
+class Target:
+    """against / contestant is at least the bound; for a floor, contestant / against at most."""
+
+    device: str
+    case: str
+    against: str
+    bound: float
+    contestant: str = OURS
+
+
+TARGETS = [
+    Target("cpu", "mlp", EAGER_2K, 2.6),
+    Target("cpu", "mlp", EAGER, 1.35),
+    Target("cpu", "mlp", JAX, 1.3),
+    Target("cpu", "mlp", FLOOR, 1.15),
+    Target("cpu", "small", EAGER, 18),
+    Target("cpu", "small", JAX, 3),
+    Target("cpu", "conv", EAGER, 2),
+    Target("cuda", "mlp", EAGER, 8),
+    Target("cuda", "mlp", EAGER + GRAPH, 2, OURS + GRAPH),
+    Target("cuda", "mlp", JAX, 1.5),
+]
+MEMORY_BOUND = 1.1
+"""peak extra memory of "recompute" at the larger K over that at the smaller, at most"""
+
+REACHED = {True: "yes", False: "no", None: "not measured"}
+
+
+def judge(records: Sequence[Mapping[str, Any]], device_type: str) -> list[dict[str, Any]]:
+    """Every target of this device beside what was measured."""
+    by_case = {record["case"]: record for record in records}
+    rows = []
+    for target in TARGETS:
+        if target.device != device_type or target.case not in by_case:
+            continue
+        record = by_case[target.case]
+        times = {name: timing.median for name, timing in record["timings_ms"].items()} | record["floor_ms"]
+        mine, other = times.get(target.contestant), times.get(target.against)
+        is_floor = target.against == FLOOR
+        measured = reached = None
+        if mine is not None and other is not None:
+            measured = mine / other if is_floor else other / mine
+            reached = measured <= target.bound if is_floor else measured >= target.bound
+        rows.append(
+            {
+                "case": record["title"],
+                "contestant": target.contestant,
+                "against": target.against,
+                "target": f"at {'most' if is_floor else 'least'} {target.bound:g}x",
+                "measured": measured,
+                "reached": reached,
+            }
+        )
+    return rows
+
+
+def target_table(targets: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            *(row[column] for column in ("case", "contestant", "against", "target")),
+            "" if row["measured"] is None else f"{row['measured']:.2f}x",
+            REACHED[row["reached"]],
+        ]
+        for row in targets
+    ]
+    return markdown_table(["case", "contestant", "against", "target", "measured", "reached"], rows)
+
+
+def case_section(record: Mapping[str, Any]) -> str:
+    """One case: every contestant with its ratio to ours and to the floors, and the floors themselves."""
+    timings: Mapping[str, Timing] = record["timings_ms"]
+    floors: Mapping[str, float] = record["floor_ms"]
+    ours = timings[OURS].median
+
+    def row(name: str, median: float, quartiles: str) -> list[str]:
+        return [
+            name,
+            f"{median:.3f}",
+            quartiles,
+            *(f"{median / base:.2f}" for base in (ours, *floors.values())),
+        ]
+
+    rows = [
+        row(name, timing.median, f"{timing.lower_quartile:.3f} to {timing.upper_quartile:.3f}")
+        for name, timing in timings.items()
+    ]
+    rows += [row(name, median, "") for name, median in floors.items()]
+    header = ["contestant", "median, ms", "quartiles, ms", "/ ours", *(f"/ {floor}" for floor in floors)]
+    giga = record["operations"] / 1e9
+    lines = [
+        f"## {record['title']}",
+        f"{giga:.3g} GFLOP; square GEMM at {record['square_gemm_gflops']:.0f} GFLOP/s; "
+        f"{timings[OURS].rounds} interleaved rounds.",
+        markdown_table(header, rows),
+    ]
+    if record["notes"]:
+        lines.append("\n".join(f"- {name}: {note}" for name, note in record["notes"].items()))
+    return "\n\n".join(lines)
+
+
+def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = []
+    for row in rows:
+        recompute = row["memory"] == "recompute"
+        growth = "" if row["growth"] is None else f"{row['growth']:.2f}x"
+        sizes = [f"{size / 2**20:.1f}" for size in row["bytes"].values()]
+        bound = [f"at most {MEMORY_BOUND}x", REACHED[row["reached"]]] if recompute else ["", ""]
+        cells.append([row["case"], row["memory"], *sizes, growth, *bound])
+    sizes = [f"K = {steps}, MiB" for steps in rows[0]["bytes"]]
+    return markdown_table(["case", "memory", *sizes, "growth", "target", "reached"], cells)
+
+
+def environment_table(environment: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    rows = [[name, str(value)] for name, value in (*environment.items(), *settings.items())]
+    return markdown_table(["", "value"], rows)

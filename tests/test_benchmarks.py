@@ -1,0 +1,167 @@
+"""The benchmarks run at tiny sizes and write what they say; their floors count what they should. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+from fastvae import reference
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import common  # noqa: E402
+import floors  # noqa: E402
+import flow  # noqa: E402
+import flow_report  # noqa: E402
+import flow_rivals  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def run_quick(folder: Path, *options: str) -> str:
+    command = [
+        sys.executable,
+        "benchmarks/flow.py",
+        "--quick",
+        "--cpu",
+        "--threads",
+        "1",
+        "--output",
+        str(folder),
+    ]
+    paths = os.pathsep.join([str(Path(fastvae.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_quick_run_times_every_contestant_and_writes_its_results(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, "--no-jax")
+    record = read(tmp_path / "flow-cpu-quick.json")
+    assert (tmp_path / "flow-cpu-quick.md").read_text(encoding="utf-8").strip() == printed.strip()
+    assert (tmp_path / "flow-cpu-quick.png").stat().st_size > 0
+    assert record["environment"]["device"] == "CPU" and record["settings"]["threads"] == 1
+    assert [case["case"] for case in record["cases"]] == ["mlp", "conv"]
+    for case in record["cases"]:
+        names = {flow_report.OURS, flow_report.RECOMPUTE, flow_report.EAGER_2K, flow_report.EAGER}
+        assert names <= set(case["timings_ms"]) and case["notes"] == {}
+        for timing in case["timings_ms"].values():
+            assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
+        assert set(case["floor_ms"]) == {flow_report.FLOOR, flow_report.STACKED, flow_report.FLOPS}
+        assert max(case["relative_error"].values()) <= flow.TOLERANCE
+
+
+def test_quick_memory_run_writes_the_peaks_at_both_numbers_of_steps(tmp_path: Path) -> None:
+    run_quick(tmp_path, "--memory")
+    record = read(tmp_path / "flow-memory-cpu-quick.json")
+    assert [(row["memory"], set(row["bytes"])) for row in record["memory"]] == [
+        (memory, {"5", "50"}) for memory in ("recompute", "store")
+    ]
+
+
+@pytest.mark.parametrize("case", flow.cases(quick=True), ids=lambda case: case.key)
+def test_functional_flow_agrees_with_the_reference(case: flow.Case) -> None:
+    problem = flow.Problem(case, CPU)
+    expected = problem.contestant(reference.hamiltonian_flow)()
+    result = problem.contestant(flow_rivals.functional_flow)()
+    assert common.relative_error(result, expected) <= flow.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", flow.cases(quick=True), ids=lambda case: case.key)
+def test_jax_agrees_with_ours(case: flow.Case) -> None:
+    pytest.importorskip("jax")
+    p = flow.Problem(case, CPU)
+    jax = flow_rivals.JaxFlow(p.decoder, p.z, p.rho, p.x, p.step_size, p.alpha, threads=1)
+    expected = p.contestant(fastvae.ops.hamiltonian_flow)()
+    assert common.relative_error(jax.tensors(), expected) <= flow.TOLERANCE
+
+
+def test_relative_error_of_nan_is_nan_and_passes_no_bound() -> None:
+    error = common.relative_error(
+        [torch.ones(2), torch.tensor([float("nan")])], [torch.ones(2), torch.ones(1)]
+    )
+    assert not error <= flow.TOLERANCE
+
+
+def test_products_count_the_operations_of_a_linear_and_a_transposed_convolution() -> None:
+    network = nn.Sequential(
+        nn.Linear(3, 8), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 5, 3, stride=2, padding=1)
+    )
+    linear, convolution = floors.products(network, torch.zeros(4, 3))
+    assert linear == floors.Product(4, 3, 8, 2 * 4 * 3 * 8, True)
+    # Along an axis 2 inputs meet 3 outputs: (0: taps 1, 2), (1: taps 0, 1), of 6 pairs.
+    assert convolution == floors.Product(16, 2, 45, 2 * 4 * 2 * 5 * 4 * 4, False)
+    assert floors.second_order_operations([linear], forces=11) == 6 * 11 * linear.operations
+
+
+def test_targets_are_judged_on_the_right_side() -> None:
+    def timing(median: float) -> common.Timing:
+        return common.Timing(median, median, median, 5, 1)
+
+    record = {
+        "case": "mlp",
+        "title": "a case",
+        "timings_ms": {
+            flow_report.OURS: timing(10),
+            flow_report.EAGER: timing(20),
+            flow_report.EAGER_2K: timing(20),
+        },
+        "floor_ms": {flow_report.FLOOR: 9.0},
+    }
+    judged = {row["against"]: (row["measured"], row["reached"]) for row in flow_report.judge([record], "cpu")}
+    assert judged == {
+        flow_report.EAGER_2K: (2.0, False),
+        flow_report.EAGER: (2.0, True),
+        flow_report.JAX: (None, None),
+        flow_report.FLOOR: (pytest.approx(10 / 9), True),
+    }
+
+
+def test_interleaved_rounds_give_each_contestant_its_turn() -> None:
+    calls: list[str] = []
+    contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    clocks = {"a": lambda run, repeats: (run(), 1e3)[1], "b": lambda run, repeats: (run(), 2e3)[1]}
+    timings = common.interleave(contestants, clocks, seconds=0, min_rounds=4)
+    assert {name: (timing.median, timing.rounds) for name, timing in timings.items()} == {
+        "a": (1e3, 4),
+        "b": (2e3, 4),
+    }
+    # After two calls each to set the repeats, every turn is an untimed and a timed call, and the order rotates.
+    assert "".join(calls[4:]) == "aabb" + "bbaa" + "aabb" + "bbaa"
+
+
+def test_a_failing_memory_probe_is_reported() -> None:
+    with pytest.raises(RuntimeError, match=r"flow\.memory_probe.*failed"):
+        common.peak_extra_memory("flow", "memory_probe", "no such case", threads=1)
+
+
+def test_peak_extra_memory_sees_what_a_callable_touches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "touch.py").write_text(
+        "import torch\n\ndef work(mib):\n    return lambda: torch.ones(mib * 2**18)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    touched = common.peak_extra_memory("touch", "work", 64, threads=1)
+    assert 60 * 2**20 < touched < 80 * 2**20  # 64 MiB, give or take pages of the interpreter and the reading
