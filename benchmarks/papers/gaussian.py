@@ -1,11 +1,11 @@
 """The Gaussian model of the Hamiltonian VAE paper, against its exact evidence.
 
-    python benchmarks/papers/gaussian.py            under 3 minutes on 2 cores, d = 1 to 51
+    python benchmarks/papers/gaussian.py            a few minutes on 2 cores, d = 1 to 51
     python benchmarks/papers/gaussian.py --full     the paper's: d = 1 to 301, 10 data sets, 30,000 iterations
 
 Caterini, Doucet, Sejdinovic, Hamiltonian Variational Auto-Encoder, NeurIPS 2018. It is also the example of
 ``fastvae.ops.leapfrog_kick_drift`` and ``leapfrog_kick_temper`` with a force of one's own
-(``gaussian/methods.py``). Prints three tables and writes them as gaussian.json, with the figure gaussian.png:
+(``gaussian_testbed/methods.py``). Prints three tables and writes them as gaussian.json, with the figure gaussian.png:
 
 1. squared errors of Delta and sigma against d, the published figure;
 2. the mean importance weight of HVAE against the evidence;
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gaussian import measures, report, training
+from gaussian_testbed import measures, report, training
 
 import fastvae
 

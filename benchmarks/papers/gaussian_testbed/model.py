@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,39 +26,29 @@ class Layout:
     """Problems side by side: column j of a [..., C] tensor is one dimension of one problem.
 
     Args:
-        dims: d of each of the P problems; problems of the same d must be neighbours.
+        dims: d of each of the P problems.
     """
 
     dims: tuple[int, ...]
 
     @property
-    def runs(self) -> list[tuple[int, int]]:
-        """(d, number of neighbouring problems with it)"""
-        runs: list[tuple[int, int]] = []
-        for d in self.dims:
-            if runs and runs[-1][0] == d:
-                runs[-1] = (d, runs[-1][1] + 1)
-            else:
-                runs.append((d, 1))
-        return runs
-
-    @property
     def num_columns(self) -> int:
         return sum(self.dims)
 
+    @cached_property
+    def owner(self) -> Tensor:
+        """The problem of each column: [C], int64."""
+        return torch.arange(len(self.dims)).repeat_interleave(torch.tensor(self.dims))
+
     def total(self, values: Tensor) -> Tensor:
         """Sum over the dimensions of each problem: [..., C] -> [..., P]."""
-        blocks = values.split([d * count for d, count in self.runs], dim=-1)
-        sums = [b.unflatten(-1, (count, d)).sum(-1) for b, (d, count) in zip(blocks, self.runs, strict=True)]
-        return sums[0] if len(sums) == 1 else torch.cat(sums, -1)
+        empty = values.new_zeros(*values.shape[:-1], len(self.dims))
+        return empty.scatter_add(-1, self.owner.expand(values.shape), values)
 
     def spread(self, values: Tensor) -> Tensor:
         """One number a problem repeated over its dimensions: [..., P] -> [..., C]."""
-        blocks = values.split([count for _, count in self.runs], dim=-1)
-        wide = [
-            b[..., None].expand(*b.shape, d).flatten(-2) for b, (d, _) in zip(blocks, self.runs, strict=True)
-        ]
-        return wide[0] if len(wide) == 1 else torch.cat(wide, -1)
+        # Not values[..., owner], whose backward pass goes column by column.
+        return values.gather(-1, self.owner.expand(*values.shape[:-1], -1))
 
     def columns(self, problem: int) -> slice:
         start = sum(self.dims[:problem])
