@@ -88,6 +88,10 @@ TangentTape Network::make_tangent_tape(int64_t rows) const {
 
 at::Tensor Network::observed_to_rows(const at::Tensor& x) const {
   const SampleShape& out = program_.output();
+  if (out.positions() == 1) {
+    const at::Tensor dense = x.contiguous();
+    return dense.view({-1});
+  }
   const int64_t channels =
       likelihood_.kind == Likelihood::kCategorical ? out.channels / likelihood_.classes : out.channels;
   const at::Tensor rows = x.reshape({x.size(0), channels, out.positions()}).transpose(1, 2).contiguous();

@@ -112,19 +112,23 @@ void run_small_flow_backward(const Program& program, const LikelihoodSpec& likel
     }
     FASTVAE_LAUNCH_CPU(small_flow_backward, args, args.tasks, kGrain);
     if (wants_parameters) {
-      const at::Tensor total = args.tasks == 1 ? partial[0] : partial.sum(0);
-      int64_t offset = 0;
+      // [tasks, all parameters] to one dense gradient each.
+      const scalar_t* first = args.grad_parameters;
+      const int64_t numel = partial.size(1);
+      const auto take = [&](int64_t index, int64_t count) {
+        if (index >= 0 && gradients[index].defined()) {
+          scalar_t* gradient = gradients[index].template mutable_data_ptr<scalar_t>();
+          for (int64_t task = 0; task < args.tasks; ++task) {
+            for (int64_t i = 0; i < count; ++i) {
+              gradient[i] += first[task * numel + i];
+            }
+          }
+        }
+        first += count;
+      };
       for (const Stage& stage : program.stages) {
-        const int64_t rows = stage.out.channels;
-        const int64_t columns = stage.in.channels;
-        if (gradients[stage.weight].defined()) {
-          gradients[stage.weight].add_(total.narrow(0, offset, rows * columns).view({rows, columns}));
-        }
-        offset += rows * columns;
-        if (stage.bias >= 0 && gradients[stage.bias].defined()) {
-          gradients[stage.bias].add_(total.narrow(0, offset, rows));
-        }
-        offset += rows;
+        take(stage.weight, stage.out.channels * stage.in.channels);
+        take(stage.bias, stage.out.channels);
       }
     }
   });
