@@ -27,7 +27,7 @@ from fastvae.demo.experiment import run_demo
 from fastvae.demo.figures import image_rows
 from fastvae.demo.problem import Batches, Problem, load_problem
 from fastvae.demo.report import Picture, Section, Table, as_html, as_text
-from fastvae.demo.sections import SECTIONS
+from fastvae.demo.sections import SECTIONS, _disturbances
 from fastvae.demo.trajectory import energy
 
 TITLES = [
@@ -56,7 +56,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def tiny_problem(count: int = 40, shape: tuple[int, ...] = (1, 8, 8)) -> Problem:
     grey = torch.rand(count, *shape, generator=torch.Generator().manual_seed(0))
     return Problem(
-        "noise", grey, grey[:12].round(), grey[:12], 12, shape == (1, 28, 28), 5, 2, 100, batch_size=10
+        name="noise",
+        train=grey,
+        held_out=grey[:12].round(),
+        held_out_grey=grey[:12],
+        held_out_in_all=12,
+        convolutional=shape == (1, 28, 28),
+        importance_samples=5,
+        curve_draws=2,
+        learning_rate=2e-3,
+        epoch_limit=100,
+        batch_size=10,
     )
 
 
@@ -181,6 +191,11 @@ def test_batches_cover_the_images_or_the_limit() -> None:
     assert sorted(torch.cat(list(batches)).flatten().tolist()) == list(range(25))
     limited = torch.cat(list(Batches(images, 10, 20))).flatten().tolist()
     assert len(set(limited)) == 20
+
+
+@pytest.mark.parametrize(("load", "busy"), [(None, False), (0.5, False), (1e4, True)])
+def test_a_busy_machine_is_mentioned(load: float | None, busy: bool) -> None:
+    assert bool(_disturbances(load)) == busy
 
 
 def test_report_escapes_and_aligns() -> None:

@@ -20,7 +20,6 @@ from fastvae.training.randomness import global_generators_kept
 
 __all__ = ["Demo", "Trained", "run_demo"]
 
-LEARNING_RATE = 2e-3
 FLOW: dict[str, object] = {"num_steps": 10, "tempering": "free", "step_size": 0.05, "beta_0": 0.5}
 ELBO_DRAWS = 20
 
@@ -90,7 +89,7 @@ def run_demo(problem: Problem, *, epochs: int, seconds: float, seed: int, comman
     ]
     assert isinstance(vae, VAE) and isinstance(hvae, HVAE)
     with global_generators_kept():
-        timings = measure(vae, hvae, problem.train[: problem.batch_size].round(), LEARNING_RATE, seed)
+        timings = measure(vae, hvae, problem.train[: problem.batch_size].round(), problem.learning_rate, seed)
     return Demo(
         problem, trained[0], trained[1], timings, stopped, seed, time.perf_counter() - started, command
     )
@@ -118,7 +117,7 @@ def _train(
                     model,
                     batches,
                     epochs=done + turn,
-                    optimizer=functools.partial(torch.optim.Adam, lr=LEARNING_RATE),
+                    optimizer=functools.partial(torch.optim.Adam, lr=problem.learning_rate),
                     val_loader=held_out,
                     run_dir=Path(folder) / name,
                     checkpoint_every=epochs,

@@ -53,6 +53,7 @@ class Problem:
     """For each held-out image."""
     curve_draws: int
     """Codes for each held-out image in the training curves, the same noise after every epoch."""
+    learning_rate: float
     epoch_limit: int
     """Images in an epoch at most: time limits are looked at between epochs."""
     batch_size: int = 100
@@ -70,7 +71,8 @@ class Problem:
         if self.convolutional:
             return (
                 "the convolutional networks of Caterini et al. (NeurIPS 2018): three 5x5 convolutions of "
-                "stride 2 (16, 32, 32 channels) and 450 hidden units, 64 latent dimensions, and back"
+                "stride 2 (16, 32, 32 channels) and 450 hidden units, 64 latent dimensions, and back; softplus, "
+                "Glorot initial weights"
             )
         size = math.prod(self.train.shape[1:])
         return f"encoder {size}-128-128 to 16 latent dimensions, decoder 16-128-128-{size}, ELU"
@@ -81,12 +83,23 @@ def load_problem(source: str, seed: int) -> Problem:
     train, test = load(source, split="train"), load(source, split="test")
     images, grey = train.tensors()[0], test.tensors()[0]
     convolutional = tuple(images.shape[1:]) == (1, 28, 28)
-    limit, samples, draws, epoch = (200, 100, 1, 1000) if convolutional else (500, 1000, 4, 5000)
+    limit = 200 if convolutional else 500
     # Files are often sorted by label: the first images would not do.
     generator = torch.Generator().manual_seed(seed)
     chosen = grey[torch.randperm(len(grey), generator=generator)[:limit]]
     held_out = binarize(chosen, generator)
-    return Problem(train.name, images, held_out, chosen, len(grey), convolutional, samples, draws, epoch)
+    return Problem(
+        name=train.name,
+        train=images,
+        held_out=held_out,
+        held_out_grey=chosen,
+        held_out_in_all=len(grey),
+        convolutional=convolutional,
+        importance_samples=100 if convolutional else 1000,
+        curve_draws=1 if convolutional else 4,
+        learning_rate=4e-3 if convolutional else 2e-3,
+        epoch_limit=1000 if convolutional else 5000,
+    )
 
 
 def _dense(shape: torch.Size) -> tuple[nn.Module, nn.Module]:
@@ -135,4 +148,9 @@ def _convolutional() -> tuple[nn.Module, nn.Module]:
         nn.Softplus(),
         nn.ConvTranspose2d(16, 1, 5, stride=2, padding=2, output_padding=1),
     )
+    # PyTorch's own initial weights, under softplus, leave the code unused for longer than a demonstration.
+    for module in (*encoder, *decoder):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.xavier_normal_(module.weight)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     return encoder, decoder

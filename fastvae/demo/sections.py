@@ -6,13 +6,14 @@ A section may compute from the trained models; it says nothing that was not meas
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastvae import info
-from fastvae.demo.experiment import ELBO_DRAWS, FLOW, LEARNING_RATE, Demo
+from fastvae.demo.experiment import ELBO_DRAWS, FLOW, Demo
 from fastvae.demo.figures import COLOURS, canvas, image_rows, png
 from fastvae.demo.report import Picture, Section, Table
 from fastvae.demo.timing import Timing
@@ -180,6 +181,7 @@ def timings(demo: Demo) -> Section:
             f"""Our operator takes {fused:.2f} ms where eager autograd takes {eager:.2f} ms (ratio of medians
             {eager / fused:.2f}). Their gradients differ by at most {measured.difference:.1e} of the largest
             entry of each gradient.""",
+            *_disturbances(measured.load),
         ],
         Table(
             ["", "median", "quartiles"],
@@ -215,7 +217,10 @@ def setting(demo: Demo) -> Section:
                 ["networks", problem.networks],
                 ["likelihood", "Bernoulli, dynamic binarisation"],
                 ["HVAE at the start", ", ".join(f"{name}={value!r}" for name, value in FLOW.items())],
-                ["optimiser", f"Adam, learning rate {LEARNING_RATE:g}, batches of {problem.batch_size}"],
+                [
+                    "optimiser",
+                    f"Adam, learning rate {problem.learning_rate:g}, batches of {problem.batch_size}",
+                ],
                 ["epochs, steps", f"{len(history.steps)}, {history.steps[-1]:,}; ended by {end}"],
                 ["training time, VAE", f"{sum(demo.vae.history.seconds):.1f} s"],
                 ["training time, HVAE", f"{sum(history.seconds):.1f} s"],
@@ -256,6 +261,16 @@ def _mean_and_error(values: Tensor) -> str:
 def _times(name: str, timing: Timing) -> list[str]:
     low, median, high = (1e3 * timing.quantile(q) for q in (0.25, 0.5, 0.75))
     return [name, f"{median:.2f} ms", f"{low:.2f} to {high:.2f}"]
+
+
+def _disturbances(load: float | None) -> list[str]:
+    cpus = os.cpu_count() or 1
+    if load is None or load < 1.5 * cpus:
+        return []
+    return [
+        f"""The machine was busy with other things: {load:.1f} processes wanted its {cpus} CPUs. These times
+        are then unreliable, those of many threads most of all."""
+    ]
 
 
 def _span(values: Tensor, digits: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Timings:
     """A whole training step of the HVAE."""
     difference: float
     """Largest difference of the two flows' gradients, relative to the largest entry of each gradient."""
+    load: float | None
+    """Processes that wanted a CPU over the last minute, these included; None where the system does not say."""
 
 
 def measure(vae: VAE, hvae: HVAE, x: Tensor, learning_rate: float, seed: int) -> Timings:
@@ -82,7 +85,8 @@ def measure(vae: VAE, hvae: HVAE, x: Tensor, learning_rate: float, seed: int) ->
             job()
             times.append(time.perf_counter() - before)
     flow, eager_flow, vae_step, hvae_step = (Timing(times) for times in seconds)
-    return Timings(len(x), hvae.num_steps, flow, eager_flow, vae_step, hvae_step, difference)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return Timings(len(x), hvae.num_steps, flow, eager_flow, vae_step, hvae_step, difference, load)
 
 
 def _flow(
