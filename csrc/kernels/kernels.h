@@ -103,7 +103,8 @@ struct KickDrift {
   int64_t dim;
 };
 
-// The second half. Index: samples. With z, `force` holds grad_z ll and the force of a standard normal prior is added: F = force - z.
+// The second half. Index: samples. With z, `force` holds grad_z ll and the force of a standard normal prior is added: F
+// = force - z.
 template <typename T>
 struct KickTemper {
   const T* rho_half;
@@ -136,9 +137,9 @@ struct KickTemperBackward {
   int64_t dim;
 };
 
-// Gradient of KickDrift. Index: samples. In a flow, grad_z first receives the cotangent of F(z') through the network and the prior,
-// grad_z += hessian - through_force, and the terms of alpha wait until rho~ is known:
-// alpha_terms = grad_rho_next (rho~ + eps/2 force_next).
+// Gradient of KickDrift. Index: samples. In a flow, grad_z first receives the cotangent of F(z') through the network
+// and the prior, grad_z += hessian - through_force, and the terms of alpha wait until rho~ is known: alpha_terms =
+// grad_rho_next (rho~ + eps/2 force_next).
 template <typename T>
 struct KickDriftBackward {
   const T* grad_z;
@@ -163,9 +164,9 @@ struct KickDriftBackward {
 
 // How the kernel of a convolution walks over the larger of its two images.
 struct ConvolutionWindow {
-  int64_t channels;  // of the larger image
-  int64_t height, width;              // of the smaller image
-  int64_t big_height, big_width;      // of the larger one
+  int64_t channels;               // of the larger image
+  int64_t height, width;          // of the smaller image
+  int64_t big_height, big_width;  // of the larger one
   int64_t kernel_height, kernel_width;
   int64_t stride_height, stride_width;
   int64_t padding_height, padding_width;
@@ -222,14 +223,14 @@ struct SmallNetwork {
 template <typename T>
 struct SmallFlow {
   SmallNetwork<T> network;
-  const T* z;      // [samples, dim]
-  const T* rho;    // [samples, dim]
-  const T* x;      // [samples, outputs]
-  const T* step;   // [steps, dim]
-  const T* alpha;  // [steps]
-  T* z_steps;      // [steps + 1, samples, dim]
-  T* rho_steps;    // [steps + 1, samples, dim]
-  T* log_px;       // [samples]
+  const T* z;       // [samples, dim]
+  const T* rho;     // [samples, dim]
+  const T* x;       // [samples, outputs]
+  const T* step;    // [steps, dim]
+  const T* alpha;   // [steps]
+  T* z_steps;       // [steps + 1, samples, dim]
+  T* rho_steps;     // [steps + 1, samples, dim]
+  T* log_px;        // [samples]
   T* log_px_steps;  // [steps + 1, samples] or null
   T* tape;          // [blocks, steps + 1, small_flow_tape_numel, lanes]
   int64_t samples;

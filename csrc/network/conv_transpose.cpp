@@ -15,19 +15,9 @@ namespace {
 constexpr int64_t kTileBytes = int64_t{1} << 20;
 
 ConvolutionWindow window_of(const Stage& stage, const at::Tensor& packed) {
-  return {stage.out.channels,
-          stage.in.height,
-          stage.in.width,
-          stage.out.height,
-          stage.out.width,
-          packed.size(1),
-          packed.size(2),
-          stage.stride[0],
-          stage.stride[1],
-          stage.padding[0],
-          stage.padding[1],
-          stage.dilation[0],
-          stage.dilation[1]};
+  return {stage.out.channels, stage.in.height,   stage.in.width,   stage.out.height, stage.out.width,
+          packed.size(1),     packed.size(2),    stage.stride[0],  stage.stride[1],  stage.padding[0],
+          stage.padding[1],   stage.dilation[0], stage.dilation[1]};
 }
 
 // Calls body(first, count, rows, columns) for tiles of samples, with room for their columns [rows, kh kw C_out].

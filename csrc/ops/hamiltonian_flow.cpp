@@ -33,7 +33,7 @@ TensorShapes shapes_of(at::TensorList tensors) {
 StashShape stash_shape(const Program& program, const LikelihoodSpec& likelihood, int64_t dim, int64_t element_size,
                        bool on_cpu) {
   return takes_small_flow(program, likelihood, element_size, on_cpu) ? small_flow_stash(program, dim, element_size)
-                                                                      : StashShape{program.tape_numel() + dim, 1};
+                                                                     : StashShape{program.tape_numel() + dim, 1};
 }
 
 // The checked inputs, dense, and the network bound to them.
@@ -101,8 +101,8 @@ void write_force(at::Tensor force, const at::Tensor& gradient, const at::Tensor&
 }  // namespace
 
 std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
-                                                    const std::vector<std::vector<int64_t>>& shapes,
-                                                    int64_t latent_dim, int64_t element_size, bool on_cpu) {
+                                                    const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim,
+                                                    int64_t element_size, bool on_cpu) {
   constexpr const char* op = "hamiltonian_flow";
   const LikelihoodSpec head = parse_likelihood(op, likelihood);
   const StashShape shape =
@@ -225,7 +225,9 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   const at::Tensor grad_alpha = needs[4] ? at::empty({K}, options) : at::Tensor();
   const auto finish = [&] {
     // Each its own tensor, also where nothing is wanted: outputs of an op must not alias.
-    const auto wanted = [&](bool need, const at::Tensor& gradient) { return need ? gradient : at::empty({0}, options); };
+    const auto wanted = [&](bool need, const at::Tensor& gradient) {
+      return need ? gradient : at::empty({0}, options);
+    };
     for (at::Tensor& gradient : gradients) {
       gradient = wanted(gradient.defined(), gradient);
     }

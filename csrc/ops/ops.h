@@ -41,7 +41,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
 
 // The size of hamiltonian_flow's stash: numbers a sample and step, and what the number of samples is rounded up to.
 std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
-                                                    const std::vector<std::vector<int64_t>>& shapes,
-                                                    int64_t latent_dim, int64_t element_size, bool on_cpu);
+                                                    const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim,
+                                                    int64_t element_size, bool on_cpu);
 
 }  // namespace fastvae

@@ -21,8 +21,7 @@ SmallNetwork<T> bind(const Program& program, const LikelihoodSpec& likelihood,
   for (int l = 0; l < network.depth; ++l) {
     const Stage& stage = program.stages[l];
     network.weight[l] = parameters.empty() ? nullptr : parameters[stage.weight].const_data_ptr<T>();
-    network.bias[l] =
-        parameters.empty() || stage.bias < 0 ? nullptr : parameters[stage.bias].const_data_ptr<T>();
+    network.bias[l] = parameters.empty() || stage.bias < 0 ? nullptr : parameters[stage.bias].const_data_ptr<T>();
     network.in[l] = stage.in.channels;
     network.out[l] = stage.out.channels;
     network.activation[l] = stage.activation;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -189,9 +190,9 @@ def _stash_shape(
 
 def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
     """Numbers that the op keeps of the forward pass with memory="store"."""
-    shapes = tuple(tuple(int(size) for size in tensor.shape) for tensor in tensors)
+    shapes = tuple(tuple(operator.index(size) for size in tensor.shape) for tensor in tensors)
     numel, multiple = _stash_shape(
-        spec, likelihood, shapes, int(z.shape[1]), z.element_size(), z.device.type == "cpu"
+        spec, likelihood, shapes, operator.index(z.shape[1]), z.element_size(), z.device.type == "cpu"
     )
     return (steps + 1) * ((z.shape[0] + multiple - 1) // multiple * multiple) * numel
 

@@ -219,7 +219,7 @@ struct Phi<Activation::kGeluTanh, T> {
   FASTVAE_ACTIVATION_CASE(kSigmoid, LOOP)   \
   FASTVAE_ACTIVATION_CASE(kSilu, LOOP)      \
   FASTVAE_ACTIVATION_CASE(kGelu, LOOP)      \
-  FASTVAE_ACTIVATION_CASE(kGeluTanh, LOOP)     \
+  FASTVAE_ACTIVATION_CASE(kGeluTanh, LOOP)  \
   FASTVAE_ACTIVATION_CASE(kSoftplusSharp, LOOP)
 
 }  // namespace fastvae
