@@ -141,14 +141,15 @@ def test_targets_are_judged_on_the_right_side() -> None:
 def test_interleaved_rounds_give_each_contestant_its_turn() -> None:
     calls: list[str] = []
     contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
-    clocks = {"a": lambda run, repeats: (run(), 1e3)[1], "b": lambda run, repeats: (run(), 2e3)[1]}
+    clocks = {"a": lambda run, repeats: (run(), 30.0)[1], "b": lambda run, repeats: (run(), 250.0)[1]}
     timings = common.interleave(contestants, clocks, seconds=0, min_rounds=4)
     assert {name: (timing.median, timing.rounds) for name, timing in timings.items()} == {
-        "a": (1e3, 4),
-        "b": (2e3, 4),
+        "a": (30.0, 4),
+        "b": (250.0, 4),
     }
-    # After two calls each to set the repeats, every turn is an untimed and a timed call, and the order rotates.
-    assert "".join(calls[4:]) == "aabb" + "bbaa" + "aabb" + "bbaa"
+    # After two calls each to set the repeats, a turn is a timed call, before it an untimed one for a short contestant,
+    # and the order rotates.
+    assert "".join(calls[4:]) == "aab" + "baa" + "aab" + "baa"
 
 
 def test_a_failing_memory_probe_is_reported() -> None:
