@@ -86,18 +86,32 @@ FASTVAE_INLINE SmallPoint<T> small_point(const SmallNetwork<T>& network, int64_t
   return point;
 }
 
-// [samples, features] rows of a block to [feature, lane] and back; lanes beyond the last sample are zero.
+// [samples, features] rows of a block to [feature, lane]. Lanes beyond the last sample repeat it: they are swept like
+// the others, and a made-up sample could diverge where none of the real ones does.
 template <typename T>
 FASTVAE_INLINE void load_block(const T* rows, int64_t first, int64_t samples, int64_t features, T* block) {
   constexpr int kLanes = kSmallFlowLanes<T>;
   for (int lane = 0; lane < kLanes; ++lane) {
-    const bool there = first + lane < samples;
+    const int64_t sample = first + lane < samples ? first + lane : samples - 1;
+    for (int64_t j = 0; j < features; ++j) {
+      block[j * kLanes + lane] = rows[sample * features + j];
+    }
+  }
+}
+
+// The same for cotangents, of which the lanes beyond the last sample have none; rows may be null.
+template <typename T>
+FASTVAE_INLINE void load_cotangents(const T* rows, int64_t first, int64_t samples, int64_t features, T* block) {
+  constexpr int kLanes = kSmallFlowLanes<T>;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const bool there = rows != nullptr && first + lane < samples;
     for (int64_t j = 0; j < features; ++j) {
       block[j * kLanes + lane] = there ? rows[(first + lane) * features + j] : T(0);
     }
   }
 }
 
+// The way back, without the lanes beyond the last sample.
 template <typename T>
 FASTVAE_INLINE void store_block(const T* block, int64_t first, int64_t samples, int64_t features, T* rows) {
   constexpr int kLanes = kSmallFlowLanes<T>;

@@ -212,17 +212,10 @@ FASTVAE_INLINE void small_flow_backward_template(const SmallFlowBackward<T>& arg
     for (int64_t block = blocks * task / args.tasks; block < blocks * (task + 1) / args.tasks; ++block) {
       const int64_t first = block * kLanes;
       T* tape = const_cast<T*>(args.tape) + block * points * point_size;
-      const auto load_or_zero = [&](const T* rows, int64_t features, T* place) FASTVAE_LAMBDA_INLINE {
-        if (rows == nullptr) {
-          std::fill_n(place, features * kLanes, T(0));
-        } else {
-          load_block(rows, first, args.samples, features, place);
-        }
-      };
       load_block(args.x, first, args.samples, outputs, x.data());
-      load_or_zero(args.grad_z_in, dim, grad_z.data());
-      load_or_zero(args.grad_rho_in, dim, grad_rho.data());
-      load_or_zero(args.grad_log_px, 1, cotangent);
+      load_cotangents(args.grad_z_in, first, args.samples, dim, grad_z.data());
+      load_cotangents(args.grad_rho_in, first, args.samples, dim, grad_rho.data());
+      load_cotangents(args.grad_log_px, first, args.samples, 1, cotangent);
       std::fill_n(grad_x.data(), outputs * kLanes, T(0));
       T* gx = args.grad_x == nullptr ? nullptr : grad_x.data();
 
