@@ -8,8 +8,8 @@ Setting of Caterini, Doucet, Sejdinovic, Hamiltonian Variational Auto-Encoder, N
 one step size a leapfrog step, dynamic binarisation, Adamax. For each seed an HVAE is trained for N steps. A
 VAE from the same initial networks, with the same order of batches, is scored after N steps, and again after
 as many as it takes in the HVAE's training time. All are scored on the same binary test images. The two
-train in turns, so that both meet the same disturbances; seconds are of training steps alone. Images other
-than 1x28x28 get a small dense network.
+train in turns, so that both meet the same disturbances; seconds are of training steps alone, at the median
+pace of a run's epochs. Images other than 1x28x28 get a small dense network.
 
 Importance sampling overestimates the NLL, by an amount that differs between models: "half" is the mean
 estimate from half of the samples, which shows how much that matters. Tables and figure are also written, as

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import fastvae
 
 from .networks import Model, build
-from .training import Row, Run, steps_in, train_in_turns, write
+from .training import Row, Run, steps_in, train_in_turns, training_seconds, write
 
 HVAE, EQUAL_STEPS, EQUAL_TIME = "HVAE", "VAE, equal steps", "VAE, equal time"
 SCORED_AT_ONCE = 50
@@ -48,7 +48,7 @@ def compare(seed: int, train: Tensor, test: Tensor, arguments: argparse.Namespac
         rows[name] = {
             "steps": history.steps[-1],
             "epochs": steps / len(run.loader),
-            "seconds": math.fsum(history.seconds),
+            "seconds": training_seconds(history),
             "train_loss": history.train_loss[-1],
             "diverged": run.divergences - before + (run.curve[-1]["diverged"] if run.curve else 0),
             "test_loss": run.test_loss(),
@@ -65,7 +65,7 @@ def compare(seed: int, train: Tensor, test: Tensor, arguments: argparse.Namespac
         rows[HVAE]["alpha"] = hvae.model.alpha.tolist()
     equal = take(EQUAL_STEPS, vae, arguments.steps)
     longest = max(equal, vae.history, key=lambda history: history.steps[-1] if history.steps else 0)
-    take(EQUAL_TIME, vae, steps_in(math.fsum(ended.seconds), longest))
+    take(EQUAL_TIME, vae, steps_in(training_seconds(ended), longest))
     rows[HVAE]["curve"], rows[EQUAL_TIME]["curve"] = hvae.curve, vae.curve
     return rows
 

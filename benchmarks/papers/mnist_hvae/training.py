@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        return math.fsum(self.history.seconds)
+        return training_seconds(self.history)
 
     @property
     def divergences(self) -> int:
@@ -137,8 +138,17 @@ def epochs_in(seconds: float, run: Run) -> int:
 
 
 def steps_in(seconds: float, history: fastvae.History) -> int:
-    """How many steps from the start end within so many seconds, at the mean pace of ``history``."""
-    return max(1, math.floor(seconds * history.steps[-1] / math.fsum(history.seconds)))
+    """How many steps from the start end within so many seconds, at the median pace of ``history``."""
+    return max(1, math.floor(seconds * history.steps[-1] / training_seconds(history)))
+
+
+def training_seconds(history: fastvae.History) -> float:
+    """Seconds of all steps at the median pace of the epochs: other work on the machine hardly counts."""
+    if not history.steps:
+        return 0.0
+    counts = [last - first for first, last in zip([0, *history.steps], history.steps, strict=False)]
+    paces = [seconds / count for seconds, count in zip(history.seconds, counts, strict=True)]
+    return history.steps[-1] * statistics.median(paces)
 
 
 def write(path: Path, text: str) -> None:
