@@ -81,9 +81,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "hamiltonian_flow_stash",
       [](const std::string& network, const std::string& likelihood, const std::vector<std::vector<int64_t>>& shapes,
-         int64_t latent_dim, int64_t element_size, bool on_cpu) {
-        return fastvae::hamiltonian_flow_stash(network, likelihood, shapes, latent_dim, element_size, on_cpu);
+         int64_t latent_dim, int64_t element_size, int64_t cuda_index) {
+        return fastvae::hamiltonian_flow_stash(network, likelihood, shapes, latent_dim, element_size, cuda_index);
       },
-      arg("network"), arg("likelihood"), arg("shapes"), arg("latent_dim"), arg("element_size"), arg("on_cpu"),
+      arg("network"), arg("likelihood"), arg("shapes"), arg("latent_dim"), arg("element_size"), arg("cuda_index"),
       "Numbers a sample and step that the flow stores, and what the number of samples is rounded up to.");
 }

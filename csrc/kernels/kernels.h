@@ -219,7 +219,7 @@ struct SmallNetwork {
   LikelihoodSpec likelihood;                   // not categorical
 };
 
-// CPU only. Index: blocks of lanes.
+// Index: blocks of lanes.
 template <typename T>
 struct SmallFlow {
   SmallNetwork<T> network;
@@ -232,13 +232,13 @@ struct SmallFlow {
   T* rho_steps;     // [steps + 1, samples, dim]
   T* log_px;        // [samples]
   T* log_px_steps;  // [steps + 1, samples] or null
-  T* tape;          // [blocks, steps + 1, small_flow_tape_numel, lanes]
+  T* tape;          // [blocks, steps + 1, SmallPointLayout::numel, lanes]
   int64_t samples;
   int64_t dim;
   int64_t steps;
 };
 
-// CPU only. Index: tasks; each does its share of the blocks and has its own part of the parameters' gradients.
+// Index: tasks; each does its share of the blocks and has its own part of the parameters' gradients.
 template <typename T>
 struct SmallFlowBackward {
   SmallNetwork<T> network;
@@ -254,21 +254,66 @@ struct SmallFlowBackward {
   T* grad_x;             // [samples, outputs] or null
   T* step_terms;         // [steps, samples, dim] or null
   T* alpha_terms;        // [steps, samples] or null
-  T* grad_parameters;    // [tasks, for each layer: weight, then bias] or null
+  T* grad_parameters;    // [tasks, for each layer: weight, then bias] or null; a CPU adds, CUDA writes
+  T* tangents;           // CUDA: workspace [tasks, steps + 1, SmallTangentLayout::numel, lanes]
   int64_t samples;
   int64_t dim;
   int64_t steps;
   int64_t tasks;
 };
 
+// Where the parts of one point of the trajectory lie in its tape, in features.
+struct SmallPointLayout {
+  int64_t z;
+  int64_t rho;
+  int64_t force;
+  int64_t delta[kSmallFlowDepth];  // all layers
+  int64_t h[kSmallFlowDepth];      // all but the last layer
+  int64_t slope[kSmallFlowDepth];  // what Phi::slope reads: h, or a where keeps_input
+  int64_t error[kSmallFlowDepth];  // what Phi::curvature reads: delta, or A^T delta where keeps_input
+  int64_t numel;
+};
+
 template <typename T>
-int64_t small_flow_tape_numel(const SmallNetwork<T>& network, int64_t dim) {
-  int64_t numel = 3 * dim;  // z, rho, force
+SmallPointLayout small_point_layout(const SmallNetwork<T>& network, int64_t dim) {
+  SmallPointLayout at{0, dim, 2 * dim, {}, {}, {}, {}, 3 * dim};
+  const auto next = [&](int l) {
+    const int64_t place = at.numel;
+    at.numel += network.out[l];
+    return place;
+  };
   for (int l = 0; l < network.depth; ++l) {
-    const bool last = l + 1 == network.depth;
-    numel += network.out[l] * (last ? 1 : (keeps_input(network.activation[l].kind) ? 4 : 2));
+    at.delta[l] = next(l);
+    if (l + 1 < network.depth) {
+      const bool keeps = keeps_input(network.activation[l].kind);
+      at.h[l] = next(l);
+      at.slope[l] = keeps ? next(l) : at.h[l];
+      at.error[l] = keeps ? next(l) : at.delta[l];
+    }
   }
-  return numel;
+  return at;
+}
+
+// The same for the tangent and adjoint of one point.
+struct SmallTangentLayout {
+  int64_t u;
+  int64_t delta_dot[kSmallFlowDepth];  // all layers
+  int64_t hdot[kSmallFlowDepth];       // all but the last layer
+  int64_t numel;
+};
+
+template <typename T>
+SmallTangentLayout small_tangent_layout(const SmallNetwork<T>& network, int64_t dim) {
+  SmallTangentLayout at{0, {}, {}, dim};
+  for (int l = 0; l < network.depth; ++l) {
+    at.delta_dot[l] = at.numel;
+    at.numel += network.out[l];
+    if (l + 1 < network.depth) {
+      at.hdot[l] = at.numel;
+      at.numel += network.out[l];
+    }
+  }
+  return at;
 }
 
 template <typename T>
@@ -280,6 +325,18 @@ int64_t small_flow_parameter_numel(const SmallNetwork<T>& network) {
   return numel;
 }
 
+// Sums the tasks' parts of the parameters' gradients in their order. CUDA only.
+template <typename T>
+struct SmallFlowSum {
+  const T* grad_parameters;  // as in SmallFlowBackward
+  int64_t tasks;
+  int depth;
+  int64_t in[kSmallFlowDepth];
+  int64_t out[kSmallFlowDepth];
+  T* weight[kSmallFlowDepth];  // += [out, in], or null
+  T* bias[kSmallFlowDepth];    // += [out], or null
+};
+
 #define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
   DECLARE(bias_activation, BiasActivation)          \
   DECLARE(activation_reverse, ActivationReverse)    \
@@ -290,7 +347,9 @@ int64_t small_flow_parameter_numel(const SmallNetwork<T>& network) {
   DECLARE(kick_drift, KickDrift)                    \
   DECLARE(kick_temper, KickTemper)                  \
   DECLARE(kick_temper_backward, KickTemperBackward) \
-  DECLARE(kick_drift_backward, KickDriftBackward)
+  DECLARE(kick_drift_backward, KickDriftBackward)   \
+  DECLARE(small_flow, SmallFlow)                    \
+  DECLARE(small_flow_backward, SmallFlowBackward)
 
 namespace cpu {
 #define FASTVAE_DECLARE_CPU(NAME, ARGS)                           \
@@ -300,8 +359,6 @@ FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
 FASTVAE_DECLARE_CPU(unfold, Unfold)
 FASTVAE_DECLARE_CPU(fold, Fold)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
-FASTVAE_DECLARE_CPU(small_flow, SmallFlow)
-FASTVAE_DECLARE_CPU(small_flow_backward, SmallFlowBackward)
 #undef FASTVAE_DECLARE_CPU
 }  // namespace cpu
 
@@ -310,7 +367,12 @@ namespace cuda {
   void NAME(const ARGS<float>& args, Stream stream); \
   void NAME(const ARGS<double>& args, Stream stream);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CUDA)
+FASTVAE_DECLARE_CUDA(small_flow_sum, SmallFlowSum)
 #undef FASTVAE_DECLARE_CUDA
+
+// Whether small_flow and small_flow_backward find room for this network in the shared memory of the device's blocks.
+bool small_flow_fits(const SmallNetwork<float>& network, int64_t dim, int device);
+bool small_flow_fits(const SmallNetwork<double>& network, int64_t dim, int device);
 }  // namespace cuda
 
 }  // namespace fastvae

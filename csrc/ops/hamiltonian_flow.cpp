@@ -31,9 +31,9 @@ TensorShapes shapes_of(at::TensorList tensors) {
 }
 
 StashShape stash_shape(const Program& program, const LikelihoodSpec& likelihood, int64_t dim, int64_t element_size,
-                       bool on_cpu) {
-  return takes_small_flow(program, likelihood, element_size, on_cpu) ? small_flow_stash(program, dim, element_size)
-                                                                     : StashShape{program.tape_numel() + dim, 1};
+                       at::Device device) {
+  return takes_small_flow(program, likelihood, dim, element_size, device) ? small_flow_stash(program, dim, element_size)
+                                                                          : StashShape{program.tape_numel() + dim, 1};
 }
 
 // The checked inputs, dense, and the network bound to them.
@@ -70,9 +70,9 @@ struct Flow {
     return z.size(1);
   }
 
-  bool small() const { return takes_small_flow(program, likelihood, z.element_size(), z.is_cpu()); }
+  bool small() const { return takes_small_flow(program, likelihood, dim, z.element_size(), z.device()); }
   int64_t stash_numel() const {
-    return stash_shape(program, likelihood, dim, z.element_size(), z.is_cpu()).total(samples, steps);
+    return stash_shape(program, likelihood, dim, z.element_size(), z.device()).total(samples, steps);
   }
   SmallFlowTensors tensors() const {
     SmallFlowTensors dense{z, rho, x, step_size, alpha, {}};
@@ -102,11 +102,13 @@ void write_force(at::Tensor force, const at::Tensor& gradient, const at::Tensor&
 
 std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
                                                     const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim,
-                                                    int64_t element_size, bool on_cpu) {
+                                                    int64_t element_size, int64_t cuda_index) {
   constexpr const char* op = "hamiltonian_flow";
   const LikelihoodSpec head = parse_likelihood(op, likelihood);
+  const at::Device device =
+      cuda_index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda_index));
   const StashShape shape =
-      stash_shape(Program(op, network, shapes, latent_dim, head), head, latent_dim, element_size, on_cpu);
+      stash_shape(Program(op, network, shapes, latent_dim, head), head, latent_dim, element_size, device);
   return {shape.numel, shape.multiple};
 }
 

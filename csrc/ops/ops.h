@@ -40,8 +40,9 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
                                         std::string_view likelihood, bool store, at::IntArrayRef needs);
 
 // The size of hamiltonian_flow's stash: numbers a sample and step, and what the number of samples is rounded up to.
+// cuda_index: of the GPU, or negative for the CPU.
 std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
                                                     const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim,
-                                                    int64_t element_size, bool on_cpu);
+                                                    int64_t element_size, int64_t cuda_index);
 
 }  // namespace fastvae

@@ -1,5 +1,6 @@
 #include "small_flow.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -33,10 +34,64 @@ int64_t lanes_of(int64_t element_size) {
   return element_size == sizeof(float) ? kSmallFlowLanes<float> : kSmallFlowLanes<double>;
 }
 
+// Parts of the parameters' gradients on a GPU: about two a multiprocessor of the largest.
+constexpr int64_t kCudaTasks = 256;
+
+bool fits_cuda([[maybe_unused]] const Program& program, [[maybe_unused]] int64_t dim,
+               [[maybe_unused]] int64_t element_size, [[maybe_unused]] at::Device device) {
+#ifdef FASTVAE_WITH_CUDA
+  return element_size == sizeof(float) ? cuda::small_flow_fits(bind<float>(program, {}, {}), dim, device.index())
+                                       : cuda::small_flow_fits(bind<double>(program, {}, {}), dim, device.index());
+#else
+  return false;
+#endif
+}
+
+// [tasks, all parameters] of a CPU to one dense gradient each.
+template <typename T>
+void take_gradients(const Program& program, const SmallFlowBackward<T>& args, std::vector<at::Tensor>& gradients) {
+  const T* first = args.grad_parameters;
+  const int64_t numel = small_flow_parameter_numel(args.network);
+  const auto take = [&](int64_t index, int64_t count) {
+    if (index >= 0 && gradients[index].defined()) {
+      T* gradient = gradients[index].template mutable_data_ptr<T>();
+      for (int64_t task = 0; task < args.tasks; ++task) {
+        for (int64_t i = 0; i < count; ++i) {
+          gradient[i] += first[task * numel + i];
+        }
+      }
+    }
+    first += count;
+  };
+  for (const Stage& stage : program.stages) {
+    take(stage.weight, stage.out.channels * stage.in.channels);
+    take(stage.bias, stage.out.channels);
+  }
+}
+
+#ifdef FASTVAE_WITH_CUDA
+template <typename T>
+SmallFlowSum<T> sum_of(const Program& program, const SmallFlowBackward<T>& args, std::vector<at::Tensor>& gradients) {
+  SmallFlowSum<T> sum{};
+  sum.grad_parameters = args.grad_parameters;
+  sum.tasks = args.tasks;
+  sum.depth = args.network.depth;
+  const auto gradient = [&](int64_t index) { return index < 0 ? nullptr : mutable_data_or_null<T>(gradients[index]); };
+  for (int l = 0; l < sum.depth; ++l) {
+    sum.in[l] = args.network.in[l];
+    sum.out[l] = args.network.out[l];
+    sum.weight[l] = gradient(program.stages[l].weight);
+    sum.bias[l] = gradient(program.stages[l].bias);
+  }
+  return sum;
+}
+#endif
+
 }  // namespace
 
-bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, int64_t element_size, bool on_cpu) {
-  if (!on_cpu || likelihood.kind == Likelihood::kCategorical || program.stages.size() > kSmallFlowDepth) {
+bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, int64_t dim, int64_t element_size,
+                      at::Device device) {
+  if (likelihood.kind == Likelihood::kCategorical || program.stages.size() > kSmallFlowDepth) {
     return false;
   }
   int64_t weights = 0;
@@ -46,11 +101,14 @@ bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, 
     }
     weights += stage.in.channels * stage.out.channels;
   }
-  return program.stages.back().activation.kind == Activation::kIdentity && weights * element_size <= kSmallWeightBytes;
+  if (program.stages.back().activation.kind != Activation::kIdentity) {
+    return false;
+  }
+  return device.is_cpu() ? weights * element_size <= kSmallWeightBytes : fits_cuda(program, dim, element_size, device);
 }
 
 StashShape small_flow_stash(const Program& program, int64_t dim, int64_t element_size) {
-  return {small_flow_tape_numel(bind<float>(program, {}, {}), dim), lanes_of(element_size)};
+  return {small_point_layout(bind<float>(program, {}, {}), dim).numel, lanes_of(element_size)};
 }
 
 void run_small_flow(const Program& program, const LikelihoodSpec& likelihood, const SmallFlowTensors& in,
@@ -73,7 +131,7 @@ void run_small_flow(const Program& program, const LikelihoodSpec& likelihood, co
     args.dim = in.z.size(1);
     args.steps = in.alpha.size(0);
     const int64_t lanes = kSmallFlowLanes<scalar_t>;
-    FASTVAE_LAUNCH_CPU(small_flow, args, (args.samples + lanes - 1) / lanes, kGrain);
+    FASTVAE_LAUNCH(small_flow, in.z.device(), args, (args.samples + lanes - 1) / lanes, kGrain);
   });
 }
 
@@ -101,35 +159,35 @@ void run_small_flow_backward(const Program& program, const LikelihoodSpec& likel
     args.dim = in.z.size(1);
     args.steps = in.alpha.size(0);
     const int64_t lanes = kSmallFlowLanes<scalar_t>;
-    args.tasks = std::min<int64_t>((args.samples + lanes - 1) / lanes, at::get_num_threads());
-    at::Tensor partial;
+    const bool on_cpu = in.z.is_cpu();
+    args.tasks =
+        std::min<int64_t>((args.samples + lanes - 1) / lanes, on_cpu ? int64_t{at::get_num_threads()} : kCudaTasks);
+    at::Tensor partial, tangents;
     const bool wants_parameters =
         std::any_of(gradients.begin(), gradients.end(), [](const at::Tensor& g) { return g.defined(); });
     if (wants_parameters) {
-      partial = at::zeros({args.tasks, small_flow_parameter_numel(args.network)}, in.z.options());
+      const std::vector<int64_t> sizes{args.tasks, small_flow_parameter_numel(args.network)};
+      partial = on_cpu ? at::zeros(sizes, in.z.options()) : at::empty(sizes, in.z.options());
       args.grad_parameters = partial.mutable_data_ptr<scalar_t>();
     }
-    FASTVAE_LAUNCH_CPU(small_flow_backward, args, args.tasks, kGrain);
-    if (wants_parameters) {
-      // [tasks, all parameters] to one dense gradient each.
-      const scalar_t* first = args.grad_parameters;
-      const int64_t numel = partial.size(1);
-      const auto take = [&](int64_t index, int64_t count) {
-        if (index >= 0 && gradients[index].defined()) {
-          scalar_t* gradient = gradients[index].template mutable_data_ptr<scalar_t>();
-          for (int64_t task = 0; task < args.tasks; ++task) {
-            for (int64_t i = 0; i < count; ++i) {
-              gradient[i] += first[task * numel + i];
-            }
-          }
-        }
-        first += count;
-      };
-      for (const Stage& stage : program.stages) {
-        take(stage.weight, stage.out.channels * stage.in.channels);
-        take(stage.bias, stage.out.channels);
-      }
+    if (!on_cpu) {
+      const int64_t numel = small_tangent_layout(args.network, args.dim).numel;
+      tangents = at::empty({args.tasks * (args.steps + 1) * numel * lanes}, in.z.options());
+      args.tangents = tangents.mutable_data_ptr<scalar_t>();
     }
+    FASTVAE_LAUNCH(small_flow_backward, in.z.device(), args, args.tasks, kGrain);
+    if (!wants_parameters) {
+      return;
+    }
+    if (on_cpu) {
+      take_gradients(program, args, gradients);
+    }
+#ifdef FASTVAE_WITH_CUDA
+    else {
+      cuda::small_flow_sum(sum_of(program, args, gradients),
+                           c10::cuda::getCurrentCUDAStream(in.z.get_device()).stream());
+    }
+#endif
   });
 }
 

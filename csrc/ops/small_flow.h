@@ -1,4 +1,5 @@
-// The route of hamiltonian_flow for networks whose weights fit in a core's cache: one kernel for the whole trajectory.
+// The route of hamiltonian_flow for networks whose weights fit in a core's cache, or in the shared memory of a GPU's
+// blocks: one kernel for the whole trajectory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,8 +10,9 @@
 
 namespace fastvae {
 
-// Whether this network takes the route: on a CPU, linear layers only, few and small enough, independent outputs.
-bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, int64_t element_size, bool on_cpu);
+// Whether this network takes the route: linear layers only, few and small enough for the device, independent outputs.
+bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, int64_t dim, int64_t element_size,
+                      at::Device device);
 
 // Numbers a sample and step in the stash of this route, and what the number of samples is rounded up to.
 struct StashShape {

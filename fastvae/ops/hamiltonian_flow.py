@@ -183,16 +183,17 @@ def _stash_shape(
     shapes: tuple[tuple[int, ...], ...],
     latent_dim: int,
     element_size: int,
-    on_cpu: bool,
+    cuda_index: int,
 ) -> tuple[int, int]:
-    return _read_stash_shape(spec, likelihood, shapes, latent_dim, element_size, on_cpu)
+    return _read_stash_shape(spec, likelihood, shapes, latent_dim, element_size, cuda_index)
 
 
 def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
     """Numbers that the op keeps of the forward pass with memory="store"."""
     shapes = tuple(tuple(operator.index(size) for size in tensor.shape) for tensor in tensors)
+    cuda_index = -1 if z.device.type == "cpu" else z.device.index or 0
     numel, multiple = _stash_shape(
-        spec, likelihood, shapes, operator.index(z.shape[1]), z.element_size(), z.device.type == "cpu"
+        spec, likelihood, shapes, operator.index(z.shape[1]), z.element_size(), cuda_index
     )
     return (steps + 1) * ((z.shape[0] + multiple - 1) // multiple * multiple) * numel
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -18,6 +19,22 @@
 namespace cases {
 
 using namespace fastvae;  // NOLINT(google-build-using-namespace): a test's header
+
+// Memory aligned as torch aligns it.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{64};
+  Aligned() = default;
+  template <typename U>
+  explicit Aligned(const Aligned<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kAlignment)); }
+  void deallocate(T* data, size_t) { ::operator delete(data, kAlignment); }
+  bool operator==(const Aligned&) const { return true; }
+};
+
+template <typename T>
+using Array = std::vector<T, Aligned<T>>;
 
 template <typename T>
 class Arena {
@@ -36,11 +53,15 @@ class Arena {
   // An output, filled with something that no kernel computes.
   T* output(int64_t size) { return filled(size, T(-12345)); }
 
-  const std::deque<std::vector<T>>& arrays() const { return arrays_; }
+  // Room for a kernel's own use, which nobody compares.
+  T* scratch(int64_t size) { return unseen_.emplace_back(static_cast<size_t>(size)).data(); }
+
+  const std::deque<Array<T>>& arrays() const { return arrays_; }
 
  private:
   std::mt19937_64 generator_{7};
-  std::deque<std::vector<T>> arrays_;
+  std::deque<Array<T>> unseen_;
+  std::deque<Array<T>> arrays_;
 };
 
 // The largest |a - b| / (1 + |b|), NaN counted as infinite.
@@ -61,7 +82,7 @@ double difference(const Arena<T>& a, const Arena<T>& b) {
 template <typename T>
 bool same_bits(const Arena<T>& a, const Arena<T>& b) {
   for (size_t k = 0; k < a.arrays().size(); ++k) {
-    const std::vector<T>& x = a.arrays()[k];
+    const Array<T>& x = a.arrays()[k];
     if (std::memcmp(x.data(), b.arrays()[k].data(), x.size() * sizeof(T)) != 0) {
       return false;
     }

@@ -20,6 +20,7 @@
 #define __forceinline__ inline
 #define __shared__ static  // blocks run in turn, so one object serves them all
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // Few blocks, so that small arrays take several strides over the grid; two warps, so that they have to meet.
 #define FASTVAE_CUDA_MAX_BLOCKS 3
@@ -41,11 +42,18 @@ inline thread_local dim3 gridDim;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;
+}
+
+// One device, with the shared memory of an H100.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int device) {
+  *value = 227 * 1024;
+  return device == 0 ? cudaSuccess : 1;
 }
 
 namespace host_cuda {

@@ -1,5 +1,5 @@
 // Each CUDA kernel, executed on the CPU by host_cuda.h, against its CPU twin.
-#include "cases.h"
+#include "flow_cases.h"
 
 namespace cases {
 namespace {
@@ -26,10 +26,94 @@ void test_kernels(const char* type) {
   });
 }
 
+// As above, over a trajectory; and where there is more than one block twice, since sums may not depend on which thread
+// comes first.
+template <typename T, typename Make>
+void test_flow(const char* kernel, const FlowCase& flow, const char* type, int64_t count, Make make) {
+  const double tolerance = 400.0 * std::numeric_limits<T>::epsilon();
+  Arena<T> on_cpu, on_cuda;
+  cpu_kernel(make(flow, on_cpu), 0, count);
+  cuda_kernel(make(flow, on_cuda));
+  const double error = difference(on_cuda, on_cpu);
+  CHECK(error <= tolerance, "%s %s %s: off by %g", kernel, flow.name.c_str(), type, error);
+  if (count > 1) {
+    Arena<T> again;
+    cuda_kernel(make(flow, again));
+    CHECK(same_bits(on_cuda, again), "%s %s %s: does not repeat", kernel, flow.name.c_str(), type);
+  }
+}
+
+// The sum over tasks, where two layers may share a tensor and some want none.
+template <typename T>
+void test_flow_sum(const char* type) {
+  SmallFlowSum<T> sum{};
+  sum.tasks = 5;
+  sum.depth = 3;
+  const int64_t shapes[][2] = {{3, 70}, {7, 7}, {7, 7}};  // in, out
+  int64_t parameters = 0;
+  for (int l = 0; l < sum.depth; ++l) {
+    sum.in[l] = shapes[l][0];
+    sum.out[l] = shapes[l][1];
+    parameters += sum.out[l] * (sum.in[l] + 1);
+  }
+  Arena<T> arena;
+  const T* parts = arena.random(sum.tasks * parameters);
+  sum.grad_parameters = parts;
+  sum.weight[0] = arena.filled(3 * 70, T(1));
+  sum.bias[0] = arena.filled(70, T(1));
+  sum.weight[1] = sum.weight[2] = arena.filled(7 * 7, T(1));
+  sum.bias[2] = arena.filled(7, T(1));
+  fastvae::cuda::small_flow_sum(sum, nullptr);
+  const auto expected = [&](int64_t place) {
+    double total = 0.0;
+    for (int64_t task = 0; task < sum.tasks; ++task) {
+      total += parts[task * parameters + place];
+    }
+    return total;
+  };
+  double worst = 0.0;
+  const auto compare = [&](const T* got, int64_t count, int64_t place, int64_t second) {
+    for (int64_t i = 0; i < count; ++i) {
+      const double total = 1.0 + expected(place + i) + (second < 0 ? 0.0 : expected(second + i));
+      worst = std::max(worst, std::abs(static_cast<double>(got[i]) - total));
+    }
+  };
+  compare(sum.weight[0], 210, 0, -1);
+  compare(sum.bias[0], 70, 210, -1);
+  compare(sum.weight[1], 49, 280, 280 + 56);
+  compare(sum.bias[2], 7, 280 + 56 + 49, -1);
+  CHECK(worst <= 40.0 * std::numeric_limits<T>::epsilon(), "small_flow_sum %s: off by %g", type, worst);
+}
+
+template <typename T>
+void test_flows(const char* type) {
+  for (const FlowCase& flow : flow_cases()) {
+    test_flow<T>("small_flow", flow, type, flow_blocks<T>(flow), make_flow<T>);
+    test_flow<T>("small_flow_backward", flow, type, std::min(flow.tasks, flow_blocks<T>(flow)), make_flow_backward<T>);
+  }
+  test_flow_sum<T>(type);
+}
+
+void test_flow_fits() {
+  const auto fits = [](int64_t width, auto number, int device) {
+    SmallNetwork<decltype(number)> network{};
+    network.depth = 2;
+    network.in[0] = 2;
+    network.out[0] = network.in[1] = network.out[1] = width;
+    return fastvae::cuda::small_flow_fits(network, 2, device);
+  };
+  CHECK(fits(64, 0.0F, 0) && fits(200, 0.0F, 0) && !fits(240, 0.0F, 0), "small_flow_fits %s", "float");
+  CHECK(fits(64, 0.0, 0) && !fits(200, 0.0, 0) && !fits(int64_t{1} << 20, 0.0, 0), "small_flow_fits %s", "double");
+  CHECK(!fits(64, 0.0F, 1), "small_flow_fits: %s", "a device that is not there");
+}
+
 }  // namespace
 }  // namespace cases
 
 int main() {
+  cases::test_flows<float>("float");
+  cases::test_flows<double>("double");
+  cases::test_flow_fits();
   cases::test_kernels<float>("float");
   cases::test_kernels<double>("double");
   return check::finish("test_cuda_on_host");

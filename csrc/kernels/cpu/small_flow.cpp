@@ -2,7 +2,7 @@
 // weights and activations in the core's cache and no call outside.
 //
 // Cost a sample: (steps + 1) * 2 passes of 2 * (weights) FLOPs; reads the weights from L1/L2, writes the tape once
-// (small_flow_tape_numel numbers a point).
+// (SmallPointLayout).
 #include "small_flow.h"
 
 #include <algorithm>
@@ -35,9 +35,10 @@ FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const SmallPoint
   for (int l = 0; l < last; ++l) {
     small_product(network.weight[l], network.in[l], int64_t{1}, network.bias[l], in, point.h[l], network.out[l],
                   network.in[l]);
-    bias_activation(BiasActivation<T>{point.h[l], nullptr, point.h[l], point.kept_a[l], 1, network.out[l] * kLanes,
-                                      network.activation[l]},
-                    0, 1);
+    T* kept = point.slope[l] == point.h[l] ? nullptr : point.slope[l];
+    bias_activation(
+        BiasActivation<T>{point.h[l], nullptr, point.h[l], kept, 1, network.out[l] * kLanes, network.activation[l]}, 0,
+        1);
     in = point.h[l];
   }
   const int64_t outputs = network.out[last];
@@ -54,10 +55,10 @@ FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const SmallPoint
                                 network.likelihood},
                 0, 1);
   for (int l = last; l > 0; --l) {
-    T* g = point.kept_g[l - 1] == nullptr ? point.delta[l - 1] : point.kept_g[l - 1];
+    T* g = point.error[l - 1];  // delta itself where A^T delta is not kept
     small_product(network.weight[l], int64_t{1}, network.in[l], static_cast<const T*>(nullptr), point.delta[l], g,
                   network.in[l], network.out[l]);
-    activation_reverse(ActivationReverse<T>{g, point.slope(l - 1), point.delta[l - 1], network.in[l] * kLanes,
+    activation_reverse(ActivationReverse<T>{g, point.slope[l - 1], point.delta[l - 1], network.in[l] * kLanes,
                                             network.activation[l - 1]},
                        0, network.in[l] * kLanes);
   }
@@ -74,20 +75,21 @@ FASTVAE_INLINE void small_flow_template(const SmallFlow<T>& args, int64_t begin,
   const SmallNetwork<T>& network = args.network;
   const int64_t dim = args.dim;
   const int64_t outputs = network.out[network.depth - 1];
-  const int64_t point_size = small_flow_tape_numel(network, dim) * kLanes;
+  const SmallPointLayout layout = small_point_layout(network, dim);
+  const int64_t point_size = layout.numel * kLanes;
   LaneBuffer<T> x(outputs);
   T log_prob[kLanes] = {};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kLanes;
     T* tape = args.tape + block * (args.steps + 1) * point_size;
     load_block(args.x, first, args.samples, outputs, x.data());
-    SmallPoint<T> point = small_point(network, dim, tape);
+    SmallPoint<T> point = small_point(layout, network.depth, tape);
     load_block(args.z, first, args.samples, dim, point.z);
     load_block(args.rho, first, args.samples, dim, point.rho);
     for (int64_t k = 0; k <= args.steps; ++k) {
       if (k > 0) {
         const SmallPoint<T> before = point;
-        point = small_point(network, dim, tape + k * point_size);
+        point = small_point(layout, network.depth, tape + k * point_size);
         for (int64_t j = 0; j < dim; ++j) {
           const T step = args.step[(k - 1) * dim + j];
           for (int lane = 0; lane < kLanes; ++lane) {

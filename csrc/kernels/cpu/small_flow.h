@@ -46,42 +46,30 @@ FASTVAE_INLINE void small_product(const T* w, int64_t row, int64_t column, const
   }
 }
 
-// Where the parts of one point of the trajectory lie in its tape, in numbers.
+// SmallPointLayout as pointers into a tape.
 template <typename T>
 struct SmallPoint {
   T* z;
   T* rho;
   T* force;
-  T* h[kSmallFlowDepth];       // all but the last layer
-  T* delta[kSmallFlowDepth];   // all layers
-  T* kept_a[kSmallFlowDepth];  // where keeps_input
-  T* kept_g[kSmallFlowDepth];
-
-  const T* slope(int l) const { return kept_a[l] == nullptr ? h[l] : kept_a[l]; }
-  const T* error(int l) const { return kept_g[l] == nullptr ? delta[l] : kept_g[l]; }
+  T* h[kSmallFlowDepth];
+  T* delta[kSmallFlowDepth];
+  T* slope[kSmallFlowDepth];
+  T* error[kSmallFlowDepth];
 };
 
 template <typename T>
-FASTVAE_INLINE SmallPoint<T> small_point(const SmallNetwork<T>& network, int64_t dim, T* tape) {
+FASTVAE_INLINE SmallPoint<T> small_point(const SmallPointLayout& at, int depth, T* tape) {
   constexpr int kLanes = kSmallFlowLanes<T>;
   SmallPoint<T> point{};
-  const auto next = [&](int64_t features) FASTVAE_LAMBDA_INLINE {
-    T* part = tape;
-    tape += features * kLanes;
-    return part;
-  };
-  point.z = next(dim);
-  point.rho = next(dim);
-  point.force = next(dim);
-  for (int l = 0; l < network.depth; ++l) {
-    point.delta[l] = next(network.out[l]);
-    if (l + 1 < network.depth) {
-      point.h[l] = next(network.out[l]);
-      if (keeps_input(network.activation[l].kind)) {
-        point.kept_a[l] = next(network.out[l]);
-        point.kept_g[l] = next(network.out[l]);
-      }
-    }
+  point.z = tape + at.z * kLanes;
+  point.rho = tape + at.rho * kLanes;
+  point.force = tape + at.force * kLanes;
+  for (int l = 0; l < depth; ++l) {
+    point.delta[l] = tape + at.delta[l] * kLanes;
+    point.h[l] = tape + at.h[l] * kLanes;
+    point.slope[l] = tape + at.slope[l] * kLanes;
+    point.error[l] = tape + at.error[l] * kLanes;
   }
   return point;
 }

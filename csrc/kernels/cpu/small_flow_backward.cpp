@@ -9,36 +9,22 @@
 
 namespace fastvae::cpu {
 
-// The tangent and adjoint of one point.
+// SmallTangentLayout as pointers.
 template <typename T>
 struct SmallTangent {
   T* u;
-  T* hdot[kSmallFlowDepth];       // all but the last layer
-  T* delta_dot[kSmallFlowDepth];  // all layers
+  T* hdot[kSmallFlowDepth];
+  T* delta_dot[kSmallFlowDepth];
 };
 
 template <typename T>
-FASTVAE_INLINE int64_t small_tangent_features(const SmallNetwork<T>& network, int64_t dim) {
-  int64_t features = dim;
-  for (int l = 0; l < network.depth; ++l) {
-    features += network.out[l] * (l + 1 == network.depth ? 1 : 2);
-  }
-  return features;
-}
-
-template <typename T>
-FASTVAE_INLINE SmallTangent<T> small_tangent(const SmallNetwork<T>& network, int64_t dim, T* place) {
+FASTVAE_INLINE SmallTangent<T> small_tangent(const SmallTangentLayout& at, int depth, T* place) {
   constexpr int kLanes = kSmallFlowLanes<T>;
   SmallTangent<T> tangent{};
-  tangent.u = place;
-  place += dim * kLanes;
-  for (int l = 0; l < network.depth; ++l) {
-    tangent.delta_dot[l] = place;
-    place += network.out[l] * kLanes;
-    if (l + 1 < network.depth) {
-      tangent.hdot[l] = place;
-      place += network.out[l] * kLanes;
-    }
+  tangent.u = place + at.u * kLanes;
+  for (int l = 0; l < depth; ++l) {
+    tangent.delta_dot[l] = place + at.delta_dot[l] * kLanes;
+    tangent.hdot[l] = place + at.hdot[l] * kLanes;
   }
   return tangent;
 }
@@ -55,7 +41,7 @@ FASTVAE_INLINE void hessian_point(const SmallNetwork<T>& network, const SmallPoi
     const int64_t size = network.out[l] * kLanes;
     small_product(network.weight[l], network.in[l], int64_t{1}, static_cast<const T*>(nullptr), in, tangent.hdot[l],
                   network.out[l], network.in[l]);
-    activation_tangent(ActivationTangent<T>{tangent.hdot[l], point.slope(l), point.error(l), tangent.hdot[l],
+    activation_tangent(ActivationTangent<T>{tangent.hdot[l], point.slope[l], point.error[l], tangent.hdot[l],
                                             tangent.delta_dot[l], size, network.activation[l]},
                        0, size);
     in = tangent.hdot[l];
@@ -77,7 +63,7 @@ FASTVAE_INLINE void hessian_point(const SmallNetwork<T>& network, const SmallPoi
     const int64_t size = network.in[l] * kLanes;
     small_product(network.weight[l], int64_t{1}, network.in[l], static_cast<const T*>(nullptr), tangent.delta_dot[l],
                   scratch, network.in[l], network.out[l]);
-    activation_adjoint(ActivationAdjoint<T>{scratch, point.slope(l - 1), tangent.delta_dot[l - 1],
+    activation_adjoint(ActivationAdjoint<T>{scratch, point.slope[l - 1], tangent.delta_dot[l - 1],
                                             tangent.delta_dot[l - 1], size, network.activation[l - 1]},
                        0, size);
   }
@@ -127,13 +113,12 @@ FASTVAE_INLINE void outer_tile(const Lanes<T>* delta_dot, const Lanes<T>* h, con
 }
 
 template <typename T>
-FASTVAE_INLINE void add_parameter_gradients(const SmallNetwork<T>& network, int64_t dim, int64_t points, T* tape,
-                                            int64_t tape_next, T* tangents, int64_t tangents_next, T* gradients) {
+FASTVAE_INLINE void add_parameter_gradients(const SmallNetwork<T>& network, const SmallPoint<T>& point,
+                                            int64_t tape_next, const SmallTangent<T>& tangent, int64_t tangents_next,
+                                            int64_t points, T* gradients) {
   using V = Lanes<T>;
   constexpr int kLanes = kSmallFlowLanes<T>;
   constexpr int kTile = 4;
-  const SmallPoint<T> point = small_point(network, dim, tape);
-  const SmallTangent<T> tangent = small_tangent(network, dim, tangents);
   for (int l = 0; l < network.depth; ++l) {
     const V* delta_dot = reinterpret_cast<const V*>(tangent.delta_dot[l]);
     const V* delta = reinterpret_cast<const V*>(point.delta[l]);
@@ -200,13 +185,15 @@ FASTVAE_INLINE void small_flow_backward_template(const SmallFlowBackward<T>& arg
   const int64_t size = dim * kLanes;
   const int64_t outputs = network.out[network.depth - 1];
   const int64_t points = args.steps + 1;
-  const int64_t point_size = small_flow_tape_numel(network, dim) * kLanes;
-  const int64_t tangent_size = small_tangent_features(network, dim) * kLanes;
+  const SmallPointLayout point_layout = small_point_layout(network, dim);
+  const SmallTangentLayout tangent_layout = small_tangent_layout(network, dim);
+  const int64_t point_size = point_layout.numel * kLanes;
+  const int64_t tangent_size = tangent_layout.numel * kLanes;
   const int64_t blocks = (args.samples + kLanes - 1) / kLanes;
   const int64_t widest = std::max(*std::max_element(network.out, network.out + network.depth),
                                   *std::max_element(network.in, network.in + network.depth));
   LaneBuffer<T> x(outputs), grad_x(outputs), scratch(widest), grad_z(dim), grad_rho(dim), momentum(dim), dz(dim);
-  LaneBuffer<T> step_terms(dim), tangents(points * small_tangent_features(network, dim));
+  LaneBuffer<T> step_terms(dim), tangents(points * tangent_layout.numel);
   T cotangent[kLanes] = {}, alpha_terms[kLanes] = {};
   for (int64_t task = begin; task < end; ++task) {
     for (int64_t block = blocks * task / args.tasks; block < blocks * (task + 1) / args.tasks; ++block) {
@@ -219,15 +206,17 @@ FASTVAE_INLINE void small_flow_backward_template(const SmallFlowBackward<T>& arg
       std::fill_n(grad_x.data(), outputs * kLanes, T(0));
       T* gx = args.grad_x == nullptr ? nullptr : grad_x.data();
 
-      SmallPoint<T> point = small_point(network, dim, tape + args.steps * point_size);
-      SmallTangent<T> tangent = small_tangent(network, dim, tangents.data() + args.steps * tangent_size);
+      SmallPoint<T> point = small_point(point_layout, network.depth, tape + args.steps * point_size);
+      SmallTangent<T> tangent =
+          small_tangent(tangent_layout, network.depth, tangents.data() + args.steps * tangent_size);
       std::fill_n(tangent.u, size, T(0));
       if (gx != nullptr && args.grad_log_px != nullptr) {
         add_observed_gradient(network, point, cotangent, scratch.data(), gx);
       }
       for (int64_t k = args.steps; k >= 0; --k) {
         // tangent.u holds what step k left for the force at z_k; step k - 1 adds its second half kick.
-        const SmallPoint<T> start = k == 0 ? point : small_point(network, dim, tape + (k - 1) * point_size);
+        const SmallPoint<T> start =
+            k == 0 ? point : small_point(point_layout, network.depth, tape + (k - 1) * point_size);
         if (k > 0) {
           const T alpha = args.alpha[k - 1];
           std::fill_n(alpha_terms, kLanes, T(0));
@@ -253,7 +242,7 @@ FASTVAE_INLINE void small_flow_backward_template(const SmallFlowBackward<T>& arg
         if (k == 0) {
           break;
         }
-        tangent = small_tangent(network, dim, tangents.data() + (k - 1) * tangent_size);
+        tangent = small_tangent(tangent_layout, network.depth, tangents.data() + (k - 1) * tangent_size);
         for (int64_t j = 0; j < dim; ++j) {
           const T step = args.step[(k - 1) * dim + j];
           for (int lane = 0; lane < kLanes; ++lane) {
@@ -279,7 +268,7 @@ FASTVAE_INLINE void small_flow_backward_template(const SmallFlowBackward<T>& arg
         store_block(gx, first, args.samples, outputs, args.grad_x);
       }
       if (args.grad_parameters != nullptr) {
-        add_parameter_gradients(network, dim, points, tape, point_size, tangents.data(), tangent_size,
+        add_parameter_gradients(network, point, point_size, tangent, tangent_size, points,
                                 args.grad_parameters + task * small_flow_parameter_numel(network));
       }
     }

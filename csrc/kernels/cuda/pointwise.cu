@@ -54,23 +54,11 @@ __global__ void activation_adjoint_kernel(const ActivationAdjoint<T> args, const
            math::Phi<Activation::KIND, T>(args.activation));                                  \
     break;
 
-#define FASTVAE_DEFINE_BY_ACTIVATION(NAME, ARGS, COUNT)    \
-  template <typename T>                                    \
-  void NAME##_launch(const ARGS<T>& args, Stream stream) { \
-    switch (args.activation.kind) {                        \
-      FASTVAE_CUDA_CASE(kIdentity, NAME, COUNT)            \
-      FASTVAE_CUDA_CASE(kRelu, NAME, COUNT)                \
-      FASTVAE_CUDA_CASE(kLeakyRelu, NAME, COUNT)           \
-      FASTVAE_CUDA_CASE(kElu, NAME, COUNT)                 \
-      FASTVAE_CUDA_CASE(kSoftplus, NAME, COUNT)            \
-      FASTVAE_CUDA_CASE(kTanh, NAME, COUNT)                \
-      FASTVAE_CUDA_CASE(kSigmoid, NAME, COUNT)             \
-      FASTVAE_CUDA_CASE(kSilu, NAME, COUNT)                \
-      FASTVAE_CUDA_CASE(kGelu, NAME, COUNT)                \
-      FASTVAE_CUDA_CASE(kGeluTanh, NAME, COUNT)            \
-      FASTVAE_CUDA_CASE(kSoftplusSharp, NAME, COUNT)       \
-    }                                                      \
-  }                                                        \
+#define FASTVAE_DEFINE_BY_ACTIVATION(NAME, ARGS, COUNT)                                        \
+  template <typename T>                                                                        \
+  void NAME##_launch(const ARGS<T>& args, Stream stream) {                                     \
+    switch (args.activation.kind) { FASTVAE_ACTIVATION_KINDS(FASTVAE_CUDA_CASE, NAME, COUNT) } \
+  }                                                                                            \
   FASTVAE_DEFINE_CUDA(NAME, ARGS)
 
 FASTVAE_DEFINE_BY_ACTIVATION(bias_activation, BiasActivation, args.rows* args.channels)

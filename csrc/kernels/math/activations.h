@@ -204,22 +204,25 @@ struct Phi<Activation::kGeluTanh, T> {
 
 }  // namespace math
 
+// CASE(kind, ...) for every kind.
+#define FASTVAE_ACTIVATION_KINDS(CASE, ...) \
+  CASE(kIdentity, __VA_ARGS__)              \
+  CASE(kRelu, __VA_ARGS__)                  \
+  CASE(kLeakyRelu, __VA_ARGS__)             \
+  CASE(kElu, __VA_ARGS__)                   \
+  CASE(kSoftplus, __VA_ARGS__)              \
+  CASE(kTanh, __VA_ARGS__)                  \
+  CASE(kSigmoid, __VA_ARGS__)               \
+  CASE(kSilu, __VA_ARGS__)                  \
+  CASE(kGelu, __VA_ARGS__)                  \
+  CASE(kGeluTanh, __VA_ARGS__)              \
+  CASE(kSoftplusSharp, __VA_ARGS__)
+
 // The cases of a switch over Activation: each calls LOOP<kind>(args, ...), with the arguments in scope at the use.
 #define FASTVAE_ACTIVATION_CASE(KIND, LOOP)              \
   case ::fastvae::Activation::KIND:                      \
     LOOP<::fastvae::Activation::KIND>(args, begin, end); \
     break;
-#define FASTVAE_EACH_ACTIVATION(LOOP)       \
-  FASTVAE_ACTIVATION_CASE(kIdentity, LOOP)  \
-  FASTVAE_ACTIVATION_CASE(kRelu, LOOP)      \
-  FASTVAE_ACTIVATION_CASE(kLeakyRelu, LOOP) \
-  FASTVAE_ACTIVATION_CASE(kElu, LOOP)       \
-  FASTVAE_ACTIVATION_CASE(kSoftplus, LOOP)  \
-  FASTVAE_ACTIVATION_CASE(kTanh, LOOP)      \
-  FASTVAE_ACTIVATION_CASE(kSigmoid, LOOP)   \
-  FASTVAE_ACTIVATION_CASE(kSilu, LOOP)      \
-  FASTVAE_ACTIVATION_CASE(kGelu, LOOP)      \
-  FASTVAE_ACTIVATION_CASE(kGeluTanh, LOOP)  \
-  FASTVAE_ACTIVATION_CASE(kSoftplusSharp, LOOP)
+#define FASTVAE_EACH_ACTIVATION(LOOP) FASTVAE_ACTIVATION_KINDS(FASTVAE_ACTIVATION_CASE, LOOP)
 
 }  // namespace fastvae
