@@ -1,7 +1,6 @@
 #include "small_flow.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -166,8 +165,7 @@ void run_small_flow_backward(const Program& program, const LikelihoodSpec& likel
     const bool wants_parameters =
         std::any_of(gradients.begin(), gradients.end(), [](const at::Tensor& g) { return g.defined(); });
     if (wants_parameters) {
-      const std::vector<int64_t> sizes{args.tasks, small_flow_parameter_numel(args.network)};
-      partial = on_cpu ? at::zeros(sizes, in.z.options()) : at::empty(sizes, in.z.options());
+      partial = at::empty({args.tasks, small_flow_parameter_numel(args.network)}, in.z.options());
       args.grad_parameters = partial.mutable_data_ptr<scalar_t>();
     }
     if (!on_cpu) {

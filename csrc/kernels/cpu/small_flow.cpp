@@ -27,14 +27,13 @@ FASTVAE_INLINE void lane_log_prob(const SmallNetwork<T>& network, const T* a, co
 
 // Fills the point's tape from its z; log_prob [lanes] may be null.
 template <typename T>
-FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const SmallPoint<T>& point, int64_t dim, const T* x,
-                                T* log_prob) {
+FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const PackedWeights<T>& weights,
+                                const SmallPoint<T>& point, int64_t dim, const T* x, T* log_prob) {
   constexpr int kLanes = kSmallFlowLanes<T>;
   const int last = network.depth - 1;
   const T* in = point.z;
   for (int l = 0; l < last; ++l) {
-    small_product(network.weight[l], network.in[l], int64_t{1}, network.bias[l], in, point.h[l], network.out[l],
-                  network.in[l]);
+    small_product<true>(weights.forward[l], in, point.h[l], network.out[l], network.in[l]);
     T* kept = point.slope[l] == point.h[l] ? nullptr : point.slope[l];
     bias_activation(
         BiasActivation<T>{point.h[l], nullptr, point.h[l], kept, 1, network.out[l] * kLanes, network.activation[l]}, 0,
@@ -42,8 +41,7 @@ FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const SmallPoint
     in = point.h[l];
   }
   const int64_t outputs = network.out[last];
-  small_product(network.weight[last], network.in[last], int64_t{1}, network.bias[last], in, point.delta[last], outputs,
-                network.in[last]);
+  small_product<true>(weights.forward[last], in, point.delta[last], outputs, network.in[last]);
   if (log_prob != nullptr) {
     if (network.likelihood.kind == Likelihood::kBernoulli) {
       lane_log_prob<math::BernoulliHead<T>>(network, point.delta[last], x, log_prob);
@@ -56,14 +54,12 @@ FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const SmallPoint
                 0, 1);
   for (int l = last; l > 0; --l) {
     T* g = point.error[l - 1];  // delta itself where A^T delta is not kept
-    small_product(network.weight[l], int64_t{1}, network.in[l], static_cast<const T*>(nullptr), point.delta[l], g,
-                  network.in[l], network.out[l]);
+    small_product<false>(weights.reverse[l], point.delta[l], g, network.in[l], network.out[l]);
     activation_reverse(ActivationReverse<T>{g, point.slope[l - 1], point.delta[l - 1], network.in[l] * kLanes,
                                             network.activation[l - 1]},
                        0, network.in[l] * kLanes);
   }
-  small_product(network.weight[0], int64_t{1}, network.in[0], static_cast<const T*>(nullptr), point.delta[0],
-                point.force, dim, network.out[0]);
+  small_product<false>(weights.reverse[0], point.delta[0], point.force, dim, network.out[0]);
   for (int64_t i = 0; i < dim * kLanes; ++i) {
     point.force[i] -= point.z[i];
   }
@@ -77,12 +73,21 @@ FASTVAE_INLINE void small_flow_template(const SmallFlow<T>& args, int64_t begin,
   const int64_t outputs = network.out[network.depth - 1];
   const SmallPointLayout layout = small_point_layout(network, dim);
   const int64_t point_size = layout.numel * kLanes;
-  LaneBuffer<T> x(outputs);
+  struct Memory {
+    Memory(Carver carver, const SmallFlow<T>& args, int64_t outputs)
+        : weights(args.network, carver), x(carver.take<T>(outputs * kLanes)), bytes(carver.used()) {}
+    PackedWeights<T> weights;
+    T* x;
+    int64_t bytes;
+  };
+  Scratch scratch(Memory(Carver(nullptr), args, outputs).bytes);
+  Memory memory(Carver(scratch.data()), args, outputs);
+  memory.weights.fill(network);
   T log_prob[kLanes] = {};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kLanes;
     T* tape = args.tape + block * (args.steps + 1) * point_size;
-    load_block(args.x, first, args.samples, outputs, x.data());
+    load_block(args.x, first, args.samples, outputs, memory.x);
     SmallPoint<T> point = small_point(layout, network.depth, tape);
     load_block(args.z, first, args.samples, dim, point.z);
     load_block(args.rho, first, args.samples, dim, point.rho);
@@ -101,7 +106,7 @@ FASTVAE_INLINE void small_flow_template(const SmallFlow<T>& args, int64_t begin,
         }
       }
       const bool wants = k == args.steps || args.log_px_steps != nullptr;
-      sweep_point(network, point, dim, x.data(), wants ? log_prob : nullptr);
+      sweep_point(network, memory.weights, point, dim, memory.x, wants ? log_prob : nullptr);
       if (k > 0) {
         const T alpha = args.alpha[k - 1];
         for (int64_t j = 0; j < dim; ++j) {
