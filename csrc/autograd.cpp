@@ -176,6 +176,11 @@ struct FlowFunction : Function<FlowFunction> {
     }
     const std::string& network = ctx->saved_data["network"].toStringRef();
     const std::string& likelihood = ctx->saved_data["likelihood"].toStringRef();
+    // Nothing to record, and so no need of the op's own autograd, unless this gradient is to be differentiated.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!at::GradMode::is_enabled()) {
+      below.emplace();
+    }
     auto [grad_z, grad_rho, grad_x, grad_step, grad_alpha, grad_parameters] =
         flow_backward_op()(optional_of(grads[0]), optional_of(grads[1]), optional_of(grads[2]), saved[0], saved[1],
                            saved[2], saved[3], saved[4], parameters, saved[5], saved[6], saved[7], network, likelihood,

@@ -155,7 +155,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[Problem], Problem]]] = {
     "step_size_per_step": (
         ValueError,
         r"step_size\[:, None\]",
-        lambda p: replace(p, alpha=torch.ones(5), step_size=torch.ones(5)),
+        lambda p: replace(p, alpha=p.alpha.new_ones(5), step_size=torch.ones(5)),
     ),
     "x_samples": (
         ValueError,

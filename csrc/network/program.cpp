@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <optional>
 
@@ -279,6 +280,44 @@ int64_t Program::tape_numel() const {
     numel += stages[i].out.numel() * (keeps_input(stages[i].activation.kind) ? 4 : 2);
   }
   return numel;
+}
+
+std::shared_ptr<const Program> find_program(const char* op, std::string_view text, at::TensorList tensors,
+                                            int64_t in_features, const LikelihoodSpec& likelihood) {
+  struct Entry {
+    std::string text;
+    TensorShapes shapes;
+    int64_t in_features;
+    Likelihood kind;
+    int64_t classes;
+    std::shared_ptr<const Program> program;
+  };
+  constexpr size_t kEntries = 8;
+  static thread_local std::vector<Entry> entries;  // the last used first
+  const auto matches = [&](const Entry& entry) {
+    return entry.in_features == in_features && entry.kind == likelihood.kind && entry.classes == likelihood.classes &&
+           entry.shapes.size() == tensors.size() && entry.text == text &&
+           std::equal(tensors.begin(), tensors.end(), entry.shapes.begin(),
+                      [](const at::Tensor& tensor, const std::vector<int64_t>& shape) {
+                        return tensor.sizes() == at::IntArrayRef(shape);
+                      });
+  };
+  auto found = std::find_if(entries.begin(), entries.end(), matches);
+  if (found == entries.end()) {
+    TensorShapes shapes;
+    shapes.reserve(tensors.size());
+    for (const at::Tensor& tensor : tensors) {
+      shapes.push_back(tensor.sizes().vec());
+    }
+    auto program = std::make_shared<const Program>(op, text, shapes, in_features, likelihood);
+    if (entries.size() == kEntries) {
+      entries.pop_back();
+    }
+    found = entries.insert(entries.end(), Entry{std::string(text), std::move(shapes), in_features, likelihood.kind,
+                                                likelihood.classes, std::move(program)});
+  }
+  std::rotate(entries.begin(), found, found + 1);
+  return entries.front().program;
 }
 
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text) {

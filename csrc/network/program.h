@@ -16,6 +16,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -62,6 +63,11 @@ struct Program {
   // Numbers a sample that the backward sweeps need of one forward and reverse sweep.
   int64_t tape_numel() const;
 };
+
+// The program of a network's text and tensors; the same object as long as they do not change, because reading the text
+// costs as much as some kernels.
+std::shared_ptr<const Program> find_program(const char* op, std::string_view text, at::TensorList tensors,
+                                            int64_t in_features, const LikelihoodSpec& likelihood);
 
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text);
 

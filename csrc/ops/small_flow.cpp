@@ -1,10 +1,13 @@
-#include "small_flow.h"
+// The route of hamiltonian_flow for networks whose weights fit in a core's cache, or in the shared memory of a GPU's
+// blocks: one kernel for the whole trajectory.
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 
 #include <algorithm>
 
 #include "../common/launch.h"
+#include "flow.h"
 
 namespace fastvae {
 namespace {
@@ -29,6 +32,15 @@ SmallNetwork<T> bind(const Program& program, const LikelihoodSpec& likelihood,
   return network;
 }
 
+std::vector<at::Tensor> dense(at::TensorList tensors) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    result.push_back(tensor.contiguous());
+  }
+  return result;
+}
+
 int64_t lanes_of(int64_t element_size) {
   return element_size == sizeof(float) ? kSmallFlowLanes<float> : kSmallFlowLanes<double>;
 }
@@ -48,13 +60,14 @@ bool fits_cuda([[maybe_unused]] const Program& program, [[maybe_unused]] int64_t
 
 // [tasks, all parameters] of a CPU to one dense gradient each.
 template <typename T>
-void take_gradients(const Program& program, const SmallFlowBackward<T>& args, std::vector<at::Tensor>& gradients) {
+void sum_tasks(const Program& program, const SmallFlowBackward<T>& args, const std::vector<at::Tensor>& gradients) {
   const T* first = args.grad_parameters;
   const int64_t numel = small_flow_parameter_numel(args.network);
   const auto take = [&](int64_t index, int64_t count) {
     if (index >= 0 && gradients[index].defined()) {
       T* gradient = gradients[index].template mutable_data_ptr<T>();
-      for (int64_t task = 0; task < args.tasks; ++task) {
+      std::copy_n(first, count, gradient);
+      for (int64_t task = 1; task < args.tasks; ++task) {
         for (int64_t i = 0; i < count; ++i) {
           gradient[i] += first[task * numel + i];
         }
@@ -68,9 +81,31 @@ void take_gradients(const Program& program, const SmallFlowBackward<T>& args, st
   }
 }
 
+// out [K, n] = the sum of terms [K, B, n] over the samples. On a CPU without an ATen call, which would cost as much as
+// a step.
+template <typename T>
+void sum_samples(const at::Tensor& terms, const at::Tensor& out) {
+  if (!terms.is_cpu()) {
+    at::sum_out(const_cast<at::Tensor&>(out), terms, {1});
+    return;
+  }
+  const int64_t steps = terms.size(0), samples = terms.size(1), width = terms.size(2);
+  const T* term = terms.const_data_ptr<T>();
+  T* total = out.mutable_data_ptr<T>();
+  std::fill_n(total, steps * width, T(0));
+  for (int64_t k = 0; k < steps; ++k, total += width) {
+    for (int64_t b = 0; b < samples; ++b, term += width) {
+      for (int64_t j = 0; j < width; ++j) {
+        total[j] += term[j];
+      }
+    }
+  }
+}
+
 #ifdef FASTVAE_WITH_CUDA
 template <typename T>
-SmallFlowSum<T> sum_of(const Program& program, const SmallFlowBackward<T>& args, std::vector<at::Tensor>& gradients) {
+SmallFlowSum<T> sum_of(const Program& program, const SmallFlowBackward<T>& args,
+                       const std::vector<at::Tensor>& gradients) {
   SmallFlowSum<T> sum{};
   sum.grad_parameters = args.grad_parameters;
   sum.tasks = args.tasks;
@@ -110,80 +145,88 @@ StashShape small_flow_stash(const Program& program, int64_t dim, int64_t element
   return {small_point_layout(bind<float>(program, {}, {}), dim).numel, lanes_of(element_size)};
 }
 
-void run_small_flow(const Program& program, const LikelihoodSpec& likelihood, const SmallFlowTensors& in,
-                    const at::Tensor& z_steps, const at::Tensor& rho_steps, const at::Tensor& log_px,
-                    const at::Tensor& log_px_steps, const at::Tensor& stash) {
-  FASTVAE_DISPATCH(in.z, {
+void run_small_flow(const Flow& flow, const FlowPath& path) {
+  FASTVAE_DISPATCH(flow.z, {
+    const std::vector<at::Tensor> parameters = dense(flow.parameters);
     SmallFlow<scalar_t> args{};
-    args.network = bind<scalar_t>(program, likelihood, in.parameters);
-    args.z = in.z.const_data_ptr<scalar_t>();
-    args.rho = in.rho.const_data_ptr<scalar_t>();
-    args.x = in.x.const_data_ptr<scalar_t>();
-    args.step = in.step_size.const_data_ptr<scalar_t>();
-    args.alpha = in.alpha.const_data_ptr<scalar_t>();
-    args.z_steps = z_steps.mutable_data_ptr<scalar_t>();
-    args.rho_steps = rho_steps.mutable_data_ptr<scalar_t>();
-    args.log_px = log_px.mutable_data_ptr<scalar_t>();
-    args.log_px_steps = log_px_steps.size(0) > 0 ? log_px_steps.mutable_data_ptr<scalar_t>() : nullptr;
-    args.tape = stash.mutable_data_ptr<scalar_t>();
-    args.samples = in.z.size(0);
-    args.dim = in.z.size(1);
-    args.steps = in.alpha.size(0);
+    args.network = bind<scalar_t>(*flow.program, flow.likelihood, parameters);
+    args.z = flow.z.const_data_ptr<scalar_t>();
+    args.rho = flow.rho.const_data_ptr<scalar_t>();
+    args.x = flow.x.const_data_ptr<scalar_t>();
+    args.step = flow.step_size.const_data_ptr<scalar_t>();
+    args.alpha = flow.alpha.const_data_ptr<scalar_t>();
+    args.z_steps = path.z_steps.mutable_data_ptr<scalar_t>();
+    args.rho_steps = path.rho_steps.mutable_data_ptr<scalar_t>();
+    args.log_px = path.log_px.mutable_data_ptr<scalar_t>();
+    args.log_px_steps = path.log_px_steps.size(0) > 0 ? path.log_px_steps.mutable_data_ptr<scalar_t>() : nullptr;
+    args.tape = path.stash.mutable_data_ptr<scalar_t>();
+    args.samples = flow.samples;
+    args.dim = flow.dim;
+    args.steps = flow.steps;
     const int64_t lanes = kSmallFlowLanes<scalar_t>;
-    FASTVAE_LAUNCH(small_flow, in.z.device(), args, (args.samples + lanes - 1) / lanes, kGrain);
+    FASTVAE_LAUNCH(small_flow, flow.z.device(), args, (args.samples + lanes - 1) / lanes, kGrain);
   });
 }
 
-void run_small_flow_backward(const Program& program, const LikelihoodSpec& likelihood, const SmallFlowTensors& in,
-                             const at::Tensor& stash, const at::Tensor& cotangent_z, const at::Tensor& cotangent_rho,
-                             const at::Tensor& cotangent_log_px, const at::Tensor& grad_z, const at::Tensor& grad_rho,
-                             const at::Tensor& grad_x, const at::Tensor& step_terms, const at::Tensor& alpha_terms,
-                             std::vector<at::Tensor>& gradients) {
-  FASTVAE_DISPATCH(in.z, {
+void run_small_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotangents& cotangents,
+                             FlowResult& out) {
+  const at::TensorOptions options = flow.z.options();
+  const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
+  if (out.wants_x) {
+    out.x = at::empty(flow.x.sizes(), options);
+  }
+  const at::Tensor step_terms = out.step_size.defined() ? at::empty({K, B, d}, options) : at::Tensor();
+  const at::Tensor alpha_terms = out.alpha.defined() ? at::empty({K, B, 1}, options) : at::Tensor();
+  FASTVAE_DISPATCH(flow.z, {
+    const std::vector<at::Tensor> parameters = dense(flow.parameters);
     SmallFlowBackward<scalar_t> args{};
-    args.network = bind<scalar_t>(program, likelihood, in.parameters);
-    args.x = in.x.const_data_ptr<scalar_t>();
-    args.step = in.step_size.const_data_ptr<scalar_t>();
-    args.alpha = in.alpha.const_data_ptr<scalar_t>();
-    args.tape = stash.const_data_ptr<scalar_t>();
-    args.grad_z_in = data_or_null<scalar_t>(cotangent_z);
-    args.grad_rho_in = data_or_null<scalar_t>(cotangent_rho);
-    args.grad_log_px = data_or_null<scalar_t>(cotangent_log_px);
-    args.grad_z = grad_z.mutable_data_ptr<scalar_t>();
-    args.grad_rho = grad_rho.mutable_data_ptr<scalar_t>();
-    args.grad_x = mutable_data_or_null<scalar_t>(grad_x);
+    args.network = bind<scalar_t>(*flow.program, flow.likelihood, parameters);
+    args.x = flow.x.const_data_ptr<scalar_t>();
+    args.step = flow.step_size.const_data_ptr<scalar_t>();
+    args.alpha = flow.alpha.const_data_ptr<scalar_t>();
+    args.tape = path.stash.const_data_ptr<scalar_t>();
+    args.grad_z_in = data_or_null<scalar_t>(cotangents.z);
+    args.grad_rho_in = data_or_null<scalar_t>(cotangents.rho);
+    args.grad_log_px = data_or_null<scalar_t>(cotangents.log_px);
+    args.grad_z = out.z.mutable_data_ptr<scalar_t>();
+    args.grad_rho = out.rho.mutable_data_ptr<scalar_t>();
+    args.grad_x = mutable_data_or_null<scalar_t>(out.x);
     args.step_terms = mutable_data_or_null<scalar_t>(step_terms);
     args.alpha_terms = mutable_data_or_null<scalar_t>(alpha_terms);
-    args.samples = in.z.size(0);
-    args.dim = in.z.size(1);
-    args.steps = in.alpha.size(0);
+    args.samples = B;
+    args.dim = d;
+    args.steps = K;
     const int64_t lanes = kSmallFlowLanes<scalar_t>;
-    const bool on_cpu = in.z.is_cpu();
-    args.tasks =
-        std::min<int64_t>((args.samples + lanes - 1) / lanes, on_cpu ? int64_t{at::get_num_threads()} : kCudaTasks);
+    const bool on_cpu = flow.z.is_cpu();
+    args.tasks = std::min<int64_t>((B + lanes - 1) / lanes, on_cpu ? int64_t{at::get_num_threads()} : kCudaTasks);
     at::Tensor partial, tangents;
-    const bool wants_parameters =
-        std::any_of(gradients.begin(), gradients.end(), [](const at::Tensor& g) { return g.defined(); });
+    const bool wants_parameters = out.wants_parameters();
     if (wants_parameters) {
-      partial = at::empty({args.tasks, small_flow_parameter_numel(args.network)}, in.z.options());
+      partial = at::empty({args.tasks, small_flow_parameter_numel(args.network)}, options);
       args.grad_parameters = partial.mutable_data_ptr<scalar_t>();
     }
     if (!on_cpu) {
       const int64_t numel = small_tangent_layout(args.network, args.dim).numel;
-      tangents = at::empty({args.tasks * (args.steps + 1) * numel * lanes}, in.z.options());
+      tangents = at::empty({args.tasks * (args.steps + 1) * numel * lanes}, options);
       args.tangents = tangents.mutable_data_ptr<scalar_t>();
     }
-    FASTVAE_LAUNCH(small_flow_backward, in.z.device(), args, args.tasks, kGrain);
+    FASTVAE_LAUNCH(small_flow_backward, flow.z.device(), args, args.tasks, kGrain);
+    if (step_terms.defined()) {
+      sum_samples<scalar_t>(step_terms, out.step_size);
+    }
+    if (alpha_terms.defined()) {
+      sum_samples<scalar_t>(alpha_terms, out.alpha.view({K, 1}));
+    }
     if (!wants_parameters) {
       return;
     }
     if (on_cpu) {
-      take_gradients(program, args, gradients);
+      sum_tasks(*flow.program, args, out.parameters);
     }
 #ifdef FASTVAE_WITH_CUDA
     else {
-      cuda::small_flow_sum(sum_of(program, args, gradients),
-                           c10::cuda::getCurrentCUDAStream(in.z.get_device()).stream());
+      cuda::small_flow_sum(sum_of(*flow.program, args, out.parameters),
+                           c10::cuda::getCurrentCUDAStream(flow.z.get_device()).stream());
     }
 #endif
   });

@@ -24,7 +24,7 @@ from fastvae.ops._registration import (
     refuse_forward_mode,
     refuse_function_transforms,
 )
-from fastvae.reference import Trajectory, expand_step_size
+from fastvae.reference import Trajectory
 
 STORE_LIMIT_BYTES = 256 * 2**20
 """memory="auto" keeps the activations of all steps up to this size, and recomputes them beyond it."""
@@ -140,7 +140,7 @@ def hamiltonian_flow(
             "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     observed = _observed(x, z, like)
-    step_sizes = expand_step_size(step_size, alpha.shape[0], z.shape[1], z)
+    step_sizes = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
     refuse_forward_mode("hamiltonian_flow", z, rho, observed, step_sizes, alpha, *network.tensors)
     store = memory == "store" or (
         memory == "auto"
@@ -170,7 +170,8 @@ def _observed(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
         raise ValueError(
             f"fastvae::hamiltonian_flow: x: expected {z.shape[0]} samples as z has, got {list(x.shape)}"
         )
-    return likelihood.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
+    x = likelihood.as_float(x, z.dtype)
+    return x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 _read_stash_shape = functools.lru_cache(maxsize=1024)(raw.hamiltonian_flow_stash)
@@ -190,7 +191,9 @@ def _stash_shape(
 
 def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
     """Numbers that the op keeps of the forward pass with memory="store"."""
-    shapes = tuple(tuple(operator.index(size) for size in tensor.shape) for tensor in tensors)
+    shapes: tuple[tuple[int, ...], ...] = tuple([tensor.shape for tensor in tensors])
+    if type(z) is not Tensor or torch.compiler.is_compiling():  # symbolic sizes become numbers
+        shapes = tuple(tuple(operator.index(size) for size in shape) for shape in shapes)
     cuda_index = -1 if z.device.type == "cpu" else z.device.index or 0
     numel, multiple = _stash_shape(
         spec, likelihood, shapes, operator.index(z.shape[1]), z.element_size(), cuda_index
