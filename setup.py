@@ -6,11 +6,13 @@ Environment variables:
     MAX_JOBS             parallel compiler processes
 """
 
+import contextlib
 import glob
 import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -112,11 +114,35 @@ def extension():
     )
 
 
+@contextlib.contextmanager
+def silent_unless_failing():
+    """Keep what this process and the compilers print, and show it only if something fails."""
+    sys.stdout.flush()
+    terminal = os.dup(1)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 1)
+        try:
+            yield
+        except BaseException:
+            sys.stdout.flush()
+            log.seek(0)
+            os.write(terminal, log.read())
+            raise
+        finally:
+            sys.stdout.flush()
+            os.dup2(terminal, 1)
+            os.close(terminal)
+
+
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's build, which also writes down what it built against, read before the object is opened."""
+    """torch's build, which also writes down what it built against, read before the object is opened.
+
+    With ``setup.py --quiet`` it does not show ninja's command lines, unless one fails.
+    """
 
     def run(self) -> None:
-        super().run()
+        with contextlib.nullcontext() if self.verbose else silent_unless_failing():
+            super().run()
         package = ROOT / "fastvae" if self.inplace else Path(self.build_lib) / "fastvae"
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.py").write_text(

@@ -69,7 +69,7 @@ std::vector<Elementary<T>> elementary_functions() {
           FUNCTION(expm1, F::kLowest, F::kHighest, 2),
           FUNCTION(log1p_unit, T(0), T(1), 2),
           FUNCTION(tanh, -huge, huge, 3),
-          FUNCTION(erf, -huge, huge, 2),
+          FUNCTION(erf, -huge, huge, 1.5),
           FUNCTION(sigmoid, F::kLowest, huge, 3),
           FUNCTION(softplus, F::kLowest, huge, 3)};
 #undef FUNCTION
