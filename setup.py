@@ -158,10 +158,16 @@ def version() -> str:
     raise SystemExit("fastvae/_version.py: no __version__ line")
 
 
+def torch_requirement() -> str:
+    """A wheel holds a shared object for one minor version of torch; a source distribution, none yet."""
+    if "sdist" in sys.argv:
+        return "torch>=2.10"
+    return "torch=={}.*".format(".".join(torch.__version__.split(".")[:2]))
+
+
 setup(
     version=version(),
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-    # A wheel holds a shared object for one minor version of torch.
-    install_requires=["torch=={}.*".format(".".join(torch.__version__.split(".")[:2])), "numpy>=1.24"],
+    install_requires=[torch_requirement(), "numpy>=1.24"],
 )
