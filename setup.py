@@ -107,7 +107,9 @@ def extension():
     return kind(
         "fastvae._C",
         files,
-        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+        depends=sources(
+            "csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.cu"
+        ),  # a source distribution holds them too
         extra_compile_args=options,
         define_macros=macros,
         extra_link_args=["-Wl,-s"],
