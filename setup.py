@@ -6,11 +6,13 @@ Environment variables:
     MAX_JOBS             parallel compiler processes
 """
 
+import contextlib
 import glob
 import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -105,18 +107,44 @@ def extension():
     return kind(
         "fastvae._C",
         files,
-        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+        depends=sources(
+            "csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.cu"
+        ),  # a source distribution holds them too
         extra_compile_args=options,
         define_macros=macros,
         extra_link_args=["-Wl,-s"],
     )
 
 
+@contextlib.contextmanager
+def silent_unless_failing():
+    """Keep what this process and the compilers print, and show it only if something fails."""
+    sys.stdout.flush()
+    terminal = os.dup(1)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 1)
+        try:
+            yield
+        except BaseException:
+            sys.stdout.flush()
+            log.seek(0)
+            os.write(terminal, log.read())
+            raise
+        finally:
+            sys.stdout.flush()
+            os.dup2(terminal, 1)
+            os.close(terminal)
+
+
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's build, which also writes down what it built against, read before the object is opened."""
+    """torch's build, which also writes down what it built against, read before the object is opened.
+
+    With ``setup.py --quiet`` it does not show ninja's command lines, unless one fails.
+    """
 
     def run(self) -> None:
-        super().run()
+        with contextlib.nullcontext() if self.verbose else silent_unless_failing():
+            super().run()
         package = ROOT / "fastvae" if self.inplace else Path(self.build_lib) / "fastvae"
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.py").write_text(
@@ -132,10 +160,16 @@ def version() -> str:
     raise SystemExit("fastvae/_version.py: no __version__ line")
 
 
+def torch_requirement() -> str:
+    """A wheel holds a shared object for one minor version of torch; a source distribution, none yet."""
+    if "sdist" in sys.argv:
+        return "torch>=2.10"
+    return "torch=={}.*".format(".".join(torch.__version__.split(".")[:2]))
+
+
 setup(
     version=version(),
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-    # A wheel holds a shared object for one minor version of torch.
-    install_requires=["torch=={}.*".format(".".join(torch.__version__.split(".")[:2])), "numpy>=1.24"],
+    install_requires=[torch_requirement(), "numpy>=1.24"],
 )

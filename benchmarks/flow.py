@@ -45,6 +45,7 @@ from flow_report import CHANNELS_LAST, COMPILED, EAGER, EAGER_2K, GRAPH, JAX, OU
 from flow_rivals import JaxFlow, functional_flow  # noqa: E402
 
 from fastvae import ops, reference  # noqa: E402
+from fastvae.architectures import hvae_decoder  # noqa: E402
 
 TOLERANCE = 1e-4
 """|difference| / |eager's| of the loss and each gradient: float32 round-off of K + 1 forces in another order."""
@@ -73,32 +74,16 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def paper_decoder(width: int = 16) -> nn.Sequential:
-    """The decoder for MNIST of Caterini, Doucet, Sejdinovic, NeurIPS 2018 (width 16)."""
-    return nn.Sequential(
-        nn.Linear(64, 450),
-        nn.Softplus(),
-        nn.Linear(450, 32 * width),
-        nn.Softplus(),
-        nn.Unflatten(1, (2 * width, 4, 4)),
-        nn.ConvTranspose2d(2 * width, 2 * width, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.ConvTranspose2d(2 * width, width, 5, stride=2, padding=2, output_padding=1),
-        nn.Softplus(),
-        nn.ConvTranspose2d(width, 1, 5, stride=2, padding=2, output_padding=1),
-    )
-
-
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [
             Case("mlp", "4-8-8-12, batch 5, K = 2", lambda: mlp(4, 8, 8, 12), 4, 5, 2, 0.1),
-            Case("conv", "convolutional, width 2, batch 3, K = 2", lambda: paper_decoder(2), 64, 3, 2, 0.1),
+            Case("conv", "convolutional, width 2, batch 3, K = 2", lambda: hvae_decoder(2), 64, 3, 2, 0.1),
         ]
     return [
         Case("mlp", "32-512-512-784, batch 128, K = 10", lambda: mlp(32, 512, 512, 784), 32, 128, 10, 25),
         Case("small", "2-64-64-64, batch 16, K = 10", lambda: mlp(2, 64, 64, 64), 2, 16, 10, 8),
-        Case("conv", "the paper's convolutional, batch 100, K = 10", paper_decoder, 64, 100, 10, 35),
+        Case("conv", "the paper's convolutional, batch 100, K = 10", hvae_decoder, 64, 100, 10, 35),
     ]
 
 

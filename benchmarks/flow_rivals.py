@@ -17,8 +17,10 @@ def functional_flow(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fastvae.reference.hamiltonian_flow for a Bernoulli likelihood, as torch.compile can read it.
 
-    Dynamo stops at ``torch.autograd.grad`` inside a compiled function and AOTAutograd refuses to differentiate a
-    compiled gradient again, so that the eager code does not compile; a force by ``torch.func`` does, whole.
+    The eager code does not compile (torch 2.13): under ``fullgraph=True`` Dynamo stops at the reference's
+    ``torch.is_inference_mode_enabled()``, and would at ``torch.autograd.grad``; with graph breaks the forward pass
+    runs, and the backward pass raises "torch.compile with aot_autograd does not currently support double backward".
+    A force by ``torch.func`` compiles whole.
     """
 
     def log_px(point: Tensor) -> tuple[Tensor, Tensor]:

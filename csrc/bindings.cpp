@@ -34,7 +34,11 @@ pybind11::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-  info["compiler"] = __VERSION__;
+#ifdef __clang__
+  info["compiler"] = "Clang " __clang_version__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
   info["cpu_instruction_set"] = cpu_instruction_set();
   return info;
 }

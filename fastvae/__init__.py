@@ -3,11 +3,12 @@
 fastvae.ops             operators (C++ and CUDA), drop-in for your own code
 fastvae.VAE, HVAE       models assembled from them
 fastvae.fit, data       training and images
+fastvae.architectures   the networks of the papers
 fastvae.reference       every operator again, in plain PyTorch
 """
 
 from fastvae import _extension  # isort: skip  (first: says clearly what is wrong when the build does not fit)
-from fastvae import data, likelihoods, lowering, models, ops, reference, training
+from fastvae import architectures, data, likelihoods, lowering, models, ops, reference, training
 from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
 from fastvae.models import HVAE, VAE, DivergenceError
@@ -22,6 +23,7 @@ __all__ = [
     "Gaussian",
     "History",
     "__version__",
+    "architectures",
     "data",
     "fit",
     "likelihoods",

@@ -1,7 +1,9 @@
-"""Run every CUDA kernel through the operators, against the CPU in float64; small, for compute-sanitizer.
+"""Run every CUDA kernel through the operators, against the CPU in float64; small, for compute-sanitizer and ncu.
 
-python scripts/gpu_smoke.py
+python scripts/gpu_smoke.py [CASE...]        (default: all)
 """
+
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,9 @@ def decoders() -> list[tuple[str, nn.Module, str, tuple[int, ...]]]:
         nn.ConvTranspose2d(3, 4, 3, stride=2),
     ]
     image += [nn.BatchNorm2d(4), nn.ELU(), nn.Conv2d(4, 1, 2)]
+    small = nn.Sequential(nn.Linear(5, 33), nn.Softplus(), nn.Linear(33, 64), nn.GELU(), nn.Linear(64, 37))
     return [
+        ("small", small, "bernoulli", (37,)),
         ("activations", nn.Sequential(nn.Linear(5, 9), *deep, nn.Linear(9, 37)), "bernoulli", (37,)),
         ("gaussian", nn.Sequential(nn.Linear(5, 33), nn.Tanh(), nn.Linear(33, 300)), "gaussian", (300,)),
         ("image", nn.Sequential(*image), "bernoulli", (1, 4, 4)),
@@ -52,6 +56,8 @@ def run(decoder: nn.Module, likelihood: str, x: Tensor, memory: str) -> list[Ten
 def main() -> None:
     """Compare, and print the largest relative difference of each case."""
     for name, decoder, likelihood, shape in decoders():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         decoder = decoder.double().eval()
         x = torch.rand(7, *shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         expected = run(decoder, likelihood, x, "store")

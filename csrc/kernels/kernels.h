@@ -254,7 +254,7 @@ struct SmallFlowBackward {
   T* grad_x;             // [samples, outputs] or null
   T* step_terms;         // [steps, samples, dim] or null
   T* alpha_terms;        // [steps, samples] or null
-  T* grad_parameters;    // [tasks, for each layer: weight, then bias] or null; a CPU adds, CUDA writes
+  T* grad_parameters;    // [tasks, for each layer: weight, then bias] or null
   T* tangents;           // CUDA: workspace [tasks, steps + 1, SmallTangentLayout::numel, lanes]
   int64_t samples;
   int64_t dim;

@@ -14,10 +14,14 @@ namespace {
 // Bytes of columns worked on at a time: they are written and read once each, and should not leave the caches between.
 constexpr int64_t kTileBytes = int64_t{1} << 20;
 
-ConvolutionWindow window_of(const Stage& stage, const at::Tensor& packed) {
+ConvolutionWindow window_of(const Stage& stage, int64_t kernel_height, int64_t kernel_width) {
   return {stage.out.channels, stage.in.height,   stage.in.width,   stage.out.height, stage.out.width,
-          packed.size(1),     packed.size(2),    stage.stride[0],  stage.stride[1],  stage.padding[0],
+          kernel_height,      kernel_width,      stage.stride[0],  stage.stride[1],  stage.padding[0],
           stage.padding[1],   stage.dilation[0], stage.dilation[1]};
+}
+
+ConvolutionWindow window_of(const Stage& stage, const at::Tensor& packed) {
+  return window_of(stage, packed.size(1), packed.size(2));
 }
 
 // Calls body(first, count, rows, columns) for tiles of samples, with room for their columns [rows, kh kw C_out].
@@ -64,11 +68,10 @@ at::Tensor conv_transpose_pack(const at::Tensor& weight) { return weight.permute
 
 void narrow_conv_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out) {
   const int64_t samples = in.numel() / stage.in.numel();
-  const at::Tensor packed = conv_transpose_pack(weight);
   FASTVAE_DISPATCH(in, {
     const NarrowConvTranspose<scalar_t> args{in.const_data_ptr<scalar_t>(), weight.const_data_ptr<scalar_t>(),
                                              out.mutable_data_ptr<scalar_t>(), stage.in.channels,
-                                             window_of(stage, packed)};
+                                             window_of(stage, weight.size(2), weight.size(3))};
     FASTVAE_LAUNCH_CPU(narrow_conv_transpose, args, samples, stage.in.numel() * stage.out.channels);
   });
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvae import architectures
 from fastvae.data import binarize, load
 from fastvae.models import BaseVAE
 
@@ -124,30 +125,7 @@ def _dense(shape: torch.Size) -> tuple[nn.Module, nn.Module]:
 
 
 def _convolutional() -> tuple[nn.Module, nn.Module]:
-    encoder = nn.Sequential(
-        nn.Conv2d(1, 16, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.Conv2d(16, 32, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.Conv2d(32, 32, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.Flatten(),
-        nn.Linear(512, 450),
-        nn.Softplus(),
-        nn.Linear(450, 128),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(64, 450),
-        nn.Softplus(),
-        nn.Linear(450, 512),
-        nn.Softplus(),
-        nn.Unflatten(1, (32, 4, 4)),
-        nn.ConvTranspose2d(32, 32, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.ConvTranspose2d(32, 16, 5, stride=2, padding=2, output_padding=1),
-        nn.Softplus(),
-        nn.ConvTranspose2d(16, 1, 5, stride=2, padding=2, output_padding=1),
-    )
+    encoder, decoder = architectures.hvae_encoder(), architectures.hvae_decoder()
     # PyTorch's own initial weights, under softplus, leave the code unused for longer than a demonstration.
     for module in (*encoder, *decoder):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):

@@ -124,7 +124,7 @@ SmallFlowBackward<T> make_flow_backward(const FlowCase& flow, Arena<T>& arena) {
     args.grad_x = arena.output(flow.samples * flow.outputs());
     args.step_terms = arena.output(flow.steps * size);
     args.alpha_terms = arena.output(flow.steps * flow.samples);
-    args.grad_parameters = arena.filled(args.tasks * small_flow_parameter_numel(args.network), T(0));
+    args.grad_parameters = arena.output(args.tasks * small_flow_parameter_numel(args.network));
   }
   return args;
 }

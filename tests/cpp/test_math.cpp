@@ -46,6 +46,7 @@ long double exact_exp(long double x) { return expl(x); }
 long double exact_expm1(long double x) { return expm1l(x); }
 long double exact_log1p_unit(long double x) { return log1pl(x); }
 long double exact_tanh(long double x) { return tanhl(x); }
+long double exact_erf(long double x) { return erfl(x); }
 long double exact_sigmoid(long double x) { return 1.0L / (1.0L + expl(-x)); }
 long double exact_softplus(long double x) { return x > 0 ? x + log1pl(expl(-x)) : log1pl(expl(x)); }
 
@@ -64,9 +65,13 @@ std::vector<Elementary<T>> elementary_functions() {
         },                                               \
         exact_##NAME, LOWEST, HIGHEST, ULPS              \
   }
-  return {FUNCTION(exp, F::kLowest, F::kHighest, 1.1), FUNCTION(expm1, F::kLowest, F::kHighest, 2),
-          FUNCTION(log1p_unit, T(0), T(1), 2),         FUNCTION(tanh, -huge, huge, 3),
-          FUNCTION(sigmoid, F::kLowest, huge, 3),      FUNCTION(softplus, F::kLowest, huge, 3)};
+  return {FUNCTION(exp, F::kLowest, F::kHighest, 1.1),
+          FUNCTION(expm1, F::kLowest, F::kHighest, 2),
+          FUNCTION(log1p_unit, T(0), T(1), 2),
+          FUNCTION(tanh, -huge, huge, 3),
+          FUNCTION(erf, -huge, huge, 1.5),
+          FUNCTION(sigmoid, F::kLowest, huge, 3),
+          FUNCTION(softplus, F::kLowest, huge, 3)};
 #undef FUNCTION
 }
 
@@ -129,6 +134,7 @@ void test_elementary(const char* type) {
   }
   const T infinity = std::numeric_limits<T>::infinity();
   CHECK(math::tanh(infinity) == T(1) && math::tanh(-infinity) == T(-1), "tanh %s at infinity", type);
+  CHECK(math::erf(infinity) == T(1) && math::erf(-infinity) == T(-1), "erf %s at infinity", type);
   CHECK(math::sigmoid(infinity) == T(1), "sigmoid %s at infinity", type);
   CHECK(math::sigmoid(-infinity) >= T(0) && math::sigmoid(-infinity) < std::numeric_limits<T>::min() * T(10),
         "sigmoid %s at -infinity", type);

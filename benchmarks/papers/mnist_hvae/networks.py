@@ -23,31 +23,7 @@ def networks(shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
             nn.Linear(16, 64), nn.Softplus(), nn.Linear(64, size), nn.Unflatten(1, tuple(shape))
         )
         return encoder, decoder
-    encoder = nn.Sequential(
-        nn.Conv2d(1, 16, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.Conv2d(16, 32, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.Conv2d(32, 32, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.Flatten(),
-        nn.Linear(512, 450),
-        nn.Softplus(),
-        nn.Linear(450, 128),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(64, 450),
-        nn.Softplus(),
-        nn.Linear(450, 512),
-        nn.Softplus(),
-        nn.Unflatten(1, (32, 4, 4)),
-        nn.ConvTranspose2d(32, 32, 5, stride=2, padding=2),
-        nn.Softplus(),
-        nn.ConvTranspose2d(32, 16, 5, stride=2, padding=2, output_padding=1),
-        nn.Softplus(),
-        nn.ConvTranspose2d(16, 1, 5, stride=2, padding=2, output_padding=1),
-    )
-    return encoder, decoder
+    return fastvae.architectures.hvae_encoder(), fastvae.architectures.hvae_decoder()
 
 
 def build(kind: str, shape: Sequence[int], seed: int, arguments: argparse.Namespace) -> Model:

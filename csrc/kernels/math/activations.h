@@ -162,12 +162,12 @@ struct Phi<Activation::kSilu, T> {
   }
 };
 
-// a Phi(a) with the normal distribution function; erf comes from the standard library.
+// a Phi(a) with the normal distribution function.
 template <typename T>
 struct Phi<Activation::kGelu, T> {
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   FASTVAE_HOST_DEVICE static T cumulative(T a) {
-    return T(0.5) * (T(1) + std::erf(a * static_cast<T>(0.70710678118654752440)));
+    return T(0.5) + T(0.5) * math::erf(a * static_cast<T>(0.70710678118654752440));
   }
   FASTVAE_HOST_DEVICE static T density(T a) {
     return static_cast<T>(0.39894228040143267794) * math::exp(T(-0.5) * a * a);

@@ -1,0 +1,55 @@
+"""The encoders and decoders of the papers, untrained, with PyTorch's initial weights."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["hvae_decoder", "hvae_encoder"]
+
+
+def hvae_encoder(width: int = 16) -> nn.Sequential:
+    """The convolutional encoder for MNIST of Caterini, Doucet, Sejdinovic (NeurIPS 2018, appendix on MNIST).
+
+    Three 5x5 convolutions of stride 2 and a hidden layer of 450, softplus between them.
+
+    Args:
+        width: channels of the first convolution; the paper has 16, and twice that in the other two.
+
+    Returns:
+        A module from images [B, 1, 28, 28] to [B, 128]: mean and log variance of 64 latent variables.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, width, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.Conv2d(2 * width, 2 * width, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(32 * width, 450),
+        nn.Softplus(),
+        nn.Linear(450, 128),
+    )
+
+
+def hvae_decoder(width: int = 16) -> nn.Sequential:
+    """The decoder that mirrors :func:`hvae_encoder`, with transposed convolutions.
+
+    Args:
+        width: channels before the last layer; the paper has 16, and twice that further up.
+
+    Returns:
+        A module from [B, 64] to logits [B, 1, 28, 28].
+    """
+    return nn.Sequential(
+        nn.Linear(64, 450),
+        nn.Softplus(),
+        nn.Linear(450, 32 * width),
+        nn.Softplus(),
+        nn.Unflatten(1, (2 * width, 4, 4)),
+        nn.ConvTranspose2d(2 * width, 2 * width, 5, stride=2, padding=2),
+        nn.Softplus(),
+        nn.ConvTranspose2d(2 * width, width, 5, stride=2, padding=2, output_padding=1),
+        nn.Softplus(),
+        nn.ConvTranspose2d(width, 1, 5, stride=2, padding=2, output_padding=1),
+    )

@@ -1,0 +1,178 @@
+// fold, unfold and narrow_conv_transpose against plain loops in float64, over windows with every stride, padding and
+// dilation that moves an edge, and split into ranges: bitwise the same.
+#include <algorithm>
+
+#include "cases.h"
+
+namespace cases {
+namespace {
+
+struct ConvolutionCase {
+  const char* name;
+  int64_t samples;
+  int64_t in_channels;
+  int64_t channels;
+  int64_t height, width;
+  int64_t kernel[2];
+  int64_t stride[2];
+  int64_t padding[2];
+  int64_t dilation[2];
+  int64_t output_padding[2];
+
+  // The larger image is the output of the transposed convolution.
+  ConvolutionWindow window() const {
+    const auto size = [&](int64_t in, int axis) {
+      return (in - 1) * stride[axis] - 2 * padding[axis] + dilation[axis] * (kernel[axis] - 1) + output_padding[axis] +
+             1;
+    };
+    return {channels,  height,    width,      size(height, 0), size(width, 1), kernel[0],  kernel[1],
+            stride[0], stride[1], padding[0], padding[1],      dilation[0],    dilation[1]};
+  }
+};
+
+std::vector<ConvolutionCase> convolution_cases() {
+  return {
+      {"one pixel", 1, 1, 1, 1, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {0, 0}},
+      {"the paper's last layer", 2, 5, 1, 14, 14, {5, 5}, {2, 2}, {2, 2}, {1, 1}, {1, 1}},
+      {"two vectors wide", 2, 3, 2, 3, 33, {3, 4}, {1, 2}, {1, 0}, {1, 1}, {0, 1}},
+      {"three channels, stride 3", 3, 4, 3, 5, 7, {2, 3}, {3, 3}, {0, 1}, {1, 1}, {2, 1}},
+      {"dilated", 2, 2, 3, 4, 5, {3, 2}, {2, 1}, {2, 1}, {2, 3}, {1, 0}},
+      {"gaps between the patches", 2, 3, 2, 3, 4, {1, 2}, {3, 4}, {0, 0}, {1, 1}, {0, 3}},
+      {"padding beyond the kernel", 1, 2, 2, 6, 6, {2, 2}, {1, 1}, {2, 2}, {1, 1}, {0, 0}},
+      {"many channels", 2, 3, 19, 3, 2, {3, 3}, {2, 2}, {1, 1}, {1, 1}, {0, 1}},
+      {"one row", 4, 7, 3, 1, 17, {1, 5}, {1, 2}, {0, 2}, {1, 1}, {0, 1}},
+  };
+}
+
+// Calls body(sample, y, x, i, j, row, column): tap (i, j) of position (y, x) meets pixel (row, column) of the larger
+// image, or falls outside it.
+template <typename Body>
+void for_each_meeting(const ConvolutionWindow& w, int64_t samples, const Body& body) {
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    for (int64_t y = 0; y < w.height; ++y) {
+      for (int64_t x = 0; x < w.width; ++x) {
+        for (int64_t i = 0; i < w.kernel_height; ++i) {
+          for (int64_t j = 0; j < w.kernel_width; ++j) {
+            body(sample, y, x, i, j, y * w.stride_height + i * w.dilation_height - w.padding_height,
+                 x * w.stride_width + j * w.dilation_width - w.padding_width);
+          }
+        }
+      }
+    }
+  }
+}
+
+bool inside(const ConvolutionWindow& w, int64_t row, int64_t column) {
+  return row >= 0 && row < w.big_height && column >= 0 && column < w.big_width;
+}
+
+int64_t patch_of(const ConvolutionWindow& w, int64_t sample, int64_t y, int64_t x, int64_t i, int64_t j) {
+  return ((((sample * w.height + y) * w.width + x) * w.kernel_height + i) * w.kernel_width + j) * w.channels;
+}
+
+int64_t pixel_of(const ConvolutionWindow& w, int64_t sample, int64_t row, int64_t column) {
+  return ((sample * w.big_height + row) * w.big_width + column) * w.channels;
+}
+
+template <typename T>
+void naive(const Unfold<T>& args, int64_t samples) {
+  const ConvolutionWindow& w = args.window;
+  for_each_meeting(w, samples, [&](int64_t n, int64_t y, int64_t x, int64_t i, int64_t j, int64_t row, int64_t column) {
+    for (int64_t c = 0; c < w.channels; ++c) {
+      args.columns[patch_of(w, n, y, x, i, j) + c] =
+          inside(w, row, column) ? args.image[pixel_of(w, n, row, column) + c] : T(0);
+    }
+  });
+}
+
+template <typename T>
+void naive(const Fold<T>& args, int64_t samples) {
+  const ConvolutionWindow& w = args.window;
+  std::vector<double> image(samples * w.big_height * w.big_width * w.channels, 0.0);
+  for_each_meeting(w, samples, [&](int64_t n, int64_t y, int64_t x, int64_t i, int64_t j, int64_t row, int64_t column) {
+    for (int64_t c = 0; inside(w, row, column) && c < w.channels; ++c) {
+      image[pixel_of(w, n, row, column) + c] += args.columns[patch_of(w, n, y, x, i, j) + c];
+    }
+  });
+  std::transform(image.begin(), image.end(), args.image, [](double value) { return static_cast<T>(value); });
+}
+
+template <typename T>
+void naive(const NarrowConvTranspose<T>& args, int64_t samples) {
+  const ConvolutionWindow& w = args.window;
+  std::vector<double> image(samples * w.big_height * w.big_width * w.channels, 0.0);
+  for_each_meeting(w, samples, [&](int64_t n, int64_t y, int64_t x, int64_t i, int64_t j, int64_t row, int64_t column) {
+    for (int64_t c = 0; inside(w, row, column) && c < w.channels; ++c) {
+      for (int64_t k = 0; k < args.in_channels; ++k) {
+        const double weight = args.weight[((k * w.channels + c) * w.kernel_height + i) * w.kernel_width + j];
+        image[pixel_of(w, n, row, column) + c] +=
+            weight * args.in[((n * w.height + y) * w.width + x) * args.in_channels + k];
+      }
+    }
+  });
+  std::transform(image.begin(), image.end(), args.out, [](double value) { return static_cast<T>(value); });
+}
+
+template <typename T>
+void cpu_kernel(const Unfold<T>& args, int64_t begin, int64_t end) {
+  fastvae::cpu::unfold(args, begin, end);
+}
+template <typename T>
+void cpu_kernel(const Fold<T>& args, int64_t begin, int64_t end) {
+  fastvae::cpu::fold(args, begin, end);
+}
+template <typename T>
+void cpu_kernel(const NarrowConvTranspose<T>& args, int64_t begin, int64_t end) {
+  fastvae::cpu::narrow_conv_transpose(args, begin, end);
+}
+
+template <typename T, typename Build>
+void test_kernel(const char* kernel, const ConvolutionCase& c, const char* type, Build build) {
+  // Sums of up to 50 products of size one.
+  const double tolerance = 40.0 * std::numeric_limits<T>::epsilon();
+  Arena<T> expected, whole, parts, untouched, before;
+  naive(build(expected), c.samples);
+  cpu_kernel(build(whole), 0, c.samples);
+  const double error = difference(whole, expected);
+  CHECK(error <= tolerance, "%s %s %s: off by %g", kernel, c.name, type, error);
+  const auto args = build(parts);
+  for (int64_t sample = c.samples; sample-- > 0;) {
+    cpu_kernel(args, sample, sample + 1);
+  }
+  CHECK(same_bits(whole, parts), "%s %s %s: in parts it gives other bits", kernel, c.name, type);
+  build(before);
+  cpu_kernel(build(untouched), 0, 0);
+  CHECK(same_bits(untouched, before), "%s %s %s: an empty range writes", kernel, c.name, type);
+}
+
+template <typename T>
+void test_convolutions(const char* type) {
+  for (const ConvolutionCase& c : convolution_cases()) {
+    const ConvolutionWindow w = c.window();
+    const int64_t image = c.samples * w.big_height * w.big_width * w.channels;
+    const int64_t taps = w.kernel_height * w.kernel_width * w.channels;
+    const int64_t columns = c.samples * w.height * w.width * taps;
+    test_kernel<T>("unfold", c, type, [&](Arena<T>& arena) {
+      const T* in = arena.random(image);
+      return Unfold<T>{in, arena.output(columns), w};
+    });
+    test_kernel<T>("fold", c, type, [&](Arena<T>& arena) {
+      const T* in = arena.random(columns);
+      return Fold<T>{in, arena.output(image), w};
+    });
+    test_kernel<T>("narrow_conv_transpose", c, type, [&](Arena<T>& arena) {
+      const T* in = arena.random(c.samples * w.height * w.width * c.in_channels);
+      const T* weight = arena.random(c.in_channels * taps);
+      return NarrowConvTranspose<T>{in, weight, arena.output(image), c.in_channels, w};
+    });
+  }
+}
+
+}  // namespace
+}  // namespace cases
+
+int main() {
+  cases::test_convolutions<float>("float");
+  cases::test_convolutions<double>("double");
+  return check::finish("test_convolution");
+}

@@ -1,0 +1,20 @@
+"""The papers' networks: shapes, sizes, and that the operators run them."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastvae import architectures, lowering
+
+
+@pytest.mark.parametrize("width", [2, 16])
+def test_hvae_networks_fit_each_other_and_mnist(width):
+    encoder, decoder = architectures.hvae_encoder(width), architectures.hvae_decoder(width)
+    images = torch.rand(3, 1, 28, 28)
+    code = encoder(images)
+    assert code.shape == (3, 2 * 64)
+    assert decoder(code[:, :64]).shape == images.shape
+    lowering.lower(decoder)
+    for network in (encoder, decoder):
+        hidden = [layer for layer in network if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
+        assert sum(isinstance(layer, nn.Softplus) for layer in network) == len(hidden) - 1
