@@ -281,6 +281,21 @@ int64_t Program::tape_numel() const {
   return numel;
 }
 
+TensorShapes shapes_of(at::TensorList tensors) {
+  TensorShapes shapes;
+  shapes.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    shapes.push_back(tensor.sizes().vec());
+  }
+  return shapes;
+}
+
+int64_t checked_dim(const char* op, const at::Tensor& z) {
+  check_floating(op, "z", z);
+  FASTVAE_CHECK_VALUE(z.dim() == 2 && z.size(1) > 0, op, "z", "shape [B, d] with d > 0", describe(z));
+  return z.size(1);
+}
+
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text) {
   const std::vector<std::string> words = split(text, ' ');
   LikelihoodSpec spec;

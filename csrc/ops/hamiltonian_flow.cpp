@@ -21,15 +21,6 @@ namespace {
 // keep the workspace independent of K.
 constexpr int64_t kStackedSteps = 4;
 
-TensorShapes shapes_of(at::TensorList tensors) {
-  TensorShapes shapes;
-  shapes.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    shapes.push_back(tensor.sizes().vec());
-  }
-  return shapes;
-}
-
 StashShape stash_shape(const Program& program, const LikelihoodSpec& likelihood, int64_t dim, int64_t element_size,
                        at::Device device) {
   return takes_small_flow(program, likelihood, dim, element_size, device) ? small_flow_stash(program, dim, element_size)
@@ -62,12 +53,6 @@ struct Flow {
     step_size = step_in.contiguous();
     alpha = alpha_in.contiguous();
     x = network.observed_to_rows(x_in);
-  }
-
-  static int64_t checked_dim(const char* op, const at::Tensor& z) {
-    check_floating(op, "z", z);
-    FASTVAE_CHECK_VALUE(z.dim() == 2 && z.size(1) > 0, op, "z", "shape [B, d] with d > 0", describe(z));
-    return z.size(1);
   }
 
   bool small() const { return takes_small_flow(program, likelihood, dim, z.element_size(), z.device()); }
