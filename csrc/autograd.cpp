@@ -3,7 +3,9 @@
 //
 // In C++ because the Python registration costs about 0.5 ms a call for an op that takes a list of tensors, more than
 // the flow through a small network itself [measured].
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -275,8 +277,9 @@ struct JacobianFunction : Function<JacobianFunction> {
       auto [reduced, grad_z, grad_parameters] =
           jacobian_with_gradient_op()(std::nullopt, z, parameters, network, latents, p, reduction, needs);
       value = reduced;
-      saved.push_back(grad_z);
-      saved.insert(saved.end(), grad_parameters.begin(), grad_parameters.end());
+      variable_list gradients{grad_z};
+      gradients.insert(gradients.end(), grad_parameters.begin(), grad_parameters.end());
+      ctx->saved_data["gradients"] = gradients;
     }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["needs"] = needs;
@@ -290,15 +293,24 @@ struct JacobianFunction : Function<JacobianFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const std::vector<int64_t> needs = ctx->saved_data["needs"].toIntVector();
     const size_t inputs = needs.size();
-    const at::TensorList of_inputs = at::TensorList(saved).slice(0, inputs);
     variable_list found;
-    if (saved.size() > inputs) {
-      found = JacobianScaleFunction::apply(grads[0], at::TensorList(saved).slice(inputs), of_inputs);
+    if (const auto kept = ctx->saved_data.find("gradients"); kept != ctx->saved_data.end()) {
+      variable_list gradients = kept->second.toTensorVector();
+      // Without retain_graph nobody asks again: the gradients become the result, instead of a copy of all parameters.
+      if (!torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
+          !at::isTensorSubclassLike(grads[0]) && !at::areAnyTensorSubclassLike(gradients)) {
+        ctx->saved_data.erase(kept);
+        for (const at::Tensor& gradient : gradients) {
+          found.push_back(gradient.mul_(grads[0]));
+        }
+      } else {
+        found = JacobianScaleFunction::apply(grads[0], at::TensorList(gradients), at::TensorList(saved));
+      }
     } else {
       const std::vector<int64_t> latents = ctx->saved_data["latents"].toIntVector();
-      auto [value, grad_z, grad_parameters] =
-          jacobian_with_gradient_op()(grads[0], saved[0], of_inputs.slice(1), ctx->saved_data["network"].toStringRef(),
-                                      latents, ctx->saved_data["p"].toInt(), "none", needs);
+      auto [value, grad_z, grad_parameters] = jacobian_with_gradient_op()(
+          grads[0], saved[0], at::TensorList(saved).slice(1), ctx->saved_data["network"].toStringRef(), latents,
+          ctx->saved_data["p"].toInt(), "none", needs);
       found.push_back(grad_z);
       found.insert(found.end(), grad_parameters.begin(), grad_parameters.end());
     }

@@ -201,6 +201,40 @@ struct NarrowConvTranspose {
   ConvolutionWindow window;
 };
 
+// A transposed convolution without bias and without dilation: in [samples, height, width, in_channels] to out [samples,
+// big_height, big_width, channels]. CPU only. Index: samples.
+template <typename T>
+struct DirectConvTranspose {
+  const T* in;
+  const T* weight;  // [kernel_height, by phase: taps in descending order, in_channels, channels]
+  T* out;
+  int64_t in_channels;
+  ConvolutionWindow window;
+};
+
+// Its transpose, delta -> out [samples, height, width, in_channels]. CPU only. Index: samples.
+template <typename T>
+struct DirectConvTransposeReverse {
+  const T* delta;
+  const T* weight;  // [kernel_height, kernel_width, channels, in_channels]
+  T* out;
+  int64_t in_channels;
+  ConvolutionWindow window;
+};
+
+// gradient [tasks, kernel_height, kernel_width, channels, in_channels]: the sum over each task's share of the samples
+// of delta (x) in. CPU only. Index: tasks.
+template <typename T>
+struct DirectConvTransposeGradient {
+  const T* delta;
+  const T* in;
+  T* gradient;
+  int64_t in_channels;
+  int64_t samples;
+  int64_t tasks;
+  ConvolutionWindow window;
+};
+
 // A Hamiltonian flow through a multilayer perceptron whose weights stay in a core's cache: the whole trajectory of a
 // block of samples in one go. Everything of a block is stored [feature, lane], kSmallFlowLanes samples side by side.
 constexpr int kSmallFlowDepth = 8;  // layers at most
@@ -421,6 +455,11 @@ FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
 FASTVAE_DECLARE_CPU(unfold, Unfold)
 FASTVAE_DECLARE_CPU(fold, Fold)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
+FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
+FASTVAE_DECLARE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
+FASTVAE_DECLARE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
+FASTVAE_DECLARE_CPU(small_flow, SmallFlow)
+FASTVAE_DECLARE_CPU(small_flow_backward, SmallFlowBackward)
 #undef FASTVAE_DECLARE_CPU
 }  // namespace cpu
 

@@ -17,7 +17,7 @@ namespace {
 
 // Bytes of tangents of a last Linear layer that exist at a time: on a CPU they stay in the caches between the products
 // that write and read them.
-constexpr int64_t kColumnBytesOnCpu = int64_t{2} << 20;
+constexpr int64_t kColumnBytesOnCpu = int64_t{4} << 20;
 constexpr int64_t kColumnBytesOnCuda = int64_t{64} << 20;
 constexpr int64_t kColumnMultiple = 64;
 
@@ -95,8 +95,12 @@ JacobianSweep::JacobianSweep(const Network& network, at::IntArrayRef latents, bo
   columns_ = stage(last).out.numel();
   if (last > 0 && stage(last).affine == Affine::kLinear) {
     const int64_t bytes = options.device().is_cpu() ? kColumnBytesOnCpu : kColumnBytesOnCuda;
-    const int64_t fit = bytes / (std::max<int64_t>(1, rows) * static_cast<int64_t>(options.dtype().itemsize()));
-    columns_ = std::min(columns_, std::max(kColumnMultiple, fit / kColumnMultiple * kColumnMultiple));
+    const int64_t fit =
+        std::max<int64_t>(1, bytes / (std::max<int64_t>(1, rows) * static_cast<int64_t>(options.dtype().itemsize())));
+    // Blocks of about one size, in whole vectors.
+    const int64_t blocks = (columns_ + fit - 1) / fit;
+    const int64_t even = (columns_ + blocks - 1) / blocks;
+    columns_ = std::min(columns_, (even + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple);
   }
   bars_[0] = at::empty({rows * (with_gradient() ? std::max(widest, columns_) : columns_)}, options);
   bars_[1] = at::empty({with_gradient() ? rows * widest : 0}, options);

@@ -18,7 +18,7 @@ namespace fastvae {
 namespace {
 
 // Bytes of workspace for a tile, which decide how many samples and latents it holds.
-constexpr int64_t kTileBytesOnCpu = int64_t{16} << 20;
+constexpr int64_t kTileBytesOnCpu = int64_t{32} << 20;
 constexpr int64_t kTileBytesOnCuda = int64_t{512} << 20;
 
 enum class Reduction { kNone, kMean, kSum };

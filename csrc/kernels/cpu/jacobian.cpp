@@ -9,6 +9,7 @@
 
 #include "../kernels.h"
 #include "clones.h"
+#include "lane_sum.h"
 
 namespace fastvae::cpu {
 namespace {
@@ -89,30 +90,39 @@ FASTVAE_INLINE void jacobian_tangent_template(const JacobianTangent<T>& args, in
   }
 }
 
-// The terms of one block of columns of one latent; with `adotbar`, where the adjoint sweep starts too.
-template <bool squared, bool curved, typename T>
-FASTVAE_INLINE T head_row(const T* adot, const Bends<T>& bends, bool from_input, T weight, T* adotbar, T* abar,
-                          int64_t count) {
-  T sum = T(0);
-  if (adotbar == nullptr) {
-    for (int64_t j = 0; j < count; ++j) {
-      sum += math::jacobian_term(bends.slope[j] * adot[j], squared).value;
+// The terms of one block of columns of one latent.
+template <bool squared, typename T>
+FASTVAE_INLINE void sum_terms(const T* adot, const T* slope, int64_t count, LaneSum<T>& sum) {
+  constexpr int kLanes = LaneSum<T>::kLanes;
+  LaneSum<T> part = sum;  // a local, which no store to memory can alias
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+#pragma GCC unroll 1
+    for (int lane = 0; lane < kLanes; ++lane) {
+      part.lanes[lane] += math::jacobian_term(slope[j + lane] * adot[j + lane], squared).value;
     }
-    return sum;
+  }
+  for (; j < count; ++j) {
+    part.lanes[0] += math::jacobian_term(slope[j] * adot[j], squared).value;
+  }
+  sum = part;
+}
+
+// The start of the adjoint sweep there; abar may be null.
+template <typename T>
+FASTVAE_INLINE void start_adjoint(const T* adot, const Bends<T>& bends, bool squared, bool from_input, T weight,
+                                  int64_t count, T* abar, T* adotbar) {
+  if (abar != nullptr) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
+      const T ydot = bends.slope[j] * adot[j];
+      abar[j] += bends.factor[j] * (from_input ? adot[j] : ydot) * weight * math::jacobian_term(ydot, squared).slope;
+    }
   }
 #pragma GCC ivdep
   for (int64_t j = 0; j < count; ++j) {
-    const T tangent = adot[j];
-    const T ydot = bends.slope[j] * tangent;
-    const math::JacobianTerm<T> term = math::jacobian_term(ydot, squared);
-    const T cotangent = weight * term.slope;
-    sum += term.value;
-    adotbar[j] = bends.slope[j] * cotangent;
-    if (curved) {
-      abar[j] += bends.factor[j] * (from_input ? tangent : ydot) * cotangent;
-    }
+    adotbar[j] = bends.slope[j] * weight * math::jacobian_term(bends.slope[j] * adot[j], squared).slope;
   }
-  return sum;
 }
 
 template <typename T>
@@ -126,7 +136,7 @@ FASTVAE_INLINE void jacobian_head_template(const JacobianHead<T>& args, int64_t 
     const int64_t rows = sample * args.latents * n;
     const int64_t columns = sample * args.outputs + args.first;
     const T weight = args.weight == nullptr ? T(1) : args.weight[sample];
-    T total = T(0);
+    LaneSum<T> sum;
     for_each_block(
         args.activation, args.s == nullptr ? args.s : args.s + columns, from, std::min(n, from + kJacobianChunk),
         [&](int64_t first, int64_t count, const Bends<T>& bends) FASTVAE_LAMBDA_INLINE {
@@ -136,18 +146,14 @@ FASTVAE_INLINE void jacobian_head_template(const JacobianHead<T>& args, int64_t 
           }
           for (int64_t i = 0; i < args.latents; ++i) {
             const int64_t at = rows + i * n + first;
-            T* adotbar = args.adotbar == nullptr ? nullptr : args.adotbar + at;
-            const auto run = [&](auto squared, auto curved) FASTVAE_LAMBDA_INLINE {
-              total += head_row<squared, curved>(args.adot + at, bends, from_input, weight, adotbar, abar, count);
-            };
-            if (args.squared) {
-              abar == nullptr ? run(std::true_type{}, std::false_type{}) : run(std::true_type{}, std::true_type{});
-            } else {
-              abar == nullptr ? run(std::false_type{}, std::false_type{}) : run(std::false_type{}, std::true_type{});
+            args.squared ? sum_terms<true>(args.adot + at, bends.slope, count, sum)
+                         : sum_terms<false>(args.adot + at, bends.slope, count, sum);
+            if (args.adotbar != nullptr) {
+              start_adjoint(args.adot + at, bends, args.squared, from_input, weight, count, abar, args.adotbar + at);
             }
           }
         });
-    args.terms[index] = total;
+    args.terms[index] = sum.total();
   }
 }
 
