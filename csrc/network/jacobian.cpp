@@ -52,7 +52,8 @@ int64_t JacobianSweep::numel_per_latent(const Program& program) {
     widest = std::max(widest, numel);
   }
   const Stage& last = program.stages[depth - 1];
-  return kept + 2 * (last.affine == Affine::kLinear ? widest : std::max(widest, last.out.numel()));
+  const bool by_columns = depth > 1 && last.affine == Affine::kLinear;
+  return kept + 2 * (by_columns ? widest : std::max(widest, last.out.numel()));
 }
 
 int64_t JacobianSweep::numel_per_sample(const Program& program) {
