@@ -191,11 +191,11 @@ struct Fold {
 };
 
 // A transposed convolution to few channels, [samples, height, width, in_channels] to [samples, big_height, big_width,
-// channels], without bias. CPU only. Index: samples.
+// channels], without bias and dilation. CPU only. Index: samples.
 template <typename T>
 struct NarrowConvTranspose {
   const T* in;
-  const T* weight;  // [in_channels, channels, kernel_height, kernel_width]
+  const T* weight;  // [in_channels, kernel_height, kernel_width, channels]
   T* out;
   int64_t in_channels;
   ConvolutionWindow window;

@@ -162,7 +162,7 @@ at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight) {
   const at::Tensor packed = at::empty({2, height, width, inputs * outputs}, weight.options());
   packed[1].view({height, width, outputs, inputs}).copy_(weight.permute({2, 3, 1, 0}));
   if (conv_transpose_route(stage, weight) == ConvTransposeRoute::kNarrow) {
-    packed[0].view(weight.sizes()).copy_(weight);
+    packed[0].view({inputs, height, width, outputs}).copy_(weight.permute({0, 2, 3, 1}));
     return packed;
   }
   const at::Tensor forward = packed[0].view({height, width, inputs, outputs});

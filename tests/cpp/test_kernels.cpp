@@ -381,6 +381,16 @@ void test_direct_convolution(const char* type, const ConvProblem<T>& p) {
     const int64_t at = (tap * w.channels + co) * p.in_channels + ci;
     gradient[k] = parts[at] + parts[weights + at];
   }
+  if (w.channels <= 3) {
+    T* narrow = inside.output(weights);
+    T* narrow_out = actual.output(outputs);
+    std::copy_n(y, outputs, expected.output(outputs));
+    for (int64_t k = 0; k < weights; ++k) {
+      const int64_t ci = k / taps / w.channels, co = k / taps % w.channels;
+      narrow[(ci * taps + k % taps) * w.channels + co] = weight[k];
+    }
+    cpu::narrow_conv_transpose(NarrowConvTranspose<T>{in, narrow, narrow_out, p.in_channels, w}, 0, p.samples);
+  }
   const double error = difference(actual, expected);
   CHECK(error <= 400.0 * std::numeric_limits<T>::epsilon(),
         "direct_conv_transpose %s %dx%d kernel, %d to %d channels: off by %g", type, static_cast<int>(w.kernel_height),

@@ -101,6 +101,46 @@ FASTVAE_INLINE void direct_conv_transpose_template(const DirectConvTranspose<T>&
   }
 }
 
+// To few channels the outputs of one phase are too narrow a product: here a row of the input meets all taps at once,
+// and what it gives is added to the image while it is in the L1 cache.
+template <typename T>
+FASTVAE_INLINE void narrow_conv_transpose_template(const NarrowConvTranspose<T>& args, int64_t begin, int64_t end) {
+  const ConvolutionWindow& w = args.window;
+  const int64_t run = w.kernel_width * w.channels, taps = w.kernel_height * run;
+  constexpr int64_t kVector = 16;
+  const int64_t padded_taps = (taps + kVector - 1) / kVector * kVector;
+  std::vector<T> weight(args.in_channels * padded_taps, T(0));
+  for (int64_t c = 0; c < args.in_channels; ++c) {
+    std::copy_n(args.weight + c * taps, taps, weight.data() + c * padded_taps);
+  }
+  std::vector<T> products(w.width * padded_taps);
+  Padded<T> out = padded_output<T>(w);
+  for (int64_t sample = begin; sample < end; ++sample) {
+    std::fill(out.data.begin(), out.data.end(), T(0));
+    for (int64_t y = 0; y < w.height; ++y) {
+      strided_product(StridedProduct<T>{args.in + (sample * w.height + y) * w.width * args.in_channels,
+                                        args.in_channels, 1, 0, weight.data(), padded_taps, 0, products.data(),
+                                        padded_taps, w.width, padded_taps, args.in_channels, 1, false});
+      for (int64_t i = 0; i < w.kernel_height; ++i) {
+        T* row = out.data.data() + (y * w.stride_height + i) * out.row_stride();
+        for (int64_t x = 0; x < w.width; ++x) {
+          const T* product = products.data() + x * padded_taps + i * run;
+          T* target = row + x * w.stride_width * w.channels;
+          for (int64_t j = 0; j < run; ++j) {
+            target[j] += product[j];
+          }
+        }
+      }
+    }
+    T* image = args.out + sample * w.big_height * w.big_width * w.channels;
+    for (int64_t y = 0; y < w.big_height; ++y) {
+      const int64_t columns = y + out.top < out.height ? std::min(w.big_width, out.width - out.left) : 0;
+      std::copy_n(out.at(y, 0), columns * w.channels, image + y * w.big_width * w.channels);
+      std::fill_n(image + (y * w.big_width + columns) * w.channels, (w.big_width - columns) * w.channels, T(0));
+    }
+  }
+}
+
 template <typename T>
 FASTVAE_INLINE void direct_conv_transpose_reverse_template(const DirectConvTransposeReverse<T>& args, int64_t begin,
                                                            int64_t end) {
@@ -142,6 +182,7 @@ FASTVAE_INLINE void direct_conv_transpose_gradient_template(const DirectConvTran
 }  // namespace
 
 FASTVAE_DEFINE_CPU(direct_conv_transpose, DirectConvTranspose)
+FASTVAE_DEFINE_CPU(narrow_conv_transpose, NarrowConvTranspose)
 FASTVAE_DEFINE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
 FASTVAE_DEFINE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
 
