@@ -46,8 +46,9 @@ JACFWD, JVP = "vmap(jacfwd)", "jvp, 5 latents at a time"
 COMPILED = ", torch.compile"
 STEP = 1e-3
 JVP_LATENTS = 5
-TOLERANCE = 1e-4
-"""our error against float64: float32 round-off, and entries so near zero that their sign is lost in it"""
+TOLERANCE = 1e-5
+"""our error against float64 beyond twice that of vmap(jacfwd): an entry so near zero that float32 loses its sign moves
+the gradients of both by its share"""
 COMPILE_SECONDS = 60
 MEMORY_BOUND = 1 / 8
 """our peak extra memory over that of batched differences, at most"""
@@ -107,8 +108,8 @@ def cases(quick: bool) -> list[Case]:
             Case("conv", "convolutional, width 4, batch 2", lambda: paper_decoder(1, 4, 3), 3, 2, 0.1),
         ]
     return [
-        Case("mlp", "10-512-512-4096, batch 64", lambda: mlp(10, 512, 512, 4096), 10, 64, 15),
-        Case("conv", "the paper's convolutional, 1x64x64, batch 64", paper_decoder, 10, 64, 25),
+        Case("mlp", "10-512-512-4096, batch 64", lambda: mlp(10, 512, 512, 4096), 10, 64, 12),
+        Case("conv", "the paper's convolutional, 1x64x64, batch 64", paper_decoder, 10, 64, 20),
     ]
 
 
@@ -230,8 +231,9 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
             continue
         errors[name] = error_of(result, exact)
         contestants[name] = run
-    if not errors[OURS] <= TOLERANCE:
-        raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}, over {TOLERANCE:.0e}")
+    bound = 2 * errors[JACFWD] + TOLERANCE
+    if not errors[OURS] <= bound:
+        raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}, over {bound:.1e}")
 
     layers = floors.products(decoder, z.repeat_interleave(case.latent_dim, 0))
     contestants[report.FLOOR] = floors.tangent_floor(layers, device)
