@@ -458,8 +458,6 @@ FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
 FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
-FASTVAE_DECLARE_CPU(small_flow, SmallFlow)
-FASTVAE_DECLARE_CPU(small_flow_backward, SmallFlowBackward)
 #undef FASTVAE_DECLARE_CPU
 }  // namespace cpu
 
