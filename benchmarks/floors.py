@@ -91,3 +91,32 @@ def second_order_floor(
 def second_order_operations(layers: Sequence[Product], forces: int) -> int:
     """Floating-point operations of :func:`second_order_floor`, less those that padding cuts off."""
     return 6 * forces * sum(layer.operations for layer in layers)
+
+
+def tangent_floor(layers: Sequence[Product], device: torch.device) -> Contestant:
+    """A tangent and an adjoint sweep in float32: forward, reverse and weight gradient of each layer but the first.
+
+    The first layer's tangents are its columns, whatever the sample.
+    """
+    each: list[Callable[[], object]] = []
+    for layer in layers[1:]:
+        h = torch.randn(layer.rows, layer.inner, device=device)
+        delta = torch.randn(layer.rows, layer.columns, device=device)
+        weight = torch.randn(layer.columns, layer.inner, device=device)
+        h_out, delta_out, weight_out = torch.empty_like(h), torch.empty_like(delta), torch.empty_like(weight)
+        each += [
+            functools.partial(torch.mm, h, weight.t(), out=delta_out),
+            functools.partial(torch.mm, delta, weight, out=h_out),
+            functools.partial(torch.mm, delta.t(), h, out=weight_out),
+        ]
+
+    def run() -> None:
+        for product in each:
+            product()
+
+    return run
+
+
+def tangent_operations(layers: Sequence[Product]) -> int:
+    """Floating-point operations of :func:`tangent_floor`, less those that padding cuts off."""
+    return 3 * sum(layer.operations for layer in layers[1:])

@@ -45,11 +45,13 @@ MEMORY_BOUND = 1.1
 REACHED = {True: "yes", False: "no", None: "not measured"}
 
 
-def judge(records: Sequence[Mapping[str, Any]], device_type: str) -> list[dict[str, Any]]:
+def judge(
+    records: Sequence[Mapping[str, Any]], device_type: str, targets: Sequence[Target] = TARGETS
+) -> list[dict[str, Any]]:
     """Every target of this device beside what was measured."""
     by_case = {record["case"]: record for record in records}
     rows = []
-    for target in TARGETS:
+    for target in targets:
         if target.device != device_type or target.case not in by_case:
             continue
         record = by_case[target.case]
@@ -85,11 +87,11 @@ def target_table(targets: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["case", "contestant", "against", "target", "measured", "reached"], rows)
 
 
-def case_section(record: Mapping[str, Any]) -> str:
+def case_section(record: Mapping[str, Any], contestant: str = OURS) -> str:
     """One case: every contestant with its ratio to ours and to the floors, and the floors themselves."""
     timings: Mapping[str, Timing] = record["timings_ms"]
     floors: Mapping[str, float] = record["floor_ms"]
-    ours = timings[OURS].median
+    ours = timings[contestant].median
 
     def row(name: str, median: float, quartiles: str) -> list[str]:
         return [
@@ -109,7 +111,7 @@ def case_section(record: Mapping[str, Any]) -> str:
     lines = [
         f"## {record['title']}",
         f"{giga:.3g} GFLOP; square GEMM at {record['square_gemm_gflops']:.0f} GFLOP/s; "
-        f"{timings[OURS].rounds} interleaved rounds.",
+        f"{timings[contestant].rounds} interleaved rounds.",
         markdown_table(header, rows),
     ]
     if record["notes"]:

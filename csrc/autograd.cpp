@@ -3,8 +3,12 @@
 //
 // In C++ because the Python registration costs about 0.5 ms a call for an op that takes a list of tensors, more than
 // the flow through a small network itself [measured].
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "ops/ops.h"
 
@@ -237,6 +241,129 @@ FlowGradients flow_backward(const OptionalTensor& grad_z, const OptionalTensor& 
   return {out[0], out[1], out[2], out[3], out[4], std::vector<at::Tensor>(out.begin() + kFlowInputs, out.end())};
 }
 
+// ---- the Jacobian penalty ----
+
+const Op<decltype(jacobian_l1)>& jacobian_op() {
+  static const Op<decltype(jacobian_l1)> op("fastvae::jacobian_l1");
+  return op;
+}
+const Op<decltype(jacobian_l1_with_gradient)>& jacobian_with_gradient_op() {
+  static const Op<decltype(jacobian_l1_with_gradient)> op("fastvae::jacobian_l1_with_gradient");
+  return op;
+}
+
+// grad * gradient for the gradients of a scalar; takes what they were computed from, to refuse to go through them.
+struct JacobianScaleFunction : Function<JacobianScaleFunction> {
+  static variable_list forward(AutogradContext*, const at::Tensor& grad, at::TensorList gradients,
+                               at::TensorList inputs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    variable_list scaled;
+    for (const at::Tensor& gradient : gradients) {
+      scaled.push_back(gradient.mul(grad));
+    }
+    return scaled;
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { refuse_second_derivative("jacobian_l1"); }
+};
+
+// Inputs: z and the parameters. A scalar's gradient is computed with its value and kept; that of "none" waits for the
+// cotangents of the samples.
+struct JacobianFunction : Function<JacobianFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& z, at::TensorList parameters,
+                            std::string_view network, at::IntArrayRef latents, int64_t p, std::string_view reduction,
+                            const std::vector<int64_t>& needs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    variable_list saved{z};
+    saved.insert(saved.end(), parameters.begin(), parameters.end());
+    at::Tensor value;
+    if (reduction == "none") {
+      value = jacobian_op()(z, parameters, network, latents, p, reduction);
+    } else {
+      auto [reduced, grad_z, grad_parameters] =
+          jacobian_with_gradient_op()(std::nullopt, z, parameters, network, latents, p, reduction, needs);
+      value = reduced;
+      variable_list gradients{grad_z};
+      gradients.insert(gradients.end(), grad_parameters.begin(), grad_parameters.end());
+      ctx->saved_data["gradients"] = gradients;
+    }
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["needs"] = needs;
+    ctx->saved_data["network"] = std::string(network);
+    ctx->saved_data["latents"] = latents.vec();
+    ctx->saved_data["p"] = p;
+    return value;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const std::vector<int64_t> needs = ctx->saved_data["needs"].toIntVector();
+    const size_t inputs = needs.size();
+    variable_list found;
+    if (const auto kept = ctx->saved_data.find("gradients"); kept != ctx->saved_data.end()) {
+      variable_list gradients = kept->second.toTensorVector();
+      // Without retain_graph nobody asks again: the gradients become the result, instead of a copy of all parameters.
+      if (!torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
+          !at::isTensorSubclassLike(grads[0]) && !at::areAnyTensorSubclassLike(gradients)) {
+        ctx->saved_data.erase(kept);
+        for (const at::Tensor& gradient : gradients) {
+          found.push_back(gradient.mul_(grads[0]));
+        }
+      } else {
+        found = JacobianScaleFunction::apply(grads[0], at::TensorList(gradients), at::TensorList(saved));
+      }
+    } else {
+      const std::vector<int64_t> latents = ctx->saved_data["latents"].toIntVector();
+      auto [value, grad_z, grad_parameters] = jacobian_with_gradient_op()(
+          grads[0], saved[0], at::TensorList(saved).slice(1), ctx->saved_data["network"].toStringRef(), latents,
+          ctx->saved_data["p"].toInt(), "none", needs);
+      found.push_back(grad_z);
+      found.insert(found.end(), grad_parameters.begin(), grad_parameters.end());
+    }
+    for (size_t i = 0; i < inputs; ++i) {
+      if (needs[i] == 0) {
+        found[i] = at::Tensor();
+      }
+    }
+    found.resize(inputs + 5);  // network, latents, p, reduction, needs
+    return found;
+  }
+};
+
+struct JacobianGradientFunction : Function<JacobianGradientFunction> {
+  static variable_list forward(AutogradContext*, const OptionalTensor& cotangent, const at::Tensor& z,
+                               at::TensorList parameters, std::string_view network, at::IntArrayRef latents, int64_t p,
+                               std::string_view reduction, at::IntArrayRef needs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [value, grad_z, grad_parameters] =
+        jacobian_with_gradient_op()(cotangent, z, parameters, network, latents, p, reduction, needs);
+    variable_list out{value, grad_z};
+    out.insert(out.end(), grad_parameters.begin(), grad_parameters.end());
+    return out;
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { refuse_second_derivative("jacobian_l1"); }
+};
+
+at::Tensor jacobian(const at::Tensor& z, at::TensorList parameters, std::string_view network, at::IntArrayRef latents,
+                    int64_t p, std::string_view reduction) {
+  std::vector<int64_t> needs{z.requires_grad()};
+  for (const at::Tensor& parameter : parameters) {
+    needs.push_back(parameter.requires_grad());
+  }
+  if (!at::GradMode::is_enabled() || std::none_of(needs.begin(), needs.end(), [](int64_t need) { return need != 0; })) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return jacobian_op()(z, parameters, network, latents, p, reduction);
+  }
+  return JacobianFunction::apply(z, parameters, network, latents, p, reduction, needs);
+}
+
+JacobianGradients jacobian_with_gradient(const OptionalTensor& cotangent, const at::Tensor& z,
+                                         at::TensorList parameters, std::string_view network, at::IntArrayRef latents,
+                                         int64_t p, std::string_view reduction, at::IntArrayRef needs) {
+  const variable_list out =
+      JacobianGradientFunction::apply(cotangent, z, parameters, network, latents, p, reduction, needs);
+  return {out[0], out[1], std::vector<at::Tensor>(out.begin() + 2, out.end())};
+}
+
 }  // namespace
 }  // namespace fastvae
 
@@ -247,4 +374,6 @@ TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
   m.impl("leapfrog_kick_temper_backward", &fastvae::kick_temper_backward);
   m.impl("hamiltonian_flow", &fastvae::flow);
   m.impl("hamiltonian_flow_backward", &fastvae::flow_backward);
+  m.impl("jacobian_l1", &fastvae::jacobian);
+  m.impl("jacobian_l1_with_gradient", &fastvae::jacobian_with_gradient);
 }

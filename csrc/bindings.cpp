@@ -90,4 +90,19 @@ PYBIND11_MODULE(_C, m) {
       },
       arg("network"), arg("likelihood"), arg("shapes"), arg("latent_dim"), arg("element_size"), arg("cuda_index"),
       "Numbers a sample and step that the flow stores, and what the number of samples is rounded up to.");
+  m.def(
+      "jacobian_l1",
+      [](const at::Tensor& z, const std::vector<at::Tensor>& parameters, const std::string& network,
+         const std::vector<int64_t>& latents, int64_t p,
+         const std::string& reduction) { return fastvae::jacobian_l1(z, parameters, network, latents, p, reduction); },
+      unlocked, arg("z"), arg("parameters"), arg("network"), arg("latents"), arg("p"), arg("reduction"));
+  m.def(
+      "jacobian_l1_with_gradient",
+      [](const std::optional<at::Tensor>& cotangent, const at::Tensor& z, const std::vector<at::Tensor>& parameters,
+         const std::string& network, const std::vector<int64_t>& latents, int64_t p, const std::string& reduction,
+         const std::vector<int64_t>& needs) {
+        return fastvae::jacobian_l1_with_gradient(cotangent, z, parameters, network, latents, p, reduction, needs);
+      },
+      unlocked, arg("cotangent"), arg("z"), arg("parameters"), arg("network"), arg("latents"), arg("p"),
+      arg("reduction"), arg("needs"));
 }

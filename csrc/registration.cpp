@@ -22,6 +22,10 @@ TORCH_LIBRARY(fastvae, m) {
       "Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, Tensor z_steps, Tensor rho_steps, Tensor stash, "
       "str network, str likelihood, bool store, int[] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def("jacobian_l1(Tensor z, Tensor[] parameters, str network, int[] latents, int p, str reduction) -> Tensor");
+  m.def(
+      "jacobian_l1_with_gradient(Tensor? cotangent, Tensor z, Tensor[] parameters, str network, int[] latents, int p, "
+      "str reduction, int[] needs) -> (Tensor, Tensor, Tensor[])");
 }
 
 #define FASTVAE_IMPLEMENT(KEY)                                                        \
@@ -32,6 +36,8 @@ TORCH_LIBRARY(fastvae, m) {
     m.impl("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward); \
     m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                           \
     m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);         \
+    m.impl("jacobian_l1", &fastvae::jacobian_l1);                                     \
+    m.impl("jacobian_l1_with_gradient", &fastvae::jacobian_l1_with_gradient);         \
   }
 
 // On a build without CUDA kernels the same functions answer a CUDA tensor with an error that says what to do.

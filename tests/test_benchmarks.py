@@ -24,14 +24,15 @@ import floors  # noqa: E402
 import flow  # noqa: E402
 import flow_report  # noqa: E402
 import flow_rivals  # noqa: E402
+import jacobian  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
-def run_quick(folder: Path, *options: str) -> str:
+def run_quick(folder: Path, *options: str, script: str = "flow") -> str:
     command = [
         sys.executable,
-        "benchmarks/flow.py",
+        f"benchmarks/{script}.py",
         "--quick",
         "--cpu",
         "--threads",
@@ -166,3 +167,21 @@ def test_peak_extra_memory_sees_what_a_callable_touches(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     touched = common.peak_extra_memory("touch", "work", 64, threads=1)
     assert 60 * 2**20 < touched < 80 * 2**20  # 64 MiB, give or take pages of the interpreter and the reading
+
+
+def test_quick_run_of_the_jacobian_times_every_contestant(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, script="jacobian")
+    record = read(tmp_path / "jacobian-cpu-quick.json")
+    names = [jacobian.OURS, *jacobian.RIVALS]
+    for case in record["cases"]:
+        assert list(case["timings_ms"]) == list(case["relative_error"]) == names, case["notes"]
+        assert case["title"] in printed
+    assert [row["contestant"] for row in record["memory"]] == names
+    assert (tmp_path / "jacobian-cpu-quick.md").read_text().strip() == printed.strip()
+
+
+def test_tangent_floor_counts_three_products_of_every_layer_but_the_first() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5))
+    layers = floors.products(network, torch.zeros(7, 3))
+    assert floors.tangent_operations(layers) == 3 * 2 * 7 * 4 * 5
+    floors.tangent_floor(layers, CPU)()

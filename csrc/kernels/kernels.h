@@ -191,13 +191,47 @@ struct Fold {
 };
 
 // A transposed convolution to few channels, [samples, height, width, in_channels] to [samples, big_height, big_width,
-// channels], without bias. CPU only. Index: samples.
+// channels], without bias and dilation. CPU only. Index: samples.
 template <typename T>
 struct NarrowConvTranspose {
   const T* in;
-  const T* weight;  // [in_channels, channels, kernel_height, kernel_width]
+  const T* weight;  // [in_channels, kernel_height, kernel_width, channels]
   T* out;
   int64_t in_channels;
+  ConvolutionWindow window;
+};
+
+// A transposed convolution without bias and without dilation: in [samples, height, width, in_channels] to out [samples,
+// big_height, big_width, channels]. CPU only. Index: samples.
+template <typename T>
+struct DirectConvTranspose {
+  const T* in;
+  const T* weight;  // [kernel_height, by phase: taps in descending order, in_channels, channels]
+  T* out;
+  int64_t in_channels;
+  ConvolutionWindow window;
+};
+
+// Its transpose, delta -> out [samples, height, width, in_channels]. CPU only. Index: samples.
+template <typename T>
+struct DirectConvTransposeReverse {
+  const T* delta;
+  const T* weight;  // [kernel_height, kernel_width, channels, in_channels]
+  T* out;
+  int64_t in_channels;
+  ConvolutionWindow window;
+};
+
+// gradient [tasks, kernel_height, kernel_width, channels, in_channels]: the sum over each task's share of the samples
+// of delta (x) in. CPU only. Index: tasks.
+template <typename T>
+struct DirectConvTransposeGradient {
+  const T* delta;
+  const T* in;
+  T* gradient;
+  int64_t in_channels;
+  int64_t samples;
+  int64_t tasks;
   ConvolutionWindow window;
 };
 
@@ -337,6 +371,65 @@ struct SmallFlowSum {
   T* bias[kSmallFlowDepth];    // += [out], or null
 };
 
+// The Jacobian sweeps: `latents` tangents of each sample share that sample's activations. In the three of them s is
+// what the activation keeps (activations.h), [samples, numel], and e is its partner in the second derivative: hdot,
+// or adot where keeps_input(activation).
+
+// hdot = phi'(s) * adot for every latent. Index: samples.
+template <typename T>
+struct JacobianTangent {
+  const T* adot;  // [samples, latents, numel], or [latents, numel] if shared
+  const T* s;     // null under the identity
+  T* hdot;        // [samples, latents, numel]; may be adot unless that is shared
+  bool shared;    // adot is the same for all samples
+  int64_t samples;
+  int64_t latents;
+  int64_t numel;
+  ActivationSpec activation;
+};
+
+// The end of the tangents and the start of the adjoint sweep, y = psi(a): for ydot = psi'(s) * adot,
+//
+//   terms = sum |ydot|^p;   adotbar = psi'(s) * w;   abar = sum over latents of psi''(.) * adot * w,
+//
+// w = weight * d|ydot|^p / d ydot, over the columns [first, first + numel) of y. Index: samples * chunks.
+template <typename T>
+struct JacobianHead {
+  const T* adot;    // [samples, latents, numel]
+  const T* s;       // [samples, outputs]; null under the identity
+  const T* weight;  // [samples] or null (1)
+  T* terms;         // [samples, chunks]
+  T* adotbar;       // [samples, latents, numel], may be adot; null if only the terms are wanted
+  T* abar;          // [samples, outputs]; null where adotbar is, or psi is piecewise linear
+  bool squared;     // p = 2 instead of 1
+  int64_t samples;
+  int64_t latents;
+  int64_t numel;
+  int64_t outputs;
+  int64_t first;
+  ActivationSpec activation;
+};
+
+constexpr int64_t kJacobianChunk = 1024;  // columns whose terms are summed in one go
+constexpr int64_t jacobian_chunks(int64_t numel) { return (numel + kJacobianChunk - 1) / kJacobianChunk; }
+
+// adotbar = phi'(s) * hdotbar;   abar = phi'(s) * hbar + sum over latents of phi''(.) * adot * hdotbar.
+// Index: samples.
+template <typename T>
+struct JacobianAdjoint {
+  const T* hdotbar;  // [samples, latents, numel]
+  const T* s;        // null under the identity
+  const T* e;        // [samples, latents, numel], or [latents, numel] if shared; null where phi is piecewise linear
+  const T* hbar;     // [samples, numel], or null (zero)
+  T* adotbar;        // may be hdotbar
+  T* abar;           // may be hbar; null where it would be zero
+  bool shared;       // e is the same for all samples
+  int64_t samples;
+  int64_t latents;
+  int64_t numel;
+  ActivationSpec activation;
+};
+
 #define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
   DECLARE(bias_activation, BiasActivation)          \
   DECLARE(activation_reverse, ActivationReverse)    \
@@ -349,7 +442,10 @@ struct SmallFlowSum {
   DECLARE(kick_temper_backward, KickTemperBackward) \
   DECLARE(kick_drift_backward, KickDriftBackward)   \
   DECLARE(small_flow, SmallFlow)                    \
-  DECLARE(small_flow_backward, SmallFlowBackward)
+  DECLARE(small_flow_backward, SmallFlowBackward)   \
+  DECLARE(jacobian_tangent, JacobianTangent)        \
+  DECLARE(jacobian_head, JacobianHead)              \
+  DECLARE(jacobian_adjoint, JacobianAdjoint)
 
 namespace cpu {
 #define FASTVAE_DECLARE_CPU(NAME, ARGS)                           \
@@ -359,6 +455,9 @@ FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
 FASTVAE_DECLARE_CPU(unfold, Unfold)
 FASTVAE_DECLARE_CPU(fold, Fold)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
+FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
+FASTVAE_DECLARE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
+FASTVAE_DECLARE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
 #undef FASTVAE_DECLARE_CPU
 }  // namespace cpu
 

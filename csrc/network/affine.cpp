@@ -47,8 +47,7 @@ at::Tensor transpose_blocks(const at::Tensor& in, const at::Tensor& out, int64_t
 }  // namespace
 
 at::Tensor affine_pack(const Stage& stage, const at::Tensor& weight) {
-  return conv_transpose_route(stage, weight) == ConvTransposeRoute::kFolded ? conv_transpose_pack(weight)
-                                                                            : weight.contiguous();
+  return stage.affine == Affine::kConvTranspose2d ? conv_transpose_pack(stage, weight) : weight.contiguous();
 }
 
 at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out) {
@@ -70,15 +69,9 @@ at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::
     case Affine::kToImage:
       return transpose_blocks(in, out, stage.out.channels, stage.out.positions());
     default:
-      switch (conv_transpose_route(stage, weight)) {
-        case ConvTransposeRoute::kFolded:
-          folded_conv_transpose(stage, weight, in, out);
-          return out;
-        case ConvTransposeRoute::kNarrow:
-          narrow_conv_transpose(stage, weight, in, out);
-          return out;
-        case ConvTransposeRoute::kLibrary:
-          break;
+      if (conv_transpose_route(stage, weight) != ConvTransposeRoute::kLibrary) {
+        conv_transpose(stage, weight, in, out);
+        return out;
       }
       return convolve(stage, weight, in);
   }
@@ -104,8 +97,8 @@ at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const 
     case Affine::kToImage:
       return transpose_blocks(delta, out, stage.out.positions(), stage.out.channels);
     default: {
-      if (conv_transpose_route(stage, weight) == ConvTransposeRoute::kFolded) {
-        folded_conv_transpose_reverse(stage, weight, delta, out);
+      if (conv_transpose_route(stage, weight) != ConvTransposeRoute::kLibrary) {
+        conv_transpose_reverse(stage, weight, delta, out);
         return out;
       }
       // `out` stands in for the layer's input, of which only the sizes are read.
@@ -119,8 +112,8 @@ void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, co
                                 const at::Tensor& h, at::Tensor& gradient) {
   if (stage.affine == Affine::kLinear) {
     gradient.addmm_(delta.view({-1, stage.out.channels}).t(), h.view({-1, stage.in.channels}));
-  } else if (conv_transpose_route(stage, weight) == ConvTransposeRoute::kFolded) {
-    folded_conv_transpose_add_weight_gradient(stage, weight, delta, h, gradient);
+  } else if (conv_transpose_route(stage, weight) != ConvTransposeRoute::kLibrary) {
+    conv_transpose_add_weight_gradient(stage, weight, delta, h, gradient);
   } else if (is_convolution(stage)) {
     gradient.add_(std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false})));
   }

@@ -13,15 +13,14 @@ namespace {
 
 // Bytes of columns worked on at a time: they are written and read once each, and should not leave the caches between.
 constexpr int64_t kTileBytes = int64_t{1} << 20;
-
-ConvolutionWindow window_of(const Stage& stage, int64_t kernel_height, int64_t kernel_width) {
-  return {stage.out.channels, stage.in.height,   stage.in.width,   stage.out.height, stage.out.width,
-          kernel_height,      kernel_width,      stage.stride[0],  stage.stride[1],  stage.padding[0],
-          stage.padding[1],   stage.dilation[0], stage.dilation[1]};
-}
+// Output channels up to which the narrow kernel wins, and from which on a row of them fills vectors.
+constexpr int64_t kNarrowChannels = 3;
+constexpr int64_t kWideChannels = 8;
 
 ConvolutionWindow window_of(const Stage& stage, const at::Tensor& packed) {
-  return window_of(stage, packed.size(1), packed.size(2));
+  return {stage.out.channels, stage.in.height,   stage.in.width,   stage.out.height, stage.out.width,
+          packed.size(1),     packed.size(2),    stage.stride[0],  stage.stride[1],  stage.padding[0],
+          stage.padding[1],   stage.dilation[0], stage.dilation[1]};
 }
 
 // Calls body(first, count, rows, columns) for tiles of samples, with room for their columns [rows, kh kw C_out].
@@ -49,30 +48,6 @@ void unfold_tile(const Stage& stage, const at::Tensor& packed, const at::Tensor&
     const Unfold<scalar_t> args{delta.const_data_ptr<scalar_t>() + first * stage.out.numel(),
                                 columns.mutable_data_ptr<scalar_t>(), window_of(stage, packed)};
     FASTVAE_LAUNCH_CPU(unfold, args, count, columns.numel() / count);
-  });
-}
-
-}  // namespace
-
-ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight) {
-  if (stage.affine != Affine::kConvTranspose2d || !weight.is_cpu() || stage.groups != 1) {
-    return ConvTransposeRoute::kLibrary;
-  }
-  if (stage.out.channels <= 3) {
-    return ConvTransposeRoute::kNarrow;
-  }
-  return stage.out.channels >= 8 ? ConvTransposeRoute::kFolded : ConvTransposeRoute::kLibrary;
-}
-
-at::Tensor conv_transpose_pack(const at::Tensor& weight) { return weight.permute({0, 2, 3, 1}).contiguous(); }
-
-void narrow_conv_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out) {
-  const int64_t samples = in.numel() / stage.in.numel();
-  FASTVAE_DISPATCH(in, {
-    const NarrowConvTranspose<scalar_t> args{in.const_data_ptr<scalar_t>(), weight.const_data_ptr<scalar_t>(),
-                                             out.mutable_data_ptr<scalar_t>(), stage.in.channels,
-                                             window_of(stage, weight.size(2), weight.size(3))};
-    FASTVAE_LAUNCH_CPU(narrow_conv_transpose, args, samples, stage.in.numel() * stage.out.channels);
   });
 }
 
@@ -110,6 +85,116 @@ void folded_conv_transpose_add_weight_gradient(const Stage& stage, const at::Ten
                   sum.addmm_(rows_of_samples(h, stage.in, first, count).t(), columns);
                 });
   gradient.add_(sum.view(packed.sizes()).permute({0, 3, 1, 2}));
+}
+
+void direct_conv_transpose(const Stage& stage, const at::Tensor& packed, const at::Tensor& in, const at::Tensor& out,
+                           bool narrow) {
+  const int64_t samples = in.numel() / stage.in.numel();
+  FASTVAE_DISPATCH(in, {
+    const scalar_t* weight = packed.const_data_ptr<scalar_t>();
+    const scalar_t* from = in.const_data_ptr<scalar_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    if (narrow) {
+      const NarrowConvTranspose<scalar_t> args{from, weight, to, stage.in.channels, window_of(stage, packed)};
+      FASTVAE_LAUNCH_CPU(narrow_conv_transpose, args, samples, stage.in.numel() * stage.out.channels);
+    } else {
+      const DirectConvTranspose<scalar_t> args{from, weight, to, stage.in.channels, window_of(stage, packed)};
+      FASTVAE_LAUNCH_CPU(direct_conv_transpose, args, samples, stage.in.numel() * stage.out.channels);
+    }
+  });
+}
+
+void direct_conv_transpose_reverse(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
+                                   const at::Tensor& out) {
+  const int64_t samples = delta.numel() / stage.out.numel();
+  const at::Tensor weight = packed[1];
+  FASTVAE_DISPATCH(delta, {
+    const DirectConvTransposeReverse<scalar_t> args{delta.const_data_ptr<scalar_t>(), weight.const_data_ptr<scalar_t>(),
+                                                    out.mutable_data_ptr<scalar_t>(), stage.in.channels,
+                                                    window_of(stage, packed)};
+    FASTVAE_LAUNCH_CPU(direct_conv_transpose_reverse, args, samples, stage.in.numel() * stage.out.channels);
+  });
+}
+
+void direct_conv_transpose_add_weight_gradient(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
+                                               const at::Tensor& h, at::Tensor& gradient) {
+  const int64_t samples = delta.numel() / stage.out.numel();
+  const int64_t tasks = std::clamp<int64_t>(at::get_num_threads(), 1, samples);
+  const at::Tensor partial =
+      at::empty({tasks, packed.size(1), packed.size(2), stage.out.channels, stage.in.channels}, packed.options());
+  FASTVAE_DISPATCH(delta, {
+    const DirectConvTransposeGradient<scalar_t> args{delta.const_data_ptr<scalar_t>(),
+                                                     h.const_data_ptr<scalar_t>(),
+                                                     partial.mutable_data_ptr<scalar_t>(),
+                                                     stage.in.channels,
+                                                     samples,
+                                                     tasks,
+                                                     window_of(stage, packed)};
+    FASTVAE_LAUNCH_CPU(direct_conv_transpose_gradient, args, tasks, samples * stage.in.numel() * stage.out.channels);
+  });
+  gradient.add_(partial.sum(0).permute({3, 2, 0, 1}));
+}
+
+}  // namespace
+
+ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight) {
+  const int64_t channels = stage.out.channels;
+  if (stage.affine != Affine::kConvTranspose2d || !weight.is_cpu() || stage.groups != 1 ||
+      (channels > kNarrowChannels && channels < kWideChannels)) {
+    return ConvTransposeRoute::kLibrary;
+  }
+  if (stage.dilation[0] != 1 || stage.dilation[1] != 1) {
+    return channels >= kWideChannels ? ConvTransposeRoute::kFolded : ConvTransposeRoute::kLibrary;
+  }
+  return channels >= kWideChannels ? ConvTransposeRoute::kDirect : ConvTransposeRoute::kNarrow;
+}
+
+at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight) {
+  switch (conv_transpose_route(stage, weight)) {
+    case ConvTransposeRoute::kLibrary:
+      return weight.contiguous();
+    case ConvTransposeRoute::kFolded:
+      return weight.permute({0, 2, 3, 1}).contiguous();
+    default:
+      break;
+  }
+  const int64_t inputs = weight.size(0), outputs = weight.size(1), height = weight.size(2), width = weight.size(3);
+  const at::Tensor packed = at::empty({2, height, width, inputs * outputs}, weight.options());
+  packed[1].view({height, width, outputs, inputs}).copy_(weight.permute({2, 3, 1, 0}));
+  if (conv_transpose_route(stage, weight) == ConvTransposeRoute::kNarrow) {
+    packed[0].view({inputs, height, width, outputs}).copy_(weight.permute({0, 2, 3, 1}));
+    return packed;
+  }
+  const at::Tensor forward = packed[0].view({height, width, inputs, outputs});
+  const int64_t stride = stage.stride[1];
+  for (int64_t phase = 0, place = 0; phase < stride; ++phase) {
+    const int64_t first = (phase + stage.padding[1]) % stride;
+    for (int64_t j = first + (width - 1 - first) / stride * stride; first < width && j >= first; j -= stride) {
+      forward.select(1, place++).copy_(weight.select(3, j).permute({2, 0, 1}));
+    }
+  }
+  return packed;
+}
+
+void conv_transpose(const Stage& stage, const at::Tensor& packed, const at::Tensor& in, const at::Tensor& out) {
+  const ConvTransposeRoute route = conv_transpose_route(stage, packed);
+  route == ConvTransposeRoute::kFolded
+      ? folded_conv_transpose(stage, packed, in, out)
+      : direct_conv_transpose(stage, packed, in, out, route == ConvTransposeRoute::kNarrow);
+}
+
+void conv_transpose_reverse(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
+                            const at::Tensor& out) {
+  conv_transpose_route(stage, packed) == ConvTransposeRoute::kFolded
+      ? folded_conv_transpose_reverse(stage, packed, delta, out)
+      : direct_conv_transpose_reverse(stage, packed, delta, out);
+}
+
+void conv_transpose_add_weight_gradient(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
+                                        const at::Tensor& h, at::Tensor& gradient) {
+  conv_transpose_route(stage, packed) == ConvTransposeRoute::kFolded
+      ? folded_conv_transpose_add_weight_gradient(stage, packed, delta, h, gradient)
+      : direct_conv_transpose_add_weight_gradient(stage, packed, delta, h, gradient);
 }
 
 }  // namespace fastvae

@@ -1,5 +1,6 @@
 // Transposed convolutions on a CPU by our own kernels, where ATen's run 2 to 25 times above their floor [measured]:
-// GEMM + fold / unfold for many channels, one kernel for one to three (kernels/cpu/convolution.cpp).
+// direct products over windows (kernels/cpu/direct_convolution.cpp), to one to three channels with a forward of their
+// own, and with dilation GEMM + fold / unfold (kernels/cpu/convolution.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,19 +9,20 @@
 
 namespace fastvae {
 
-enum class ConvTransposeRoute { kLibrary, kFolded, kNarrow };
+enum class ConvTransposeRoute { kLibrary, kDirect, kNarrow, kFolded };
 
 ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight);
 
-// The weight as the folded route reads it: [C_in, kh, kw, C_out].
-at::Tensor conv_transpose_pack(const at::Tensor& weight);
+// The weight as the functions below take it: the library's, dense; [C_in, kh, kw, C_out] folded; else [2, kh, kw, C_in
+// C_out], as the forward and as the backward kernels read it.
+at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight);
 
-void narrow_conv_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out);
-void folded_conv_transpose(const Stage& stage, const at::Tensor& packed, const at::Tensor& in, const at::Tensor& out);
-void folded_conv_transpose_reverse(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
-                                   const at::Tensor& out);
-// gradient [C_in, C_out, kh, kw] += h^T unfold(delta)
-void folded_conv_transpose_add_weight_gradient(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
-                                               const at::Tensor& h, at::Tensor& gradient);
+// By any route but the library's.
+void conv_transpose(const Stage& stage, const at::Tensor& packed, const at::Tensor& in, const at::Tensor& out);
+void conv_transpose_reverse(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
+                            const at::Tensor& out);
+// gradient [C_in, C_out, kh, kw] += h (x) delta
+void conv_transpose_add_weight_gradient(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
+                                        const at::Tensor& h, at::Tensor& gradient);
 
 }  // namespace fastvae

@@ -112,6 +112,23 @@ at::Tensor Network::apply_transpose(size_t l, const at::Tensor& delta, const at:
   return affine_transpose(program_.stages[l], weight_[l], delta, out);
 }
 
+void Network::forward_stage(size_t l, const at::Tensor& in, const at::Tensor& h, const at::Tensor& kept) const {
+  const Stage& stage = program_.stages[l];
+  const at::Tensor raw = apply(l, in, h);
+  FASTVAE_DISPATCH(raw, {
+    const BiasActivation<scalar_t> args{raw.const_data_ptr<scalar_t>(),
+                                        data_or_null<scalar_t>(bias_[l]),
+                                        h.mutable_data_ptr<scalar_t>(),
+                                        mutable_data_or_null<scalar_t>(kept),
+                                        rows_of(raw, stage.out),
+                                        stage.out.channels,
+                                        stage.activation};
+    if (args.a != args.h || args.bias != nullptr || !is_plain(stage)) {
+      FASTVAE_LAUNCH(bias_activation, raw.device(), args, args.rows, args.channels);
+    }
+  });
+}
+
 const at::Tensor& Network::kept_slope(size_t l, const Tape& tape) const {
   return tape.kept_a[l].defined() ? tape.kept_a[l] : tape.h[l];
 }
@@ -125,20 +142,7 @@ at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, co
   at::Tensor in = z.view({-1});
   const int64_t samples = z.size(0);
   for (size_t l = 0; l + 1 < depth(); ++l) {
-    const Stage& stage = program_.stages[l];
-    const at::Tensor raw = apply(l, in, tape.h[l]);
-    FASTVAE_DISPATCH(raw, {
-      const BiasActivation<scalar_t> args{raw.const_data_ptr<scalar_t>(),
-                                          data_or_null<scalar_t>(bias_[l]),
-                                          tape.h[l].mutable_data_ptr<scalar_t>(),
-                                          mutable_data_or_null<scalar_t>(tape.kept_a[l]),
-                                          rows_of(raw, stage.out),
-                                          stage.out.channels,
-                                          stage.activation};
-      if (args.a != args.h || args.bias != nullptr || !is_plain(stage)) {
-        FASTVAE_LAUNCH(bias_activation, raw.device(), args, args.rows, args.channels);
-      }
-    });
+    forward_stage(l, in, tape.h[l], tape.kept_a[l]);
     in = tape.h[l];
   }
   const size_t last = depth() - 1;
@@ -245,27 +249,42 @@ at::Tensor Network::tangent_adjoint(const at::Tensor& u, const at::Tensor& x, co
 void Network::accumulate_parameters(const at::Tensor& z, const at::Tensor& u, const Tape& tape,
                                     const TangentTape& tangents, std::vector<at::Tensor>& gradients) const {
   for (size_t l = 0; l < depth(); ++l) {
-    const Stage& stage = program_.stages[l];
-    const at::Tensor h = l == 0 ? z.reshape({-1}) : tape.h[l - 1];
-    const at::Tensor hdot = l == 0 ? u.reshape({-1}) : tangents.hdot[l - 1];
-    const at::Tensor& delta = tape.delta[l];
-    const at::Tensor& delta_dot = tangents.delta_dot[l];
-    if (stage.weight >= 0 && gradients[stage.weight].defined()) {
-      at::Tensor& gradient = gradients[stage.weight];
-      if (stage.affine == Affine::kBatchNorm) {
-        // a = weight xhat + bias with xhat = (h - mean) rstd: both halves of the product rule, channel by channel.
-        const int64_t channels = stage.out.channels;
-        const at::Tensor xhat = (h.view({-1, channels}) - mean_[l]) * rstd_[l];
-        gradient.add_((delta_dot.view({-1, channels}) * xhat).sum(0));
-        gradient.add_((delta.view({-1, channels}) * hdot.view({-1, channels})).sum(0) * rstd_[l]);
-      } else {
-        affine_add_weight_gradient(stage, weight_[l], delta_dot, h, gradient);
-        affine_add_weight_gradient(stage, weight_[l], delta, hdot, gradient);
-      }
+    add_affine_gradient(l, tangents.delta_dot[l], l == 0 ? z.reshape({-1}) : tape.h[l - 1], gradients);
+    add_linear_gradient(l, tape.delta[l], l == 0 ? u.reshape({-1}) : tangents.hdot[l - 1], gradients);
+  }
+}
+
+void Network::add_affine_gradient(size_t l, const at::Tensor& delta, const at::Tensor& h,
+                                  std::vector<at::Tensor>& gradients) const {
+  const Stage& stage = program_.stages[l];
+  const int64_t channels = stage.out.channels;
+  if (stage.weight >= 0 && gradients[stage.weight].defined()) {
+    at::Tensor& gradient = gradients[stage.weight];
+    if (stage.affine == Affine::kBatchNorm) {
+      // a = weight xhat + bias with xhat = (h - mean) rstd, channel by channel.
+      const at::Tensor xhat = (h.view({-1, channels}) - mean_[l]) * rstd_[l];
+      gradient.add_((delta.view({-1, channels}) * xhat).sum(0));
+    } else {
+      affine_add_weight_gradient(stage, weight_[l], delta, h, gradient);
     }
-    if (stage.bias >= 0 && gradients[stage.bias].defined()) {
-      add_column_sums(delta_dot, stage.out.channels, gradients[stage.bias]);
-    }
+  }
+  if (stage.bias >= 0 && gradients[stage.bias].defined()) {
+    add_column_sums(delta, channels, gradients[stage.bias]);
+  }
+}
+
+void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::Tensor& hdot,
+                                  std::vector<at::Tensor>& gradients) const {
+  const Stage& stage = program_.stages[l];
+  if (stage.weight < 0 || !gradients[stage.weight].defined()) {
+    return;
+  }
+  at::Tensor& gradient = gradients[stage.weight];
+  if (stage.affine == Affine::kBatchNorm) {
+    const int64_t channels = stage.out.channels;
+    gradient.add_((delta.view({-1, channels}) * hdot.view({-1, channels})).sum(0) * rstd_[l]);
+  } else {
+    affine_add_weight_gradient(stage, weight_[l], delta, hdot, gradient);
   }
 }
 

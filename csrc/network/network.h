@@ -38,6 +38,7 @@ class Network {
 
   const Program& program() const { return program_; }
   size_t depth() const { return program_.stages.size(); }
+  const at::TensorOptions& options() const { return options_; }
 
   // Splits `storage` [steps, samples, tape_numel] (as one block a tensor, so that the steps of a stage are
   // contiguous) into the tape of steps [first, first + count).
@@ -61,14 +62,23 @@ class Network {
   void accumulate_parameters(const at::Tensor& z, const at::Tensor& u, const Tape& tape, const TangentTape& tangents,
                              std::vector<at::Tensor>& gradients) const;
 
+  // One stage at a time, for methods that walk by themselves. h = phi(A in + b), and A in + b where `kept` is defined.
+  void forward_stage(size_t l, const at::Tensor& in, const at::Tensor& h, const at::Tensor& kept) const;
+  // A in and A^T delta: the tensor that holds the result, `out` or a new one.
+  at::Tensor apply(size_t l, const at::Tensor& in, const at::Tensor& out) const;
+  at::Tensor apply_transpose(size_t l, const at::Tensor& delta, const at::Tensor& out) const;
+  const at::Tensor& weight(size_t l) const { return weight_[l]; }
+  // The gradients of  delta . (A h + b)  and of  delta . A hdot  with respect to the stage's parameters.
+  void add_affine_gradient(size_t l, const at::Tensor& delta, const at::Tensor& h,
+                           std::vector<at::Tensor>& gradients) const;
+  void add_linear_gradient(size_t l, const at::Tensor& delta, const at::Tensor& hdot,
+                           std::vector<at::Tensor>& gradients) const;
+
   // grad_x += cotangent * d ll/d x at the point of the tape.
   void add_observed_gradient(const at::Tensor& z, const Tape& tape, const at::Tensor& cotangent,
                              const at::Tensor& grad_x) const;
 
  private:
-  at::Tensor apply(size_t l, const at::Tensor& in, const at::Tensor& out) const;
-  at::Tensor apply_transpose(size_t l, const at::Tensor& delta, const at::Tensor& out) const;
-  void add_weight_gradient(size_t l, const at::Tensor& delta, const at::Tensor& h, at::Tensor& gradient) const;
   const at::Tensor& kept_slope(size_t l, const Tape& tape) const;
   const at::Tensor& kept_error(size_t l, const Tape& tape) const;
 

@@ -282,6 +282,21 @@ int64_t Program::tape_numel() const {
   return numel;
 }
 
+TensorShapes shapes_of(at::TensorList tensors) {
+  TensorShapes shapes;
+  shapes.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    shapes.push_back(tensor.sizes().vec());
+  }
+  return shapes;
+}
+
+int64_t checked_dim(const char* op, const at::Tensor& z) {
+  check_floating(op, "z", z);
+  FASTVAE_CHECK_VALUE(z.dim() == 2 && z.size(1) > 0, op, "z", "shape [B, d] with d > 0", describe(z));
+  return z.size(1);
+}
+
 std::shared_ptr<const Program> find_program(const char* op, std::string_view text, at::TensorList tensors,
                                             int64_t in_features, const LikelihoodSpec& likelihood) {
   struct Entry {
@@ -304,11 +319,7 @@ std::shared_ptr<const Program> find_program(const char* op, std::string_view tex
   };
   auto found = std::find_if(entries.begin(), entries.end(), matches);
   if (found == entries.end()) {
-    TensorShapes shapes;
-    shapes.reserve(tensors.size());
-    for (const at::Tensor& tensor : tensors) {
-      shapes.push_back(tensor.sizes().vec());
-    }
+    TensorShapes shapes = shapes_of(tensors);
     auto program = std::make_shared<const Program>(op, text, shapes, in_features, likelihood);
     if (entries.size() == kEntries) {
       entries.pop_back();

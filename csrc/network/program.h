@@ -71,6 +71,11 @@ std::shared_ptr<const Program> find_program(const char* op, std::string_view tex
 
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text);
 
+TensorShapes shapes_of(at::TensorList tensors);
+
+// The d of z [B, d], which it checks.
+int64_t checked_dim(const char* op, const at::Tensor& z);
+
 // Checks the output of the network against the likelihood and gives the number of elements of x a sample.
 int64_t observed_numel(const char* op, const Program& program, const LikelihoodSpec& likelihood);
 

@@ -14,12 +14,6 @@
 namespace fastvae {
 namespace {
 
-int64_t checked_dim(const char* op, const at::Tensor& z) {
-  check_floating(op, "z", z);
-  FASTVAE_CHECK_VALUE(z.dim() == 2 && z.size(1) > 0, op, "z", "shape [B, d] with d > 0", describe(z));
-  return z.size(1);
-}
-
 // [], [1], [d], [K, 1] or [K, d] to [K, d].
 at::Tensor expand_step_size(const char* op, const at::Tensor& step_size, int64_t steps, int64_t dim) {
   const at::IntArrayRef sizes = step_size.sizes();

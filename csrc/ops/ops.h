@@ -45,4 +45,16 @@ std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, st
                                                     const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim,
                                                     int64_t element_size, int64_t cuda_index);
 
+// The sum of |dy/dz|^p for each sample, reduced: [] or [B].
+at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::string_view network,
+                       at::IntArrayRef latents, int64_t p, std::string_view reduction);
+
+// The same, and the gradient to z and the parameters (empty where not needed): of the reduced value or, with reduction
+// "none", of cotangent . value.
+using JacobianGradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent, const at::Tensor& z,
+                                            at::TensorList parameters, std::string_view network,
+                                            at::IntArrayRef latents, int64_t p, std::string_view reduction,
+                                            at::IntArrayRef needs);
+
 }  // namespace fastvae

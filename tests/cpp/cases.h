@@ -309,6 +309,79 @@ void for_each_leapfrog(int64_t samples, int64_t dim, int64_t step_stride, Visito
   }
 }
 
+// --- Jacobian sweeps
+// --------------------------------------------------------------------------------------------------
+
+template <typename T, typename Visitor>
+void for_each_jacobian(int64_t samples, int64_t latents, int64_t numel, const ActivationSpec& activation,
+                       Visitor visit) {
+  const std::string where = " activation " + std::to_string(static_cast<int>(activation.kind)) + " [" +
+                            std::to_string(samples) + ", " + std::to_string(latents) + ", " + std::to_string(numel) +
+                            "]";
+  const int64_t size = samples * latents * numel;
+  const bool linear = is_piecewise_linear(activation.kind);
+  const bool identity = activation.kind == Activation::kIdentity;
+  for (const bool shared : {true, false}) {
+    visit("jacobian_tangent" + where + (shared ? " shared" : " in place"), samples, [=](Arena<T>& arena) {
+      JacobianTangent<T> args{};
+      T* adot = arena.random(shared ? latents * numel : size);
+      args.adot = adot;
+      args.s = identity ? nullptr : arena.random(samples * numel, 0.01, 0.99);
+      args.hdot = shared ? arena.output(size) : adot;
+      args.shared = shared;
+      args.samples = samples;
+      args.latents = latents;
+      args.numel = numel;
+      args.activation = activation;
+      return args;
+    });
+    for (const bool from_above : {true, false}) {
+      visit("jacobian_adjoint" + where + (shared ? " shared" : "") + (from_above ? " hbar" : ""), samples,
+            [=](Arena<T>& arena) {
+              JacobianAdjoint<T> args{};
+              T* hdotbar = arena.random(size);
+              T* hbar = from_above ? arena.random(samples * numel) : nullptr;
+              args.hdotbar = hdotbar;
+              args.s = identity ? nullptr : arena.random(samples * numel, 0.01, 0.99);
+              args.e = linear ? nullptr : arena.random(shared ? latents * numel : size);
+              args.hbar = hbar;
+              args.adotbar = hdotbar;
+              args.abar = from_above ? hbar : (linear ? nullptr : arena.output(samples * numel));
+              args.shared = shared;
+              args.samples = samples;
+              args.latents = latents;
+              args.numel = numel;
+              args.activation = activation;
+              return args;
+            });
+    }
+  }
+  for (const bool squared : {true, false}) {
+    for (const int wanted : {0, 1, 2}) {  // the terms alone; the adjoint; the adjoint in place, weighted
+      visit("jacobian_head" + where + (squared ? " squared" : "") + " wanted " + std::to_string(wanted),
+            samples * jacobian_chunks(numel), [=](Arena<T>& arena) {
+              const int64_t first = 3;
+              JacobianHead<T> args{};
+              T* adot = arena.random(size);
+              args.adot = adot;
+              args.s = identity ? nullptr : arena.random(samples * (numel + 5), 0.01, 0.99);
+              args.weight = wanted == 2 ? arena.random(samples) : nullptr;
+              args.terms = arena.output(samples * jacobian_chunks(numel));
+              args.adotbar = wanted == 0 ? nullptr : (wanted == 2 ? adot : arena.output(size));
+              args.abar = wanted == 0 || linear ? nullptr : arena.output(samples * (numel + 5));
+              args.squared = squared;
+              args.samples = samples;
+              args.latents = latents;
+              args.numel = numel;
+              args.outputs = numel + 5;
+              args.first = first;
+              args.activation = activation;
+              return args;
+            });
+    }
+  }
+}
+
 // Calls visit(name, count, build) for every case; build(arena) gives the argument struct, count is the kernel's index.
 template <typename T, typename Visitor>
 void for_each_case(Visitor visit) {
@@ -330,6 +403,11 @@ void for_each_case(Visitor visit) {
   for_each_head<T>({Likelihood::kCategorical, 1.0, 256}, 2, 5, 512, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 5}, 6, 19, 15, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 33}, 1, 1, 33, visit);
+  for (const ActivationSpec& activation : activations()) {
+    for_each_jacobian<T>(2, 3, 37, activation, visit);
+  }
+  for_each_jacobian<T>(1, 1, 1, activations()[8], visit);
+  for_each_jacobian<T>(1, 2, kJacobianChunk + 130, activations()[6], visit);
   for (const int64_t step_stride : {0, 1}) {
     for_each_leapfrog<T>(1, 1, step_stride, visit);
     for_each_leapfrog<T>(5, 3, step_stride, visit);

@@ -1,4 +1,5 @@
 // Each CPU kernel against the formula of kernels.h in the plainest loop, and split into ranges: bitwise the same.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -221,6 +222,192 @@ void naive(const KickDriftBackward<T>& args) {
   }
 }
 
+template <typename T>
+T slope_at(const ActivationSpec& activation, const T* s, int64_t i) {
+  return s == nullptr ? T(1) : by_kind<T, Slope>(activation, s[i], T(0));
+}
+template <typename T>
+T curvature_at(const ActivationSpec& activation, const T* s, int64_t i, T e) {
+  return s == nullptr ? T(0) : by_kind<T, Curvature>(activation, s[i], e);
+}
+
+template <typename T>
+void naive(const JacobianTangent<T>& args) {
+  for (int64_t i = 0; i < args.samples * args.latents * args.numel; ++i) {
+    const int64_t of_sample = i / (args.latents * args.numel) * args.numel + i % args.numel;
+    args.hdot[i] =
+        slope_at(args.activation, args.s, of_sample) * args.adot[args.shared ? i % (args.latents * args.numel) : i];
+  }
+}
+
+template <typename T>
+void naive(const JacobianAdjoint<T>& args) {
+  for (int64_t of_sample = 0; of_sample < args.samples * args.numel; ++of_sample) {
+    const int64_t rows = of_sample / args.numel * args.latents * args.numel + of_sample % args.numel;
+    const T slope = slope_at(args.activation, args.s, of_sample);
+    T abar = args.hbar == nullptr ? T(0) : slope * args.hbar[of_sample];
+    for (int64_t i = 0; i < args.latents; ++i) {
+      const int64_t at = rows + i * args.numel;
+      if (args.e != nullptr) {
+        const T e = args.e[args.shared ? i * args.numel + of_sample % args.numel : at];
+        abar += curvature_at(args.activation, args.s, of_sample, e) * args.hdotbar[at];
+      }
+      args.adotbar[at] = slope * args.hdotbar[at];
+    }
+    if (args.abar != nullptr) {
+      args.abar[of_sample] = abar;
+    }
+  }
+}
+
+template <typename T>
+void naive(const JacobianHead<T>& args) {
+  const int64_t chunks = jacobian_chunks(args.numel);
+  std::fill_n(args.terms, args.samples * chunks, T(0));
+  for (int64_t k = 0; k < args.samples * args.numel; ++k) {
+    const int64_t sample = k / args.numel;
+    const int64_t column = k % args.numel;
+    const int64_t output = sample * args.outputs + args.first + column;
+    const T slope = slope_at(args.activation, args.s, output);
+    const T weight = args.weight == nullptr ? T(1) : args.weight[sample];
+    T abar = T(0);
+    for (int64_t i = 0; i < args.latents; ++i) {
+      const int64_t at = (sample * args.latents + i) * args.numel + column;
+      const T adot = args.adot[at];
+      const T ydot = slope * adot;
+      const T sign = ydot > T(0) ? T(1) : (ydot < T(0) ? T(-1) : T(0));
+      const T bar = weight * (args.squared ? 2 * ydot : sign);
+      args.terms[sample * chunks + column / kJacobianChunk] += args.squared ? ydot * ydot : std::abs(ydot);
+      if (args.adotbar != nullptr) {
+        args.adotbar[at] = slope * bar;
+      }
+      abar += curvature_at(args.activation, args.s, output, keeps_input(args.activation.kind) ? adot : ydot) * bar;
+    }
+    if (args.abar != nullptr) {
+      args.abar[output] = abar;
+    }
+  }
+}
+
+// --- transposed convolutions, each against the scatter that defines it
+
+template <typename T>
+struct ConvProblem {
+  ConvolutionWindow window;
+  int64_t in_channels, samples;
+
+  // Calls body(x, w, y): places in the input, in a weight [in_channels, channels, kernel_height, kernel_width], and in
+  // the output, that meet.
+  template <typename Body>
+  void each(Body body) const {
+    const ConvolutionWindow& w = window;
+    for (int64_t position = 0; position < samples * w.height * w.width; ++position) {
+      const int64_t sample = position / (w.height * w.width);
+      const int64_t y = position / w.width % w.height;
+      const int64_t x = position % w.width;
+      for (int64_t tap = 0; tap < w.kernel_height * w.kernel_width; ++tap) {
+        const int64_t row = y * w.stride_height - w.padding_height + tap / w.kernel_width;
+        const int64_t column = x * w.stride_width - w.padding_width + tap % w.kernel_width;
+        if (row < 0 || row >= w.big_height || column < 0 || column >= w.big_width) {
+          continue;
+        }
+        for (int64_t pair = 0; pair < in_channels * w.channels; ++pair) {
+          const int64_t channel = pair % w.channels;
+          body(position * in_channels + pair / w.channels, pair * w.kernel_height * w.kernel_width + tap,
+               ((sample * w.big_height + row) * w.big_width + column) * w.channels + channel);
+        }
+      }
+    }
+  }
+};
+
+template <typename T>
+void test_direct_convolution(const char* type, const ConvProblem<T>& p) {
+  const ConvolutionWindow& w = p.window;
+  const int64_t taps = w.kernel_height * w.kernel_width;
+  const int64_t weights = p.in_channels * w.channels * taps;
+  const int64_t inputs = p.samples * w.height * w.width * p.in_channels;
+  const int64_t outputs = p.samples * w.big_height * w.big_width * w.channels;
+  Arena<T> inside;
+  const T* weight = inside.random(weights);
+  const T* in = inside.random(inputs);
+  const T* delta = inside.random(outputs);
+  T* forward = inside.output(weights);
+  T* backward = inside.output(weights);
+  for (int64_t k = 0; k < weights; ++k) {
+    const int64_t tap = k % taps, i = tap / w.kernel_width, j = tap % w.kernel_width;
+    const int64_t ci = k / taps / w.channels, co = k / taps % w.channels;
+    // Phases in order; the taps of one in descending order.
+    int64_t place = 0;
+    for (int64_t phase = 0; phase < w.stride_width; ++phase) {
+      for (int64_t other = w.kernel_width - 1; other >= 0; --other) {
+        if ((phase + w.padding_width - other) % w.stride_width == 0) {
+          if (other == j) {
+            forward[((i * w.kernel_width + place) * p.in_channels + ci) * w.channels + co] = weight[k];
+          }
+          ++place;
+        }
+      }
+    }
+    backward[((i * w.kernel_width + j) * w.channels + co) * p.in_channels + ci] = weight[k];
+  }
+  constexpr int64_t kTasks = 2;
+  Arena<T> expected, actual;
+  T* y = expected.filled(outputs, T(0));
+  T* h = expected.filled(inputs, T(0));
+  T* dw = expected.filled(weights, T(0));
+  p.each([&](int64_t at_in, int64_t at_weight, int64_t at_out) {
+    y[at_out] += weight[at_weight] * in[at_in];
+    h[at_in] += weight[at_weight] * delta[at_out];
+    dw[at_weight] += in[at_in] * delta[at_out];
+  });
+  T* out = actual.output(outputs);
+  T* reverse = actual.output(inputs);
+  T* gradient = actual.output(weights);
+  const DirectConvTranspose<T> apply{in, forward, out, p.in_channels, w};
+  const DirectConvTransposeReverse<T> transpose{delta, backward, reverse, p.in_channels, w};
+  Arena<T> partial;
+  T* parts = partial.output(kTasks * weights);
+  const DirectConvTransposeGradient<T> differentiate{delta, in, parts, p.in_channels, p.samples, kTasks, w};
+  for (int64_t sample = 0; sample < p.samples; ++sample) {
+    cpu::direct_conv_transpose(apply, sample, sample + 1);
+    cpu::direct_conv_transpose_reverse(transpose, sample, sample + 1);
+  }
+  for (int64_t task = 0; task < kTasks; ++task) {
+    cpu::direct_conv_transpose_gradient(differentiate, task, task + 1);
+  }
+  for (int64_t k = 0; k < weights; ++k) {
+    const int64_t tap = k % taps, ci = k / taps / w.channels, co = k / taps % w.channels;
+    const int64_t at = (tap * w.channels + co) * p.in_channels + ci;
+    gradient[k] = parts[at] + parts[weights + at];
+  }
+  if (w.channels <= 3) {
+    T* narrow = inside.output(weights);
+    T* narrow_out = actual.output(outputs);
+    std::copy_n(y, outputs, expected.output(outputs));
+    for (int64_t k = 0; k < weights; ++k) {
+      const int64_t ci = k / taps / w.channels, co = k / taps % w.channels;
+      narrow[(ci * taps + k % taps) * w.channels + co] = weight[k];
+    }
+    cpu::narrow_conv_transpose(NarrowConvTranspose<T>{in, narrow, narrow_out, p.in_channels, w}, 0, p.samples);
+  }
+  const double error = difference(actual, expected);
+  CHECK(error <= 400.0 * std::numeric_limits<T>::epsilon(),
+        "direct_conv_transpose %s %dx%d kernel, %d to %d channels: off by %g", type, static_cast<int>(w.kernel_height),
+        static_cast<int>(w.kernel_width), static_cast<int>(p.in_channels), static_cast<int>(w.channels), error);
+}
+
+template <typename T>
+void test_direct_convolutions(const char* type) {
+  // channels, height, width, big_height, big_width, kernel, stride, padding, dilation; in_channels, samples
+  test_direct_convolution<T>(type, {{8, 4, 4, 8, 8, 4, 4, 2, 2, 1, 1, 1, 1}, 16, 3});
+  test_direct_convolution<T>(type, {{33, 3, 5, 6, 9, 3, 3, 2, 2, 1, 1, 1, 1}, 9, 2});
+  test_direct_convolution<T>(type, {{20, 2, 11, 7, 20, 5, 2, 3, 2, 0, 1, 1, 1}, 37, 2});
+  test_direct_convolution<T>(type, {{3, 2, 3, 5, 7, 1, 2, 3, 3, 0, 0, 1, 1}, 50, 3});  // gaps between the taps
+  test_direct_convolution<T>(type, {{1, 1, 1, 4, 4, 4, 4, 1, 1, 0, 0, 1, 1}, 1, 1});   // fewer samples than tasks
+  test_direct_convolution<T>(type, {{12, 3, 3, 3, 3, 3, 3, 1, 1, 1, 1, 1, 1}, 64, 2});
+}
+
 // --- the tests
 // --------------------------------------------------------------------------------------------------------
 
@@ -259,5 +446,7 @@ void test_kernels(const char* type) {
 int main() {
   cases::test_kernels<float>("float");
   cases::test_kernels<double>("double");
+  cases::test_direct_convolutions<float>("float");
+  cases::test_direct_convolutions<double>("double");
   return check::finish("test_kernels");
 }

@@ -5,22 +5,9 @@
 
 #include "../kernels.h"
 #include "clones.h"
+#include "lane_sum.h"
 
 namespace fastvae::cpu {
-
-// Sums a row in `kLanes` partial sums: vectorises without reassociation flags, and is the same in every run.
-template <typename T>
-struct LaneSum {
-  static constexpr int kLanes = 16;
-  T lanes[kLanes] = {};
-  FASTVAE_INLINE T total() const {
-    T sum = T(0);
-    for (const T lane : lanes) {
-      sum += lane;
-    }
-    return sum;
-  }
-};
 
 // One run of outputs whose bias, if any, lies beside them.
 template <typename Head, bool has_bias, typename T>

@@ -1,0 +1,378 @@
+"""The Jacobian L1 penalty against finite differences and PyTorch's forward mode.
+
+    python benchmarks/jacobian.py             times, errors and peak memory, about 5 minutes on 2 cores
+    python benchmarks/jacobian.py --quick     tiny sizes: does everything run?
+
+Every contestant computes the mean over the batch of sum |dy/dz| and its gradient to all parameters, in float32. The
+rivals: forward differences with a step of 1e-3 as the paper's code takes them (Rhodes and Lee, NeurIPS 2021), one
+decode a latent or one of (d + 1) B images; vmap(jacfwd); and torch.func.jvp of several latents stacked in the batch;
+each also through torch.compile where that compiles within a minute. Their errors are against vmap(jacfwd) in float64:
+the largest of |difference| / |exact| over the value and the gradients. Written are jacobian-<device>.json, .md and
+.png.
+
+Floors: "GEMM floor", forward, reverse and weight gradient of every layer but the first as torch.mm with all B d rows
+into results that exist; "FLOP floor", their operations at the rate of a large square product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+# As a script and with -m, from a source tree or beside an installed fastvae.
+sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent))
+
+import common  # noqa: E402
+import floors  # noqa: E402
+import flow_report as report  # noqa: E402
+
+from fastvae import ops  # noqa: E402
+
+OURS, LOOPED, BATCHED = "ours", "differences, looped", "differences, batched"
+JACFWD, JVP = "vmap(jacfwd)", "jvp, 5 latents at a time"
+COMPILED = ", torch.compile"
+STEP = 1e-3
+JVP_LATENTS = 5
+TOLERANCE = 1e-5
+"""our error against float64 beyond twice that of vmap(jacfwd): an entry so near zero that float32 loses its sign moves
+the gradients of both by its share"""
+COMPILE_SECONDS = 60
+MEMORY_BOUND = 1 / 8
+"""our peak extra memory over that of batched differences, at most"""
+
+TARGETS = [
+    report.Target("cpu", "mlp", JACFWD, 1.35, OURS),
+    report.Target("cpu", "mlp", BATCHED, 1.45, OURS),
+    report.Target("cpu", "mlp", LOOPED, 1.7, OURS),
+    report.Target("cpu", "mlp", report.FLOOR, 1.1, OURS),
+    report.Target("cpu", "conv", BATCHED, 2.5, OURS),
+    report.Target("cpu", "conv", JACFWD, 3, OURS),
+]
+
+Penalty = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    key: str
+    title: str
+    decoder: Callable[[], nn.Sequential]
+    latent_dim: int
+    batch: int
+    seconds: float
+    """how long its contestants are timed"""
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def paper_decoder(channels: int = 1, width: int = 32, latent_dim: int = 10) -> nn.Sequential:
+    """The decoder for 64x64 images of Rhodes and Lee, NeurIPS 2021 (width 32)."""
+    return nn.Sequential(
+        nn.Linear(latent_dim, 8 * width),
+        nn.ReLU(),
+        nn.Linear(8 * width, 32 * width),
+        nn.ReLU(),
+        nn.Unflatten(1, (2 * width, 4, 4)),
+        nn.ConvTranspose2d(2 * width, 2 * width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [
+            Case("mlp", "3-8-8-12, batch 5", lambda: mlp(3, 8, 8, 12), 3, 5, 0.1),
+            Case("conv", "convolutional, width 4, batch 2", lambda: paper_decoder(1, 4, 3), 3, 2, 0.1),
+        ]
+    return [
+        Case("mlp", "10-512-512-4096, batch 64", lambda: mlp(10, 512, 512, 4096), 10, 64, 12),
+        Case("conv", "the paper's convolutional, 1x64x64, batch 64", paper_decoder, 10, 64, 20),
+    ]
+
+
+def memory_case(quick: bool) -> Case:
+    if quick:
+        return cases(quick)[1]
+    return Case("color", "the paper's convolutional, 3x64x64, batch 64", lambda: paper_decoder(3), 10, 64, 0)
+
+
+def ours(decoder: nn.Module, z: Tensor) -> Tensor:
+    return ops.jacobian_l1(decoder, z)
+
+
+def looped_differences(decoder: nn.Module, z: Tensor) -> Tensor:
+    base = decoder(z)
+    total = base.new_zeros(())
+    for i in range(z.shape[1]):
+        shifted = z.clone()
+        shifted[:, i] += STEP
+        total = total + ((decoder(shifted) - base) / STEP).abs().sum()
+    return total / len(z)
+
+
+def batched_differences(decoder: nn.Module, z: Tensor) -> Tensor:
+    shifted = z + STEP * torch.eye(z.shape[1], device=z.device, dtype=z.dtype)[:, None]
+    images = decoder(torch.cat([z, shifted.flatten(0, 1)]))
+    base, moved = images[: len(z)], images[len(z) :].unflatten(0, shifted.shape[:2])
+    return ((moved - base) / STEP).abs().sum() / len(z)
+
+
+def forward_mode(decoder: nn.Module, z: Tensor) -> Tensor:
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda point: decoder(point[None])[0]))(z)
+    return jacobian.abs().sum() / len(z)
+
+
+def chunked_jvp(decoder: nn.Module, z: Tensor) -> Tensor:
+    total = z.new_zeros(())
+    directions = torch.eye(z.shape[1], device=z.device, dtype=z.dtype)
+    for chunk in directions.split(JVP_LATENTS):
+        tangents = chunk[:, None].expand(-1, len(z), -1).flatten(0, 1)
+        total = total + torch.func.jvp(decoder, (z.repeat(len(chunk), 1),), (tangents,))[1].abs().sum()
+    return total / len(z)
+
+
+RIVALS: dict[str, Penalty] = {
+    LOOPED: looped_differences,
+    BATCHED: batched_differences,
+    JACFWD: forward_mode,
+    JVP: chunked_jvp,
+}
+
+
+def contestant(penalty: Penalty, decoder: nn.Module, z: Tensor) -> Callable[[], list[Tensor]]:
+    """Value and gradients to the parameters; a bias of the last layer, on which nothing depends, gets zeros."""
+    parameters = list(decoder.parameters())
+
+    def run() -> list[Tensor]:
+        value = penalty(decoder, z)
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        return [value.detach(), *gradients]
+
+    return run
+
+
+def problem(case: Case, device: torch.device, batch: int | None = None) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    return case.decoder().to(device), torch.randn(batch or case.batch, case.latent_dim).to(device)
+
+
+def error_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative error over the value and the gradients that are not zero."""
+    pairs = [(ours, theirs) for ours, theirs in zip(result, exact, strict=True) if theirs.any()]
+    return common.relative_error([a for a, _ in pairs], [b for _, b in pairs])
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError inside when the time is over."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"over {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Errors against float64 of every contestant, then their times and the floors'."""
+    decoder, z = problem(case, device)
+    exact = contestant(forward_mode, copy.deepcopy(decoder).double(), z.double())()
+    contestants: dict[str, common.Contestant] = {}
+    errors: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    named = {OURS: ours, **RIVALS}
+    if options.compile:
+        named |= {name + COMPILED: penalty for name, penalty in RIVALS.items()}
+    for name, penalty in named.items():
+        progress(f"{case.title}: {name}")
+        try:
+            if name.endswith(COMPILED):
+                torch._dynamo.reset()
+                with at_most(COMPILE_SECONDS):
+                    run = contestant(torch.compile(penalty, dynamic=False), decoder, z)
+                    result = run()
+            else:
+                run = contestant(penalty, decoder, z)
+                result = run()
+        except Exception as error:
+            if name == OURS:
+                raise
+            notes[name] = (
+                f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            )
+            continue
+        errors[name] = error_of(result, exact)
+        contestants[name] = run
+    bound = 2 * errors[JACFWD] + TOLERANCE
+    if not errors[OURS] <= bound:
+        raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}, over {bound:.1e}")
+
+    layers = floors.products(decoder, z.repeat_interleave(case.latent_dim, 0))
+    contestants[report.FLOOR] = floors.tangent_floor(layers, device)
+    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
+    contestants[square] = common.gemm(side, side, side, device)
+    progress(f"{case.title}: timing")
+    timings = common.interleave(
+        contestants,
+        dict.fromkeys(contestants, common.clock_of(device)),
+        seconds=case.seconds,
+        min_rounds=2 if options.quick else 5,
+    )
+    gflops = 2 * side**3 / timings.pop(square).median / 1e6
+    operations = floors.tangent_operations(layers)
+    floor = timings.pop(report.FLOOR)
+    floor_ms = {report.FLOOR: floor.median, report.FLOPS: operations / gflops / 1e6}
+    mine = timings[OURS].median
+    return {
+        "case": case.key,
+        "title": case.title,
+        "operations": operations,
+        "square_gemm_gflops": gflops,
+        "timings_ms": timings,
+        "floor_timings_ms": {report.FLOOR: floor},
+        "floor_ms": floor_ms,
+        "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
+        "ours_over_floor": {name: mine / value for name, value in floor_ms.items()},
+        "relative_error": errors,
+        "notes": notes,
+    }
+
+
+def memory_probe(name: str, quick: bool, device: str) -> Callable[[], object]:
+    """Value and gradient of a contestant at the size where memory is measured, warmed up with one sample."""
+    case, penalty = memory_case(quick), {OURS: ours, **RIVALS}[name]
+    contestant(penalty, *problem(case, torch.device(device), batch=1))()
+    return contestant(penalty, *problem(case, torch.device(device)))
+
+
+def run_memory(device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak extra memory of every contestant."""
+    rows: list[dict[str, Any]] = []
+    for name in (OURS, *RIVALS):
+        progress(f"peak memory: {name}")
+        arguments = (name, options.quick, device.type)
+        if device.type == "cuda":
+            size = common.peak_extra_cuda_memory(memory_probe(*arguments))
+        else:
+            size = common.peak_extra_memory("jacobian", "memory_probe", *arguments, threads=options.threads)
+        rows.append({"contestant": name, "bytes": size})
+    return rows
+
+
+def memory_section(case: Case, rows: Sequence[dict[str, Any]]) -> str:
+    sizes = {row["contestant"]: row["bytes"] for row in rows}
+    share = sizes[OURS] / sizes[BATCHED] if sizes[BATCHED] else None
+    measured = "not measured" if share is None else f"{share:.3f}"
+    reached = report.REACHED[None if share is None else share <= MEMORY_BOUND]
+    table = common.markdown_table(
+        ["contestant", "peak extra memory, MiB"],
+        [[name, f"{size / 2**20:.1f}"] for name, size in sizes.items()],
+    )
+    return (
+        f"## Peak extra memory, {case.title}\n\n{table}\n\nours / batched differences: {measured}, "
+        f"target at most {MEMORY_BOUND:g}, reached: {reached}"
+    )
+
+
+def error_table(record: dict[str, Any]) -> str:
+    rows = [[name, f"{error:.1e}"] for name, error in record["relative_error"].items()]
+    return common.markdown_table(["contestant", "error against float64"], rows)
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: does it run?")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
+    )
+    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
+    parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
+    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.compile = options.compile and not options.quick
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--cuda: PyTorch sees no GPU")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(options.device)
+    environment = common.environment(device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"jacobian-{common.device_slug(device)}{'-quick' if options.quick else ''}"
+    records = [run_case(case, device, options) for case in cases(options.quick)]
+    settings = {
+        "threads": options.threads,
+        "precision": "float32, TF32 off",
+        "peak memory": "VmHWM of a fresh process" if device.type == "cpu" else "PyTorch's allocator",
+    }
+    record = {
+        "benchmark": "jacobian",
+        "environment": environment,
+        "settings": settings,
+        "cases": records,
+        "memory": run_memory(device, options),
+        "targets": [] if options.quick else report.judge(records, device.type, TARGETS),
+    }
+    sections = ["# The Jacobian L1 penalty"]
+    if record["targets"]:
+        sections.append(report.target_table(record["targets"]))
+    for case in records:
+        sections += [report.case_section(case, OURS), error_table(case)]
+    sections += [
+        memory_section(memory_case(options.quick), record["memory"]),
+        report.environment_table(environment, settings),
+    ]
+    panels = {
+        case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
+        for case in records
+    }
+    if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
+        progress("no figure: matplotlib is not installed")
+    common.write_json(path.with_suffix(".json"), record)
+    text = "\n\n".join(sections)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

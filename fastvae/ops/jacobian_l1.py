@@ -1,0 +1,127 @@
+"""The Jacobian L1 penalty of a decoder: sum of |dy/dz|, with the gradient in closed form."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import reference
+from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
+from fastvae.ops._registration import (
+    cast_under_autocast,
+    check_one_device,
+    float32_under_autocast,
+    refuse_forward_mode,
+    refuse_function_transforms,
+)
+from fastvae.reference import check_jacobian_options, resolve_latents
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def jacobian_l1(
+    decoder: nn.Module,
+    z: Tensor,
+    reduction: str = "mean",
+    *,
+    output: str = "identity",
+    latents: Sequence[int] | Tensor | None = None,
+    p: int = 1,
+) -> Tensor:
+    """Sum over latents i and outputs o of |d y_o / d z_i|^p, y = psi(decoder(z)), for each sample.
+
+    Rhodes and Lee, Local Disentanglement in Variational Auto-Encoders Using Jacobian L1 Regularization,
+    NeurIPS 2021, equation (5); exact, where the authors take forward differences.
+
+    Args:
+        decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to [B, ...].
+            Any other module that PyTorch can differentiate in forward mode works through autograd, after one
+            warning; under ``torch.compile(fullgraph=True)`` it raises instead.
+        z: codes [B, d], float32 or float64, CPU or CUDA.
+        reduction: "mean" or "sum" over the samples, or "none".
+        output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
+        latents: the i to sum over, distinct integers in [0, d); None for all.
+        p: 1 for absolute values, 2 for squares (no root and no factor).
+
+    Returns:
+        [] or, with "none", [B]; the gradient reaches z and every parameter of the decoder. "mean" and "sum" compute
+        it together with the value when it will be wanted, and hold it until then; "none" computes the Jacobian again
+        in the backward pass. A sample whose code is not finite is NaN.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; an option that is not known; latents out of range or repeated;
+            output="sigmoid" with a decoder that ends in a Sigmoid itself.
+        TypeError: dtypes other than float32 and float64, or mixed; latents that are not integers.
+        CoupledSamples: BatchNorm or Dropout in training mode.
+        NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
+    """
+    refuse_function_transforms("jacobian_l1", z)
+    check_jacobian_options(reduction, output, p)
+    if z.dim() != 2:
+        raise ValueError(f"fastvae::jacobian_l1: z: expected shape [B, d], got {list(z.shape)}")
+    indices = resolve_latents(latents, z.shape[1])
+    z = float32_under_autocast(z)
+    try:
+        network = lower(decoder)
+    except CoupledSamples:
+        raise
+    except UnsupportedLayer as error:
+        if torch.compiler.is_compiling():
+            raise
+        _warn_once(decoder, error)
+        with torch.autocast(z.device.type, enabled=False):
+            return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)
+    spec = network.spec
+    if output == "sigmoid":
+        if network.ends_in_sigmoid:
+            raise ValueError(
+                "fastvae::jacobian_l1: output: 'sigmoid' expects a decoder that returns logits, and this one ends in "
+                "a Sigmoid; pass output='identity', or take the Sigmoid off"
+            )
+        spec += ";sigmoid"
+    refuse_forward_mode("jacobian_l1", z, *network.tensors)
+    return torch.ops.fastvae.jacobian_l1(z, network.tensors, spec, indices, p, reduction)
+
+
+def _warn_once(decoder: nn.Module, error: UnsupportedLayer) -> None:
+    if decoder not in _warned:
+        _warned.add(decoder)
+        warnings.warn(
+            f"fastvae.ops.jacobian_l1: this decoder cannot be lowered, so PyTorch's autograd runs instead (same "
+            f"result, slower). {error}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+@torch.library.register_fake("fastvae::jacobian_l1")
+def _(
+    z: Tensor, parameters: Sequence[Tensor], network: str, latents: Sequence[int], p: int, reduction: str
+) -> Tensor:
+    check_one_device("jacobian_l1", z, "z", parameters=parameters)
+    return z.new_empty(z.shape[:1] if reduction == "none" else ())
+
+
+@torch.library.register_fake("fastvae::jacobian_l1_with_gradient")
+def _(
+    cotangent: Tensor | None,
+    z: Tensor,
+    parameters: Sequence[Tensor],
+    network: str,
+    latents: Sequence[int],
+    p: int,
+    reduction: str,
+    needs: Sequence[int],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    check_one_device("jacobian_l1_with_gradient", z, "z", parameters=parameters)
+    wanted = [
+        z.new_empty(tensor.shape if need else 0) for tensor, need in zip((z, *parameters), needs, strict=True)
+    ]
+    return z.new_empty(z.shape[:1] if reduction == "none" else ()), wanted[0], wanted[1:]
+
+
+cast_under_autocast("jacobian_l1")
