@@ -1,7 +1,4 @@
-"""Image data sets for training: scikit-learn's digits, IDX files, ``.npz`` files; dynamic binarisation.
-
-Nothing is downloaded. DATA.md says where the usual files come from and under which licence.
-"""
+"""Images from scikit-learn's digits, IDX files and ``.npz`` files. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,87 +8,19 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
-__all__ = ["ImageDataset", "binarize", "collate_binarized", "images_of", "load"]
+from fastvae.data.images import ImageDataset
+
+__all__ = ["load"]
 
 _Array = np.ndarray[Any, Any]
 _IDX_NAME = re.compile(r"(?:(?P<prefix>.+)[-_.])?images[-.]idx[34]-ubyte(?:\.gz)?")
 _ROLES = {"train": "train", "t10k": "test", "test": "test"}
-
-
-class ImageDataset(Dataset[tuple[Any, ...]]):
-    """Images held in memory as bytes.
-
-    Item ``i`` is ``(image, label)``: image float32 [C, H, W] in [0, 1], label an int. Without labels it is
-    ``(image,)``, as with ``torch.utils.data.TensorDataset``.
-
-    Attributes:
-        images: uint8 [N, C, H, W]; anything else, or N = 0, is a ValueError.
-        labels: int64 [N], or None.
-        name: where the images come from.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor | None = None, name: str = "images") -> None:
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.numel() == 0:
-            raise ValueError(
-                f"{name}: expected images as uint8 [N, C, H, W] with at least one image, "
-                f"got {images.dtype} {list(images.shape)}"
-            )
-        if labels is not None:
-            if labels.is_floating_point() or labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"{name}: expected labels as integers [{images.shape[0]}], one an image, "
-                    f"got {labels.dtype} {list(labels.shape)}"
-                )
-            labels = labels.to(torch.int64)
-        self.images = images
-        self.labels = labels
-        self.name = name
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        image = self.images[index].to(torch.float32).div_(255)
-        return (image,) if self.labels is None else (image, int(self.labels[index]))
-
-    def __repr__(self) -> str:
-        count, *shape = self.images.shape
-        labels = "no labels" if self.labels is None else f"{self.labels.unique().numel()} labels"
-        return f"ImageDataset({self.name!r}, {count} images of {'x'.join(map(str, shape))}, {labels})"
-
-    def tensors(self) -> tuple[Tensor, Tensor | None]:
-        """All images as float32 [N, C, H, W] in [0, 1], and the labels int64 [N] or None."""
-        return self.images.to(torch.float32).div_(255), self.labels
-
-    def subset(self, indices: Tensor | Sequence[int]) -> ImageDataset:
-        """The images at ``indices`` (integers [M]), in that order, as a data set of its own."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return ImageDataset(
-            self.images[chosen], None if self.labels is None else self.labels[chosen], self.name
-        )
-
-    def split(self, *sizes: int, seed: int = 0) -> tuple[ImageDataset, ...]:
-        """Disjoint random parts of the given sizes; ``split(9000, 1000)`` of 10,000 images leaves none out.
-
-        The parts depend on ``seed`` and the number of images only, not on torch's global generator. Sizes
-        below 1, or more images than there are, raise ValueError.
-        """
-        if not sizes or min(sizes) < 1 or sum(sizes) > len(self):
-            raise ValueError(
-                f"ImageDataset.split: expected sizes of at least 1 that sum to at most {len(self)} "
-                f"(the images of {self.name}), got {sizes}"
-            )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return tuple(self.subset(part) for part in order[: sum(sizes)].split(list(sizes)))
 
 
 def load(
@@ -146,71 +75,6 @@ def load(
         )
     train, test = whole.split(len(whole) - test_size, test_size, seed=seed)
     return train if split == "train" else test
-
-
-def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Dynamic binarisation: each pixel is 1 with probability its value, drawn anew at each call.
-
-    As in Burda, Grosse and Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016, section 5.
-
-    Args:
-        x: floating point, any shape, values in [0, 1]. The range is checked on the CPU only: elsewhere the
-            check would stop the device's queue, and values outside clamp to probability 0 or 1.
-        generator: of x's device; None draws from torch's global one.
-
-    Returns:
-        Tensor like ``x`` with values 0 and 1. ValueError unless floating point and (CPU) within [0, 1].
-    """
-    if not x.is_floating_point():
-        raise ValueError(
-            f"binarize: x: expected floating point values in [0, 1], got {x.dtype}; divide by 255?"
-        )
-    if x.device.type == "cpu" and not bool(((x >= 0) & (x <= 1)).all()):
-        found = f"{float(x.min()):.6g} to {float(x.max()):.6g}"
-        raise ValueError(f"binarize: x: expected values in [0, 1], got {found}")
-    # Single precision at least: bfloat16 draws take 256 values and would bias every probability.
-    noise_dtype = torch.promote_types(x.dtype, torch.float32)
-    noise = torch.rand(x.shape, dtype=noise_dtype, device=x.device, generator=generator)
-    return (noise < x).to(x.dtype)
-
-
-def collate_binarized(samples: list[Any]) -> Any:
-    """A DataLoader's ``collate_fn``: the default collation, then :func:`binarize` of the images.
-
-    The noise comes from torch's global generator of the process that collates. DataLoader seeds its workers
-    from the main process at every epoch (with ``persistent_workers`` only once), so ``torch.manual_seed`` or
-    the ``seed`` of ``fit`` repeats the batches, and each epoch still sees fresh noise.
-    """
-    batch = default_collate(samples)
-    binary = binarize(images_of(batch))
-    if isinstance(batch, Tensor):
-        return binary
-    if isinstance(batch, Mapping):
-        return {**batch, "data": binary}
-    return [binary, *batch[1:]]
-
-
-def images_of(batch: Any) -> Tensor:
-    """The images of a loader's batch: a tensor, the first entry of a tuple or list, or ``batch["data"]``.
-
-    TypeError for anything else; the message says what the batch is made of.
-    """
-    if isinstance(batch, Tensor):
-        return batch
-    found = type(batch).__name__
-    if isinstance(batch, Mapping):
-        data = batch.get("data")
-        if isinstance(data, Tensor):
-            return data
-        found += " with keys " + ", ".join(f"{k!r} ({type(v).__name__})" for k, v in batch.items())
-    elif isinstance(batch, (tuple, list)):
-        if batch and isinstance(batch[0], Tensor):
-            return batch[0]
-        found += " of " + (", ".join(type(v).__name__ for v in batch[:4]) or "nothing")
-    raise TypeError(
-        "images_of: batch: expected a tensor, a tuple or list whose first entry is a tensor, "
-        f'or a mapping with a tensor "data"; got {found}'
-    )
 
 
 def _find(source: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,21 @@
+"""Image data sets for training: images in memory, files, generated images with known factors, binarisation.
+
+Nothing is downloaded. DATA.md says where the usual files come from and under which licence.
+"""
+
+from fastvae.data.factors import FactorDataset, FactorSpace
+from fastvae.data.files import load
+from fastvae.data.generated import shapes, three_dots
+from fastvae.data.images import ImageDataset, binarize, collate_binarized, images_of
+
+__all__ = [
+    "FactorDataset",
+    "FactorSpace",
+    "ImageDataset",
+    "binarize",
+    "collate_binarized",
+    "images_of",
+    "load",
+    "shapes",
+    "three_dots",
+]
