@@ -1,17 +1,19 @@
 """fastvae: exact, fused operators for variational auto-encoders in PyTorch.
 
 fastvae.ops             operators (C++ and CUDA), drop-in for your own code
-fastvae.VAE, HVAE       models assembled from them
+fastvae.VAE, HVAE, ...  models assembled from them
+fastvae.penalties       further terms of a model's loss
 fastvae.fit, data       training and images
 fastvae.architectures   the networks of the papers
+fastvae.metrics         measures of trained models
 fastvae.reference       every operator again, in plain PyTorch
 """
 
 from fastvae import _extension  # isort: skip  (first: says clearly what is wrong when the build does not fit)
-from fastvae import architectures, data, likelihoods, lowering, metrics, models, ops, reference, training
+from fastvae import architectures, data, likelihoods, lowering, metrics, models, ops, penalties, reference, training
 from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
-from fastvae.models import HVAE, VAE, DivergenceError
+from fastvae.models import HVAE, VAE, DivergenceError, JacobianL1VAE
 from fastvae.training import History, fit
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "DivergenceError",
     "Gaussian",
     "History",
+    "JacobianL1VAE",
     "__version__",
     "architectures",
     "data",
@@ -31,6 +34,7 @@ __all__ = [
     "metrics",
     "models",
     "ops",
+    "penalties",
     "reference",
     "training",
 ]

@@ -1,0 +1,59 @@
+"""Weights that grow linearly from 0 over the first optimisation steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvae.models.base import Penalty, TrainingStep
+
+__all__ = ["AnnealedPenalty", "BetaAnnealing"]
+
+
+class AnnealedPenalty(Penalty):
+    """A penalty that knows how many optimisation steps were taken; the count is saved and moved with it.
+
+    Args:
+        anneal_steps: after so many steps the ramp, which begins at 0, has reached 1. 0: it is 1 throughout.
+
+    Raises:
+        ValueError: anneal_steps below 0 or no integer.
+    """
+
+    steps_taken: Tensor
+    """int64 []"""
+
+    def __init__(self, anneal_steps: int = 0) -> None:
+        super().__init__()
+        if isinstance(anneal_steps, bool) or not isinstance(anneal_steps, int) or anneal_steps < 0:
+            raise ValueError(
+                f"{type(self).__name__}: anneal_steps: expected an int of at least 0, got {anneal_steps!r}"
+            )
+        self.anneal_steps = anneal_steps
+        self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
+
+    def ramp(self) -> Tensor:
+        """min(1, steps taken / anneal_steps): [] float64, on the module's device."""
+        if not self.anneal_steps:
+            return torch.ones_like(self.steps_taken, dtype=torch.float64)
+        return (self.steps_taken.double() / self.anneal_steps).clamp(max=1)
+
+    def step(self) -> None:
+        """One optimisation step was taken; ``fit`` calls it."""
+        self.steps_taken += 1
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says of the settings."""
+        return f"anneal_steps={self.anneal_steps}"
+
+
+class BetaAnnealing(AnnealedPenalty):
+    """Lets the model's beta grow linearly from 0 to its value over ``anneal_steps`` optimisation steps.
+
+    For models whose loss is beta R - log p(x | z), as VAE and HVAE: it adds (ramp - 1) beta R. ``elbo`` and
+    ``log_likelihood``, which have beta = 1, are not touched.
+    """
+
+    def forward(self, step: TrainingStep) -> Tensor:
+        """(ramp - 1) beta R of each sample, which the loss has at full weight: [B]."""
+        return (self.ramp() - 1) * (step.loss + step.log_px)

@@ -1,0 +1,52 @@
+"""The Jacobian L1 penalty."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fastvae.likelihoods import Bernoulli
+from fastvae.models.base import TrainingStep
+from fastvae.ops.jacobian_l1 import jacobian_l1
+from fastvae.penalties.annealing import AnnealedPenalty
+
+__all__ = ["JacobianL1"]
+
+
+class JacobianL1(AnnealedPenalty):
+    """gamma sum_i sum_p |d y_p / d z_i|: each code may move few outputs y of the decoder.
+
+    Rhodes and Lee, "Local Disentanglement in Variational Auto-Encoders Using Jacobian L1 Regularization",
+    NeurIPS 2021, equation (5), exact where the authors take differences. y is the decoder's output, after the
+    sigmoid for a Bernoulli likelihood: the mean of p(x | z), but for the categorical likelihood, where y are
+    the logits. z is the code that was decoded (for an HVAE the end of the trajectory), taken as given: the
+    penalty has a gradient to the decoder alone.
+
+    Args:
+        gamma: weight, in nats per unit of |dy / dz|.
+        anneal_steps: the weight grows linearly from 0 to gamma over so many optimisation steps.
+
+    Raises:
+        ValueError: gamma negative or not finite, anneal_steps below 0; in training, a decoder that the
+            operator refuses (BatchNorm or Dropout in train mode couple samples).
+    """
+
+    def __init__(self, gamma: float = 0.1, anneal_steps: int = 0) -> None:
+        super().__init__(anneal_steps)
+        if not (math.isfinite(gamma) and gamma >= 0):
+            raise ValueError(f"JacobianL1: gamma: expected a finite number of at least 0, got {gamma}")
+        self.gamma = float(gamma)
+
+    def forward(self, step: TrainingStep) -> Tensor:
+        """The weighted penalty of each sample: [B]."""
+        likelihood = step.model.likelihood
+        # With probs=True the decoder ends in the sigmoid itself.
+        sigmoid = isinstance(likelihood, Bernoulli) and not likelihood.probs
+        output = "sigmoid" if sigmoid else "identity"
+        value = jacobian_l1(step.model.decoder, step.z.detach(), "none", output=output)
+        return self.gamma * self.ramp() * value
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says of the settings."""
+        return f"gamma={self.gamma}, {super().extra_repr()}"
