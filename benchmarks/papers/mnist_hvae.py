@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from mnist_hvae import report
 from mnist_hvae.comparison import HVAE, compare, differences, summaries
-from mnist_hvae.training import Row, write
+from shared import Row, claim_folder, write
 
 import fastvae
 from fastvae.data import binarize, load
@@ -105,21 +105,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if (value := getattr(arguments, name)) < least:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     return arguments
-
-
-def claim_folder(folder: Path, settings: Row, resume: bool) -> None:
-    """Begin a folder of states, or see that those in it may go on under the same settings."""
-    file = folder / "settings.json"
-    if file.exists():
-        found = json.loads(file.read_text())
-        if not resume:
-            raise SystemExit(f"{folder} holds an earlier run: pass --resume, or another --checkpoint")
-        if changed := [f"{key} {found.get(key)}" for key in settings if found.get(key) != settings[key]]:
-            raise SystemExit(f"{folder}: --resume: expected the same settings, found {', '.join(changed)}")
-    elif resume:
-        raise SystemExit(f"{folder}: --resume: expected an earlier run, found none")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(settings, indent=1) + "\n")
 
 
 if __name__ == "__main__":

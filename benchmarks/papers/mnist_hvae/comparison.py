@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from shared import Row, stored, training_seconds
 from torch import Tensor
 from tqdm import tqdm
 
 import fastvae
 
 from .networks import Model, build
-from .training import Row, Run, steps_in, train_in_turns, training_seconds, write
+from .training import Run, steps_in, train_in_turns
 
 HVAE, EQUAL_STEPS, EQUAL_TIME = "HVAE", "VAE, equal steps", "VAE, equal time"
 SCORED_AT_ONCE = 50
@@ -70,17 +69,14 @@ def compare(seed: int, train: Tensor, test: Tensor, arguments: argparse.Namespac
     return rows
 
 
-def stored_scores(
-    file: Path, model: Model, x: Tensor, steps: int, num_samples: int, label: str
-) -> dict[str, Any]:
+def stored_scores(file: Path, model: Model, x: Tensor, steps: int, num_samples: int, label: str) -> Row:
     """NLL [M] in nats, its mean estimate from either half of the samples; from ``file`` if they are there."""
-    key = {"steps": steps, "num_samples": num_samples, "test_images": len(x)}
-    if file.exists() and (found := json.loads(file.read_text()))["key"] == key:
-        return dict(found["scores"])
-    nll, half = score(model, x, num_samples, label)
-    scores = {"nll": nll.tolist(), "nll_half": half.tolist()}
-    write(file, json.dumps({"key": key, "scores": scores}))
-    return scores
+
+    def compute() -> Row:
+        nll, half = score(model, x, num_samples, label)
+        return {"nll": nll.tolist(), "nll_half": half.tolist()}
+
+    return stored(file, {"steps": steps, "num_samples": num_samples, "test_images": len(x)}, compute)
 
 
 def score(model: Model, x: Tensor, num_samples: int, label: str) -> tuple[Tensor, Tensor]:

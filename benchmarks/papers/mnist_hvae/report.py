@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from shared import Row, table
+
 from .comparison import EQUAL_STEPS, EQUAL_TIME, HVAE
-from .training import Row
-
-
-def table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> str:
-    """Markdown; a column is (key, heading, format), None is printed as "-"."""
-    lines = [[heading for _, heading, _ in columns], ["---"] * len(columns)]
-    for row in rows:
-        lines.append(["-" if row[key] is None else format(row[key], spec) for key, _, spec in columns])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def as_text(models: Sequence[Row], paired: Sequence[Row], settings: Row) -> str:

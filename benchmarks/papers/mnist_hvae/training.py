@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared import Row, keep_epochs, last_epoch, training_seconds, write
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
@@ -19,8 +18,6 @@ from tqdm import tqdm
 import fastvae
 
 from .networks import Model
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -47,8 +44,7 @@ class Run:
             sampler=BatchSampler(RandomSampler(self.images), self.batch_size, drop_last=False),
             batch_size=None,
         )
-        saved = max(int(path.stem.removeprefix("epoch-")) for path in [Path("epoch-0"), *self._epoch_files()])
-        if saved:
+        if saved := last_epoch(self.folder):
             self.history = self._fit(epochs=saved)
             curve = self.folder / "curve.json"
             self.curve = json.loads(curve.read_text()) if curve.exists() else []
@@ -87,9 +83,7 @@ class Run:
             }
         )
         write(self.folder / "curve.json", json.dumps(self.curve))
-        for path in self._epoch_files():
-            if path.name not in {f"epoch-{number:04d}.pt" for number in (0, keep, self.epochs)}:
-                path.unlink()
+        keep_epochs(self.folder, (0, keep, self.epochs))
 
     def stop_at(self, steps: int) -> fastvae.History:
         """Put the model into its state after so many steps, trained from the last state kept before."""
@@ -109,9 +103,6 @@ class Run:
             binarize=True,
             progress=False,
         )
-
-    def _epoch_files(self) -> list[Path]:
-        return list(self.folder.glob("epoch-*.pt"))
 
 
 def train_in_turns(hvae: Run, vae: Run, steps: int, label: str) -> None:
@@ -140,19 +131,3 @@ def epochs_in(seconds: float, run: Run) -> int:
 def steps_in(seconds: float, history: fastvae.History) -> int:
     """How many steps from the start end within so many seconds, at the median pace of ``history``."""
     return max(1, math.floor(seconds * history.steps[-1] / training_seconds(history)))
-
-
-def training_seconds(history: fastvae.History) -> float:
-    """Seconds of all steps at the median pace of the epochs: other work on the machine hardly counts."""
-    if not history.steps:
-        return 0.0
-    counts = [last - first for first, last in zip([0, *history.steps], history.steps, strict=False)]
-    paces = [seconds / count for seconds, count in zip(history.seconds, counts, strict=True)]
-    return history.steps[-1] * statistics.median(paces)
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file by a whole one or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
