@@ -16,7 +16,7 @@ _DOT_RADIUS = 0.08
 _SHAPES = ("square", "ellipse", "heart")
 
 
-def three_dots(num_images: int = 10_000, *, size: int = 64, seed: int = 0) -> FactorDataset:
+def three_dots(num_images: int = 10_000, *, size: int = 64, values: int = 64, seed: int = 0) -> FactorDataset:
     """Three black dots on white at independent places, which may overlap and leave the image by half.
 
     The data of Rhodes and Lee, "Local Disentanglement in Variational Auto-Encoders Using Jacobian L1
@@ -24,21 +24,24 @@ def three_dots(num_images: int = 10_000, *, size: int = 64, seed: int = 0) -> Fa
     different factors may give the same image.
 
     Args:
-        num_images: drawn at random of the size^6 that there are.
-        size: side in pixels, and the number of values of each factor.
+        num_images: drawn at random, of the values^6 that there are.
+        size: side in pixels.
+        values: places of a dot along a side, at equal distances.
         seed: of the factors; torch's global generator is not touched.
 
     Returns:
         :class:`FactorDataset` with the factors "x of dot 1", "y of dot 1", "x of dot 2", ...: 0 is the left
-        or upper border, size - 1 the right or lower one.
+        or upper border, values - 1 the right or lower one.
 
     Raises:
-        ValueError: num_images below 1 or size below 2.
+        ValueError: num_images below 1, size or values below 2.
     """
     _check("three_dots", num_images, size)
+    if values < 2:
+        raise ValueError(f"three_dots: values: expected at least 2, got {values}")
     names = tuple(f"{axis} of dot {dot}" for dot in (1, 2, 3) for axis in "xy")
-    draw = functools.partial(_draw_dots, size=size)
-    space = FactorSpace("three dots", names, (size,) * 6, (1, size, size), draw)
+    draw = functools.partial(_draw_dots, size=size, values=values)
+    space = FactorSpace("three dots", names, (values,) * 6, (1, size, size), draw)
     return FactorDataset(space, space.sample(num_images, torch.Generator().manual_seed(seed)))
 
 
@@ -80,9 +83,9 @@ def _pixel_centres(like: Tensor, size: int) -> Tensor:
     return (torch.arange(size, device=like.device, dtype=torch.float32) + 0.5) / size
 
 
-def _draw_dots(factors: Tensor, size: int) -> Tensor:
+def _draw_dots(factors: Tensor, size: int, values: int) -> Tensor:
     pixels = _pixel_centres(factors, size)
-    centres = factors.to(torch.float32) / (size - 1)
+    centres = factors.to(torch.float32) / (values - 1)
     squares = (pixels - centres[:, :, None]).square()
     across, down = squares[:, 0::2], squares[:, 1::2]
     nearest = (down[..., :, None] + across[..., None, :]).amin(1).sqrt()
