@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fastvae
 from fastvae.__main__ import main
@@ -22,9 +23,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from fastvae.demo import experiment, timing
+from fastvae.demo import experiment, penalty, timing, training
 from fastvae.demo.experiment import run_demo
-from fastvae.demo.figures import image_rows
+from fastvae.demo.figures import image_rows, signed
+from fastvae.demo.latents import informative, jacobian_columns, traversals
 from fastvae.demo.problem import Batches, Problem, load_problem
 from fastvae.demo.report import Picture, Section, Table, as_html, as_text
 from fastvae.demo.sections import SECTIONS, _disturbances
@@ -37,6 +39,7 @@ TITLES = [
     "Energy along the trajectory",
     "Training",
     "Time per training step",
+    "Jacobian penalty",
     "What was run",
     "Command and versions",
 ]
@@ -44,9 +47,12 @@ TITLES = [
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two rounds of timing, and one thread: other tests may be running beside this one."""
+    """Two rounds of timing, few dots, and one thread: other tests may be running beside this one."""
     monkeypatch.setattr(timing, "_ROUNDS", 2)
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    monkeypatch.setattr(penalty, "_DOTS", 30)
+    monkeypatch.setattr(penalty, "_CLUSTER_POINTS", 50)
+    monkeypatch.setattr(penalty, "_CLUSTERS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -114,7 +120,7 @@ def test_demo_writes_a_report_with_every_section(
     page = Page(text)
     assert page.titles == TITLES and page.open == []
     assert page.tags.isdisjoint({"script", "link", "iframe"}) and "http" not in text
-    assert len(page.images) == 4 and all(image.startswith(b"\x89PNG") for image in page.images)
+    assert len(page.images) == 8 and all(image.startswith(b"\x89PNG") for image in page.images)
     for word in ("--epochs 2", "--seed 3", fastvae.__version__, torch.__version__, "180 of 1x8x8", "2, 4;"):
         assert word in page.words
     number = r"-?\d+\.\d{3} ± \d+\.\d{3}"
@@ -146,15 +152,56 @@ def test_figures_are_those_of_the_models(quick: None) -> None:
     assert still.shape == (11, 12) and float((still - still[0]).abs().max()) < float(still[0].abs().mean())
 
 
+def test_pairs_differ_by_the_penalty_alone(quick: None) -> None:
+    problem = tiny_problem(40, (1, 6, 10))
+    dots, images = penalty.train_pairs(problem, epochs=2, seconds=60, seed=3)
+    assert dots.factors == (64,) * 6 and images.factors is None and images.name == "noise"
+    assert dots.held_out.shape == (100, 1, 16, 16) and torch.equal(images.held_out, problem.held_out)
+    for pair in (dots, images):
+        plain, penalised = pair.members
+        assert plain.history.steps == penalised.history.steps
+        assert isinstance(penalised.model, fastvae.JacobianL1VAE) and plain.model.beta == penalised.model.beta
+        # One step under weights of zero; the ramp has hardly begun after that.
+        assert plain.history.train_loss[0] == pytest.approx(penalised.history.train_loss[0], rel=1e-3)
+        for member in pair.members:
+            step = member.model.objective(pair.held_out, generator=torch.Generator().manual_seed(3))
+            columns = torch.autograd.functional.jacobian(
+                lambda z, m=member.model: torch.sigmoid(m.decoder(z)).sum(0), step.z
+            )
+            assert member.jacobian == pytest.approx(float(columns.abs().sum()) / len(step.z), rel=1e-4)
+            assert member.elbo == pytest.approx(-float(step.loss.mean()), rel=1e-5)
+            assert set(member.local) == ({0.1, 1.0} if pair is dots else set())
+
+
+def test_traversals_and_columns_follow_the_latents_that_say_most() -> None:
+    decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 6))
+    nn.init.zeros_(encoder[1].weight)
+    with torch.no_grad():
+        encoder[1].bias.copy_(torch.tensor([0.1, 3.0, -1.0, 0.0, 0.0, 0.0]))
+    model, x = VAE(encoder, decoder), torch.rand(2, 1, 4, 4)
+    assert informative(model, x).tolist() == [1, 2, 0]
+    moved = traversals(model, x, 2, 5).reshape(2, 5, 1, 4, 4)
+    for line, latent in enumerate((1, 2)):
+        z = torch.tensor([0.1, 3.0, -1.0])
+        z[latent] = 2.5
+        torch.testing.assert_close(moved[line, -1], torch.sigmoid(decoder(z[None]))[0])
+    columns = jacobian_columns(model, x, 2).reshape(2, 2, 16)
+    y = torch.sigmoid(decoder(torch.tensor([[0.1, 3.0, -1.0]]))).flatten()
+    torch.testing.assert_close(columns[0], (y * (1 - y) * decoder[0].weight.T[[1, 2]]).detach())
+    colours = signed(torch.tensor([2.0, 0.0, -1.0, -9.0]).reshape(4, 1, 1, 1), 2.0).flatten(1)
+    assert colours.tolist() == [[1, 0, 0], [1, 1, 1], [0.5, 0.5, 1], [0, 0, 1]]
+
+
 def test_models_start_alike_and_turns_change_nothing(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in turns, by resuming, gives what one run gives, bit for bit."""
     problem = tiny_problem()
     vae, hvae = problem.build(VAE, 5), problem.build(HVAE, 5)
     for first, second in zip(vae.parameters(), hvae.encoder.parameters(), strict=False):
         assert torch.equal(first, second)
-    monkeypatch.setattr(experiment, "_SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "_SLICE_SECONDS", 0.0)
     epoch_by_epoch = run_demo(problem, epochs=3, seconds=60, seed=5, command="")
-    monkeypatch.setattr(experiment, "_SLICE_SECONDS", 1e9)
+    monkeypatch.setattr(training, "_SLICE_SECONDS", 1e9)
     at_once = run_demo(problem, epochs=3, seconds=1e9, seed=5, command="")
     assert epoch_by_epoch.hvae.history.val_loss == at_once.hvae.history.val_loss
     assert torch.equal(epoch_by_epoch.hvae.log_likelihood, at_once.hvae.log_likelihood)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="digits", help='"digits", a folder (IDX files or one .npz) or an .npz file'
     )
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder for index.html")
-    parser.add_argument("--minutes", type=_positive(float), default=2.0, help="training stops by then")
+    parser.add_argument("--minutes", type=_positive(float), default=3.0, help="all training stops by then")
     parser.add_argument("--epochs", type=_positive(int), default=200, help="and after so many epochs")
     parser.add_argument("--seed", type=int, default=0, help="of weights, shuffling and noise")
 

@@ -6,12 +6,13 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["COLOURS", "canvas", "image_rows", "png"]
+__all__ = ["COLOURS", "canvas", "image_rows", "png", "signed"]
 
 COLOURS = {"VAE": "#64748b", "HVAE": "#c2410c"}
 _INK, _GRID = "#334155", "#e2e8f0"
@@ -64,6 +65,17 @@ def image_rows(rows: Sequence[tuple[str, Tensor]], columns: int) -> bytes:
         figure.text(0.68 / 7.2, (top - height / 2) / total, name, ha="right", va="center", size=9, color=_INK)
         top -= height + 0.12
     return png(figure)
+
+
+def signed(images: Tensor, largest: float) -> Tensor:
+    """Images of any sign as colours [N, 3, H, W]: white at 0, red at ``largest``, blue at minus that.
+
+    Args:
+        images: [N, C, H, W]; the mean over channels is shown.
+        largest: above 0; beyond it colours do not change.
+    """
+    shade = (images.mean(1) / largest).clamp(-1, 1)
+    return torch.stack([1 + shade.clamp(max=0), 1 - shade.abs(), 1 - shade.clamp(min=0)], 1)
 
 
 def _tiled(images: Tensor, columns: int) -> np.ndarray:

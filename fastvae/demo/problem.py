@@ -13,7 +13,7 @@ from fastvae import architectures
 from fastvae.data import binarize, load
 from fastvae.models import BaseVAE
 
-__all__ = ["Batches", "Problem", "load_problem"]
+__all__ = ["Batches", "Problem", "dense_networks", "load_problem"]
 
 
 class Batches:
@@ -63,7 +63,9 @@ class Problem:
         """A model of that kind; for one seed all start with the same encoder and decoder."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            encoder, decoder = _convolutional() if self.convolutional else _dense(self.train.shape[1:])
+            encoder, decoder = (
+                _convolutional() if self.convolutional else dense_networks(self.train.shape[1:], 16)
+            )
             return kind(encoder, decoder, "bernoulli", **options)  # type: ignore[arg-type]
 
     @property
@@ -103,8 +105,9 @@ def load_problem(source: str, seed: int) -> Problem:
     )
 
 
-def _dense(shape: torch.Size) -> tuple[nn.Module, nn.Module]:
-    size, hidden, latent = shape.numel(), 128, 16
+def dense_networks(shape: torch.Size, latent: int) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder with two hidden layers for images of any shape."""
+    size, hidden = shape.numel(), 128
     encoder = nn.Sequential(
         nn.Flatten(),
         nn.Linear(size, hidden),

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fastvae import info
 from fastvae.demo.experiment import ELBO_DRAWS, FLOW, Demo
-from fastvae.demo.figures import COLOURS, canvas, image_rows, png
+from fastvae.demo.figures import COLOURS, canvas, image_rows, png, signed
+from fastvae.demo.latents import jacobian_columns, traversals
+from fastvae.demo.penalty import ANNEAL_STEPS, GAMMA, LATENTS, RHOS, Member, Pair
 from fastvae.demo.report import Picture, Section, Table
 from fastvae.demo.timing import Timing
 from fastvae.demo.trajectory import energy
@@ -165,6 +167,73 @@ def curves(demo: Demo) -> Section:
     )
 
 
+def penalty(demo: Demo) -> Section:
+    """VAEs with and without the Jacobian penalty: scores, traversals, columns of the Jacobian."""
+    rows: list[list[str]] = []
+    pictures: list[Picture] = []
+    for pair in demo.pairs:
+        rows += _pair_rows(pair)
+        pictures += _pair_pictures(pair)
+    dots, images = demo.pairs
+    assert dots.factors is not None
+    steps = " and ".join(f"{pair.plain.history.steps[-1]:,} on {pair.name}" for pair in demo.pairs)
+    unfinished = [pair.name for pair in demo.pairs if pair.plain.history.steps[-1] < ANNEAL_STEPS]
+    return Section(
+        "Jacobian penalty",
+        [
+            f"""A VAE, and a JL1-VAE (Rhodes and Lee, NeurIPS 2021) that also pays γ = {GAMMA:g} for every unit
+            of J1, the sum of |∂y/∂z| over the {LATENTS} latents and all pixels y of an image: each latent may
+            then change few pixels. Both start from the same small networks and see the same images; steps:
+            {steps}. The weights of the KL term (to 1) and of the penalty grow over the first {ANNEAL_STEPS}
+            steps{", which were not reached on " + " and ".join(unfinished) if unfinished else ""}.""",
+            f"""Three dots are drawn images of {dots.held_out.shape[2]}x{dots.held_out.shape[3]} pixels with
+            {len(dots.factors)} known factors, the places of the dots. Local MIG and modularity (0 to 1) say
+            how far each factor has a latent of its own among neighbours within ρ of the factors' range; ρ = 1
+            is global. {len(images.held_out)} held-out images each; one training run, and other seeds give
+            other numbers.""",
+        ],
+        Table(["", "VAE", "JL1-VAE"], rows),
+        pictures,
+        printed=True,
+    )
+
+
+def _pair_rows(pair: Pair) -> list[list[str]]:
+    measures: list[tuple[str, Callable[[Member], str]]] = [
+        ("ELBO, nats per image", lambda member: f"{member.elbo:.2f}"),
+        ("J1 per image", lambda member: f"{member.jacobian:.2f}"),
+        ("training step", lambda member: f"{member.milliseconds:.1f} ms"),
+    ]
+    for rho in RHOS if pair.factors is not None else ():
+        for index, score in enumerate(("local MIG", "local modularity")):
+            measures.append(
+                (f"{score}, ρ = {rho:g}", lambda member, r=rho, i=index: f"{member.local[r][i]:.3f}")  # type: ignore[misc]
+            )
+    return [[f"{pair.name}: {name}", *(show(member) for member in pair.members)] for name, show in measures]
+
+
+def _pair_pictures(pair: Pair) -> list[Picture]:
+    lines, columns = 5, LATENTS
+    x = pair.held_out
+    moved = [(member.name, traversals(member.model, x, lines, columns)) for member in pair.members]
+    slopes = [(member.name, jacobian_columns(member.model, x[:3], columns)) for member in pair.members]
+    largest = max(float(images.abs().max()) for _, images in slopes)
+    coloured = [(name, signed(images, max(largest, 1e-12))) for name, images in slopes]
+    return [
+        Picture(
+            image_rows(moved, columns),
+            f"{pair.name}, traversals: one image, whose code moves from -2.5 to 2.5 along one latent; a line "
+            f"for each of the {lines} latents that say most.",
+        ),
+        Picture(
+            image_rows(coloured, columns),
+            f"{pair.name}, columns of the Jacobian: what a small step along each latent adds to each pixel "
+            f"(red) or takes from it (blue), for three held-out images; latents that say most first, one "
+            "scale for all.",
+        ),
+    ]
+
+
 def timings(demo: Demo) -> Section:
     """Our operator beside eager autograd, and whole training steps."""
     measured = demo.timings
@@ -245,6 +314,7 @@ SECTIONS: list[Callable[[Demo], Section]] = [
     trajectories,
     curves,
     timings,
+    penalty,
     setting,
     versions,
 ]
