@@ -1,6 +1,6 @@
 # Everything a contributor runs. Each target sets up what it needs (.venv, the build) and nothing twice.
 #
-#   make demo        train a VAE and a Hamiltonian VAE on real images      (ARGS="--data FOLDER" for others)
+#   make demo        train models on real and drawn images, write a report (ARGS="--data FOLDER" for others)
 #   make test        Python tests and C++ kernel tests                     (ARGS="-k leapfrog")
 #   make test-all    the slow tests too, sanitizers, CUDA kernels on the host
 #   make lint        clang-format, clang-tidy, ruff, mypy
