@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae.likelihoods import Bernoulli, Gaussian
-from fastvae.models import HVAE, VAE, BaseVAE, JacobianL1VAE
+from fastvae.models import VAE, BaseVAE, JacobianL1VAE
 from fastvae.penalties import BetaAnnealing, JacobianL1
 
 
@@ -120,7 +120,7 @@ def test_penalised_decoders_have_smaller_jacobians() -> None:
     for gamma in (0.0, 1.0):
         model = make(VAE, penalties=[JacobianL1(gamma)])
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-        for index in range(150):
+        for index in range(80):
             optimizer.zero_grad()
             model.loss(x, generator=seeded(index)).backward()
             optimizer.step()
@@ -211,10 +211,8 @@ def test_autocast_keeps_the_loss_in_float32(kind: type[BaseVAE]) -> None:
     loss.sum().backward()
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_compiles_whole(kind: type[BaseVAE]) -> None:
-    options: dict[str, Any] = {"on_divergence": "ignore"} if kind is HVAE else {}
-    model = make(kind, penalties=[JacobianL1(0.3, anneal_steps=2), BetaAnnealing(2)], **options)
+def test_compiles_whole() -> None:
+    model = make(VAE, penalties=[JacobianL1(0.3, anneal_steps=2), BetaAnnealing(2)])
     x = data()
     noise = model.draw_noise(model.encode(x)[0], seeded())
     model.penalties[0].step()
