@@ -69,9 +69,10 @@ struct Jacobian {
     }
     const int64_t budget = (z.is_cpu() ? kTileBytesOnCpu : kTileBytesOnCuda) / z.element_size();
     const int64_t for_latents = budget - JacobianSweep::numel_per_sample(program);
-    const int64_t group = std::clamp<int64_t>(for_latents / JacobianSweep::numel_per_latent(program), 1, count);
-    const int64_t of_sample =
-        group * JacobianSweep::numel_per_latent(program) + JacobianSweep::numel_per_sample(program);
+    // A decoder of one Linear layer keeps nothing for a latent.
+    const int64_t of_latent = std::max<int64_t>(1, JacobianSweep::numel_per_latent(program));
+    const int64_t group = std::clamp<int64_t>(for_latents / of_latent, 1, count);
+    const int64_t of_sample = group * of_latent + JacobianSweep::numel_per_sample(program);
     const int64_t tile = std::clamp<int64_t>(budget / of_sample, 1, samples);
     for (int64_t first = 0; first < count; first += group) {
       JacobianSweep sweep(network, latents.slice(first, std::min(group, count - first)), squared, tile, gradients,
