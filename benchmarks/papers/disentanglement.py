@@ -1,6 +1,6 @@
 """JL1-VAE against beta-VAE on three dots: local MIG and modularity beside the published medians.
 
-    python benchmarks/papers/disentanglement.py                    until 30,000 steps of every model
+    python benchmarks/papers/disentanglement.py                    10,000 steps of every model: hours on a CPU
     python benchmarks/papers/disentanglement.py --full             the paper's 300,000 steps: for a GPU
     python benchmarks/papers/disentanglement.py --minutes 60       stop in time, all models at the same step
     python benchmarks/papers/disentanglement.py --resume           go on after an interruption
@@ -64,12 +64,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="300,000 steps")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
-    parser.add_argument("--steps", type=int, help="of each model (default: 30000)")
+    parser.add_argument("--steps", type=int, help="of each model (default: 10000)")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="limit on all training (default: none)"
     )
     parser.add_argument("--anneal-steps", type=int, help="default: a third of --steps")
-    parser.add_argument("--epoch-steps", type=int, default=500, help="steps between states (default: 500)")
+    parser.add_argument("--epoch-steps", type=int, default=100, help="steps between states (default: 100)")
     parser.add_argument("--size", type=int, default=64, help="side of the images (default: 64)")
     parser.add_argument("--beta", type=float, default=4.0, help="default: 4")
     parser.add_argument("--gamma", type=float, default=0.1, help="default: 0.1")
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/papers"), help="folder")
     arguments = parser.parse_args(argv)
     if arguments.steps is None:
-        arguments.steps = 300_000 if arguments.full else 30_000
+        arguments.steps = 300_000 if arguments.full else 10_000
     if arguments.anneal_steps is None:
         arguments.anneal_steps = arguments.steps // 3
     for name, least in (
