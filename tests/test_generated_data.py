@@ -51,21 +51,21 @@ def test_factors_are_uniform(make) -> None:  # type: ignore[no-untyped-def]
         assert counts.shape == (size,) and float((counts - expected).abs().max()) < 5 * expected**0.5
 
 
-@pytest.mark.parametrize(("size", "values"), [(15, 40), (64, 64)])
-def test_one_dot_lies_where_its_factors_say(size: int, values: int) -> None:
+@pytest.mark.parametrize(("size", "values", "share"), [(15, 40, 0.08), (64, 64, 0.08), (16, 64, 0.15)])
+def test_one_dot_lies_where_its_factors_say(size: int, values: int, share: float) -> None:
     """All three dots at one place: its centre of mass, and its area where none of it leaves the image."""
-    space = three_dots(1, size=size, values=values).space
+    space = three_dots(1, size=size, values=values, radius=share).space
     grid = torch.cartesian_prod(torch.arange(0, values, 3), torch.arange(0, values, 3))
     black = 1 - space.render(grid.repeat(1, 3))[:, 0].double() / 255
     centre = grid.double() * (size / (values - 1))
-    radius = 0.08 * size
+    radius = share * size
     whole = ((centre > radius + 1) & (centre < size - radius - 1)).all(1)
     across, down = centre_of_mass(black[whole])
     # Edges are grey to first order only; a small dot is all edge.
     torch.testing.assert_close(across, centre[whole, 0], atol=0.1, rtol=0)
     torch.testing.assert_close(down, centre[whole, 1], atol=0.1, rtol=0)
     area = torch.full_like(across, torch.pi * radius**2)
-    torch.testing.assert_close(black[whole].sum((1, 2)), area, atol=0, rtol=0.1 if size == 15 else 0.01)
+    torch.testing.assert_close(black[whole].sum((1, 2)), area, atol=0, rtol=0.01 if size == 64 else 0.1)
 
 
 def test_dots_overlap_as_a_union_and_look_alike() -> None:
@@ -121,6 +121,8 @@ def test_refusals() -> None:
     space = three_dots(1, size=4, values=8).space
     with pytest.raises(ValueError, match="three_dots: values: expected at least 2, got 1"):
         three_dots(1, values=1)
+    with pytest.raises(ValueError, match=r"three_dots: radius: expected a number in \(0, 0\.5\], got 0"):
+        three_dots(1, radius=0)
     for make in KINDS:
         with pytest.raises(ValueError, match="num_images: expected at least 1, got 0"):
             make(0)

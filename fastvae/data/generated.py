@@ -12,11 +12,17 @@ from fastvae.data.factors import FactorDataset, FactorSpace
 
 __all__ = ["shapes", "three_dots"]
 
-_DOT_RADIUS = 0.08
 _SHAPES = ("square", "ellipse", "heart")
 
 
-def three_dots(num_images: int = 10_000, *, size: int = 64, values: int = 64, seed: int = 0) -> FactorDataset:
+def three_dots(
+    num_images: int = 10_000,
+    *,
+    size: int = 64,
+    values: int = 64,
+    radius: float = 0.08,
+    seed: int = 0,
+) -> FactorDataset:
     """Three black dots on white at independent places, which may overlap and leave the image by half.
 
     The data of Rhodes and Lee, "Local Disentanglement in Variational Auto-Encoders Using Jacobian L1
@@ -27,6 +33,7 @@ def three_dots(num_images: int = 10_000, *, size: int = 64, values: int = 64, se
         num_images: drawn at random, of the values^6 that there are.
         size: side in pixels.
         values: places of a dot along a side, at equal distances.
+        radius: of a dot, in sides of the image.
         seed: of the factors; torch's global generator is not touched.
 
     Returns:
@@ -34,13 +41,15 @@ def three_dots(num_images: int = 10_000, *, size: int = 64, values: int = 64, se
         or upper border, values - 1 the right or lower one.
 
     Raises:
-        ValueError: num_images below 1, size or values below 2.
+        ValueError: num_images below 1, size or values below 2, radius outside (0, 0.5].
     """
     _check("three_dots", num_images, size)
     if values < 2:
         raise ValueError(f"three_dots: values: expected at least 2, got {values}")
+    if not 0 < radius <= 0.5:
+        raise ValueError(f"three_dots: radius: expected a number in (0, 0.5], got {radius}")
     names = tuple(f"{axis} of dot {dot}" for dot in (1, 2, 3) for axis in "xy")
-    draw = functools.partial(_draw_dots, size=size, values=values)
+    draw = functools.partial(_draw_dots, size=size, values=values, radius=radius)
     space = FactorSpace("three dots", names, (values,) * 6, (1, size, size), draw)
     return FactorDataset(space, space.sample(num_images, torch.Generator().manual_seed(seed)))
 
@@ -83,14 +92,14 @@ def _pixel_centres(like: Tensor, size: int) -> Tensor:
     return (torch.arange(size, device=like.device, dtype=torch.float32) + 0.5) / size
 
 
-def _draw_dots(factors: Tensor, size: int, values: int) -> Tensor:
+def _draw_dots(factors: Tensor, size: int, values: int, radius: float) -> Tensor:
     pixels = _pixel_centres(factors, size)
     centres = factors.to(torch.float32) / (values - 1)
     squares = (pixels - centres[:, :, None]).square()
     across, down = squares[:, 0::2], squares[:, 1::2]
     nearest = (down[..., :, None] + across[..., None, :]).amin(1).sqrt()
     # A pixel at the edge is as white as much of it lies outside, to first order in its size.
-    white = ((nearest - _DOT_RADIUS) * size + 0.5).clamp(0, 1)
+    white = ((nearest - radius) * size + 0.5).clamp(0, 1)
     return (255 * white).round().to(torch.uint8)[:, None]
 
 
