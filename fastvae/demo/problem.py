@@ -64,7 +64,7 @@ class Problem:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             encoder, decoder = (
-                _convolutional() if self.convolutional else dense_networks(self.train.shape[1:], 16)
+                _convolutional() if self.convolutional else dense_networks(self.train.shape[1:], 16, 128)
             )
             return kind(encoder, decoder, "bernoulli", **options)  # type: ignore[arg-type]
 
@@ -105,9 +105,9 @@ def load_problem(source: str, seed: int) -> Problem:
     )
 
 
-def dense_networks(shape: torch.Size, latent: int) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder with two hidden layers for images of any shape."""
-    size, hidden = shape.numel(), 128
+def dense_networks(shape: torch.Size, latent: int, hidden: int) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder with two hidden layers of ``hidden`` units for images of any shape."""
+    size = shape.numel()
     encoder = nn.Sequential(
         nn.Flatten(),
         nn.Linear(size, hidden),

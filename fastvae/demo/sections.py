@@ -187,7 +187,8 @@ def penalty(demo: Demo) -> Section:
             {steps}. The weights of the KL term (to 1) and of the penalty grow over the first {ANNEAL_STEPS}
             steps{", which were not reached on " + " and ".join(unfinished) if unfinished else ""}.""",
             f"""Three dots are drawn images of {dots.held_out.shape[2]}x{dots.held_out.shape[3]} pixels with
-            {len(dots.factors)} known factors, the places of the dots. Local MIG and modularity (0 to 1) say
+            {len(dots.factors)} known factors, the places of the dots (larger ones than the paper's, which
+            so short a training would not find). Local MIG and modularity (0 to 1) say
             how far each factor has a latent of its own among neighbours within ρ of the factors' range; ρ = 1
             is global. {len(images.held_out)} held-out images each; one training run, and other seeds give
             other numbers.""",
