@@ -10,7 +10,18 @@ fastvae.reference       every operator again, in plain PyTorch
 """
 
 from fastvae import _extension  # isort: skip  (first: says clearly what is wrong when the build does not fit)
-from fastvae import architectures, data, likelihoods, lowering, metrics, models, ops, penalties, reference, training
+from fastvae import (
+    architectures,
+    data,
+    likelihoods,
+    lowering,
+    metrics,
+    models,
+    ops,
+    penalties,
+    reference,
+    training,
+)
 from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
 from fastvae.models import HVAE, VAE, DivergenceError, JacobianL1VAE
