@@ -22,6 +22,12 @@ TORCH_LIBRARY(fastvae, m) {
       "Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, Tensor z_steps, Tensor rho_steps, Tensor stash, "
       "str network, str likelihood, bool store, int[] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "grad_dot(Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, Tensor[] output_grads_b, int[] bias) "
+      "-> Tensor");
+  m.def(
+      "grad_dot_backward(Tensor grad, Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, "
+      "Tensor[] output_grads_b, int[] bias, int[] needs) -> Tensor[]");
 }
 
 #define FASTVAE_IMPLEMENT(KEY)                                                        \
@@ -32,6 +38,8 @@ TORCH_LIBRARY(fastvae, m) {
     m.impl("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward); \
     m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                           \
     m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);         \
+    m.impl("grad_dot", &fastvae::grad_dot);                                           \
+    m.impl("grad_dot_backward", &fastvae::grad_dot_backward);                         \
   }
 
 // On a build without CUDA kernels the same functions answer a CUDA tensor with an error that says what to do.

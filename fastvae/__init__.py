@@ -8,7 +8,18 @@ fastvae.reference       every operator again, in plain PyTorch
 """
 
 from fastvae import _extension  # isort: skip  (first: says clearly what is wrong when the build does not fit)
-from fastvae import architectures, data, likelihoods, lowering, models, ops, reference, training
+from fastvae import (
+    architectures,
+    data,
+    influence,
+    likelihoods,
+    lowering,
+    models,
+    ood,
+    ops,
+    reference,
+    training,
+)
 from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
 from fastvae.models import HVAE, VAE, DivergenceError
@@ -26,9 +37,11 @@ __all__ = [
     "architectures",
     "data",
     "fit",
+    "influence",
     "likelihoods",
     "lowering",
     "models",
+    "ood",
     "ops",
     "reference",
     "training",

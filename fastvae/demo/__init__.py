@@ -2,6 +2,7 @@
 
 problem.py      the images, and the networks that suit them
 run.py          training and scores: everything the report is made from
+influence.py    training images that shaped held-out ones
 timing.py       time per step; trajectory.py: energies along trajectories
 sections.py     the report's sections; to add one, append a function to SECTIONS
 figures.py      pictures as PNG
