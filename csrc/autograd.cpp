@@ -364,6 +364,76 @@ JacobianGradients jacobian_with_gradient(const OptionalTensor& cotangent, const 
   return {out[0], out[1], std::vector<at::Tensor>(out.begin() + 2, out.end())};
 }
 
+// ---- dot products of per-sample gradients ----
+
+const Op<decltype(grad_dot)>& grad_dot_op() {
+  static const Op<decltype(grad_dot)> op("fastvae::grad_dot");
+  return op;
+}
+const Op<decltype(grad_dot_backward)>& grad_dot_backward_op() {
+  static const Op<decltype(grad_dot_backward)> op("fastvae::grad_dot_backward");
+  return op;
+}
+
+// The lists of factors: inputs and output gradients of a, then of b.
+constexpr size_t kFactorLists = 4;
+
+struct GradDotFunction : Function<GradDotFunction> {
+  static at::Tensor forward(AutogradContext* ctx, at::TensorList inputs_a, at::TensorList output_grads_a,
+                            at::TensorList inputs_b, at::TensorList output_grads_b, at::IntArrayRef bias) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    variable_list saved;
+    for (const at::TensorList list : {inputs_a, output_grads_a, inputs_b, output_grads_b}) {
+      saved.insert(saved.end(), list.begin(), list.end());
+    }
+    at::Tensor out = grad_dot_op()(inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["bias"] = bias.vec();
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t depth = saved.size() / kFactorLists;
+    const auto list = [&](size_t index) { return at::TensorList(saved).slice(index * depth, depth); };
+    std::vector<int64_t> needs(saved.size());
+    for (size_t i = 0; i < needs.size(); ++i) {
+      needs[i] = ctx->needs_input_grad(i) ? 1 : 0;
+    }
+    const std::vector<int64_t> bias = ctx->saved_data["bias"].toIntVector();
+    variable_list found = grad_dot_backward_op()(grads[0], list(0), list(1), list(2), list(3), bias, needs);
+    for (size_t i = 0; i < needs.size(); ++i) {
+      if (needs[i] == 0) {
+        found[i] = at::Tensor();
+      }
+    }
+    found.emplace_back();  // bias
+    return found;
+  }
+};
+
+struct GradDotBackwardFunction : Function<GradDotBackwardFunction> {
+  static variable_list forward(AutogradContext*, const at::Tensor& grad, at::TensorList inputs_a,
+                               at::TensorList output_grads_a, at::TensorList inputs_b, at::TensorList output_grads_b,
+                               at::IntArrayRef bias, at::IntArrayRef needs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return grad_dot_backward_op()(grad, inputs_a, output_grads_a, inputs_b, output_grads_b, bias, needs);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { refuse_second_derivative("grad_dot"); }
+};
+
+at::Tensor grad_dot_autograd(at::TensorList inputs_a, at::TensorList output_grads_a, at::TensorList inputs_b,
+                             at::TensorList output_grads_b, at::IntArrayRef bias) {
+  return GradDotFunction::apply(inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
+}
+
+std::vector<at::Tensor> grad_dot_backward_autograd(const at::Tensor& grad, at::TensorList inputs_a,
+                                                   at::TensorList output_grads_a, at::TensorList inputs_b,
+                                                   at::TensorList output_grads_b, at::IntArrayRef bias,
+                                                   at::IntArrayRef needs) {
+  return GradDotBackwardFunction::apply(grad, inputs_a, output_grads_a, inputs_b, output_grads_b, bias, needs);
+}
+
 }  // namespace
 }  // namespace fastvae
 
@@ -374,6 +444,8 @@ TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
   m.impl("leapfrog_kick_temper_backward", &fastvae::kick_temper_backward);
   m.impl("hamiltonian_flow", &fastvae::flow);
   m.impl("hamiltonian_flow_backward", &fastvae::flow_backward);
+  m.impl("grad_dot", &fastvae::grad_dot_autograd);
+  m.impl("grad_dot_backward", &fastvae::grad_dot_backward_autograd);
   m.impl("jacobian_l1", &fastvae::jacobian);
   m.impl("jacobian_l1_with_gradient", &fastvae::jacobian_with_gradient);
 }

@@ -43,6 +43,19 @@ pybind11::dict build_info() {
   return info;
 }
 
+// As (weight, bias, h, delta, hdot, delta_dot), the last two None without tangents.
+pybind11::list as_list(const std::vector<fastvae::StageFactors>& stages) {
+  const auto or_none = [](const at::Tensor& tensor) {
+    return tensor.defined() ? pybind11::cast(tensor) : pybind11::object(pybind11::none());
+  };
+  pybind11::list found;
+  for (const fastvae::StageFactors& stage : stages) {
+    found.append(pybind11::make_tuple(stage.weight, stage.bias, stage.h, stage.delta, or_none(stage.hdot),
+                                      or_none(stage.delta_dot)));
+  }
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,6 +103,62 @@ PYBIND11_MODULE(_C, m) {
       },
       arg("network"), arg("likelihood"), arg("shapes"), arg("latent_dim"), arg("element_size"), arg("cuda_index"),
       "Numbers a sample and step that the flow stores, and what the number of samples is rounded up to.");
+  m.def(
+      "grad_dot",
+      [](const std::vector<at::Tensor>& inputs_a, const std::vector<at::Tensor>& output_grads_a,
+         const std::vector<at::Tensor>& inputs_b, const std::vector<at::Tensor>& output_grads_b,
+         const std::vector<int64_t>& bias) {
+        return fastvae::grad_dot(inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
+      },
+      unlocked, arg("inputs_a"), arg("output_grads_a"), arg("inputs_b"), arg("output_grads_b"), arg("bias"));
+  m.def(
+      "grad_dot_backward",
+      [](const at::Tensor& grad, const std::vector<at::Tensor>& inputs_a, const std::vector<at::Tensor>& output_grads_a,
+         const std::vector<at::Tensor>& inputs_b, const std::vector<at::Tensor>& output_grads_b,
+         const std::vector<int64_t>& bias, const std::vector<int64_t>& needs) {
+        return fastvae::grad_dot_backward(grad, inputs_a, output_grads_a, inputs_b, output_grads_b, bias, needs);
+      },
+      unlocked, arg("grad"), arg("inputs_a"), arg("output_grads_a"), arg("inputs_b"), arg("output_grads_b"),
+      arg("bias"), arg("needs"));
+  m.def(
+      "hamiltonian_flow_factors",
+      [](const std::optional<at::Tensor>& grad_z, const std::optional<at::Tensor>& grad_rho,
+         const std::optional<at::Tensor>& grad_log_px, const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
+         const at::Tensor& step_size, const at::Tensor& alpha, const std::vector<at::Tensor>& parameters,
+         const at::Tensor& z_steps, const at::Tensor& rho_steps, const std::string& network,
+         const std::string& likelihood) {
+        fastvae::FlowFactors found;
+        {
+          const pybind11::gil_scoped_release unlocked_here;
+          found = fastvae::hamiltonian_flow_factors(grad_z, grad_rho, grad_log_px, z, rho, x, step_size, alpha,
+                                                    parameters, z_steps, rho_steps, network, likelihood);
+        }
+        return pybind11::make_tuple(found.grad_z, found.grad_rho, found.step_terms, found.alpha_terms,
+                                    as_list(found.stages));
+      },
+      arg("grad_z"), arg("grad_rho"), arg("grad_log_px"), arg("z"), arg("rho"), arg("x"), arg("step_size"),
+      arg("alpha"), arg("parameters"), arg("z_steps"), arg("rho_steps"), arg("network"), arg("likelihood"));
+  m.def(
+      "decoder_factors",
+      [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,
+         const std::string& network, const std::string& likelihood) {
+        std::tuple<at::Tensor, at::Tensor, std::vector<fastvae::StageFactors>> found;
+        {
+          const pybind11::gil_scoped_release unlocked_here;
+          found = fastvae::decoder_factors(z, x, parameters, network, likelihood);
+        }
+        return pybind11::make_tuple(std::get<0>(found), std::get<1>(found), as_list(std::get<2>(found)));
+      },
+      arg("z"), arg("x"), arg("parameters"), arg("network"), arg("likelihood"));
+  m.def(
+      "convolution_gradients",
+      [](const at::Tensor& larger, const at::Tensor& smaller, const std::vector<int64_t>& kernel,
+         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+         int64_t samples) {
+        return fastvae::convolution_gradients(larger, smaller, kernel, stride, padding, dilation, samples);
+      },
+      unlocked, arg("larger"), arg("smaller"), arg("kernel"), arg("stride"), arg("padding"), arg("dilation"),
+      arg("samples"));
   m.def(
       "jacobian_l1",
       [](const at::Tensor& z, const std::vector<at::Tensor>& parameters, const std::string& network,

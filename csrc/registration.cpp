@@ -22,6 +22,12 @@ TORCH_LIBRARY(fastvae, m) {
       "Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, Tensor z_steps, Tensor rho_steps, Tensor stash, "
       "str network, str likelihood, bool store, int[] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "grad_dot(Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, Tensor[] output_grads_b, int[] bias) "
+      "-> Tensor");
+  m.def(
+      "grad_dot_backward(Tensor grad, Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, "
+      "Tensor[] output_grads_b, int[] bias, int[] needs) -> Tensor[]");
   m.def("jacobian_l1(Tensor z, Tensor[] parameters, str network, int[] latents, int p, str reduction) -> Tensor");
   m.def(
       "jacobian_l1_with_gradient(Tensor? cotangent, Tensor z, Tensor[] parameters, str network, int[] latents, int p, "
@@ -32,6 +38,8 @@ TORCH_LIBRARY(fastvae, m) {
   TORCH_LIBRARY_IMPL(fastvae, KEY, m) {                                               \
     m.impl("leapfrog_kick_drift", &fastvae::leapfrog_kick_drift);                     \
     m.impl("leapfrog_kick_drift_backward", &fastvae::leapfrog_kick_drift_backward);   \
+    m.impl("grad_dot", &fastvae::grad_dot);                                           \
+    m.impl("grad_dot_backward", &fastvae::grad_dot_backward);                         \
     m.impl("leapfrog_kick_temper", &fastvae::leapfrog_kick_temper);                   \
     m.impl("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward); \
     m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                           \

@@ -5,6 +5,7 @@ fastvae.VAE, HVAE, ...  models assembled from them
 fastvae.penalties       further terms of a model's loss
 fastvae.fit, data       training and images
 fastvae.architectures   the networks of the papers
+fastvae.influence, ood   influence of training samples; outlier scores
 fastvae.metrics         measures of trained models
 fastvae.reference       every operator again, in plain PyTorch
 """
@@ -13,10 +14,12 @@ from fastvae import _extension  # isort: skip  (first: says clearly what is wron
 from fastvae import (
     architectures,
     data,
+    influence,
     likelihoods,
     lowering,
     metrics,
     models,
+    ood,
     ops,
     penalties,
     reference,
@@ -40,10 +43,12 @@ __all__ = [
     "architectures",
     "data",
     "fit",
+    "influence",
     "likelihoods",
     "lowering",
     "metrics",
     "models",
+    "ood",
     "ops",
     "penalties",
     "reference",

@@ -17,6 +17,7 @@ from fastvae.likelihoods import Likelihood, resolve
 __all__ = [
     "Trajectory",
     "expand_step_size",
+    "grad_dot",
     "hamiltonian_flow",
     "hamiltonian_flow_2k",
     "jacobian_l1",
@@ -378,3 +379,25 @@ def jacobian_l1(
         column = torch.func.jvp(decode, (z,), (direction,))[1].reshape(z.shape[0], -1)
         terms = terms + (column.abs() if p == 1 else column.square()).sum(1)
     return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
+
+
+def grad_dot(
+    inputs_a: Tensor | Sequence[Tensor],
+    output_grads_a: Tensor | Sequence[Tensor],
+    inputs_b: Tensor | Sequence[Tensor],
+    output_grads_b: Tensor | Sequence[Tensor],
+    bias: bool | Sequence[bool] = True,
+) -> Tensor:
+    """Dot products [N, M] of per-sample gradients of affine layers; see :func:`fastvae.ops.grad_dot`."""
+    lists = [
+        [f] if isinstance(f, Tensor) else f for f in (inputs_a, output_grads_a, inputs_b, output_grads_b)
+    ]
+    flags = [bias] * len(lists[0]) if isinstance(bias, bool) else bias
+    total: Tensor | float = 0.0
+    for *factors, flag in zip(*lists, flags, strict=True):
+        h_a, delta_a, h_b, delta_b = (f.unsqueeze(1) if f.dim() == 2 else f for f in factors)
+        of_inputs = torch.einsum("nti,mui->ntmu", h_a, h_b)
+        of_grads = torch.einsum("nto,muo->ntmu", delta_a, delta_b)
+        total = total + ((of_inputs + flag) * of_grads).sum((1, 3))
+    assert isinstance(total, Tensor)
+    return total

@@ -430,6 +430,51 @@ struct JacobianAdjoint {
   ActivationSpec activation;
 };
 
+// Dot products of per-sample gradients from factors, the Gram matrices given (CPU): for samples i and j of a tile,
+//   out[i, j] (+)= sum_{t,t'} (of_inputs[i t, j t'] + bias) of_grads[i t, j t']
+// CPU only. Index: samples of a.
+template <typename T>
+struct GramProduct {
+  const T* of_inputs;  // [samples_a terms_a, samples_b terms_b]
+  const T* of_grads;   // the same
+  T* out;              // [samples_a, samples_b], rows out_stride apart
+  int64_t out_stride;
+  int64_t samples_a;
+  int64_t terms_a;
+  int64_t samples_b;
+  int64_t terms_b;
+  bool bias;
+  bool accumulate;  // add to out
+};
+
+// The same with the Gram matrices formed on the way, summed over layers:
+//   out[i, j] (+)= sum_l sum_{t,t'} (inputs_a[i t] . inputs_b[j t'] + bias) (grads_a[i t] . grads_b[j t'])
+constexpr int kGradDotLayers = 24;  // the struct travels in a kernel's arguments, of 4 KB
+
+template <typename T>
+struct GradDotLayer {
+  const T* inputs_a;  // [samples_a, terms_a, in]
+  const T* grads_a;   // [samples_a, terms_a, out]
+  const T* inputs_b;  // [samples_b, terms_b, in]
+  const T* grads_b;   // [samples_b, terms_b, out]
+  int64_t terms_a;
+  int64_t terms_b;
+  int64_t in;
+  int64_t out;
+  bool bias;
+};
+
+// CUDA only.
+template <typename T>
+struct GradDot {
+  GradDotLayer<T> layer[kGradDotLayers];
+  int depth;
+  T* out;  // [samples_a, samples_b]
+  int64_t samples_a;
+  int64_t samples_b;
+  bool accumulate;  // add to out
+};
+
 #define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
   DECLARE(bias_activation, BiasActivation)          \
   DECLARE(activation_reverse, ActivationReverse)    \
@@ -452,6 +497,7 @@ namespace cpu {
   void NAME(const ARGS<float>& args, int64_t begin, int64_t end); \
   void NAME(const ARGS<double>& args, int64_t begin, int64_t end);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
+FASTVAE_DECLARE_CPU(gram_product, GramProduct)
 FASTVAE_DECLARE_CPU(unfold, Unfold)
 FASTVAE_DECLARE_CPU(fold, Fold)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
@@ -467,6 +513,7 @@ namespace cuda {
   void NAME(const ARGS<double>& args, Stream stream);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CUDA)
 FASTVAE_DECLARE_CUDA(small_flow_sum, SmallFlowSum)
+FASTVAE_DECLARE_CUDA(grad_dot, GradDot)
 #undef FASTVAE_DECLARE_CUDA
 
 // Whether small_flow and small_flow_backward find room for this network in the shared memory of the device's blocks.

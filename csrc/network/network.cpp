@@ -288,6 +288,34 @@ void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::T
   }
 }
 
+std::vector<StageFactors> Network::factors(const at::Tensor& z, const at::Tensor& u, const Tape& tape,
+                                           const TangentTape& tangents, int64_t steps) const {
+  const auto seen = [&](const at::Tensor& flat, const SampleShape& shape) {
+    const at::Tensor rows = steps == 0 ? flat.reshape({-1, shape.positions(), shape.channels})
+                                       : flat.reshape({steps, -1, shape.positions(), shape.channels});
+    if (shape.flat) {
+      return rows.flatten(-2);
+    }
+    return rows.unflatten(-2, {shape.height, shape.width}).movedim(-1, -3);
+  };
+  const bool tangent = u.defined();
+  std::vector<StageFactors> found;
+  for (size_t l = 0; l < depth(); ++l) {
+    const Stage& stage = program_.stages[l];
+    if (stage.weight < 0 && stage.bias < 0) {
+      continue;
+    }
+    StageFactors of{
+        stage.weight, stage.bias, seen(l == 0 ? z : tape.h[l - 1], stage.in), seen(tape.delta[l], stage.out), {}, {}};
+    if (tangent) {
+      of.hdot = seen(l == 0 ? u : tangents.hdot[l - 1], stage.in);
+      of.delta_dot = seen(tangents.delta_dot[l], stage.out);
+    }
+    found.push_back(of);
+  }
+  return found;
+}
+
 void Network::add_observed_gradient(const at::Tensor& z, const Tape& tape, const at::Tensor& cotangent,
                                     const at::Tensor& grad_x) const {
   const at::Tensor weight = cotangent.unsqueeze(1);

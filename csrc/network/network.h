@@ -23,6 +23,16 @@ struct Tape {
   std::vector<at::Tensor> kept_g;  // A^T delta, where keeps_input(activation)
 };
 
+// What per-sample gradients of a stage's parameters are made of, as its module saw them: [rows, features], images
+// [rows, C, H, W]; with a leading dimension of steps where there are several. dA = delta (x) h without tangents, else
+// delta_dot (x) h + delta (x) hdot; db = delta or delta_dot.
+struct StageFactors {
+  int64_t weight = -1;  // index of the parameter
+  int64_t bias = -1;
+  at::Tensor h, delta;
+  at::Tensor hdot, delta_dot;  // undefined without tangents
+};
+
 struct TangentTape {
   std::vector<at::Tensor> hdot;       // all but the last stage
   std::vector<at::Tensor> delta_dot;  // all stages
@@ -73,6 +83,11 @@ class Network {
                            std::vector<at::Tensor>& gradients) const;
   void add_linear_gradient(size_t l, const at::Tensor& delta, const at::Tensor& hdot,
                            std::vector<at::Tensor>& gradients) const;
+
+  // The factors at `steps` points (0: one point, without the leading dimension), of every stage with parameters.
+  // Without tangents, u and theirs are undefined.
+  std::vector<StageFactors> factors(const at::Tensor& z, const at::Tensor& u, const Tape& tape,
+                                    const TangentTape& tangents, int64_t steps) const;
 
   // grad_x += cotangent * d ll/d x at the point of the tape.
   void add_observed_gradient(const at::Tensor& z, const Tape& tape, const at::Tensor& cotangent,

@@ -57,6 +57,8 @@ struct FlowCotangents {
   at::Tensor log_px;  // [B]
 };
 
+struct FlowFactors;  // ops.h
+
 // Written by the backward pass; allocated where wanted, but for x, which a route allocates if wants_x. grad_z and
 // grad_rho are always there.
 struct FlowResult {
@@ -66,6 +68,7 @@ struct FlowResult {
   at::Tensor step_size;  // [K, d]
   at::Tensor alpha;      // [K]
   std::vector<at::Tensor> parameters;
+  FlowFactors* factors = nullptr;  // where the layer-by-layer route hands out what gradients are made of
   bool wants_parameters() const;
 };
 

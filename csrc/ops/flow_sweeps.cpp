@@ -9,6 +9,7 @@
 #include "../common/launch.h"
 #include "../network/network.h"
 #include "flow.h"
+#include "ops.h"
 
 namespace fastvae {
 namespace {
@@ -100,7 +101,7 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
     }
   }
 
-  const int64_t slots = std::min(K + 1, kStackedSteps);
+  const int64_t slots = out.factors != nullptr ? K + 1 : std::min(K + 1, kStackedSteps);
   const at::Tensor workspace = store ? at::Tensor() : at::empty({slots * B * flow.program->tape_numel()}, options);
   const at::Tensor forces = store ? stashed_forces(flow, stash) : at::empty({2, B, d}, options);
   const TangentTape tangents = network.make_tangent_tape(slots * B);
@@ -137,9 +138,13 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
     network.add_observed_gradient(z_steps[K], tape_at(K, 1), cotangents.log_px, grad_x);
   }
   const at::Tensor grad_momentum = at::empty({B, d}, options);
-  const at::Tensor step_terms = out.step_size.defined() ? at::empty({B, d}, options) : at::Tensor();
-  const at::Tensor alpha_terms = out.alpha.defined() ? at::empty({B, d}, options) : at::Tensor();
+  // The terms of one step, or, handed out, of all.
+  const int64_t kept = out.factors != nullptr ? K : 1;
+  const at::Tensor all_step_terms = out.step_size.defined() ? at::empty({kept, B, d}, options) : at::Tensor();
+  const at::Tensor all_alpha_terms = out.alpha.defined() ? at::empty({kept, B, d}, options) : at::Tensor();
   for (int64_t k = K - 1; k >= 0; --k) {
+    const at::Tensor step_terms = all_step_terms.defined() ? all_step_terms[k % kept] : at::Tensor();
+    const at::Tensor alpha_terms = all_alpha_terms.defined() ? all_alpha_terms[k % kept] : at::Tensor();
     const at::Tensor step = flow.step_size[k], alpha_k = flow.alpha[k], rho_k = rho_steps[k];
     const at::Tensor u = us[slot_of(k + 1)], force_next = force_at(k + 1), force = force_at(k);
     FASTVAE_DISPATCH(flow.z, {
@@ -190,6 +195,11 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
     }
   }
   out.z.add_(hessian(0)).sub_(us[0]);
+  if (out.factors != nullptr) {
+    out.factors->step_terms = all_step_terms;
+    out.factors->alpha_terms = all_alpha_terms;
+    out.factors->stages = network.factors(z_steps, us, tape_at(0, K + 1), tangents, K + 1);
+  }
   if (out.wants_x) {
     out.x = network.observed_from_rows(grad_x);
   }

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "../network/network.h"
+
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -39,11 +41,43 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
                                         const at::Tensor& rho_steps, const at::Tensor& stash, std::string_view network,
                                         std::string_view likelihood, bool store, at::IntArrayRef needs);
 
+// For TracIn: the factors of per-sample gradients to the decoder's parameters. Not ops: nothing differentiates them.
+struct FlowFactors {
+  at::Tensor grad_z, grad_rho;         // [B, d]
+  at::Tensor step_terms, alpha_terms;  // [K, B, d]: gradients to each sample's own step sizes; the sum over d, to alpha
+  std::vector<StageFactors> stages;    // [K + 1, B, ...]
+};
+FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const OptionalTensor& grad_rho,
+                                     const OptionalTensor& grad_log_px, const at::Tensor& z, const at::Tensor& rho,
+                                     const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
+                                     at::TensorList parameters, const at::Tensor& z_steps, const at::Tensor& rho_steps,
+                                     std::string_view network, std::string_view likelihood);
+
+// log p(x | z) [B], its gradient to z [B, d], and its factors.
+std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(const at::Tensor& z, const at::Tensor& x,
+                                                                              at::TensorList parameters,
+                                                                              std::string_view network,
+                                                                              std::string_view likelihood);
+
+// Gradients of each sample to a convolution's weight, CPU: [samples, C of smaller, kh kw C of larger], channels last;
+// `larger` is what the window moves over (a convolution's input, a transposed one's output gradient).
+at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& smaller, at::IntArrayRef kernel,
+                                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                 int64_t samples);
+
 // The size of hamiltonian_flow's stash: numbers a sample and step, and what the number of samples is rounded up to.
 // cuda_index: of the GPU, or negative for the CPU.
 std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
                                                     const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim,
                                                     int64_t element_size, int64_t cuda_index);
+
+// [N, M], summed over layers; factors [N or M, (T,) features], bias a flag a layer.
+at::Tensor grad_dot(at::TensorList inputs_a, at::TensorList output_grads_a, at::TensorList inputs_b,
+                    at::TensorList output_grads_b, at::IntArrayRef bias);
+// Gradients to the four lists, one after the other; empty where not needed.
+std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList inputs_a,
+                                          at::TensorList output_grads_a, at::TensorList inputs_b,
+                                          at::TensorList output_grads_b, at::IntArrayRef bias, at::IntArrayRef needs);
 
 // The sum of |dy/dz|^p for each sample, reduced: [] or [B].
 at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::string_view network,

@@ -2,6 +2,7 @@
 
 problem.py      the images, and the networks that suit them
 experiment.py   training and scores: everything the report is made from
+influence.py    training images that shaped held-out ones
 training.py     models trained in turns; penalty.py: the pairs with and without the Jacobian penalty
 timing.py       time per step
 trajectory.py   energies along trajectories; latents.py: traversals and columns of the Jacobian

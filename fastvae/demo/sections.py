@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvae import info
 from fastvae.demo.experiment import ELBO_DRAWS, FLOW, Demo
 from fastvae.demo.figures import COLOURS, canvas, image_rows, png, signed
+from fastvae.demo.influence import DRAWS, influences_of
 from fastvae.demo.latents import jacobian_columns, traversals
 from fastvae.demo.penalty import ANNEAL_STEPS, GAMMA, LATENTS, RHOS, Member, Pair
 from fastvae.demo.report import Picture, Section, Table
@@ -133,6 +134,38 @@ def trajectories(demo: Demo) -> Section:
             ],
         ),
         [Picture(png(figure), "Change of the energy H in nats over the steps of the trajectory.")],
+    )
+
+
+def influences(demo: Demo) -> Section:
+    """Training images that shaped held-out ones."""
+    found = influences_of(demo.vae.model, demo.problem, demo.seed)
+    rows = [
+        (f"{number}", torch.cat((query[None], best, worst)))
+        for number, (query, best, worst) in enumerate(
+            zip(found.queries, found.proponents, found.opponents, strict=True), 1
+        )
+    ]
+    columns, each = len(rows[0][1]), found.proponents.shape[1]
+    return Section(
+        "Influence of training images",
+        [
+            f"""TracIn of the VAE at its final weights, over all parameters: the dot product of the loss
+            gradients of a training image and a held-out one, each averaged over {DRAWS} codes. A proponent's
+            gradient points the same way: a step on it lowers the loss of the held-out image; a step on an
+            opponent raises it. Scores of {found.count:,} training images, with their self-influence (the squared
+            norm of an image's own gradient), took {found.seconds:.1f} s."""
+        ],
+        pictures=[
+            Picture(
+                image_rows(rows, columns),
+                f"In each row: a held-out image, its {each} strongest proponents, its {each} strongest opponents.",
+            ),
+            Picture(
+                image_rows([("highest", found.own), ("median", found.median)], len(found.own)),
+                "Training images of highest self-influence, which the model found hardest, and of median.",
+            ),
+        ],
     )
 
 
@@ -313,6 +346,7 @@ SECTIONS: list[Callable[[Demo], Section]] = [
     samples,
     reconstructions,
     trajectories,
+    influences,
     curves,
     timings,
     penalty,

@@ -204,6 +204,10 @@ class BaseVAE(nn.Module, ABC):
         """Natural parameters of p(x | z) for z [B, d], in the decoder's layout."""
         return self.likelihood.params_of_output(self.decoder(z))
 
+    def log_px(self, z: Tensor, x: Tensor) -> Tensor:
+        """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]."""
+        return self.likelihood.log_prob(self.decode(z), x)
+
     def draw_noise(self, mu: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal [noise_draws, B, d] like mu; drawn on the generator's device and moved."""
         device = mu.device if generator is None else generator.device

@@ -188,6 +188,12 @@ class HVAE(BaseVAE):
         """One z_K [B, d] for each x."""
         return self.objective(x, generator=generator).z
 
+    def flow(
+        self, z: Tensor, rho: Tensor, x: Tensor, step_size: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z_K, rho_K [B, d] and log p(x | z_K) [B]; see :func:`fastvae.ops.hamiltonian_flow`."""
+        return hamiltonian_flow(self.decoder, z, rho, x, step_size, alpha, self.likelihood)
+
     def _start(self, mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_0, rho_0 and alpha."""
         alpha, beta_0 = self.tempering()
@@ -199,9 +205,7 @@ class HVAE(BaseVAE):
 
     def _follow(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
         z_0, rho_0, alpha = self._start(mu, logvar, noise)
-        z, rho, log_px = hamiltonian_flow(
-            self.decoder, z_0, rho_0, x, self.step_size.to(mu.dtype), alpha, self.likelihood
-        )
+        z, rho, log_px = self.flow(z_0, rho_0, x, self.step_size.to(mu.dtype), alpha)
         # The constants of the four normal densities cancel, and so does the volume: prod alpha^2 = beta_0.
         log_ratio = 0.5 * (logvar + noise.square().sum(0) - z.square() - rho.square()).sum(1)
         return _Path(z_0, z, log_px, log_ratio)
@@ -209,7 +213,7 @@ class HVAE(BaseVAE):
     def _stay(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
         """The trajectory of no steps and no tempering: the VAE's sample ELBO."""
         z_0 = reparameterize(mu, logvar, noise[0])
-        log_px = self.likelihood.log_prob(self.decode(z_0), x)
+        log_px = self.log_px(z_0, x)
         return _Path(z_0, z_0, log_px, 0.5 * (logvar + noise[0].square() - z_0.square()).sum(1))
 
     def _diverged(self, path: _Path) -> Tensor | None:

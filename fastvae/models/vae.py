@@ -29,7 +29,7 @@ class VAE(BaseVAE):
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
         mu, logvar = self.encode(x)
         z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
-        log_px = self.likelihood.log_prob(self.decode(z), x)
+        log_px = self.log_px(z, x)
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
         loss = (self.beta if beta is None else beta) * kl - log_px
         return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator)
@@ -37,7 +37,7 @@ class VAE(BaseVAE):
     def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) at z = mu + sigma noise[0]: [N]."""
         z = reparameterize(mu, logvar, noise[0])
-        log_px = self.likelihood.log_prob(self.decode(z), x)
+        log_px = self.log_px(z, x)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
 
     def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -139,7 +139,7 @@ def hamiltonian_flow(
             "logits, and this one ends "
             "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
-    observed = _observed(x, z, like)
+    observed = observed_rows(x, z, like)
     step_sizes = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
     refuse_forward_mode("hamiltonian_flow", z, rho, observed, step_sizes, alpha, *network.tensors)
     store = memory == "store" or (
@@ -164,7 +164,7 @@ def hamiltonian_flow(
     return z_K, rho_K, log_px
 
 
-def _observed(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
+def observed_rows(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
     """x as [B, elements] in the dtype of z."""
     if x.dim() == 0 or x.shape[0] != z.shape[0]:
         raise ValueError(

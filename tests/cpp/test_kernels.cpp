@@ -440,12 +440,32 @@ void test_kernels(const char* type) {
   });
 }
 
+template <typename T>
+void test_gram_product(const char* type) {
+  const double tolerance = 40.0 * std::numeric_limits<T>::epsilon();
+  constexpr int64_t kShapes[][4] = {{1, 1, 1, 1}, {5, 1, 37, 1}, {3, 4, 5, 16}, {2, 3, 3, 35}, {4, 3, 7, 1}};
+  for (const auto& [samples_a, terms_a, samples_b, terms_b] : kShapes) {
+    for (const bool accumulate : {false, true}) {
+      Arena<T> expected, found;
+      naive_gram_product(gram_product_case(expected, samples_a, terms_a, samples_b, terms_b, accumulate));
+      const GramProduct<T> args = gram_product_case(found, samples_a, terms_a, samples_b, terms_b, accumulate);
+      for (int64_t i = 0; i < samples_a; ++i) {
+        fastvae::cpu::gram_product(args, i, i + 1);
+      }
+      const double error = difference(found, expected);
+      CHECK(error <= tolerance, "gram_product %s: off by %g", type, error);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace cases
 
 int main() {
   cases::test_kernels<float>("float");
   cases::test_kernels<double>("double");
+  cases::test_gram_product<float>("float");
+  cases::test_gram_product<double>("double");
   cases::test_direct_convolutions<float>("float");
   cases::test_direct_convolutions<double>("double");
   return check::finish("test_kernels");

@@ -1,0 +1,144 @@
+"""TracIn by other means: every contestant gives the scores [M, N] of the same losses with the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from fastvae.influence.noise import Stream, draws_of, keys_of
+
+
+def noise_of(x: Tensor, latent_dim: int) -> Tensor:
+    """The noise that ours draws with one draw and seed 0: [B, d]."""
+    return Stream(draws_of(keys_of(x), 0, 1)).normal((1, latent_dim))[:, 0].to(x)
+
+
+class Losses(nn.Module):
+    """The loss of each sample of a beta-VAE, given its noise, as one would write it."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, beta: float) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.beta = encoder, decoder, beta
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        logits = self.decoder(mu + torch.exp(logvar / 2) * noise)
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        bce = F.binary_cross_entropy_with_logits(logits.flatten(1), x.flatten(1), reduction="none")
+        return self.beta * kl + bce.sum(1)
+
+
+def loop(losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor]) -> Tensor:
+    """The authors' way: one backward pass a sample, one dot product a pair and parameter."""
+    parameters = list(losses.parameters())
+
+    def gradient(x: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(losses(x[None], eps[None]).sum(), parameters)
+
+    of_queries = [gradient(x, eps) for x, eps in zip(queries, noise[1], strict=True)]
+    columns = []
+    for x, eps in zip(train, noise[0], strict=True):
+        mine = gradient(x, eps)
+        columns.append(
+            [sum((a * b).sum().item() for a, b in zip(mine, other, strict=True)) for other in of_queries]
+        )
+    return torch.tensor(columns).T
+
+
+def vmap_grad(
+    losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor], chunk: int = 64
+) -> Tensor:
+    """Per-sample gradients by torch.func, then one product."""
+    parameters = {name: parameter.detach() for name, parameter in losses.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor, eps: Tensor) -> Tensor:
+        return functional_call(losses, values, (x[None], eps[None])).sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk)
+
+    def gradients(x: Tensor, eps: Tensor) -> Tensor:
+        return torch.cat([g.flatten(1) for g in each(parameters, x, eps).values()], 1)
+
+    return gradients(queries, noise[1]) @ gradients(train, noise[0]).T
+
+
+class _Captured:
+    """Inputs and output gradients of every layer with parameters, by hooks."""
+
+    def __init__(self, losses: Losses, x: Tensor, noise: Tensor) -> None:
+        seen: list[tuple[Any, Tensor, Tensor]] = []
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        layers = [module for module in losses.modules() if isinstance(module, kinds)]
+        handles = [
+            layer.register_forward_hook(lambda layer, args, out: seen.append((layer, args[0].detach(), out)))
+            for layer in layers
+        ]
+        total = losses(x, noise).sum()
+        for handle in handles:
+            handle.remove()
+        grads = torch.autograd.grad(total, [out for _, _, out in seen])
+        self.layers = [(layer, h, delta) for (layer, h, _), delta in zip(seen, grads, strict=True)]
+
+
+def gram(losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor]) -> Tensor:
+    """Gram matrices of the factors, in plain PyTorch; Linear layers only."""
+    a, b = _Captured(losses, queries, noise[1]), _Captured(losses, train, noise[0])
+    total: Tensor | float = 0.0
+    for (_, h_a, d_a), (_, h_b, d_b) in zip(a.layers, b.layers, strict=True):
+        total = total + (h_a @ h_b.T + 1) * (d_a @ d_b.T)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def dense(losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor]) -> Tensor:
+    """Per-sample gradients from the factors, layer by layer, then one product over all parameters."""
+
+    def gradients(x: Tensor, eps: Tensor) -> Tensor:
+        parts = []
+        for layer, h, delta in _Captured(losses, x, eps).layers:
+            if isinstance(layer, nn.Linear):
+                parts += [torch.einsum("no,ni->noi", delta, h).flatten(1), delta]
+                continue
+            image, filters = (h, delta) if isinstance(layer, nn.Conv2d) else (delta, h)
+            patches = F.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            parts.append(torch.einsum("nol,npl->nop", filters.flatten(2), patches).flatten(1))
+            parts.append(delta.sum((2, 3)))
+        return torch.cat(parts, 1)
+
+    return gradients(queries, noise[1]) @ gradients(train, noise[0]).T
+
+
+def captum_last_layer(
+    losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor]
+) -> Callable[[], object]:
+    """captum's TracInCPFast, which takes one Linear layer at the end of a model: here the decoder's last one.
+
+    Raises:
+        ImportError: captum is not installed.
+    """
+    from captum.influence import TracInCPFast
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.losses, self.last = losses, losses.decoder[-1]  # type: ignore[index]
+
+        def forward(self, x: Tensor, eps: Tensor) -> Tensor:
+            mu, logvar = self.losses.encoder(x).chunk(2, 1)
+            return self.losses.decoder(mu + torch.exp(logvar / 2) * eps)
+
+    tracin = TracInCPFast(
+        Logits(),
+        "last",
+        torch.utils.data.TensorDataset(train, noise[0], train),
+        ["none"],
+        lambda model, checkpoint: 1.0,
+        nn.BCEWithLogitsLoss(reduction="sum"),
+        len(train),
+    )
+    return lambda: tracin.influence((queries, noise[1], queries))

@@ -1,0 +1,63 @@
+// What TracIn asks of a decoder: the factors of per-sample gradients to its parameters, from one sweep with its
+// likelihood or from a whole Hamiltonian flow. Not ops: nothing differentiates them.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "../common/guard.h"
+#include "flow.h"
+#include "ops.h"
+
+namespace fastvae {
+
+FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const OptionalTensor& grad_rho,
+                                     const OptionalTensor& grad_log_px, const at::Tensor& z, const at::Tensor& rho,
+                                     const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
+                                     at::TensorList parameters, const at::Tensor& z_steps, const at::Tensor& rho_steps,
+                                     std::string_view network, std::string_view likelihood) {
+  constexpr const char* op = "hamiltonian_flow_factors";
+  const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps});
+  const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
+  const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
+  check_sizes(op, "z_steps", z_steps, {K + 1, B, d});
+  check_sizes(op, "rho_steps", rho_steps, {K + 1, B, d});
+  FASTVAE_CHECK_VALUE(B > 0, op, "z", "at least one sample", describe(z));
+  const auto cotangent_of = [&](const OptionalTensor& grad, const char* name, at::IntArrayRef sizes) {
+    if (!grad.has_value()) {
+      return at::Tensor();
+    }
+    check_like(op, name, *grad, z, "z");
+    check_sizes(op, name, *grad, sizes);
+    return grad->contiguous();
+  };
+  const FlowCotangents cotangents{cotangent_of(grad_z, "grad_z", {B, d}), cotangent_of(grad_rho, "grad_rho", {B, d}),
+                                  cotangent_of(grad_log_px, "grad_log_px", {B})};
+  const auto room = [&](at::IntArrayRef sizes) { return at::empty(sizes, z.options()); };
+  FlowFactors factors;
+  FlowResult out{room({B, d}), room({B, d}), false, {}, room({K, d}), room({K}), {}};
+  out.parameters.resize(parameters.size());
+  out.factors = &factors;
+  // Without the stash: the factors of all steps are wanted in any case.
+  sweep_flow_backward(flow, {z_steps, rho_steps, {}, {}, room({0})}, cotangents, out);
+  factors.grad_z = out.z;
+  factors.grad_rho = out.rho;
+  return factors;
+}
+
+std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(const at::Tensor& z, const at::Tensor& x,
+                                                                              at::TensorList parameters,
+                                                                              std::string_view network_text,
+                                                                              std::string_view likelihood) {
+  constexpr const char* op = "decoder_factors";
+  const EntryGuard guard(op, {z, x});
+  // The first point of a flow; no step is taken.
+  const at::Tensor one = at::zeros({1}, z.options());
+  const Flow flow(op, z, z, x, one, one, parameters, network_text, likelihood);
+  const Network network(op, *flow.program, flow.likelihood, flow.parameters, flow.z);
+  const at::Tensor log_px = at::empty({flow.samples}, z.options());
+  const at::Tensor storage = at::empty({flow.samples * flow.program->tape_numel()}, z.options());
+  const Tape tape = network.tape(storage, 1, flow.samples, 0, 1);
+  const at::Tensor grad_z = network.forward_reverse(flow.z, network.observed_to_rows(flow.x), tape, log_px);
+  return {log_px, grad_z, network.factors(flow.z, {}, tape, {}, 0)};
+}
+
+}  // namespace fastvae

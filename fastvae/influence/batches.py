@@ -1,0 +1,84 @@
+"""Tiles of a data set: consecutive samples as tuples of tensors, whatever sizes the loader gives them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from fastvae.data import images_of
+from fastvae.influence.evaluation import Batch
+
+__all__ = ["count_of", "tiles_of"]
+
+
+def tiles_of(data: Any, tile: int, batch_size: int, whole: bool) -> Iterator[Batch]:
+    """Consecutive tiles of ``tile`` samples, the last one smaller.
+
+    Args:
+        data: a tensor or a tuple of tensors (all samples at once), a ``Dataset`` or an iterable of batches such
+            as a ``DataLoader``.
+        tile: samples.
+        batch_size: at which a ``Dataset`` is collated, at least.
+        whole: keep every entry of a batch; else only the images, by ``fastvae.data.images_of``.
+    """
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Tensor) or _is_batch(data):
+        batches: Iterable[Any] = [data]
+    elif isinstance(data, Dataset):
+        batches = DataLoader(data, batch_size=max(batch_size, tile))
+    else:
+        batches = data
+    waiting: list[Batch] = []
+    count = 0
+    for given in batches:
+        batch = _as_batch(given, whole)
+        while count + len(batch[0]) >= tile:
+            need = tile - count
+            yield _joined([*waiting, tuple(part[:need] for part in batch)])
+            batch, waiting, count = tuple(part[need:] for part in batch), [], 0
+        if len(batch[0]):
+            waiting.append(batch)
+            count += len(batch[0])
+    if waiting:
+        yield _joined(waiting)
+
+
+def count_of(data: Any) -> int:
+    """The number of samples."""
+    if isinstance(data, TensorDataset):
+        return len(data)
+    if _is_batch(data):
+        return len(data[0])
+    if isinstance(data, DataLoader):
+        dropped = data.drop_last and data.batch_size
+        return len(data) * data.batch_size if dropped else len(data.dataset)  # type: ignore[arg-type, operator]
+    return len(data)
+
+
+def _is_batch(data: Any) -> bool:
+    return isinstance(data, (tuple, list)) and bool(data) and all(isinstance(part, Tensor) for part in data)
+
+
+def _as_batch(given: Any, whole: bool) -> Batch:
+    if not whole:
+        return (images_of(given),)
+    batch = (given,) if isinstance(given, Tensor) else given
+    if isinstance(batch, Mapping) or not _is_batch(batch):
+        raise TypeError(
+            "TracIn: with a loss_fn a batch is expected to be a tensor or a tuple of tensors, the last one the "
+            f"targets; got {type(given).__name__}"
+        )
+    if len({len(part) for part in batch}) > 1:
+        raise ValueError(
+            f"TracIn: expected as many samples in every entry of a batch, got {[len(part) for part in batch]}"
+        )
+    return tuple(batch)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(entries) for entries in zip(*parts, strict=True))

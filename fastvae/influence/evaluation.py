@@ -1,0 +1,128 @@
+"""The losses of a batch over several draws of noise, with gradients on their way to the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.influence.noise import KeyedNoise, SeesRandomness, Stream, draws_of, keys_of
+from fastvae.influence.sweeps import Sweep, is_swept
+from fastvae.models import BaseVAE
+
+__all__ = ["Batch", "Evaluation"]
+
+Batch = tuple[Tensor, ...]
+
+
+class Evaluation:
+    """Per-sample losses of a model.
+
+    Args:
+        model: in eval mode.
+        loss_fn: None: the losses are ``model(batch[0])``; else ``loss_fn(model(*batch[:-1]), batch[-1])``, or
+            ``loss_fn(model(x), x)`` for a batch of one tensor.
+        draws: S, of the noise of a model that draws any.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Callable[..., Tensor] | None, draws: int, seed: int
+    ) -> None:
+        self.model, self.loss_fn, self.seed = model, loss_fn, seed
+        self.draws = draws
+        self._random: bool | None = None
+
+    def sweep(self) -> Sweep | None:
+        """A new sweep through the decoder, where the model has one that can be swept."""
+        return Sweep(self.model) if self.loss_fn is None and is_swept(self.model) else None
+
+    def losses(self, batch: Batch, fold: bool = True, sweep: Sweep | None = None) -> Tensor:
+        """The loss of each draw of each sample, [B * S], the draws of a sample side by side.
+
+        With ``fold`` the encoder of our models sees each sample once.
+        """
+        keys = keys_of(batch[0])
+        if isinstance(self.model, BaseVAE) and self.loss_fn is None and not self.model.penalties:
+            with nullcontext() if sweep is None else sweep.installed():
+                return self._of_vae(batch[0], keys, fold)
+        if not self.is_random(batch):
+            return self._of_rows(batch)
+        rows = tuple(part.repeat_interleave(self.draws, 0) for part in batch)
+        with KeyedNoise(Stream(draws_of(keys, self.seed, self.draws))):
+            return self._of_rows(rows)
+
+    def draws_of(self, batch: Batch) -> int:
+        """S, or 1 where the loss is a function of the sample alone."""
+        return self.draws if self.is_random(batch) else 1
+
+    def is_random(self, batch: Batch) -> bool:
+        """Whether the model draws noise; found out by watching it once."""
+        if self._random is None:
+            if isinstance(self.model, BaseVAE) and self.loss_fn is None:
+                self._random = True
+            else:
+                states = torch.get_rng_state()
+                with torch.no_grad(), SeesRandomness() as watch:
+                    self._of_rows(tuple(part[:1] for part in batch))
+                torch.set_rng_state(states)
+                self._random = watch.seen
+        return self._random
+
+    def _of_vae(self, x: Tensor, keys: Tensor, fold: bool) -> Tensor:
+        model = self.model
+        assert isinstance(model, BaseVAE)
+        repeated = x.repeat_interleave(self.draws, 0) if self.draws > 1 else x
+        encoded = model.encode(x if fold else repeated)
+        if fold and self.draws > 1:
+            encoded = (
+                encoded[0].repeat_interleave(self.draws, 0),
+                encoded[1].repeat_interleave(self.draws, 0),
+            )
+        stream = Stream(draws_of(keys, self.seed, self.draws))
+        noise = stream.normal((model.noise_draws, *encoded[0].shape[1:])).to(encoded[0]).transpose(0, 1)
+        with _encoded_already(model, repeated, encoded):
+            return model(repeated, noise=noise)
+
+    def _of_rows(self, rows: Batch) -> Tensor:
+        if self.loss_fn is None:
+            losses = self.model(rows[0])
+            wanted = "model(x), with loss_fn=None,"
+        else:
+            output = self.model(*rows[:-1]) if len(rows) > 1 else self.model(rows[0])
+            losses = self.loss_fn(output, rows[-1])
+            wanted = "loss_fn"
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"TracIn: {wanted} expected to return a tensor, got {type(losses).__name__}")
+        count = len(rows[0])
+        if losses.dim() == 0:
+            reduction = getattr(self.loss_fn, "reduction", None)
+            if reduction not in ("sum", "mean"):
+                raise ValueError(
+                    f"TracIn: {wanted} expected to return one loss a sample, [{count}], got a scalar; use "
+                    "reduction='none', or a loss with an attribute reduction, 'sum' or 'mean'"
+                )
+            # Gradients are taken of the sum over all rows: each gets its own loss's.
+            return (losses if reduction == "sum" else losses * count).expand(count) / count
+        if losses.shape != (count,):
+            raise ValueError(
+                f"TracIn: {wanted} expected to return one loss a sample, [{count}], got {list(losses.shape)}"
+            )
+        return losses
+
+
+@contextmanager
+def _encoded_already(model: BaseVAE, x: Tensor, encoded: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """``model.encode`` of this very x gives what is known; of anything else what it always gives."""
+    encode = model.encode
+
+    def known(other: Tensor) -> tuple[Tensor, Tensor]:
+        return encoded if other is x else encode(other)
+
+    vars(model)["encode"] = known
+    try:
+        yield
+    finally:
+        del vars(model)["encode"]

@@ -1,0 +1,209 @@
+"""The factors of a decoder's gradients from the lowered network's own sweeps, where hooks do not fire or cost more.
+
+A VAE's decoder runs forward and back in one sweep with its likelihood. The Hamiltonian flow hands out, for each of
+its K + 1 forces, the pairs (delta_dot, h) and (delta, hdot) of every layer, and the gradients to each sample's own
+step sizes and tempering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fastvae._extension import raw
+from fastvae.likelihoods import Bernoulli
+from fastvae.lowering import LoweredNetwork, UnsupportedLayer, lower
+from fastvae.models import HVAE, VAE
+from fastvae.models.base import BaseVAE
+from fastvae.ops.hamiltonian_flow import observed_rows
+from fastvae.reference import expand_step_size
+
+__all__ = ["Call", "Sweep", "flow_parameters", "is_swept"]
+
+
+@dataclass
+class Call:
+    """What one call of a layer adds to its gradient: grad (x) input."""
+
+    input: Tensor
+    grad: Tensor
+    tangent: bool = False
+    """The pair (delta, hdot) of a flow: of the part that is linear in the input, and nothing of the bias."""
+
+
+def is_swept(model: Any) -> bool:
+    """Whether the decoder of this model goes by its own sweeps."""
+    if isinstance(model, HVAE):
+        stock = type(model).flow is HVAE.flow and type(model)._follow is HVAE._follow
+    else:
+        stock = isinstance(model, VAE) and type(model).objective is VAE.objective
+    if not stock or model.penalties or type(model).log_px is not BaseVAE.log_px:
+        return False
+    try:
+        _lowered(model)
+    except (UnsupportedLayer, ValueError):
+        return False
+    return True
+
+
+def flow_parameters(model: Any) -> list[str]:
+    """The names of the parameters that a flow takes besides the decoder's."""
+    if not isinstance(model, HVAE):
+        return []
+    of_flow = {id(p) for module in (model.leapfrog_step, model.tempering) for p in module.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in of_flow]
+
+
+def _lowered(model: BaseVAE) -> LoweredNetwork:
+    like = model.likelihood
+    return lower(model.decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
+
+
+@dataclass
+class Sweep:
+    """One pass through the decoder of a VAE or HVAE.
+
+    Raises:
+        RuntimeError: a trajectory that diverged, where the model would replace it.
+    """
+
+    model: Any
+    edges: list[GradientEdge] = field(default_factory=list)
+    """Asked for the gradient at these, autograd runs the sweep's own backward pass."""
+    _calls: dict[str, list[Call]] = field(default_factory=dict)
+    _terms: tuple[Tensor, ...] = ()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """In place of the model's own way from z to log p(x | z)."""
+        vars(self.model)["log_px"] = self._log_px
+        if isinstance(self.model, HVAE):
+            vars(self.model)["flow"] = self._flow
+        try:
+            yield
+        finally:
+            vars(self.model).pop("log_px")
+            vars(self.model).pop("flow", None)
+
+    def calls(self, layer: str) -> list[Call]:
+        """Of a layer of the decoder, by its name in the model."""
+        return self._calls.get(layer, [])
+
+    def gradients(self, names: list[str], samples: int) -> dict[str, Tensor]:
+        """[B, numel] of each of the flow's own parameters."""
+        model: HVAE = self.model
+        parameters = dict(model.named_parameters())
+        step_terms, alpha_terms, grad_rho, rho = self._terms
+        with torch.enable_grad():
+            alpha, beta_0 = model.tempering()
+            eps = expand_step_size(model.step_size.to(rho.dtype), model.num_steps, rho.shape[1], rho)
+            flat = torch.cat([eps.reshape(-1), alpha.reshape(-1), beta_0.reshape(1)])
+        # rho_0 = gamma_0 / sqrt(beta_0)
+        of_beta = -0.5 * (grad_rho * rho).sum(1) / beta_0.detach()
+        each = torch.cat([step_terms.transpose(0, 1).flatten(1), alpha_terms.sum(2).T, of_beta[:, None]], 1)
+        each = each.reshape(samples, -1, each.shape[1]).sum(1)
+        wanted = [parameters[name] for name in names]
+        if not flat.requires_grad:
+            return {}
+        found = torch.autograd.grad(flat, wanted, each, is_grads_batched=True, allow_unused=True)
+        return {
+            name: grad.reshape(samples, -1)
+            for name, grad in zip(names, found, strict=True)
+            if grad is not None
+        }
+
+    def _entered(self, z: Tensor) -> Tensor:
+        if self.edges:
+            raise RuntimeError(
+                "TracIn: the model decoded more than once in a pass, as an HVAE does with on_divergence='drop' "
+                "when a trajectory diverges; such a sample has no gradient of the model's own loss"
+            )
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        self.edges.append(get_gradient_edge(z))
+        return z
+
+    def _log_px(self, z: Tensor, x: Tensor) -> Tensor:
+        return _DecoderSweep.apply(self._entered(z), x, self)
+
+    def _flow(
+        self, z: Tensor, rho: Tensor, x: Tensor, step_size: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        eps = expand_step_size(step_size, alpha.shape[0], z.shape[1], z)
+        return _FlowSweep.apply(self._entered(z), rho, x, eps.detach(), alpha.detach(), self)
+
+    def _add(self, network: LoweredNetwork, weight: int, bias: int, calls: list[Call]) -> None:
+        name = network.names[weight if weight >= 0 else bias].rpartition(".")[0]
+        self._calls.setdefault(f"decoder.{name}" if name else "decoder", []).extend(calls)
+
+
+class _DecoderSweep(torch.autograd.Function):
+    """log p(x | z) [B], with the factors handed to a ``Sweep`` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, x: Tensor, sweep: Sweep) -> Tensor:
+        """One forward and reverse sweep."""
+        network, like = _lowered(sweep.model), sweep.model.likelihood
+        log_px, grad_z, ctx.stages = raw.decoder_factors(
+            z, observed_rows(x, z, like), network.tensors, network.spec, like.spec
+        )
+        ctx.network, ctx.sweep = network, sweep
+        ctx.save_for_backward(grad_z)
+        return log_px
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale each row by its cotangent."""
+        (grad_z,) = ctx.saved_tensors
+        for weight, bias, h, delta, _, _ in ctx.stages:
+            scaled = delta * grad.view(-1, *(1 for _ in delta.shape[1:]))
+            ctx.sweep._add(ctx.network, weight, bias, [Call(h, scaled)])
+        return grad_z * grad[:, None], None, None
+
+
+class _FlowSweep(torch.autograd.Function):
+    """The Hamiltonian flow, with the factors handed to a ``Sweep`` in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, rho: Tensor, x: Tensor, eps: Tensor, alpha: Tensor, sweep: Sweep
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The operator, keeping z and rho of every step."""
+        network, like = _lowered(sweep.model), sweep.model.likelihood
+        observed = observed_rows(x, z, like)
+        z_K, rho_K, log_px, z_steps, rho_steps, _, _ = raw.hamiltonian_flow(
+            z, rho, observed, eps, alpha, network.tensors, network.spec, like.spec, False, False
+        )
+        ctx.network, ctx.sweep = network, sweep
+        ctx.save_for_backward(z.detach(), rho.detach(), observed, eps, alpha, z_steps, rho_steps)
+        return z_K, rho_K, log_px
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The closed-form gradient to z and rho; all others as factors."""
+        z, rho, observed, eps, alpha, z_steps, rho_steps = ctx.saved_tensors
+        network, sweep = ctx.network, ctx.sweep
+        grad_z, grad_rho, step_terms, alpha_terms, stages = raw.hamiltonian_flow_factors(
+            *grads,
+            z,
+            rho,
+            observed,
+            eps,
+            alpha,
+            network.tensors,
+            z_steps,
+            rho_steps,
+            network.spec,
+            sweep.model.likelihood.spec,
+        )
+        for weight, bias, h, delta, hdot, delta_dot in stages:
+            calls = [Call(*pair) for pair in zip(h, delta_dot, strict=True)]
+            calls += [Call(*pair, tangent=True) for pair in zip(hdot, delta, strict=True)]
+            sweep._add(network, weight, bias, calls)
+        sweep._terms = (step_terms, alpha_terms, grad_rho, rho)
+        return grad_z, grad_rho, None, None, None, None

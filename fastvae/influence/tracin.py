@@ -1,0 +1,386 @@
+"""TracIn: the influence of training samples, summed over checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.influence.batches import count_of, tiles_of
+from fastvae.influence.cache import FactorCache, fingerprint
+from fastvae.influence.coverage import Coverage
+from fastvae.influence.engine import AUDITED, Engine
+from fastvae.influence.evaluation import Batch, Evaluation
+from fastvae.influence.factors import Factors, concatenate, dot, self_dot
+from fastvae.influence.sharding import Share
+from fastvae.influence.snapshots import Snapshots
+from fastvae.influence.topk import KMostInfluentialResults, TopK
+from fastvae.training import load_checkpoint
+from fastvae.training.checkpoints import unwrap
+
+__all__ = ["InfluenceWithError", "KMostInfluentialResults", "TracIn"]
+
+_ROWS = 1024
+"""Samples x draws in a tile of the training set: enough for products to run at full rate."""
+
+_QUERY_BYTES = 2**29
+"""Factors of queries held at once; beyond that the training set is gone through again for the rest."""
+
+
+class InfluenceWithError(NamedTuple):
+    """Influence scores, and how far off the finite number of draws may have put them."""
+
+    influence_scores: Tensor
+    """[n_test, n_train]"""
+    standard_errors: Tensor
+    """[n_test, n_train], of the scores as means over draws"""
+
+
+class TracIn:
+    """Influence of training samples on queries (Pruthi et al., NeurIPS 2020; for VAEs: Kong, Chaudhuri, 2021).
+
+    The influence of a training sample x_i on a query x_j is
+
+        sum over checkpoints c of  w_c <g_c(x_i), g_c(x_j)>,   g_c(x) = 1/S sum_s grad_theta loss(x, noise_s)
+
+    over all trained parameters theta, exactly; positive for proponents (training on x_i lowered the loss of x_j),
+    negative for opponents. Arguments, order and results are those of captum's ``TracInCP``. The model is in eval
+    mode during every call, and is given back as it was found: modes, weights, requires_grad.
+
+    Args:
+        model: any module; ``fastvae`` models need nothing else.
+        train_dataset: a ``Dataset`` or a ``DataLoader`` that does not shuffle; also a tensor or tuple of tensors.
+        checkpoints: files (or whatever ``checkpoints_load_func`` reads), each loaded once in the object's life; or
+            the path of a folder, whose entries are taken in sorted order.
+        checkpoints_load_func: (model, checkpoint) -> weight w_c: learning rate times the epochs that it stands
+            for. The default reads what ``fastvae.fit`` writes.
+        layers: names of modules to restrict the parameters to; None: all.
+        loss_fn: None: ``model(batch[0])`` gives the loss of each sample, [B]. Otherwise ``loss_fn(model(*batch[:-1]),
+            batch[-1])``, for a batch of one tensor ``loss_fn(model(x), x)``: [B], or a scalar with an attribute
+            ``reduction`` of "sum" or "mean".
+        batch_size: at which ``train_dataset`` is collated at least. Results do not depend on it.
+        test_loss_fn: of the queries, if another.
+        sample_wise_grads_per_batch: accepted for captum's sake; gradients are always those of each sample.
+        num_samples: S, draws of the noise of models that draw any, keyed by (seed, sample, draw).
+        seed: of the noise.
+        query_seed: of the queries' noise; None: the same. With the same noise a training sample's product with
+            itself is larger by the sampling variance over S, which flatters retrieval of a query itself.
+        uncovered: what becomes of parameters that no rule covers: "error" (:class:`UncoveredParameter`), or
+            "materialise" (autograd, sample by sample: exact and slow).
+        process_group: of ``torch.distributed``: the training set is shared out, every process calls with the
+            same arguments and gets the whole result. None: this process alone.
+        cache_dir: a folder in which the factors of the training set are kept (safetensors), so that further
+            queries need no forward or backward pass over it. They take much more room than the images:
+            ``coverage`` says by which route each layer goes. One folder for each model class and loss.
+
+    Raises:
+        UncoveredParameter: a parameter whose gradients would be missing; at the first call, too.
+        ValueError: arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Any,
+        checkpoints: str | os.PathLike[str] | Iterable[Any],
+        checkpoints_load_func: Callable[..., float] = load_checkpoint,
+        layers: Sequence[str] | None = None,
+        loss_fn: Callable[..., Tensor] | None = None,
+        batch_size: int = 1,
+        test_loss_fn: Callable[..., Tensor] | None = None,
+        sample_wise_grads_per_batch: bool = False,
+        *,
+        num_samples: int = 16,
+        seed: int = 0,
+        query_seed: int | None = None,
+        uncovered: str = "error",
+        process_group: Any = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"TracIn: {name}: expected at least 1, got {value}")
+        self.model = unwrap(model)
+        self.train_dataset = train_dataset
+        self.batch_size = batch_size
+        self._snapshots = Snapshots(self.model, checkpoints, checkpoints_load_func)
+        self._engine = Engine(self.model, layers, uncovered)
+        self._train = Evaluation(self.model, loss_fn, num_samples, seed)
+        self._query = Evaluation(
+            self.model,
+            loss_fn if test_loss_fn is None else test_loss_fn,
+            num_samples,
+            seed if query_seed is None else query_seed,
+        )
+        self._share = Share(process_group)
+        self._cache = FactorCache(cache_dir)
+        self._settings = f"{num_samples} {seed} {layers} {uncovered}"
+
+    def influence(
+        self,
+        inputs: Any,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor | KMostInfluentialResults:
+        """The influence of every training sample on every query, or of the k most influential ones.
+
+        Args:
+            inputs: queries: a tensor, a tuple of tensors as a batch of ``train_dataset`` has them, or a
+                ``DataLoader``.
+            k: how many training samples to name for each query; memory then does not grow with the training set.
+                None: all scores.
+            proponents: the k largest scores; False: the k smallest (opponents).
+            show_progress: a bar over the training set (needs tqdm).
+            aggregate: the influence on the sum of the queries' losses: n_test is 1.
+
+        Returns:
+            [n_test, n_train] on the CPU, or :class:`KMostInfluentialResults` of [n_test, k].
+        """
+        if k is not None and k < 1:
+            raise ValueError(f"TracIn: influence: k: expected at least 1, got {k}")
+        with self._borrowed():
+            queries = self._queries(inputs)
+            if k is None or aggregate:
+                scores = self._all_scores(queries, show_progress, aggregate)
+                if k is None:
+                    return scores
+                best = TopK(k, proponents)
+                best.add(torch.arange(scores.shape[1]), scores)
+                return best.result()
+            found = []
+            for part in self._parts(queries):
+                best = TopK(k, proponents)
+                for first, scores in self._stream(part, show_progress):
+                    best.add(torch.arange(first, first + scores.shape[1]), scores)
+                found.append(self._share.merged(best).result())
+        return KMostInfluentialResults(*(torch.cat(columns) for columns in zip(*found, strict=True)))
+
+    def influence_with_error(self, inputs: Any, show_progress: bool = False) -> InfluenceWithError:
+        """All scores, and the standard error that each has from averaging over S draws instead of all.
+
+        A score is the product of two means over S independent draws; the spread of its terms over the draws of
+        the training sample and over those of the query gives its variance (delta method). With common noise on
+        both sides (``query_seed=None``) that of a sample with itself leaves out a bias of the same order.
+
+        Raises:
+            ValueError: fewer than two draws, or a model that draws no noise.
+        """
+        with self._borrowed():
+            queries = self._queries(inputs)
+            draws = self._train.draws_of(queries)
+            if draws < 2:
+                raise ValueError(
+                    "TracIn: influence_with_error: expected a model that draws noise and num_samples of at least 2"
+                )
+            scores, variances = [], []
+            for part in self._parts(queries):
+                tiles = [
+                    (first, torch.stack(self._with_variance(part, batch, draws)).flatten(0, 1))
+                    for first, batch in self._tiles(show_progress)
+                ]
+                both = self._share.assembled(tiles, 2 * len(part[0]), self._count()).unflatten(0, (2, -1))
+                scores.append(both[0])
+                variances.append(both[1])
+        return InfluenceWithError(torch.cat(scores), torch.cat(variances).sqrt())
+
+    def self_influence(
+        self,
+        inputs: Any = None,
+        show_progress: bool = False,
+        outer_loop_by_checkpoints: bool = False,
+        *,
+        unbiased: bool = False,
+    ) -> Tensor:
+        """The influence of every sample on itself: sum_c w_c |g_c(x)|^2.
+
+        Args:
+            inputs: as in ``influence``; None: the training set.
+            show_progress: a bar over the samples (needs tqdm).
+            outer_loop_by_checkpoints: accepted for captum's sake; the result is the same.
+            unbiased: the U-statistic (|sum_s g_s|^2 - sum_s |g_s|^2) / (S (S - 1)) instead of the squared norm of
+                the mean, which the sampling variance of the S draws makes larger.
+
+        Returns:
+            [n] on the CPU.
+
+        Raises:
+            ValueError: ``unbiased`` with fewer than two draws, or a model that draws no noise.
+        """
+        evaluation = self._train if inputs is None else self._query
+        with self._borrowed():
+            parts = []
+            for first, batch in self._tiles(show_progress, inputs):
+                self._engine.audit(evaluation, batch)
+                parts.append((first, self._self_scores(evaluation, batch, unbiased)[None]))
+            return self._share.assembled(parts, 1, self._count(inputs))[0]
+
+    def forget_checkpoints(self) -> None:
+        """Load them anew at the next call."""
+        self._snapshots.forget()
+
+    def coverage(self, num_queries: int = 100) -> Coverage:
+        """How every parameter's part of the scores is computed, for so many queries; ``print`` shows a table."""
+        with self._borrowed():
+            return self._engine.coverage(self._count(), num_queries)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[None]:
+        """The model in eval mode, and known to be covered."""
+        with self._snapshots.borrowed():
+            if self.train_dataset is not None and not self._engine.audited(self._train):
+                few = next(
+                    tiles_of(self.train_dataset, AUDITED, self.batch_size, self._train.loss_fn is not None)
+                )
+                self._engine.audit(self._train, self._here(few))
+            yield
+
+    # ---- samples ----
+
+    def _count(self, data: Any = None) -> int:
+        return count_of(self.train_dataset if data is None else data)
+
+    def _here(self, batch: Batch) -> Batch:
+        device = next(self.model.parameters()).device
+        # Tensors made under inference_mode cannot take part in a backward pass.
+        return tuple((part.clone() if part.is_inference() else part.detach()).to(device) for part in batch)
+
+    def _tiles(self, show_progress: bool, data: Any = None) -> Iterator[tuple[int, Batch]]:
+        """This process's tiles of the training set (or of ``data``), with the index of their first sample."""
+        evaluation = self._train if data is None else self._query
+        data = self.train_dataset if data is None else data
+        tile = max(1, _ROWS // evaluation.draws)
+        tiles: Iterable[Batch] = tiles_of(data, tile, self.batch_size, evaluation.loss_fn is not None)
+        if show_progress:
+            tiles = _with_bar(tiles, -(-count_of(data) // tile))
+        first = 0
+        for index, batch in enumerate(tiles):
+            if self._share.is_mine(index):
+                yield first, self._here(batch)
+            first += len(batch[0])
+
+    def _queries(self, inputs: Any) -> Batch:
+        """All queries as one batch."""
+        whole = self._query.loss_fn is not None
+        parts = list(tiles_of(inputs, 2**40, self.batch_size, whole))
+        if not parts:
+            raise ValueError("TracIn: inputs: expected at least one sample")
+        queries = self._here(parts[0])
+        self._engine.audit(self._query, queries)
+        return queries
+
+    def _parts(self, queries: Batch) -> Iterator[Batch]:
+        """The queries, so many at a time as their factors fit."""
+        element = next(self.model.parameters()).element_size()
+        each = self._engine.factor_numel(self._routes(queries)) * element * len(self._snapshots)
+        count = max(1, _QUERY_BYTES // max(1, each))
+        for first in range(0, len(queries[0]), count):
+            yield tuple(part[first : first + count] for part in queries)
+
+    # ---- scores ----
+
+    def _factors(
+        self, evaluation: Evaluation, batch: Batch, routes: dict[str, str], fold: bool = True
+    ) -> Factors:
+        """Of a batch of any size, under the current checkpoint."""
+        tile = max(1, _ROWS // evaluation.draws)
+        return concatenate(
+            [
+                self._engine.factors(
+                    evaluation, tuple(part[i : i + tile] for part in batch), routes, fold=fold
+                )
+                for i in range(0, len(batch[0]), tile)
+            ]
+        )
+
+    def _train_factors(self, batch: Batch, routes: dict[str, str]) -> Factors:
+        """Of a tile of the training set, from the cache if there is one."""
+        if not self._cache.enabled:
+            return self._factors(self._train, batch, routes)
+        samples = fingerprint({str(i): part for i, part in enumerate(batch)})
+        key = f"{self._settings} {self._snapshots.fingerprint()} {samples} {sorted(routes.items())}"
+        found = self._cache.get(key, lambda: self._factors(self._train, batch, routes))
+        return found.to(batch[0].device)
+
+    def _routes(self, queries: Batch) -> dict[str, str]:
+        return self._engine.routes(self._count(), len(queries[0]))
+
+    def _stream(self, queries: Batch, show_progress: bool) -> Iterator[tuple[int, Tensor]]:
+        """Scores [M, n] of tile after tile, with the index of the tile's first sample."""
+        self._snapshots.enter(0)
+        routes = self._routes(queries)
+        of_queries = []
+        for index in range(len(self._snapshots)):
+            self._snapshots.enter(index)
+            of_queries.append(self._factors(self._query, queries, routes))
+        for first, batch in self._tiles(show_progress):
+            total: Tensor | None = None
+            for index, factors in enumerate(of_queries):
+                weight = self._snapshots.enter(index)
+                scores = dot(factors, self._train_factors(batch, routes)) * weight
+                total = scores if total is None else total + scores
+            assert total is not None
+            yield first, total.cpu()
+
+    def _all_scores(self, queries: Batch, show_progress: bool, aggregate: bool) -> Tensor:
+        """[M, N], or [1, N] summed over the queries."""
+        found = []
+        for part in self._parts(queries):
+            tiles = [
+                (first, scores.sum(0, keepdim=True) if aggregate else scores)
+                for first, scores in self._stream(part, show_progress)
+            ]
+            found.append(self._share.assembled(tiles, 1 if aggregate else len(part[0]), self._count()))
+        return torch.stack(found).sum(0) if aggregate else torch.cat(found)
+
+    def _self_scores(self, evaluation: Evaluation, batch: Batch, unbiased: bool) -> Tensor:
+        """[n] weighted squared norms."""
+        total = torch.zeros(len(batch[0]))
+        for index in range(len(self._snapshots)):
+            weight = self._snapshots.enter(index)
+            routes = self._engine.routes(len(batch[0]), None)
+            score = self_dot(self._engine.factors(evaluation, batch, routes))
+            if unbiased:
+                draws = evaluation.draws_of(batch)
+                if draws < 2:
+                    raise ValueError(
+                        "TracIn: self_influence: unbiased=True expects a model that draws noise and num_samples "
+                        "of at least 2"
+                    )
+                each = self_dot(self._engine.factors(evaluation, batch, routes, fold=False))
+                score = (draws**2 * score - each.view(-1, draws).sum(1)) / (draws * (draws - 1))
+            total = total + weight * score.cpu()
+        return total
+
+    def _with_variance(self, queries: Batch, batch: Batch, draws: int) -> tuple[Tensor, Tensor]:
+        """Scores [M, n] and their sampling variance."""
+        routes = self._routes(queries)
+        by_query: Tensor | float = 0.0
+        by_sample: Tensor | float = 0.0
+        for index in range(len(self._snapshots)):
+            weight = self._snapshots.enter(index)
+            mean_q, mean_t = (
+                self._factors(self._query, queries, routes),
+                self._factors(self._train, batch, routes),
+            )
+            each_q = self._factors(self._query, queries, routes, fold=False)
+            each_t = self._factors(self._train, batch, routes, fold=False)
+            by_query = by_query + weight * dot(each_q, mean_t).view(-1, draws, len(batch[0]))
+            by_sample = by_sample + weight * dot(mean_q, each_t).view(len(queries[0]), -1, draws)
+        assert isinstance(by_query, Tensor) and isinstance(by_sample, Tensor)
+        return by_query.mean(1).cpu(), (by_query.var(1) / draws + by_sample.var(2) / draws).cpu()
+
+
+def _with_bar(tiles: Iterable[Batch], total: int) -> Iterable[Batch]:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            'TracIn: show_progress=True needs tqdm; to mend it: pip install "fastvae[train]"'
+        ) from error
+    return tqdm(tiles, total=total, desc="TracIn", unit="tile")

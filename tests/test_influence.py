@@ -1,0 +1,469 @@
+"""TracIn against materialised gradients in float64: every kind of layer, route, loss and argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from influence_problems import SHAPES, build, dense_vae, images, mlp, normalised_vae, tracin, vae_gradients
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastvae
+from fastvae.influence import TracIn, UncoveredParameter, engine
+from fastvae.influence.factors import GRAM, TILES
+from fastvae.influence.noise import Stream, draws_of, keys_of
+from fastvae.influence.topk import TopK
+
+each_model = pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
+Make = Callable[[], nn.Module]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@each_model
+def test_equals_materialised_gradients(make: Make) -> None:
+    model = build(make)
+    # float32 numbers under both models: noise is keyed by the bytes.
+    train, queries = images(7, *SHAPES[make]).float(), images(4, *SHAPES[make], seed=2).float()
+    g_train, g_queries = (vae_gradients(model, x, 3).mean(1) for x in (train, queries))
+    expected = g_queries @ g_train.T
+    found = tracin(model, train)
+    assert close(found.influence(queries), expected, 1e-10)
+    assert close(found.self_influence(queries), g_queries.square().sum(1), 1e-10)
+    single = tracin(model.float(), train).influence(queries)
+    assert single.dtype == torch.float32 and close(single.double(), expected, 1e-4)
+
+
+@each_model
+@pytest.mark.parametrize("route", [GRAM, TILES])
+def test_both_routes_give_the_same(make: Make, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(make)
+    train, queries = images(6, *SHAPES[make]), images(3, *SHAPES[make], seed=2)
+    expected = tracin(model, train).influence(queries)
+    norms = tracin(model, train).self_influence()
+    monkeypatch.setattr(engine, "cheaper_route", lambda *_: route)
+    monkeypatch.setattr(engine, "self_route", lambda *_: route)
+    forced = tracin(model, train)
+    assert route in str(forced.coverage())
+    assert close(forced.influence(queries), expected, 1e-12)
+    assert close(forced.self_influence(), norms, 1e-12)
+
+
+def test_influence_of_a_sample_on_itself_is_its_self_influence() -> None:
+    for make in (dense_vae, normalised_vae):
+        x = images(6, *SHAPES[make])
+        found = tracin(build(make), x)
+        assert close(found.influence(x).diagonal(), found.self_influence(), 1e-12)
+        assert close(found.self_influence(x[[4, 1]]), found.self_influence()[[4, 1]], 1e-12)
+
+
+def test_scores_do_not_depend_on_place_batch_or_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, queries = images(9, 20), images(4, 20, seed=2)
+    expected = tracin(build(dense_vae), x).influence(queries)
+    monkeypatch.setattr(fastvae.influence.tracin, "_ROWS", 6)
+    order = torch.tensor([3, 1, 8, 0, 2, 7, 5, 4, 6])
+    for data in (x[order], TensorDataset(x[order]), DataLoader(TensorDataset(x[order]), batch_size=5)):
+        found = tracin(build(dense_vae), data, batch_size=2).influence(queries.flip(0))
+        assert close(found, expected[:, order].flip(0), 1e-12)
+
+
+def test_seeds() -> None:
+    x, model = images(5, 20), build(dense_vae)
+    same, other = tracin(model, x, seed=1), tracin(model, x, seed=1, query_seed=2)
+    assert not torch.equal(same.influence(x), tracin(model, x).influence(x))
+    g, h = vae_gradients(model, x, 3, seed=1).mean(1), vae_gradients(model, x, 3, seed=2).mean(1)
+    assert close(same.influence(x), g @ g.T, 1e-10)
+    assert close(other.influence(x), h @ g.T, 1e-10)
+
+
+def test_unbiased_self_influence_and_standard_errors() -> None:
+    x, queries, model = images(5, 20), images(3, 20, seed=2), build(dense_vae)
+    g, h = vae_gradients(model, x, 4), vae_gradients(model, queries, 4)
+    found = tracin(model, x, num_samples=4)
+    statistic = (g.sum(1).square().sum(1) - g.square().sum((1, 2))) / (4 * 3)
+    assert close(found.self_influence(unbiased=True), statistic, 1e-10)
+    scores, errors = found.influence_with_error(queries)
+    assert close(scores, h.mean(1) @ g.mean(1).T, 1e-10)
+    by_query = torch.einsum("msp,np->msn", h, g.mean(1)).var(1) / 4
+    by_sample = torch.einsum("mp,nsp->msn", h.mean(1), g).var(1) / 4
+    assert close(errors, (by_query + by_sample).sqrt(), 1e-10)
+
+
+def test_errors_shrink_with_the_root_of_the_draws() -> None:
+    """The truth, from many draws, lies within a few standard errors, and four times the draws halve them."""
+    x, queries, model = images(6, 20), images(4, 20, seed=2), build(dense_vae)
+    truth = tracin(model, x, num_samples=2000, seed=9, query_seed=10).influence(queries)
+    few = tracin(model, x, num_samples=16, query_seed=1).influence_with_error(queries)
+    many = tracin(model, x, num_samples=64, query_seed=1).influence_with_error(queries)
+    for scores, errors in (few, many):
+        assert float(((scores - truth) / errors).square().mean()) < 4
+    assert 0.4 < float(many.standard_errors.mean() / few.standard_errors.mean()) < 0.6
+
+
+@pytest.mark.parametrize("proponents", [True, False])
+def test_top_k_is_the_top_of_the_matrix(proponents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, queries = images(9, 20), images(4, 20, seed=2)
+    monkeypatch.setattr(fastvae.influence.tracin, "_ROWS", 6)
+    monkeypatch.setattr(fastvae.influence.tracin, "_QUERY_BYTES", 1)  # one query at a time
+    found = tracin(build(dense_vae), x)
+    scores, indices = found.influence(queries).sort(1, descending=proponents)
+    top = found.influence(queries, k=3, proponents=proponents)
+    assert torch.equal(top.indices, indices[:, :3]) and close(top.influence_scores, scores[:, :3], 1e-12)
+    assert found.influence(queries, k=20)[0].shape == (4, 9)
+    summed = found.influence(queries, aggregate=True)
+    assert close(summed, found.influence(queries).sum(0, keepdim=True), 1e-12)
+    best = found.influence(queries, k=2, proponents=proponents, aggregate=True)
+    assert torch.equal(best.indices, summed.sort(1, descending=proponents).indices[:, :2])
+
+
+def test_equal_scores_go_to_the_lower_index() -> None:
+    for largest in (True, False):
+        best = TopK(2, largest)
+        best.add(torch.tensor([5, 6]), torch.zeros(1, 2))
+        best.add(torch.tensor([1, 2, 3]), torch.zeros(1, 3))
+        assert best.result().indices.tolist() == [[1, 2]]
+
+
+def test_checkpoints_are_weighted_and_loaded_once() -> None:
+    model, x, queries = build(dense_vae), images(5, 20), images(3, 20, seed=2)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    loads = []
+
+    def load(network: nn.Module, scale: float) -> float:
+        loads.append(scale)
+        network.load_state_dict({name: scale * value for name, value in start.items()})
+        return 10 * scale
+
+    found = TracIn(model, x, [0.5, 1.5], load, num_samples=3)
+    score, norms = found.influence(queries), found.self_influence()
+    top = found.influence(queries, k=1)
+    assert loads == [0.5, 1.5]
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    expected, squares = torch.zeros(3, 5).double(), torch.zeros(5).double()
+    for scale in (0.5, 1.5):
+        load(model, scale)
+        g, h = vae_gradients(model, x, 3).mean(1), vae_gradients(model, queries, 3).mean(1)
+        expected += 10 * scale * h @ g.T
+        squares += 10 * scale * g.square().sum(1)
+    assert close(score, expected, 1e-10) and close(norms, squares, 1e-10)
+    assert close(top.influence_scores[:, 0], expected.max(1).values, 1e-10)
+
+
+def test_the_model_is_given_back_as_it_was() -> None:
+    model = build(normalised_vae).train()
+    model.decoder[1].eval()
+    model.encoder[0].weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        found = tracin(model, images(3, 2, 6, 5))
+        found.influence(images(2, 2, 6, 5, seed=2))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before) and "encode" not in vars(model)
+    assert "frozen" in str(found.coverage()).splitlines()[1]
+
+
+def test_trained_by_fit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = fastvae.VAE(mlp(20, 12, 8), mlp(4, 12, 20))
+    x = images(8, 20).float()
+    history = fastvae.fit(
+        model, DataLoader(x, batch_size=4), epochs=2, run_dir=tmp_path, binarize=True, progress=False
+    )
+    scores = TracIn(model, x, history.checkpoints).influence(x[:3], k=2)
+    assert scores.indices.shape == (3, 2)
+
+
+# ---- other models and losses ----
+
+
+class Classifier(nn.Module):
+    """An embedding read several times, a layer called twice, a shape in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6, padding_idx=0)
+        self.hidden = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.hidden(torch.tanh(self.hidden(self.embedding(tokens))))
+        return self.out(h.mean(1))
+
+
+def classifier_gradients(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    rows = []
+    for token, label in zip(tokens.split(1), labels.split(1), strict=True):
+        loss = nn.functional.cross_entropy(model(token), label)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_classifier_with_a_loss_function(reduction: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier().double()
+    tokens, labels = torch.randint(7, (8, 5)), torch.randint(3, (8,))
+    found = tracin(
+        model, TensorDataset(tokens, labels), loss_fn=nn.CrossEntropyLoss(reduction=reduction), layers=None
+    )
+    g = classifier_gradients(model, tokens, labels)
+    assert close(found.influence((tokens[:3], labels[:3])), g[:3] @ g.T, 1e-10)
+    assert close(found.self_influence(), g.square().sum(1), 1e-10)
+    with pytest.raises(ValueError, match="model that draws noise"):
+        found.influence_with_error((tokens[:3], labels[:3]))
+
+
+def test_layers_choose_parameters_and_test_loss_is_another() -> None:
+    torch.manual_seed(0)
+    model = mlp(6, 5, 4).double()
+    x, y = images(5, 6), images(5, 4, seed=2)
+
+    def squared(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(1)
+
+    def summed(output: Tensor, target: Tensor) -> Tensor:
+        return (output * target).sum(1)
+
+    found = tracin(model, (x, y), loss_fn=squared, test_loss_fn=summed, layers=["2"]).influence((x, y))
+
+    def gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        rows = []
+        for a, b in zip(x.split(1), y.split(1), strict=True):
+            grads = torch.autograd.grad(loss(model(a), b).sum(), [model[2].weight, model[2].bias])
+            rows.append(torch.cat([grad.flatten() for grad in grads]))
+        return torch.stack(rows)
+
+    assert close(found, gradients(summed) @ gradients(squared).T, 1e-10)
+    with pytest.raises(ValueError, match="layers: expected names of modules of the model, got 7"):
+        tracin(model, (x, y), loss_fn=squared, layers=["7"])
+
+
+class ForeignVAE(nn.Module):
+    """Draws its own noise and knows nothing of fastvae: the loss comes with the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu, logvar = self.encoder(x).chunk(2, 1)
+        z = mu + torch.exp(logvar / 2) * torch.randn_like(mu)
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        return kl + 0.5 * (self.decoder(z) - x).square().sum(1)
+
+
+def test_a_foreign_vae_gets_noise_keyed_by_sample() -> None:
+    torch.manual_seed(0)
+    model, x = ForeignVAE().double(), images(6, 6)
+    found = tracin(model, x)
+    rows = []
+    for sample in x.split(1):
+        grads = []
+        for key in draws_of(keys_of(sample), 0, 3):
+            mu, logvar = model.encoder(sample).chunk(2, 1)
+            z = mu + torch.exp(logvar / 2) * Stream(key[None]).normal((2,))
+            loss = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum()
+            loss = loss + 0.5 * (model.decoder(z) - sample).square().sum()
+            grads.append(
+                torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+            )
+        rows.append(torch.stack(grads).mean(0))
+    g = torch.stack(rows)
+    assert close(found.influence(x), g @ g.T, 1e-10)
+    assert close(found.influence(x[[2]]), found.influence(x)[[2]], 1e-12)
+
+
+# ---- what is not covered ----
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * self.scale).square().sum(1)
+
+
+class Functional(nn.Module):
+    """Uses a weight outside its layer's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) @ self.layer.weight).square().sum(1)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x))).square().sum(1)
+
+
+class Coupled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) - self.layer(x).mean(0)).square().sum(1)
+
+
+class Custom(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).square().sum(1)
+
+
+class Parametrised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).square().sum(1)
+
+
+REFUSED = {
+    Scaled: (r"TracIn: scale: no rule for scale of Scaled|TracIn: scale: no rule for Scaled", True),
+    Functional: (
+        r"TracIn: layer\.weight: its gradient .* is off by .* used outside its layer's forward",
+        True,
+    ),
+    Tied: (r"TracIn: first\.weight: shared by first, second", True),
+    Parametrised: (r"layer\.parametrizations\.weight\.original0: no rule", True),
+    Custom: (r"no rule for Custom", True),
+    Coupled: (r"samples of a batch depend on each other", False),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+def test_uncovered_parameters_raise_or_are_materialised(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = (kind(4, 4) if kind is Custom else kind()).double()
+    x = images(5, 4)
+    message, exact = REFUSED[kind]
+    with pytest.raises(UncoveredParameter, match=message):
+        tracin(model, x).influence(x)
+    if not exact:
+        return
+    found = tracin(model, x, uncovered="materialise")
+    rows = []
+    for sample in x.split(1):
+        grads = torch.autograd.grad(model(sample).sum(), list(model.parameters()))
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    g = torch.stack(rows)
+    assert close(found.influence(x), g @ g.T, 1e-10)
+    assert "autograd, sample by sample" in str(found.coverage())
+
+
+def test_a_batch_norm_without_running_statistics_couples_samples() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    with pytest.raises(UncoveredParameter, match=r"1\.weight: .*couples the samples"):
+        tracin(model, images(5, 4).float(), loss_fn=lambda a, b: a.square().sum(1))
+
+
+ERRORS = {
+    "scalar": (lambda a, b: a.square().sum(), ValueError, "one loss a sample, .*got a scalar"),
+    "elements": (lambda a, b: a.square(), ValueError, r"one loss a sample, \[\d\], got \[\d, 4\]"),
+    "number": (lambda a, b: 3.0, TypeError, "loss_fn expected to return a tensor, got float"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_losses_that_do_not_fit(case: str) -> None:
+    loss, kind, message = ERRORS[case]
+    with pytest.raises(kind, match=message):
+        tracin(nn.Linear(4, 4).double(), images(5, 4), loss_fn=loss).influence(images(2, 4))
+
+
+def test_arguments_out_of_range() -> None:
+    model, x = build(dense_vae), images(3, 20)
+    for options, message in (
+        ({"num_samples": 0}, "num_samples: expected at least 1, got 0"),
+        ({"uncovered": "skip"}, "uncovered: expected 'error' or 'materialise', got 'skip'"),
+        ({"checkpoints": []}, "checkpoints: expected at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tracin(model, x, **options)
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        tracin(model, x).influence(x, k=0)
+    with pytest.raises(ValueError, match="num_samples of at least 2"):
+        tracin(model, x, num_samples=1).self_influence(unbiased=True)
+    frozen = build(dense_vae).requires_grad_(False)
+    with pytest.raises(ValueError, match="no trained parameter"):
+        tracin(frozen, x)
+
+
+# ---- captum's scripts ----
+
+CAPTUM_SCRIPT = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+LINE
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+x, y = torch.randn(10, 1, 6, 6), torch.randint(3, (10,))
+paths = []
+for epoch in range(2):
+    paths.append(f"FOLDER/checkpoint-{epoch}.pt")
+    torch.save({"model_state_dict": net.state_dict(), "learning_rate": 0.1}, paths[-1])
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(0.9)
+
+def checkpoints_load_func(net, path):
+    weights = torch.load(path)
+    net.load_state_dict(weights["model_state_dict"])
+    return weights["learning_rate"]
+
+tracin = TracInCP(
+    net,
+    TensorDataset(x, y),
+    paths,
+    checkpoints_load_func,
+    ["0", "3"],
+    nn.CrossEntropyLoss(reduction="sum"),
+    4,
+    None,
+    True,
+)
+matrix = tracin.influence((x[:3], y[:3]))
+indices, scores = tracin.influence((x[:3], y[:3]), k=4, proponents=True, show_progress=False)
+opponents = tracin.influence((x[:3], y[:3]), 4, False)
+loader = tracin.influence(DataLoader(TensorDataset(x[:3], y[:3]), batch_size=2))
+own = tracin.self_influence(show_progress=False, outer_loop_by_checkpoints=True)
+"""
+
+
+def test_a_script_for_captum_runs_with_its_import_changed(tmp_path: Path) -> None:
+    names: dict[str, object] = {}
+    script = CAPTUM_SCRIPT.replace("FOLDER", str(tmp_path))
+    exec(script.replace("LINE", "from fastvae.influence import TracIn as TracInCP"), names)
+    matrix, own = names["matrix"], names["own"]
+    assert isinstance(matrix, Tensor) and matrix.shape == (3, 10) and isinstance(own, Tensor)
+    assert torch.equal(names["loader"], matrix) and close(own[:3], matrix[:, :3].diagonal(), 1e-5)
+    assert torch.equal(names["indices"], matrix.argsort(1, descending=True)[:, :4])
+    assert names["opponents"].influence_scores.shape == (3, 4)
+    captum = pytest.importorskip("captum.influence", reason="captum, to compare with")
+    assert captum is not None
+    exec(script.replace("LINE", "from captum.influence import TracInCP"), theirs := {})
+    for name in ("matrix", "scores", "own"):
+        assert close(names[name], theirs[name].detach(), 1e-5)
