@@ -45,9 +45,9 @@ class Scratch {
     static thread_local std::unique_ptr<Line[]> kept;
     static thread_local size_t kept_count = 0;
     if (bytes > kKept) {
-      own_.reset(new Line[count]);
+      own_ = std::make_unique_for_overwrite<Line[]>(count);
     } else if (count > kept_count) {
-      kept.reset(new Line[count]);
+      kept = std::make_unique_for_overwrite<Line[]>(count);
       kept_count = count;
     }
     data_ = (own_ == nullptr ? kept : own_)[0].bytes;

@@ -131,8 +131,8 @@ template <typename T>
 FASTVAE_INLINE void outer_tile(const Lanes<T>* left, const Lanes<T>* right, int64_t inner, T* totals) {
   using V = Lanes<T>;
   V sum[kTile * kTile];
-  for (int i = 0; i < kTile * kTile; ++i) {
-    sum[i] = V{};
+  for (V& value : sum) {
+    value = V{};
   }
   for (int64_t k = 0; k < inner; ++k, left += kTile, right += kTile) {
     for (int r = 0; r < kTile; ++r) {
