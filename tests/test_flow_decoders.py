@@ -11,6 +11,7 @@ from flow_problems import MEMORY, Function, check_against_reference, conv, probl
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from fastvae import reference
 from fastvae.likelihoods import Bernoulli, Categorical
 
 each_memory = pytest.mark.parametrize("memory", MEMORY)
@@ -208,6 +209,22 @@ def test_shared_parameter(device: torch.device) -> None:
     shared = nn.Linear(4, 4)
     decoder = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), shared, nn.Tanh(), shared)
     check_against_reference(problem(decoder, "gaussian", steps=2), device)
+
+
+def test_one_tensor_read_by_two_layers(device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4).to(device, torch.float64)
+    z, rho, x, steps, alpha = (
+        torch.rand(shape, device=device, dtype=torch.float64)
+        for shape in ((5, 4), (5, 4), (5, 4), (2, 4), (2,))
+    )
+    tensors = list(layer.parameters())
+    out = torch.ops.fastvae.hamiltonian_flow(
+        z, rho, x, steps, alpha, tensors, "linear 0 1;tanh;linear 0 1", "bernoulli", True, False
+    )
+    found = torch.autograd.grad(out[0].sum() + out[2].sum(), tensors)
+    expected = reference.hamiltonian_flow(nn.Sequential(layer, nn.Tanh(), layer), z, rho, x, steps, alpha)
+    torch.testing.assert_close(found, torch.autograd.grad(expected[0].sum() + expected[2].sum(), tensors))
 
 
 def test_parametrised_weight(device: torch.device) -> None:

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "../network/program.h"
@@ -22,6 +23,12 @@ struct StashShape {
 StashShape flow_stash_shape(const Program& program, const LikelihoodSpec& likelihood, int64_t dim, int64_t element_size,
                             at::Device device);
 
+// Undefined where there is none.
+struct FlowCotangents {
+  at::Tensor z, rho;  // [B, d]
+  at::Tensor log_px;  // [B]
+};
+
 // The checked inputs, dense.
 struct Flow {
   Flow(const char* op, const at::Tensor& z_in, const at::Tensor& rho_in, const at::Tensor& x_in,
@@ -31,6 +38,10 @@ struct Flow {
   int64_t stash_numel() const {
     return flow_stash_shape(*program, likelihood, dim, z.element_size(), z.device()).total(samples, steps);
   }
+
+  // Checked and dense.
+  FlowCotangents cotangents(const std::optional<at::Tensor>& grad_z, const std::optional<at::Tensor>& grad_rho,
+                            const std::optional<at::Tensor>& grad_log_px) const;
 
   const char* op;
   LikelihoodSpec likelihood;
@@ -51,16 +62,10 @@ struct FlowPath {
   at::Tensor stash;               // empty where activations are recomputed
 };
 
-// Undefined where there is none.
-struct FlowCotangents {
-  at::Tensor z, rho;  // [B, d]
-  at::Tensor log_px;  // [B]
-};
-
 struct FlowFactors;  // ops.h
 
-// Written by the backward pass; allocated where wanted, but for x, which a route allocates if wants_x. grad_z and
-// grad_rho are always there.
+// Written by the backward pass; allocated where wanted, but for x, which a route allocates if wants_x. z and rho are
+// always there. The parameters' gradients start at zero and are added to: two layers may share a tensor.
 struct FlowResult {
   at::Tensor z, rho;  // [B, d]
   bool wants_x = false;

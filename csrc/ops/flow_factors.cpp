@@ -21,16 +21,7 @@ FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const Optiona
   check_sizes(op, "z_steps", z_steps, {K + 1, B, d});
   check_sizes(op, "rho_steps", rho_steps, {K + 1, B, d});
   FASTVAE_CHECK_VALUE(B > 0, op, "z", "at least one sample", describe(z));
-  const auto cotangent_of = [&](const OptionalTensor& grad, const char* name, at::IntArrayRef sizes) {
-    if (!grad.has_value()) {
-      return at::Tensor();
-    }
-    check_like(op, name, *grad, z, "z");
-    check_sizes(op, name, *grad, sizes);
-    return grad->contiguous();
-  };
-  const FlowCotangents cotangents{cotangent_of(grad_z, "grad_z", {B, d}), cotangent_of(grad_rho, "grad_rho", {B, d}),
-                                  cotangent_of(grad_log_px, "grad_log_px", {B})};
+  const FlowCotangents cotangents = flow.cotangents(grad_z, grad_rho, grad_log_px);
   const auto room = [&](at::IntArrayRef sizes) { return at::empty(sizes, z.options()); };
   FlowFactors factors;
   FlowResult out{room({B, d}), room({B, d}), false, {}, room({K, d}), room({K}), {}};

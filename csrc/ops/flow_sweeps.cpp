@@ -95,11 +95,6 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
   const at::Tensor &z_steps = path.z_steps, &rho_steps = path.rho_steps, &stash = path.stash;
   const at::Tensor grad_x = out.wants_x ? at::zeros({x.numel()}, options) : at::Tensor();
   const bool any_parameter = out.wants_parameters();
-  for (const at::Tensor& gradient : out.parameters) {
-    if (gradient.defined()) {
-      gradient.zero_();
-    }
-  }
 
   const int64_t slots = out.factors != nullptr ? K + 1 : std::min(K + 1, kStackedSteps);
   const at::Tensor workspace = store ? at::Tensor() : at::empty({slots * B * flow.program->tape_numel()}, options);

@@ -4,6 +4,7 @@
 // last to the first; ll(z_K) enters as a cotangent of the last force, so the final decode costs nothing.
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -63,6 +64,20 @@ Flow::Flow(const char* op_in, const at::Tensor& z_in, const at::Tensor& rho_in, 
   alpha = alpha_in.contiguous();
 }
 
+FlowCotangents Flow::cotangents(const std::optional<at::Tensor>& grad_z, const std::optional<at::Tensor>& grad_rho,
+                                const std::optional<at::Tensor>& grad_log_px) const {
+  const auto checked = [&](const std::optional<at::Tensor>& grad, const char* name, at::IntArrayRef sizes) {
+    if (!grad.has_value()) {
+      return at::Tensor();
+    }
+    check_like(op, name, *grad, z, "z");
+    check_sizes(op, name, *grad, sizes);
+    return grad->contiguous();
+  };
+  return {checked(grad_z, "grad_z", {samples, dim}), checked(grad_rho, "grad_rho", {samples, dim}),
+          checked(grad_log_px, "grad_log_px", {samples})};
+}
+
 bool FlowResult::wants_parameters() const {
   return std::any_of(parameters.begin(), parameters.end(), [](const at::Tensor& g) { return g.defined(); });
 }
@@ -116,17 +131,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   check_sizes(op, "stash", stash, {store ? flow.stash_numel() : 0});
   FASTVAE_CHECK_VALUE(flow.likelihood.kind != Likelihood::kCategorical || !needs[2], op, "x",
                       "no gradient (a class has none)", "x.requires_grad");
-  const auto cotangent_of = [&](const OptionalTensor& grad, const char* name, at::IntArrayRef sizes) {
-    if (!grad.has_value()) {
-      return at::Tensor();
-    }
-    check_like(op, name, *grad, z, "z");
-    check_sizes(op, name, *grad, sizes);
-    return grad->contiguous();
-  };
-  const FlowCotangents cotangents{cotangent_of(grad_z_in, "grad_z", {B, d}),
-                                  cotangent_of(grad_rho_in, "grad_rho", {B, d}),
-                                  cotangent_of(grad_log_px_in, "grad_log_px", {B})};
+  const FlowCotangents cotangents = flow.cotangents(grad_z_in, grad_rho_in, grad_log_px_in);
 
   const auto room = [&](bool wanted, at::IntArrayRef sizes) {
     return wanted ? at::empty(sizes, options) : at::Tensor();
@@ -139,7 +144,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
                  room(needs[4] != 0, {K}),
                  {}};
   for (size_t i = 0; i < parameters.size(); ++i) {
-    out.parameters.push_back(room(needs[5 + i] != 0, parameters[i].sizes()));
+    out.parameters.push_back(needs[5 + i] != 0 ? at::zeros(parameters[i].sizes(), options) : at::Tensor());
   }
   if (B > 0) {
     const FlowPath path{z_steps, rho_steps, {}, {}, stash};
@@ -147,11 +152,6 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
     (small ? run_small_flow_backward : sweep_flow_backward)(flow, path, cotangents, out);
   } else {
     for (const at::Tensor& gradient : {out.step_size, out.alpha}) {
-      if (gradient.defined()) {
-        gradient.zero_();
-      }
-    }
-    for (const at::Tensor& gradient : out.parameters) {
       if (gradient.defined()) {
         gradient.zero_();
       }

@@ -58,7 +58,7 @@ bool fits_cuda([[maybe_unused]] const Program& program, [[maybe_unused]] int64_t
 #endif
 }
 
-// [tasks, all parameters] of a CPU to one dense gradient each.
+// [tasks, all parameters] of a CPU, added to the gradients.
 template <typename T>
 void sum_tasks(const Program& program, const SmallFlowBackward<T>& args, const std::vector<at::Tensor>& gradients) {
   const T* first = args.grad_parameters;
@@ -66,8 +66,7 @@ void sum_tasks(const Program& program, const SmallFlowBackward<T>& args, const s
   const auto take = [&](int64_t index, int64_t count) {
     if (index >= 0 && gradients[index].defined()) {
       T* gradient = gradients[index].template mutable_data_ptr<T>();
-      std::copy_n(first, count, gradient);
-      for (int64_t task = 1; task < args.tasks; ++task) {
+      for (int64_t task = 0; task < args.tasks; ++task) {
         for (int64_t i = 0; i < count; ++i) {
           gradient[i] += first[task * numel + i];
         }
