@@ -40,6 +40,7 @@ import floors  # noqa: E402
 import flow_report as report  # noqa: E402
 
 from fastvae import ops  # noqa: E402
+from fastvae.architectures import jacobian_l1_decoder  # noqa: E402
 
 OURS, LOOPED, BATCHED = "ours", "differences, looped", "differences, batched"
 JACFWD, JVP = "vmap(jacfwd)", "jvp, 5 latents at a time"
@@ -83,40 +84,24 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def paper_decoder(channels: int = 1, width: int = 32, latent_dim: int = 10) -> nn.Sequential:
-    """The decoder for 64x64 images of Rhodes and Lee, NeurIPS 2021 (width 32)."""
-    return nn.Sequential(
-        nn.Linear(latent_dim, 8 * width),
-        nn.ReLU(),
-        nn.Linear(8 * width, 32 * width),
-        nn.ReLU(),
-        nn.Unflatten(1, (2 * width, 4, 4)),
-        nn.ConvTranspose2d(2 * width, 2 * width, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
-    )
-
-
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [
             Case("mlp", "3-8-8-12, batch 5", lambda: mlp(3, 8, 8, 12), 3, 5, 0.1),
-            Case("conv", "convolutional, width 4, batch 2", lambda: paper_decoder(1, 4, 3), 3, 2, 0.1),
+            Case("conv", "convolutional, width 4, batch 2", lambda: jacobian_l1_decoder(1, 4, 3), 3, 2, 0.1),
         ]
     return [
         Case("mlp", "10-512-512-4096, batch 64", lambda: mlp(10, 512, 512, 4096), 10, 64, 12),
-        Case("conv", "the paper's convolutional, 1x64x64, batch 64", paper_decoder, 10, 64, 20),
+        Case("conv", "the paper's convolutional, 1x64x64, batch 64", jacobian_l1_decoder, 10, 64, 20),
     ]
 
 
 def memory_case(quick: bool) -> Case:
     if quick:
         return cases(quick)[1]
-    return Case("color", "the paper's convolutional, 3x64x64, batch 64", lambda: paper_decoder(3), 10, 64, 0)
+    return Case(
+        "color", "the paper's convolutional, 3x64x64, batch 64", lambda: jacobian_l1_decoder(3), 10, 64, 0
+    )
 
 
 def ours(decoder: nn.Module, z: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["hvae_decoder", "hvae_encoder"]
+__all__ = ["hvae_decoder", "hvae_encoder", "jacobian_l1_decoder", "jacobian_l1_encoder"]
 
 
 def hvae_encoder(width: int = 16) -> nn.Sequential:
-    """The convolutional encoder for MNIST of Caterini, Doucet, Sejdinovic (NeurIPS 2018, appendix on MNIST).
+    """The convolutional encoder for MNIST of Caterini, Doucet, Sejdinovic, NeurIPS 2018.
 
     Three 5x5 convolutions of stride 2 and a hidden layer of 450, softplus between them.
 
@@ -52,4 +52,56 @@ def hvae_decoder(width: int = 16) -> nn.Sequential:
         nn.ConvTranspose2d(2 * width, width, 5, stride=2, padding=2, output_padding=1),
         nn.Softplus(),
         nn.ConvTranspose2d(width, 1, 5, stride=2, padding=2, output_padding=1),
+    )
+
+
+def jacobian_l1_encoder(latent_dim: int = 10) -> nn.Sequential:
+    """The encoder for 64x64 images of Rhodes, Lee, NeurIPS 2021: 4x4 convolutions of stride 2, ReLU.
+
+    Args:
+        latent_dim: d.
+
+    Returns:
+        A module from images [B, 1, 64, 64] to [B, 2 d]: mean and log variance.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 256),
+        nn.ReLU(),
+        nn.Linear(256, 2 * latent_dim),
+    )
+
+
+def jacobian_l1_decoder(channels: int = 1, width: int = 32, latent_dim: int = 10) -> nn.Sequential:
+    """The decoder for 64x64 images of Rhodes, Lee, NeurIPS 2021, without its sigmoid: likelihoods take logits.
+
+    Args:
+        channels: of the images.
+        width: channels before the last layer; the paper has 32, and twice that further up.
+        latent_dim: d.
+
+    Returns:
+        A module from [B, d] to logits [B, channels, 64, 64].
+    """
+    return nn.Sequential(
+        nn.Linear(latent_dim, 8 * width),
+        nn.ReLU(),
+        nn.Linear(8 * width, 32 * width),
+        nn.ReLU(),
+        nn.Unflatten(1, (2 * width, 4, 4)),
+        nn.ConvTranspose2d(2 * width, 2 * width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
     )

@@ -18,3 +18,12 @@ def test_hvae_networks_fit_each_other_and_mnist(width):
     for network in (encoder, decoder):
         hidden = [layer for layer in network if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
         assert sum(isinstance(layer, nn.Softplus) for layer in network) == len(hidden) - 1
+
+
+def test_jacobian_l1_networks_fit_each_other_and_64x64():
+    images = torch.rand(2, 1, 64, 64)
+    code = architectures.jacobian_l1_encoder()(images)
+    assert code.shape == (2, 2 * 10)
+    decoder = architectures.jacobian_l1_decoder()
+    assert decoder(code[:, :10]).shape == images.shape
+    lowering.lower(decoder)

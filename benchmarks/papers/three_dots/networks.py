@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.architectures import jacobian_l1_decoder, jacobian_l1_encoder
 from fastvae.penalties import BetaAnnealing
 
 LATENTS = 10
@@ -24,36 +25,7 @@ def networks(size: int) -> tuple[nn.Module, nn.Module]:
             nn.Linear(LATENTS, hidden), nn.ReLU(), nn.Linear(hidden, pixels), nn.Unflatten(1, (1, size, size))
         )
         return encoder, decoder
-    encoder = nn.Sequential(
-        nn.Conv2d(1, 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(1024, 256),
-        nn.ReLU(),
-        nn.Linear(256, 2 * LATENTS),
-    )
-    # Without the paper's sigmoid: the likelihood takes logits, and the penalty adds the sigmoid itself.
-    decoder = nn.Sequential(
-        nn.Linear(LATENTS, 256),
-        nn.ReLU(),
-        nn.Linear(256, 1024),
-        nn.ReLU(),
-        nn.Unflatten(1, (64, 4, 4)),
-        nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),
-    )
-    return encoder, decoder
+    return jacobian_l1_encoder(LATENTS), jacobian_l1_decoder(latent_dim=LATENTS)
 
 
 def build(kind: str, seed: int, arguments: argparse.Namespace) -> fastvae.VAE:
