@@ -82,9 +82,9 @@ def mutual_information(
     """Mutual information of N images and their codes in nats: E_x KL(q(z | x) || p) - KL(q(z) || p).
 
     q(z) = 1/N sum_n q(z | x_n) (Hoffman and Johnson, "ELBO surgery", NeurIPS 2016 workshop). A Monte Carlo average of
-    log q(z | x_n) - log q(z) over ``num_samples`` draws from each q(z | x_n): both divergences with the same draws, whose
-    noise then cancels. q(z) is summed over all N images: N^2 num_samples densities, in float64 and in chunks. At most
-    log N, near which it says only that the images' posteriors hardly overlap.
+    log q(z | x_n) - log q(z) over ``num_samples`` draws from each q(z | x_n): both divergences by the same draws, so
+    that their noise cancels. q(z) is summed over all N images: N^2 num_samples densities, in float64 and in chunks. At
+    most log N, near which it says only that the images' posteriors hardly overlap.
 
     Args:
         model: in eval mode meanwhile; z is z_0 for an HVAE.
