@@ -280,8 +280,8 @@ def consistency(demo: Demo) -> Section:
         first, second = informative(twin.model, twins.held_out)[:2].tolist()
         at = twin.means[:, :, [first, second]]
         axis.plot(*at.permute(2, 0, 1), color="0.6", linewidth=0.8)
-        axis.scatter(*at[0].T, s=12, label="image")
-        axis.scatter(*at[1].T, s=12, label="view")
+        for label, points in zip(("image", "view"), at, strict=True):
+            axis.scatter(points[:, 0], points[:, 1], s=12, label=label)
         axis.set(title=twin.name, xlabel=f"latent {first}", ylabel=f"latent {second}")
     axes[0].legend(frameon=False, fontsize=8)
     rows = [
