@@ -37,14 +37,15 @@ struct Op<Result(Args...)> {
                               op, ", which PyTorch can differentiate twice");
 }
 
-std::vector<at::Tensor> list_of(std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grads) {
+using FourGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+std::vector<at::Tensor> list_of(FourGradients grads) {
   return {std::get<0>(grads), std::get<1>(grads), std::get<2>(grads), std::get<3>(grads)};
 }
 
 // ---- the two halves of a leapfrog step ----
 
 using Kick = std::tuple<at::Tensor, at::Tensor>;
-using KickGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 const Op<decltype(leapfrog_kick_drift)>& kick_drift_op() {
   static const Op<decltype(leapfrog_kick_drift)> op("fastvae::leapfrog_kick_drift");
@@ -118,7 +119,7 @@ Kick kick_drift(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& fo
   return {out[0], out[1]};
 }
 
-KickGradients kick_drift_backward(const at::Tensor& grad_z_next, const at::Tensor& grad_rho_half, const at::Tensor& z,
+FourGradients kick_drift_backward(const at::Tensor& grad_z_next, const at::Tensor& grad_rho_half, const at::Tensor& z,
                                   const at::Tensor& rho, const at::Tensor& force, const at::Tensor& step_size) {
   const variable_list out = KickDriftBackwardFunction::apply(grad_z_next, grad_rho_half, z, rho, force, step_size);
   return {out[0], out[1], out[2], out[3]};
@@ -129,9 +130,63 @@ at::Tensor kick_temper(const at::Tensor& rho_half, const at::Tensor& force, cons
   return KickTemperFunction::apply(rho_half, force, step_size, alpha);
 }
 
-KickGradients kick_temper_backward(const at::Tensor& grad_rho_next, const at::Tensor& rho_half, const at::Tensor& force,
+FourGradients kick_temper_backward(const at::Tensor& grad_rho_next, const at::Tensor& rho_half, const at::Tensor& force,
                                    const at::Tensor& step_size, const at::Tensor& alpha) {
   const variable_list out = KickTemperBackwardFunction::apply(grad_rho_next, rho_half, force, step_size, alpha);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+// ---- the Kullback-Leibler divergence of Gaussians ----
+
+const Op<decltype(gaussian_kl)>& gaussian_kl_op() {
+  static const Op<decltype(gaussian_kl)> op("fastvae::gaussian_kl");
+  return op;
+}
+const Op<decltype(gaussian_kl_backward)>& gaussian_kl_backward_op() {
+  static const Op<decltype(gaussian_kl_backward)> op("fastvae::gaussian_kl_backward");
+  return op;
+}
+
+OptionalTensor optional_of(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+struct GaussianKlFunction : Function<GaussianKlFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& mu_q, const at::Tensor& logvar_q,
+                            const OptionalTensor& mu_p, const OptionalTensor& logvar_p) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor kl = gaussian_kl_op()(mu_q, logvar_q, mu_p, logvar_p);
+    ctx->save_for_backward({mu_q, logvar_q, mu_p.value_or(at::Tensor()), logvar_p.value_or(at::Tensor())});
+    return kl;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    variable_list found =
+        list_of(gaussian_kl_backward_op()(grads[0], saved[0], saved[1], optional_of(saved[2]), optional_of(saved[3])));
+    if (!saved[2].defined()) {
+      found[2] = found[3] = at::Tensor();
+    }
+    return found;
+  }
+};
+
+struct GaussianKlBackwardFunction : Function<GaussianKlBackwardFunction> {
+  static variable_list forward(AutogradContext*, const at::Tensor& grad, const at::Tensor& mu_q,
+                               const at::Tensor& logvar_q, const OptionalTensor& mu_p, const OptionalTensor& logvar_p) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return list_of(gaussian_kl_backward_op()(grad, mu_q, logvar_q, mu_p, logvar_p));
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { refuse_second_derivative("gaussian_kl"); }
+};
+
+at::Tensor gaussian_kl_autograd(const at::Tensor& mu_q, const at::Tensor& logvar_q, const OptionalTensor& mu_p,
+                                const OptionalTensor& logvar_p) {
+  return GaussianKlFunction::apply(mu_q, logvar_q, mu_p, logvar_p);
+}
+
+FourGradients gaussian_kl_backward_autograd(const at::Tensor& grad, const at::Tensor& mu_q, const at::Tensor& logvar_q,
+                                            const OptionalTensor& mu_p, const OptionalTensor& logvar_p) {
+  const variable_list out = GaussianKlBackwardFunction::apply(grad, mu_q, logvar_q, mu_p, logvar_p);
   return {out[0], out[1], out[2], out[3]};
 }
 
@@ -144,10 +199,6 @@ const Op<decltype(hamiltonian_flow)>& flow_op() {
 const Op<decltype(hamiltonian_flow_backward)>& flow_backward_op() {
   static const Op<decltype(hamiltonian_flow_backward)> op("fastvae::hamiltonian_flow_backward");
   return op;
-}
-
-OptionalTensor optional_of(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 // The tensors of a flow that have a gradient: z, rho, x, step_size, alpha, then the parameters.
@@ -442,6 +493,8 @@ TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
   m.impl("leapfrog_kick_drift_backward", &fastvae::kick_drift_backward);
   m.impl("leapfrog_kick_temper", &fastvae::kick_temper);
   m.impl("leapfrog_kick_temper_backward", &fastvae::kick_temper_backward);
+  m.impl("gaussian_kl", &fastvae::gaussian_kl_autograd);
+  m.impl("gaussian_kl_backward", &fastvae::gaussian_kl_backward_autograd);
   m.impl("hamiltonian_flow", &fastvae::flow);
   m.impl("hamiltonian_flow_backward", &fastvae::flow_backward);
   m.impl("grad_dot", &fastvae::grad_dot_autograd);

@@ -71,6 +71,9 @@ PYBIND11_MODULE(_C, m) {
         arg("step_size"), arg("alpha"));
   m.def("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward, unlocked, arg("grad_rho_next"),
         arg("rho_half"), arg("force"), arg("step_size"), arg("alpha"));
+  m.def("gaussian_kl", &fastvae::gaussian_kl, unlocked, arg("mu_q"), arg("logvar_q"), arg("mu_p"), arg("logvar_p"));
+  m.def("gaussian_kl_backward", &fastvae::gaussian_kl_backward, unlocked, arg("grad"), arg("mu_q"), arg("logvar_q"),
+        arg("mu_p"), arg("logvar_p"));
   m.def(
       "hamiltonian_flow",
       [](const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,

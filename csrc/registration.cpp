@@ -13,6 +13,10 @@ TORCH_LIBRARY(fastvae, m) {
   m.def(
       "leapfrog_kick_temper_backward(Tensor grad_rho_next, Tensor rho_half, Tensor force, Tensor step_size, "
       "Tensor alpha) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gaussian_kl(Tensor mu_q, Tensor logvar_q, Tensor? mu_p, Tensor? logvar_p) -> Tensor");
+  m.def(
+      "gaussian_kl_backward(Tensor grad, Tensor mu_q, Tensor logvar_q, Tensor? mu_p, Tensor? logvar_p) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "hamiltonian_flow(Tensor z, Tensor rho, Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, "
       "str network, str likelihood, bool store, bool trajectory) "
@@ -42,6 +46,8 @@ TORCH_LIBRARY(fastvae, m) {
     m.impl("grad_dot_backward", &fastvae::grad_dot_backward);                         \
     m.impl("leapfrog_kick_temper", &fastvae::leapfrog_kick_temper);                   \
     m.impl("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward); \
+    m.impl("gaussian_kl", &fastvae::gaussian_kl);                                     \
+    m.impl("gaussian_kl_backward", &fastvae::gaussian_kl_backward);                   \
     m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                           \
     m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);         \
     m.impl("jacobian_l1", &fastvae::jacobian_l1);                                     \

@@ -27,14 +27,16 @@ from fastvae import (
 )
 from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
-from fastvae.models import HVAE, VAE, DivergenceError, JacobianL1VAE
+from fastvae.models import HVAE, IWAE, VAE, ConsistencyVAE, DivergenceError, JacobianL1VAE
 from fastvae.training import History, fit
 
 __all__ = [
     "HVAE",
+    "IWAE",
     "VAE",
     "Bernoulli",
     "Categorical",
+    "ConsistencyVAE",
     "DivergenceError",
     "Gaussian",
     "History",

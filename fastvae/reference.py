@@ -17,6 +17,7 @@ from fastvae.likelihoods import Likelihood, resolve
 __all__ = [
     "Trajectory",
     "expand_step_size",
+    "gaussian_kl",
     "grad_dot",
     "hamiltonian_flow",
     "hamiltonian_flow_2k",
@@ -379,6 +380,16 @@ def jacobian_l1(
         column = torch.func.jvp(decode, (z,), (direction,))[1].reshape(z.shape[0], -1)
         terms = terms + (column.abs() if p == 1 else column.square()).sum(1)
     return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
+
+
+def gaussian_kl(
+    mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor | None = None, logvar_p: Tensor | None = None
+) -> Tensor:
+    """KL of diagonal Gaussians [B], p standard normal unless given; see :func:`fastvae.ops.gaussian_kl`."""
+    if mu_p is None or logvar_p is None:
+        return 0.5 * (mu_q.square() + logvar_q.exp() - 1 - logvar_q).sum(1)
+    log_ratio = logvar_q - logvar_p
+    return 0.5 * ((mu_q - mu_p).square() * (-logvar_p).exp() + log_ratio.exp() - 1 - log_ratio).sum(1)
 
 
 def grad_dot(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,6 +28,18 @@ import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
 
 CPU = torch.device("cpu")
+
+
+def by_path(name: str) -> Any:
+    """A benchmark that shares its name with a paper's experiment."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+consistency = by_path("consistency")
 
 
 def run_quick(folder: Path, *options: str, script: str = "flow") -> str:
@@ -185,3 +198,25 @@ def test_tangent_floor_counts_three_products_of_every_layer_but_the_first() -> N
     layers = floors.products(network, torch.zeros(7, 3))
     assert floors.tangent_operations(layers) == 3 * 2 * 7 * 4 * 5
     floors.tangent_floor(layers, CPU)()
+
+
+def test_quick_run_of_consistency_times_every_contestant(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, script="consistency")
+    record = read(tmp_path / "consistency-cpu-quick.json")
+    names = [consistency.OURS, consistency.PLAIN, consistency.TWICE, consistency.AUGMENT]
+    assert [list(case["timings_ms"]) for case in record["cases"]] == [names] * 2
+    assert all(case["ratio_to_plain"][consistency.PLAIN] == 1 for case in record["cases"])
+    assert (tmp_path / "consistency-cpu-quick.md").read_text().strip() == printed.strip()
+
+
+def test_two_batches_are_the_same_objective() -> None:
+    torch.manual_seed(0)
+    model = fastvae.VAE(*consistency.dense(4, 8, 4))
+    x, view = torch.rand(2, 5, 1, 4, 4)
+    penalised = fastvae.VAE(
+        model.encoder, model.decoder, penalties=[fastvae.penalties.Consistency(lambda _: view, 0.3)]
+    )
+    noise = torch.zeros(1, 5, 4)
+    model.draw_noise = lambda *_: noise  # type: ignore[method-assign]
+    expected = penalised(x, noise=noise).mean()
+    torch.testing.assert_close(consistency.two_batches(model, x, view, 0.3), expected)

@@ -23,7 +23,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from fastvae.demo import experiment, penalty, timing, training
+from fastvae.demo import experiment, penalty, timing, training, views
 from fastvae.demo.experiment import run_demo
 from fastvae.demo.figures import image_rows, signed
 from fastvae.demo.latents import informative, jacobian_columns, traversals
@@ -41,6 +41,7 @@ TITLES = [
     "Training",
     "Time per training step",
     "Jacobian penalty",
+    "Consistency between views",
     "What was run",
     "Command and versions",
 ]
@@ -121,7 +122,7 @@ def test_demo_writes_a_report_with_every_section(
     page = Page(text)
     assert page.titles == TITLES and page.open == []
     assert page.tags.isdisjoint({"script", "link", "iframe"}) and "http" not in text
-    assert len(page.images) == 10 and all(image.startswith(b"\x89PNG") for image in page.images)
+    assert len(page.images) == 12 and all(image.startswith(b"\x89PNG") for image in page.images)
     for word in ("--epochs 2", "--seed 3", fastvae.__version__, torch.__version__, "180 of 1x8x8", "2, 4;"):
         assert word in page.words
     number = r"-?\d+\.\d{3} ± \d+\.\d{3}"
@@ -172,6 +173,19 @@ def test_pairs_differ_by_the_penalty_alone(quick: None) -> None:
             assert member.jacobian == pytest.approx(float(columns.abs().sum()) / len(step.z), rel=1e-4)
             assert member.elbo == pytest.approx(-float(step.loss.detach().mean()), rel=1e-5)
             assert set(member.local) == ({0.1, 1.0} if pair is dots else set())
+
+
+def test_twins_differ_by_consistency_alone() -> None:
+    problem = tiny_problem(40, (1, 6, 10))
+    twins = views.train_twins(problem, epochs=2, seconds=60, seed=3)
+    plain, consistent = twins.members
+    assert plain.history.steps == consistent.history.steps and twins.images == 40
+    assert isinstance(consistent.model, fastvae.ConsistencyVAE) and twins.views.shape == twins.held_out.shape
+    for twin in twins.members:
+        q, q_view = twin.model.encode(twins.held_out), twin.model.encode(twins.views)
+        expected = fastvae.reference.gaussian_kl(*q_view, *q).mean()
+        assert twin.divergence == pytest.approx(float(expected.detach()), rel=1e-4)
+        torch.testing.assert_close(twin.means, torch.stack([q[0], q_view[0]]).detach())
 
 
 def test_traversals_and_columns_follow_the_latents_that_say_most() -> None:

@@ -162,6 +162,35 @@ struct KickDriftBackward {
   int64_t dim;
 };
 
+// kl = KL(N(mu_q, e^logvar_q) || N(mu_p, e^logvar_p)) with diagonal covariances; arrays are [samples, dim]. Index:
+// samples.
+template <typename T>
+struct GaussianKl {
+  const T* mu_q;
+  const T* logvar_q;
+  const T* mu_p;      // null: p is standard normal
+  const T* logvar_p;  // null where mu_p is
+  T* kl;              // [samples]
+  int64_t samples;
+  int64_t dim;
+};
+
+// Gradient of GaussianKl. Index: samples.
+template <typename T>
+struct GaussianKlBackward {
+  const T* grad;  // [samples]
+  const T* mu_q;
+  const T* logvar_q;
+  const T* mu_p;      // null: p is standard normal
+  const T* logvar_p;  // null where mu_p is
+  T* grad_mu_q;
+  T* grad_logvar_q;
+  T* grad_mu_p;      // null where mu_p is
+  T* grad_logvar_p;  // null where mu_p is
+  int64_t samples;
+  int64_t dim;
+};
+
 // How the kernel of a convolution walks over the larger of its two images.
 struct ConvolutionWindow {
   int64_t channels;               // of the larger image
@@ -486,6 +515,8 @@ struct GradDot {
   DECLARE(kick_temper, KickTemper)                  \
   DECLARE(kick_temper_backward, KickTemperBackward) \
   DECLARE(kick_drift_backward, KickDriftBackward)   \
+  DECLARE(gaussian_kl, GaussianKl)                  \
+  DECLARE(gaussian_kl_backward, GaussianKlBackward) \
   DECLARE(small_flow, SmallFlow)                    \
   DECLARE(small_flow_backward, SmallFlowBackward)   \
   DECLARE(jacobian_tangent, JacobianTangent)        \

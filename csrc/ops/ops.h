@@ -26,6 +26,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
     const at::Tensor& grad_rho_next, const at::Tensor& rho_half, const at::Tensor& force, const at::Tensor& step_size,
     const at::Tensor& alpha);
 
+// KL(q || p) [B] between diagonal Gaussians; without mu_p and logvar_p, p is standard normal.
+at::Tensor gaussian_kl(const at::Tensor& mu_q, const at::Tensor& logvar_q, const OptionalTensor& mu_p,
+                       const OptionalTensor& logvar_p);
+// Gradients to the four (the last two empty where there is no p).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad,
+                                                                                const at::Tensor& mu_q,
+                                                                                const at::Tensor& logvar_q,
+                                                                                const OptionalTensor& mu_p,
+                                                                                const OptionalTensor& logvar_p);
+
 // z_K, rho_K, log_px; every step's z, rho [K + 1, B, d] and, if asked, log_px [K + 1, B]; the stash.
 using FlowOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,

@@ -3,15 +3,21 @@
 Nothing is downloaded. DATA.md says where the usual files come from and under which licence.
 """
 
+from fastvae.data.augmentation import ColorJitter, Compose, RandomAffine, RandomFlip, accepts_generator
 from fastvae.data.factors import FactorDataset, FactorSpace
 from fastvae.data.files import load
 from fastvae.data.generated import shapes, three_dots
 from fastvae.data.images import ImageDataset, binarize, collate_binarized, images_of
 
 __all__ = [
+    "ColorJitter",
+    "Compose",
     "FactorDataset",
     "FactorSpace",
     "ImageDataset",
+    "RandomAffine",
+    "RandomFlip",
+    "accepts_generator",
     "binarize",
     "collate_binarized",
     "images_of",

@@ -13,6 +13,7 @@ from fastvae.demo.penalty import Pair, train_pairs
 from fastvae.demo.problem import Problem
 from fastvae.demo.timing import Timings, measure
 from fastvae.demo.training import train_in_turns
+from fastvae.demo.views import Twins, train_twins
 from fastvae.models import HVAE, VAE, BaseVAE
 from fastvae.training import History
 from fastvae.training.randomness import global_generators_kept
@@ -24,6 +25,7 @@ ELBO_DRAWS = 20
 
 # Of the training time, what is not for the VAE and the HVAE.
 _PAIRS_SHARE = 1 / 3
+_TWINS_SHARE = 1 / 18
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Demo:
     timings: Timings
     pairs: list[Pair]
     """VAEs with and without the Jacobian penalty: on three dots, and on the images."""
+    twins: Twins
+    """VAEs with and without consistency regularisation."""
     stopped: str
     """What ended the training of VAE and HVAE: "epochs" or "time"."""
     seed: int
@@ -69,7 +73,7 @@ class Demo:
 
 
 def run_demo(problem: Problem, *, epochs: int, seconds: float, seed: int, command: str) -> Demo:
-    """Train a VAE and an HVAE side by side, score and time them; then VAEs with and without a penalty.
+    """Train a VAE and an HVAE side by side, score and time them; then VAEs with and without penalties.
 
     Args:
         problem: images and networks.
@@ -83,7 +87,7 @@ def run_demo(problem: Problem, *, epochs: int, seconds: float, seed: int, comman
     # "drop": one trajectory that diverges early in training should not end the demonstration; it is counted.
     hvae = problem.build(HVAE, seed, **FLOW, on_divergence="drop")
     models = {"VAE": vae, "HVAE": hvae}
-    own_seconds = (1 - _PAIRS_SHARE) * seconds
+    own_seconds = (1 - _PAIRS_SHARE - _TWINS_SHARE) * seconds
     histories, stopped = train_in_turns(models, problem, epochs, own_seconds, seed, "training")
     trained = [
         _score(name, model, histories[name], problem, seed)
@@ -93,8 +97,9 @@ def run_demo(problem: Problem, *, epochs: int, seconds: float, seed: int, comman
     with global_generators_kept():
         timings = measure(vae, hvae, problem.train[: problem.batch_size].round(), problem.learning_rate, seed)
     pairs = train_pairs(problem, epochs, _PAIRS_SHARE * seconds, seed)
+    twins = train_twins(problem, epochs, _TWINS_SHARE * seconds, seed)
     elapsed = time.perf_counter() - started
-    return Demo(problem, trained[0], trained[1], timings, pairs, stopped, seed, elapsed, command)
+    return Demo(problem, trained[0], trained[1], timings, pairs, twins, stopped, seed, elapsed, command)
 
 
 @torch.no_grad()

@@ -16,11 +16,13 @@ from fastvae import info
 from fastvae.demo.experiment import ELBO_DRAWS, FLOW, Demo
 from fastvae.demo.figures import COLOURS, canvas, image_rows, png, signed
 from fastvae.demo.influence import DRAWS, influences_of
-from fastvae.demo.latents import jacobian_columns, traversals
+from fastvae.demo.latents import informative, jacobian_columns, traversals
 from fastvae.demo.penalty import ANNEAL_STEPS, GAMMA, LATENTS, RHOS, Member, Pair
 from fastvae.demo.report import Picture, Section, Table
 from fastvae.demo.timing import Timing
 from fastvae.demo.trajectory import energy
+from fastvae.demo.views import LATENTS as TWIN_LATENTS
+from fastvae.demo.views import WEIGHT
 
 __all__ = ["SECTIONS"]
 
@@ -268,6 +270,57 @@ def _pair_pictures(pair: Pair) -> list[Picture]:
     ]
 
 
+def consistency(demo: Demo) -> Section:
+    """VAEs with and without consistency regularisation: scores, and where the codes of two views lie."""
+    twins = demo.twins
+    columns = min(16, len(twins.held_out))
+    x, views = twins.held_out[:columns], twins.views[:columns]
+    figure, axes = canvas(7.2, 3.2, 2)
+    for axis, twin in zip(axes, twins.members, strict=True):
+        first, second = informative(twin.model, twins.held_out)[:2].tolist()
+        at = twin.means[:, :, [first, second]]
+        axis.plot(*at.permute(2, 0, 1), color="0.6", linewidth=0.8)
+        for label, points in zip(("image", "view"), at, strict=True):
+            axis.scatter(points[:, 0], points[:, 1], s=12, label=label)
+        axis.set(title=twin.name, xlabel=f"latent {first}", ylabel=f"latent {second}")
+    axes[0].legend(frameon=False, fontsize=8)
+    rows = [
+        [name, *(show(twin) for twin in twins.members)]
+        for name, show in (
+            ("ELBO, nats per image", lambda twin: f"{twin.elbo:.2f}"),
+            ("KL between the codes of a view and of its image, nats", lambda twin: f"{twin.divergence:.3f}"),
+            ("mutual information of image and code, nats", lambda twin: f"{twin.information:.3f}"),
+            (f"active units of {TWIN_LATENTS}", lambda twin: f"{twin.active}"),
+        )
+    ]
+    return Section(
+        "Consistency between views",
+        [
+            f"""A VAE, and a CR-VAE (Sinha and Dieng, NeurIPS 2021) that also sees a random view of each image
+            (rotated by up to 15 degrees, shifted by up to 5 %, scaled by 0.9 to 1.1) and pays λ = {WEIGHT:g} for
+            every nat of KL between the codes of the two. Both start from the same small networks and take
+            {twins.plain.history.steps[-1]:,} steps, the CR-VAE's with twice as many images.""",
+            f"""ELBO and KL: means over {len(twins.held_out)} held-out images and one view of each. Mutual
+            information (at most log {twins.images:,} = {math.log(twins.images):.2f}) and active units (latents
+            whose mean varies by more than 0.01): over {twins.images:,} training images. One training run, and
+            other seeds give other numbers.""",
+        ],
+        Table(["", *(twin.name for twin in twins.members)], rows),
+        [
+            Picture(
+                image_rows([("held out", x), ("views", views)], columns),
+                "Held-out images and a view of each.",
+            ),
+            Picture(
+                png(figure),
+                "Means of the codes of held-out images and of their views, joined by a line, in the two latents "
+                "that say most.",
+            ),
+        ],
+        printed=True,
+    )
+
+
 def timings(demo: Demo) -> Section:
     """Our operator beside eager autograd, and whole training steps."""
     measured = demo.timings
@@ -350,6 +403,7 @@ SECTIONS: list[Callable[[Demo], Section]] = [
     curves,
     timings,
     penalty,
+    consistency,
     setting,
     versions,
 ]

@@ -1,18 +1,35 @@
-"""Measures of what a model's codes say about its images.
+"""Measures of what a model's codes say about its images, and of its evidence.
 
 disentanglement.py  mutual information gap and modularity of given codes and factors
 local.py            the same in small neighbourhoods of the factors, for a model
+posteriors.py       negative log-likelihood, mutual information, active units of a model
+probes.py           labels read from codes by nearest neighbours and by a linear classifier
 """
 
 from fastvae.metrics.disentanglement import factor_information, mig, modularity
 from fastvae.metrics.local import codes_of, local_codes, local_mig, local_modularity
+from fastvae.metrics.posteriors import (
+    Estimate,
+    active_units,
+    mutual_information,
+    negative_log_likelihood,
+    posteriors,
+)
+from fastvae.metrics.probes import knn_accuracy, linear_probe
 
 __all__ = [
+    "Estimate",
+    "active_units",
     "codes_of",
     "factor_information",
+    "knn_accuracy",
+    "linear_probe",
     "local_codes",
     "local_mig",
     "local_modularity",
     "mig",
     "modularity",
+    "mutual_information",
+    "negative_log_likelihood",
+    "posteriors",
 ]

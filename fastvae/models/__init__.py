@@ -1,8 +1,20 @@
 """Variational autoencoders."""
 
 from fastvae.models.base import BaseVAE, Penalty, TrainingStep
+from fastvae.models.consistency_vae import ConsistencyVAE
 from fastvae.models.hvae import HVAE, DivergenceError
+from fastvae.models.iwae import IWAE
 from fastvae.models.jacobian_l1_vae import JacobianL1VAE
 from fastvae.models.vae import VAE
 
-__all__ = ["HVAE", "VAE", "BaseVAE", "DivergenceError", "JacobianL1VAE", "Penalty", "TrainingStep"]
+__all__ = [
+    "HVAE",
+    "IWAE",
+    "VAE",
+    "BaseVAE",
+    "ConsistencyVAE",
+    "DivergenceError",
+    "JacobianL1VAE",
+    "Penalty",
+    "TrainingStep",
+]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from fastvae.likelihoods import Likelihood, check_decoder, resolve
 from fastvae.lowering import LoweredNetwork
 
-__all__ = ["BaseVAE", "Penalty", "TrainingStep", "reparameterize"]
+__all__ = ["BaseVAE", "Noise", "Penalty", "TrainingStep", "reparameterize"]
+
+Noise = Tensor | Callable[[Tensor], Tensor]
+"""Standard normal [noise_draws, B, d], or a function of mu [B, d] that gives it."""
 
 # Decoder outputs held at once while importance sampling: 16 MiB of float32.
 _LOG_LIKELIHOOD_OUTPUTS = 2**22
@@ -45,6 +48,22 @@ class TrainingStep:
     """[B] minus the ELBO with the model's beta, in nats, without penalties."""
     generator: torch.Generator | None
     """Where a penalty draws its own noise from."""
+    view: TrainingStep | None = None
+    """The same for the view of x that the penalty asked for."""
+
+    def parts(self, of: Sequence[Tensor]) -> list[TrainingStep]:
+        """The steps of several views ``of``, evaluated as one batch [B * views] with those of a sample side by side."""
+        samples, count = len(of[0]), len(of)
+
+        def split(tensor: Tensor) -> tuple[Tensor, ...]:
+            return tensor.reshape(samples, count, *tensor.shape[1:]).unbind(1)
+
+        names = ("mu", "logvar", "z_0", "z", "log_px", "loss")
+        split_up = zip(*(split(getattr(self, name)) for name in names), strict=True)
+        return [
+            replace(self, x=x, **dict(zip(names, tensors, strict=True)))
+            for x, tensors in zip(of, split_up, strict=True)
+        ]
 
 
 class Penalty(nn.Module, ABC):
@@ -52,7 +71,19 @@ class Penalty(nn.Module, ABC):
 
     Penalties are modules of the model, so that their state is saved and moved with it. ``fit`` calls ``step``
     once after each optimisation step, for annealing.
+
+    A penalty may ask for a further view of the data (``view``). The model evaluates its objective on x and all views
+    as one batch, and hands each penalty the step of x alone, with the step of its own view as ``step.view``.
     """
+
+    on_views: bool = False
+    """Whether this term is part of the ELBO, and so is also added to the loss of views that other penalties ask for."""
+    common_noise: bool = False
+    """Whether the view is evaluated with the noise of x instead of its own."""
+
+    def view(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """A view of x [B, ...] of the same shape, dtype and device, or None."""
+        return None
 
     @abstractmethod
     def forward(self, step: TrainingStep) -> Tensor:
@@ -89,6 +120,13 @@ class BaseVAE(nn.Module, ABC):
 
     noise_draws: int = 1
     """Independent standard normal [B, d] that one evaluation of the objective uses."""
+    linear_in_beta: bool = True
+    """Whether the loss is beta R - log p(x | z), so that beta can be annealed from outside."""
+
+    @property
+    def weight_draws(self) -> int:
+        """Independent standard normal [B, d] that one importance weight uses."""
+        return self.noise_draws
 
     def __init__(
         self,
@@ -129,12 +167,13 @@ class BaseVAE(nn.Module, ABC):
         x: Tensor,
         *,
         beta: float | None = None,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> TrainingStep:
         """One evaluation of the objective, without penalties; beta is the model's unless given.
 
-        ``noise`` [noise_draws, B, d] takes the place of a draw from ``generator``.
+        ``noise`` [noise_draws, B, d], or a function that gives it for mu [B, d], takes the place of a draw from
+        ``generator``.
         """
 
     @abstractmethod
@@ -156,16 +195,25 @@ class BaseVAE(nn.Module, ABC):
 
         Args:
             x: [B, ...] uint8, bool or floating.
-            noise: [noise_draws, B, d] in place of a draw.
+            noise: [noise_draws, B, d] in place of a draw; views that penalties ask for then share it.
             generator: source of all randomness, on any device.
 
         Returns:
             [B]
         """
-        step = self.objective(x, noise=noise, generator=generator)
-        loss = step.loss
+        views = [p.view(x, generator) if isinstance(p, Penalty) else None for p in self.penalties]
+        asked = [
+            (view, getattr(penalty, "common_noise", False))
+            for penalty, view in zip(self.penalties, views, strict=True)
+            if view is not None
+        ]
+        step, *steps = self._evaluate(x, asked, noise, generator)
         for penalty in self.penalties:
-            term = penalty(step)
+            if isinstance(penalty, Penalty) and penalty.on_views:
+                steps = [replace(view, loss=view.loss + penalty(view)) for view in steps]
+        loss, rest = step.loss, iter(steps)
+        for penalty, view in zip(self.penalties, views, strict=True):
+            term = penalty(step if view is None else replace(step, view=next(rest)))
             if term.shape != loss.shape:
                 raise ValueError(
                     f"{type(penalty).__name__}: expected one value a sample, {list(loss.shape)}, "
@@ -173,6 +221,35 @@ class BaseVAE(nn.Module, ABC):
                 )
             loss = loss + term
         return loss
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        asked: Sequence[tuple[Tensor, bool]],
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> list[TrainingStep]:
+        """The objective at x and at each view that was asked for, as one batch.
+
+        The views of a sample stand side by side, which is how TracIn tells samples apart. With each view comes whether
+        it shares the noise of x.
+        """
+        if not asked:
+            return [self.objective(x, noise=noise, generator=generator)]
+        batch = [x, *(view for view, _ in asked)]
+        samples, count = len(x), len(batch)
+        # Which draw each view takes: x the first, the others one of their own each, or that of x.
+        draws = [0]
+        for _, shares in asked:
+            draws.append(0 if noise is not None or shares else max(draws) + 1)
+
+        def of_views(mu: Tensor) -> Tensor:
+            own = max(draws) + 1
+            drawn = self._noise(mu[: samples * own], noise, generator)
+            return drawn.reshape(len(drawn), samples, own, mu.shape[1])[:, :, draws].flatten(1, 2)
+
+        together = torch.stack(batch, 1).reshape(samples * count, *x.shape[1:])
+        return self.objective(together, noise=of_views, generator=generator).parts(batch)
 
     def loss(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The mean training loss of a batch: []."""
@@ -208,14 +285,18 @@ class BaseVAE(nn.Module, ABC):
         """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]."""
         return self.likelihood.log_prob(self.decode(z), x)
 
-    def draw_noise(self, mu: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal [noise_draws, B, d] like mu; drawn on the generator's device and moved."""
+    def draw_noise(
+        self, mu: Tensor, generator: torch.Generator | None = None, draws: int | None = None
+    ) -> Tensor:
+        """Standard normal [draws, B, d] like mu, by default ``noise_draws`` of them; drawn on the generator's device
+        and moved.
+        """
         device = mu.device if generator is None else generator.device
-        draws = [
+        drawn = [
             torch.randn(mu.shape, generator=generator, device=device, dtype=mu.dtype)
-            for _ in range(self.noise_draws)
+            for _ in range(self.noise_draws if draws is None else draws)
         ]
-        return torch.stack(draws).to(mu.device)
+        return torch.stack(drawn).to(mu.device)
 
     @torch.no_grad()
     def log_likelihood(
@@ -258,7 +339,7 @@ class BaseVAE(nn.Module, ABC):
         done = 0
         while done < num_samples:
             count = max(1, min(rows // batch, num_samples - done))
-            noise = torch.stack([self.draw_noise(mu, generator) for _ in range(count)], 1)
+            noise = torch.stack([self.draw_noise(mu, generator, self.weight_draws) for _ in range(count)], 1)
             for start in range(0, batch, rows):
                 part = slice(start, start + rows)
                 size = min(rows, batch - start)
@@ -266,7 +347,7 @@ class BaseVAE(nn.Module, ABC):
                     x[part].repeat(count, *(1 for _ in x.shape[1:])),
                     mu[part].repeat(count, 1),
                     logvar[part].repeat(count, 1),
-                    noise[:, :, part].reshape(self.noise_draws, count * size, -1),
+                    noise[:, :, part].reshape(self.weight_draws, count * size, -1),
                 )
                 total[part] = torch.logaddexp(total[part], weights.reshape(count, size).logsumexp(0))
             done += count
@@ -298,9 +379,11 @@ class BaseVAE(nn.Module, ABC):
         """What ``repr`` says of the settings."""
         return f"likelihood={self.likelihood}, beta={self.beta}, latent_dim={self.latent_dim}"
 
-    def _noise(self, mu: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def _noise(self, mu: Tensor, noise: Noise | None, generator: torch.Generator | None) -> Tensor:
         if noise is None:
             return self.draw_noise(mu, generator)
+        if not isinstance(noise, Tensor):
+            return noise(mu)
         if noise.shape != (self.noise_draws, *mu.shape):
             raise ValueError(
                 f"{type(self).__name__}: noise: expected {[self.noise_draws, *mu.shape]}, "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.likelihoods import Likelihood
-from fastvae.models.base import BaseVAE, TrainingStep, reparameterize
+from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 
@@ -158,7 +158,7 @@ class HVAE(BaseVAE):
         x: Tensor,
         *,
         beta: float | None = None,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> TrainingStep:
         """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae.models.base import BaseVAE, TrainingStep, reparameterize
+from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 
 __all__ = ["VAE"]
 
@@ -23,13 +23,15 @@ class VAE(BaseVAE):
         x: Tensor,
         *,
         beta: float | None = None,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> TrainingStep:
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
         mu, logvar = self.encode(x)
         z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
         log_px = self.log_px(z, x)
+        # Not the fused ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the
+        # networks are, and under torch.func, which users' per-sample gradients and Hessians need.
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
         loss = (self.beta if beta is None else beta) * kl - log_px
         return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator)

@@ -1,8 +1,16 @@
 """The operators. Each file holds one: public function, fake kernel, autograd formula."""
 
+from fastvae.ops.gaussian_kl import gaussian_kl
 from fastvae.ops.grad_dot import grad_dot
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 from fastvae.ops.jacobian_l1 import jacobian_l1
 from fastvae.ops.leapfrog import leapfrog_kick_drift, leapfrog_kick_temper
 
-__all__ = ["grad_dot", "hamiltonian_flow", "jacobian_l1", "leapfrog_kick_drift", "leapfrog_kick_temper"]
+__all__ = [
+    "gaussian_kl",
+    "grad_dot",
+    "hamiltonian_flow",
+    "jacobian_l1",
+    "leapfrog_kick_drift",
+    "leapfrog_kick_temper",
+]

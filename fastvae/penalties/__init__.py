@@ -1,10 +1,12 @@
 """Terms of the training loss: pass them to a model as ``penalties=[...]``.
 
 annealing.py    ramps of weights, and of a model's beta
+consistency.py  consistency between the codes of an image and of a random view of it
 jacobian_l1.py  the Jacobian L1 penalty
 """
 
 from fastvae.penalties.annealing import AnnealedPenalty, BetaAnnealing
+from fastvae.penalties.consistency import Consistency
 from fastvae.penalties.jacobian_l1 import JacobianL1
 
-__all__ = ["AnnealedPenalty", "BetaAnnealing", "JacobianL1"]
+__all__ = ["AnnealedPenalty", "BetaAnnealing", "Consistency", "JacobianL1"]

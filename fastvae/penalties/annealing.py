@@ -50,10 +50,20 @@ class AnnealedPenalty(Penalty):
 class BetaAnnealing(AnnealedPenalty):
     """Lets the model's beta grow linearly from 0 to its value over ``anneal_steps`` optimisation steps.
 
-    For models whose loss is beta R - log p(x | z), as VAE and HVAE: it adds (ramp - 1) beta R. ``elbo`` and
-    ``log_likelihood``, which have beta = 1, are not touched.
+    For models whose loss is beta R - log p(x | z), as VAE and HVAE: it adds (ramp - 1) beta R, also for the views that
+    a ``Consistency`` asks for. ``elbo`` and ``log_likelihood``, which have beta = 1, are not touched.
+
+    Raises:
+        ValueError: in training, a model whose loss is not linear in beta (IWAE).
     """
+
+    on_views = True
 
     def forward(self, step: TrainingStep) -> Tensor:
         """(ramp - 1) beta R of each sample, which the loss has at full weight: [B]."""
+        if not step.model.linear_in_beta:
+            raise ValueError(
+                "BetaAnnealing: expected a model whose loss is linear in beta (VAE, HVAE), "
+                f"got {type(step.model).__name__}"
+            )
         return (self.ramp() - 1) * (step.loss + step.log_px)

@@ -309,6 +309,46 @@ void for_each_leapfrog(int64_t samples, int64_t dim, int64_t step_stride, Visito
   }
 }
 
+// --- divergence of Gaussians
+// ------------------------------------------------------------------------------------------
+
+template <typename T, typename Visitor>
+void for_each_gaussian_kl(int64_t samples, int64_t dim, Visitor visit) {
+  const int64_t size = samples * dim;
+  for (const bool standard : {true, false}) {
+    const std::string where =
+        " [" + std::to_string(samples) + ", " + std::to_string(dim) + "]" + (standard ? " standard" : "");
+    const auto prior = [=](Arena<T>& arena) { return standard ? nullptr : arena.random(size); };
+    const auto output = [=](Arena<T>& arena) { return standard ? nullptr : arena.output(size); };
+    visit("gaussian_kl" + where, samples, [=](Arena<T>& arena) {
+      GaussianKl<T> args{};
+      args.mu_q = arena.random(size);
+      args.logvar_q = arena.random(size);
+      args.mu_p = prior(arena);
+      args.logvar_p = prior(arena);
+      args.kl = arena.output(samples);
+      args.samples = samples;
+      args.dim = dim;
+      return args;
+    });
+    visit("gaussian_kl_backward" + where, samples, [=](Arena<T>& arena) {
+      GaussianKlBackward<T> args{};
+      args.grad = arena.random(samples);
+      args.mu_q = arena.random(size);
+      args.logvar_q = arena.random(size);
+      args.mu_p = prior(arena);
+      args.logvar_p = prior(arena);
+      args.grad_mu_q = arena.output(size);
+      args.grad_logvar_q = arena.output(size);
+      args.grad_mu_p = output(arena);
+      args.grad_logvar_p = output(arena);
+      args.samples = samples;
+      args.dim = dim;
+      return args;
+    });
+  }
+}
+
 // --- Jacobian sweeps
 // --------------------------------------------------------------------------------------------------
 
@@ -499,6 +539,9 @@ void for_each_case(Visitor visit) {
   }
   for_each_jacobian<T>(1, 1, 1, activations()[8], visit);
   for_each_jacobian<T>(1, 2, kJacobianChunk + 130, activations()[6], visit);
+  for_each_gaussian_kl<T>(1, 1, visit);
+  for_each_gaussian_kl<T>(11, 67, visit);
+  for_each_gaussian_kl<T>(301, 5, visit);
   for (const int64_t step_stride : {0, 1}) {
     for_each_leapfrog<T>(1, 1, step_stride, visit);
     for_each_leapfrog<T>(5, 3, step_stride, visit);

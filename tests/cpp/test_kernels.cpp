@@ -232,6 +232,37 @@ T curvature_at(const ActivationSpec& activation, const T* s, int64_t i, T e) {
 }
 
 template <typename T>
+void naive(const GaussianKl<T>& args) {
+  for (int64_t sample = 0; sample < args.samples; ++sample) {
+    double sum = 0.0;
+    for (int64_t i = sample * args.dim; i < (sample + 1) * args.dim; ++i) {
+      const double logvar_p = args.mu_p == nullptr ? 0.0 : static_cast<double>(args.logvar_p[i]);
+      const double gap = static_cast<double>(args.mu_q[i]) - (args.mu_p == nullptr ? 0.0 : args.mu_p[i]);
+      const double log_ratio = static_cast<double>(args.logvar_q[i]) - logvar_p;
+      sum += 0.5 * (std::exp(log_ratio) - 1.0 - log_ratio + gap * gap * std::exp(-logvar_p));
+    }
+    args.kl[sample] = static_cast<T>(sum);
+  }
+}
+
+template <typename T>
+void naive(const GaussianKlBackward<T>& args) {
+  for (int64_t i = 0; i < args.samples * args.dim; ++i) {
+    const double grad = args.grad[i / args.dim];
+    const double logvar_p = args.mu_p == nullptr ? 0.0 : static_cast<double>(args.logvar_p[i]);
+    const double gap = static_cast<double>(args.mu_q[i]) - (args.mu_p == nullptr ? 0.0 : args.mu_p[i]);
+    const double ratio = std::exp(static_cast<double>(args.logvar_q[i]) - logvar_p);
+    const double scaled = gap * std::exp(-logvar_p);
+    args.grad_mu_q[i] = static_cast<T>(grad * scaled);
+    args.grad_logvar_q[i] = static_cast<T>(grad * 0.5 * (ratio - 1.0));
+    if (args.mu_p != nullptr) {
+      args.grad_mu_p[i] = static_cast<T>(-grad * scaled);
+      args.grad_logvar_p[i] = static_cast<T>(grad * 0.5 * (1.0 - ratio - gap * scaled));
+    }
+  }
+}
+
+template <typename T>
 void naive(const JacobianTangent<T>& args) {
   for (int64_t i = 0; i < args.samples * args.latents * args.numel; ++i) {
     const int64_t of_sample = i / (args.latents * args.numel) * args.numel + i % args.numel;

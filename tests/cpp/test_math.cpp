@@ -44,6 +44,17 @@ struct Elementary {
 
 long double exact_exp(long double x) { return expl(x); }
 long double exact_expm1(long double x) { return expm1l(x); }
+long double exact_exp_excess(long double x) {
+  // Summed from the small end near 0, where expm1 - x would cancel.
+  if (fabsl(x) > 0.5L) {
+    return expm1l(x) - x;
+  }
+  long double sum = 1.0L;
+  for (int n = 30; n > 2; --n) {
+    sum = 1.0L + sum * x / n;
+  }
+  return sum * x * x / 2.0L;
+}
 long double exact_log1p_unit(long double x) { return log1pl(x); }
 long double exact_tanh(long double x) { return tanhl(x); }
 long double exact_erf(long double x) { return erfl(x); }
@@ -67,6 +78,7 @@ std::vector<Elementary<T>> elementary_functions() {
   }
   return {FUNCTION(exp, F::kLowest, F::kHighest, 1.1),
           FUNCTION(expm1, F::kLowest, F::kHighest, 2),
+          FUNCTION(exp_excess, F::kLowest, F::kHighest, 16),
           FUNCTION(log1p_unit, T(0), T(1), 2),
           FUNCTION(tanh, -huge, huge, 3),
           FUNCTION(erf, -huge, huge, 1.5),
@@ -139,6 +151,8 @@ void test_elementary(const char* type) {
   CHECK(math::sigmoid(-infinity) >= T(0) && math::sigmoid(-infinity) < std::numeric_limits<T>::min() * T(10),
         "sigmoid %s at -infinity", type);
   CHECK(math::softplus(infinity) == infinity, "softplus %s at infinity", type);
+  CHECK(math::exp_excess(infinity) == infinity && math::exp_excess(-infinity) == infinity, "exp_excess %s at infinity",
+        type);
   const math::SigmoidSoftplus<T> both = math::sigmoid_softplus(T(-1.25));
   CHECK(both.sigmoid == math::sigmoid(T(-1.25)) && both.softplus == math::softplus(T(-1.25)),
         "sigmoid_softplus %s differs from its halves", type);

@@ -2,6 +2,7 @@
 //
 //   exp(x)    = 2^n e^r,  n = round(x / ln 2),  r = x - n ln 2 (two-term), |r| <= ln 2 / 2, Taylor in r
 //   expm1(x)  = 2^n (e^r - 1) + (2^n - 1)                        (exact to rounding near 0, where n = 0)
+//   exp_excess(x) = e^x - 1 - x:  2^n (e^r - 1) + (2^n - 1) - x, and where n = 0 the series without its first term
 //   log1p(t)  = 2 atanh(t / (2 + t)),  t in [0, 1]: a series in s^2 <= 1/9
 //   erf(x)    = two polynomials, interpolated at Chebyshev nodes in 50 digits; see there
 //
@@ -47,18 +48,18 @@ struct Ieee<double> {
   static constexpr Int kBias = 1023;
 };
 
-// e^r - 1 for |r| <= ln 2 / 2; the first dropped term is below half an ulp of r.
-FASTVAE_HOST_DEVICE float expm1_series(float r) {
+// e^r - 1 - r for |r| <= ln 2 / 2; the first dropped term is below half an ulp of r.
+FASTVAE_HOST_DEVICE float excess_series(float r) {
   float p = 1.0F / 5040.0F;
   p = p * r + 1.0F / 720.0F;
   p = p * r + 1.0F / 120.0F;
   p = p * r + 1.0F / 24.0F;
   p = p * r + 1.0F / 6.0F;
   p = p * r + 0.5F;
-  return p * (r * r) + r;
+  return p * (r * r);
 }
 
-FASTVAE_HOST_DEVICE double expm1_series(double r) {
+FASTVAE_HOST_DEVICE double excess_series(double r) {
   double p = 1.0 / 6227020800.0;
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
@@ -71,7 +72,7 @@ FASTVAE_HOST_DEVICE double expm1_series(double r) {
   p = p * r + 1.0 / 24.0;
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
-  return p * (r * r) + r;
+  return p * (r * r);
 }
 
 template <typename T>
@@ -90,7 +91,7 @@ FASTVAE_HOST_DEVICE PowerOfTwo<T> reduce_exponent(T x) {
   const T r = (x - n * F::kLn2High) - n * F::kLn2Low;
   using Int = typename F::Int;
   const Int bits = (bit_cast<Int>(shifted) - bit_cast<Int>(F::kRound) + F::kBias) << F::kMantissaBits;
-  return {bit_cast<T>(bits), expm1_series(r)};
+  return {bit_cast<T>(bits), excess_series(r) + r};
 }
 
 template <typename T>
@@ -103,6 +104,15 @@ template <typename T>
 FASTVAE_HOST_DEVICE T expm1(T x) {
   const PowerOfTwo<T> p = reduce_exponent(x);
   return p.scale * p.rest + (p.scale - T(1));
+}
+
+// Infinite where e^x would be clamped: what a Kullback-Leibler divergence makes of it must not look finite.
+template <typename T>
+FASTVAE_HOST_DEVICE T exp_excess(T x) {
+  const PowerOfTwo<T> p = reduce_exponent(x);
+  const T far = p.scale * p.rest + (p.scale - T(1)) - x;
+  const T value = p.scale == T(1) ? excess_series(x) : far;
+  return x > Ieee<T>::kHighest ? Ieee<T>::kInfinity : value;
 }
 
 // log(1 + t) for t in [0, 1].

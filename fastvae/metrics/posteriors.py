@@ -1,0 +1,147 @@
+"""What the approximate posteriors of a model say: codes, mutual information, active units, evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.data import images_of
+from fastvae.models import BaseVAE
+from fastvae.training.randomness import modes_kept
+
+__all__ = ["Estimate", "active_units", "mutual_information", "negative_log_likelihood", "posteriors"]
+
+Images = Tensor | Iterable[object]
+
+# Images in a model at once, and entries of a matrix of densities at once: 32 MiB of float64.
+_BATCH = 500
+_PAIRS = 2**22
+
+
+class Estimate(NamedTuple):
+    """A mean over images, and how far the choice of images moves it."""
+
+    mean: float
+    standard_error: float
+    """Standard deviation over the images / sqrt(number of images)."""
+
+
+@torch.no_grad()
+def posteriors(model: BaseVAE, images: Images) -> tuple[Tensor, Tensor]:
+    """Means and log variances of q(z_0 | x): [N, d] each, on the CPU, detached.
+
+    Args:
+        model: in eval mode meanwhile.
+        images: a tensor [N, ...], or an iterable of batches such as ``fit`` takes.
+
+    Raises:
+        ValueError: no images.
+    """
+    found = _of_batches("posteriors", model, images, model.encode)
+    return torch.cat([mu.cpu() for mu, _ in found]), torch.cat([logvar.cpu() for _, logvar in found])
+
+
+@torch.no_grad()
+def negative_log_likelihood(
+    model: BaseVAE, images: Images, num_samples: int = 1000, *, seed: int = 0
+) -> Estimate:
+    """-log p(x) by importance sampling, in nats: its mean over images, and the standard error of that.
+
+    See ``BaseVAE.log_likelihood``: an upper bound in expectation, tight for many samples. The standard error is that of
+    the choice of images; the noise of the sampling is part of it.
+
+    Args:
+        model: in eval mode meanwhile.
+        images: see :func:`posteriors`; at least two.
+        num_samples: importance samples an image.
+        seed: of the noise.
+
+    Raises:
+        ValueError: fewer than two images, or num_samples below 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = _of_batches(
+        "negative_log_likelihood",
+        model,
+        images,
+        lambda x: model.log_likelihood(x, num_samples, generator=generator),
+    )
+    values = -torch.cat([value.double().cpu() for value in found])
+    if len(values) < 2:
+        raise ValueError(f"negative_log_likelihood: images: expected at least 2, got {len(values)}")
+    return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))))
+
+
+def mutual_information(
+    model: BaseVAE, images: Images, *, num_samples: int = 1, chunk_size: int | None = None, seed: int = 0
+) -> float:
+    """Mutual information of N images and their codes in nats: E_x KL(q(z | x) || p) - KL(q(z) || p).
+
+    q(z) = 1/N sum_n q(z | x_n) (Hoffman and Johnson, "ELBO surgery", NeurIPS 2016 workshop). A Monte Carlo average of
+    log q(z | x_n) - log q(z) over ``num_samples`` draws from each q(z | x_n): both divergences by the same draws, so
+    that their noise cancels. q(z) is summed over all N images: N^2 num_samples densities, in float64 and in chunks. At
+    most log N, near which it says only that the images' posteriors hardly overlap.
+
+    Args:
+        model: in eval mode meanwhile; z is z_0 for an HVAE.
+        images: see :func:`posteriors`.
+        num_samples: codes an image.
+        chunk_size: codes against all images at once; by default as many as give 2**22 densities.
+        seed: of the codes.
+
+    Raises:
+        ValueError: no images, num_samples or chunk_size below 1.
+    """
+    for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
+        if count is not None and count < 1:
+            raise ValueError(f"mutual_information: {name}: expected at least 1, got {count}")
+    mu, logvar = (part.double() for part in posteriors(model, images))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num_samples, *mu.shape, generator=generator, dtype=torch.float64)
+    codes = (mu + torch.exp(logvar / 2) * noise).flatten(0, 1)
+    # log q(z | x_n) = z^2 . a_n + z . b_n + c_n: two products of matrices for all pairs.
+    precision = torch.exp(-logvar)
+    a, b = -0.5 * precision.T, (mu * precision).T
+    c = -0.5 * (mu.square() * precision + logvar).sum(1)
+    chunk = chunk_size if chunk_size is not None else max(1, _PAIRS // len(mu))
+    log_q = torch.cat(
+        [torch.logsumexp(z.square() @ a + z @ b + c, 1) - math.log(len(mu)) for z in codes.split(chunk)]
+    )
+    # log q(z | x_n) for the x_n of each code; the constants of the two densities cancel.
+    own = -0.5 * (noise.square() + logvar).sum(2).flatten()
+    return float((own - log_q).mean())
+
+
+def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int:
+    """How many latents tell images apart: those with Var_x(E[z | x]) > threshold.
+
+    Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016, section 5.
+
+    Args:
+        model: in eval mode meanwhile; z is z_0 for an HVAE.
+        images: see :func:`posteriors`; at least two.
+        threshold: of the variance of the posterior means.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    means = posteriors(model, images)[0].double()
+    if len(means) < 2:
+        raise ValueError(f"active_units: images: expected at least 2, got {len(means)}")
+    return int((means.var(0) > threshold).sum())
+
+
+def _of_batches(name: str, model: BaseVAE, images: Images, call: Callable[[Tensor], object]) -> list:
+    """``call`` of every batch on the model's device, with the model in eval mode."""
+    batches = images.split(_BATCH) if isinstance(images, Tensor) else map(images_of, images)
+    device = next(model.parameters()).device
+    with modes_kept(model):
+        model.eval()
+        found = [call(batch.to(device)) for batch in batches if len(batch)]
+    if not found:
+        raise ValueError(f"{name}: images: expected some, got none")
+    return found

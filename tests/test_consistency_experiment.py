@@ -1,0 +1,94 @@
+"""The experiment of consistency regularisation: it runs at a tiny size, resumes, and reports what it measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import metrics
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+PAPERS = Path(__file__).parents[1] / "benchmarks" / "papers"
+sys.path.append(str(PAPERS))
+
+
+def by_path() -> Any:
+    """The experiment shares its name with a benchmark."""
+    spec = importlib.util.spec_from_file_location("paper_consistency", PAPERS / "consistency.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+consistency = by_path()
+
+
+def test_networks_are_the_same_for_a_seed_and_fit_images_and_flow() -> None:
+    for network in consistency.NETWORKS:
+        models = [
+            consistency.build(network, kind, consistent, (1, 28, 28), 3)
+            for kind in consistency.MODELS
+            for consistent in (False, True)
+        ]
+        for model in models:
+            assert torch.equal(next(model.decoder.parameters()), next(models[0].decoder.parameters()))
+            assert model.latent_dim == consistency.LATENTS
+            fastvae.lowering.lower(model.decoder)
+            if network == "convolutional":
+                assert torch.isfinite(model(torch.rand(2, 1, 28, 28).round())).all()
+
+
+@pytest.mark.slow
+def test_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+        "--num-samples",
+        "2",
+        "--test-images",
+        "4",
+        "--networks",
+        "dense",
+    ]
+    words += ["--checkpoint", str(tmp_path / "states"), "--out", str(tmp_path), "--data", "digits"]
+    consistency.main(words)
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "consistency.json").read_text())
+    assert len(results["runs"]) == 2 * 2 * len(consistency.MODELS)
+    for line in results["summary"]:
+        runs = [
+            run
+            for run in results["runs"]
+            if run["model"] == line["model"] and run["consistent"] == line["consistent"]
+        ]
+        assert line["seeds"] == 2 and line["mi"] == pytest.approx(sum(run["mi"] for run in runs) / 2)
+        assert f"| dense | {line['name']} | 2 |" in printed
+    with pytest.raises(SystemExit, match="pass --resume"):
+        consistency.main(words)
+    consistency.main([*words, "--resume"])
+    assert capsys.readouterr().out == printed
+
+
+def test_measures_are_those_of_the_model() -> None:
+    model = consistency.build("dense", "VAE", True, (1, 4, 4), 0)
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.rand(40, 1, 4, 4, generator=generator).round(), torch.arange(40) % 3
+    arguments = consistency.parse(["--num-samples", "3", "--test-images", "10"])
+    row = consistency.measure(model, (x[:30], labels[:30]), (x[30:], labels[30:]), arguments)
+    nll = metrics.negative_log_likelihood(model, x[30:], 3)
+    assert (row["nll"], row["nll_error"]) == nll and row["active"] == metrics.active_units(model, x[:30])
+    codes = metrics.posteriors(model, x)[0]
+    split = (codes[:30], labels[:30], codes[30:], labels[30:])
+    assert row["knn"] == metrics.knn_accuracy(*split) and row["linear"] == metrics.linear_probe(*split)
