@@ -265,7 +265,8 @@ struct DirectConvTransposeGradient {
 };
 
 // A Hamiltonian flow through a multilayer perceptron whose weights stay in a core's cache: the whole trajectory of a
-// block of samples in one go. Everything of a block is stored [feature, lane], kSmallFlowLanes samples side by side.
+// block of kSmallFlowLanes samples in one go. A block's tape and tangents have the same parts on every device, but a
+// CPU keeps a part as [samples, features], for products with rows of the weights, and CUDA as [feature, lane].
 constexpr int kSmallFlowDepth = 8;  // layers at most
 
 template <typename T>
@@ -295,7 +296,7 @@ struct SmallFlow {
   T* rho_steps;     // [steps + 1, samples, dim]
   T* log_px;        // [samples]
   T* log_px_steps;  // [steps + 1, samples] or null
-  T* tape;          // [blocks, steps + 1, SmallPointLayout::numel, lanes]
+  T* tape;          // [blocks, steps + 1, SmallPointLayout::numel * lanes]
   int64_t samples;
   int64_t dim;
   int64_t steps;

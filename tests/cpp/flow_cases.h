@@ -89,19 +89,19 @@ SmallFlow<T> make_flow(const FlowCase& flow, Arena<T>& arena) {
   args.rho_steps = arena.output(of_steps * dim);
   args.log_px = arena.output(flow.samples);
   args.log_px_steps = flow.every ? arena.output(of_steps) : nullptr;
-  args.tape = arena.output(flow_blocks<T>(flow) * (flow.steps + 1) * small_point_layout(args.network, dim).numel *
-                           kSmallFlowLanes<T>);
+  args.tape = arena.scratch(flow_blocks<T>(flow) * (flow.steps + 1) * small_point_layout(args.network, dim).numel *
+                            kSmallFlowLanes<T>);
   args.samples = flow.samples;
   args.dim = dim;
   args.steps = flow.steps;
   return args;
 }
 
-// With the tape that the CPU's forward kernel leaves.
-template <typename T>
-SmallFlowBackward<T> make_flow_backward(const FlowCase& flow, Arena<T>& arena) {
+// With the tape that the forward kernel leaves, whose order within a part is each device's own.
+template <typename T, typename Forward>
+SmallFlowBackward<T> make_flow_backward(const FlowCase& flow, Arena<T>& arena, const Forward& run) {
   const SmallFlow<T> forward = make_flow(flow, arena);
-  fastvae::cpu::small_flow(forward, 0, flow_blocks<T>(flow));
+  run(forward);
   const int64_t size = flow.samples * forward.dim;
   SmallFlowBackward<T> args{};
   args.network = forward.network;
@@ -127,6 +127,12 @@ SmallFlowBackward<T> make_flow_backward(const FlowCase& flow, Arena<T>& arena) {
     args.grad_parameters = arena.output(args.tasks * small_flow_parameter_numel(args.network));
   }
   return args;
+}
+
+template <typename T>
+SmallFlowBackward<T> make_flow_backward_on_cpu(const FlowCase& flow, Arena<T>& arena) {
+  return make_flow_backward(flow, arena,
+                            [&](const SmallFlow<T>& forward) { cpu_kernel(forward, 0, flow_blocks<T>(flow)); });
 }
 
 }  // namespace cases

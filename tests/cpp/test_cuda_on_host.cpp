@@ -28,17 +28,18 @@ void test_kernels(const char* type) {
 
 // As above, over a trajectory; and where there is more than one block twice, since sums may not depend on which thread
 // comes first.
-template <typename T, typename Make>
-void test_flow(const char* kernel, const FlowCase& flow, const char* type, int64_t count, Make make) {
+template <typename T, typename Make, typename MakeCuda>
+void test_flow(const char* kernel, const FlowCase& flow, const char* type, int64_t count, Make make,
+               MakeCuda make_cuda) {
   const double tolerance = 400.0 * std::numeric_limits<T>::epsilon();
   Arena<T> on_cpu, on_cuda;
   cpu_kernel(make(flow, on_cpu), 0, count);
-  cuda_kernel(make(flow, on_cuda));
+  cuda_kernel(make_cuda(flow, on_cuda));
   const double error = difference(on_cuda, on_cpu);
   CHECK(error <= tolerance, "%s %s %s: off by %g", kernel, flow.name.c_str(), type, error);
   if (count > 1) {
     Arena<T> again;
-    cuda_kernel(make(flow, again));
+    cuda_kernel(make_cuda(flow, again));
     CHECK(same_bits(on_cuda, again), "%s %s %s: does not repeat", kernel, flow.name.c_str(), type);
   }
 }
@@ -88,8 +89,11 @@ void test_flow_sum(const char* type) {
 template <typename T>
 void test_flows(const char* type) {
   for (const FlowCase& flow : flow_cases()) {
-    test_flow<T>("small_flow", flow, type, flow_blocks<T>(flow), make_flow<T>);
-    test_flow<T>("small_flow_backward", flow, type, std::min(flow.tasks, flow_blocks<T>(flow)), make_flow_backward<T>);
+    test_flow<T>("small_flow", flow, type, flow_blocks<T>(flow), make_flow<T>, make_flow<T>);
+    test_flow<T>("small_flow_backward", flow, type, std::min(flow.tasks, flow_blocks<T>(flow)),
+                 make_flow_backward_on_cpu<T>, [](const FlowCase& of, Arena<T>& arena) {
+                   return make_flow_backward(of, arena, [](const SmallFlow<T>& forward) { cuda_kernel(forward); });
+                 });
   }
   test_flow_sum<T>(type);
 }

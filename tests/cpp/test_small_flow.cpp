@@ -184,7 +184,7 @@ void test_backward(const FlowCase& flow, const char* type) {
   // The differences themselves are good to 1e-8 (h^2 times a third derivative, rounding over h).
   const double tolerance = std::max(1e-7, 400.0 * std::numeric_limits<T>::epsilon());
   Arena<T> arena;
-  const SmallFlowBackward<T> args = make_flow_backward(flow, arena);
+  const SmallFlowBackward<T> args = make_flow_backward_on_cpu(flow, arena);
   fastvae::cpu::small_flow_backward(args, 0, args.tasks);
   const int64_t dim = args.dim;
   const int64_t parameters = small_flow_parameter_numel(args.network);
@@ -261,7 +261,8 @@ void test_flows(const char* type) {
     test_forward<T>(flow, type);
     test_backward<T>(flow, type);
     test_parts<T>("small_flow", flow, type, flow_blocks<T>(flow), make_flow<T>);
-    test_parts<T>("small_flow_backward", flow, type, std::min(flow.tasks, flow_blocks<T>(flow)), make_flow_backward<T>);
+    test_parts<T>("small_flow_backward", flow, type, std::min(flow.tasks, flow_blocks<T>(flow)),
+                  make_flow_backward_on_cpu<T>);
   }
 }
 

@@ -11,119 +11,97 @@
 
 namespace fastvae::cpu {
 
-// ll of every lane at the natural parameters a.
-template <typename Head, typename T>
-FASTVAE_INLINE void lane_log_prob(const SmallNetwork<T>& network, const T* a, const T* x, T* log_prob) {
-  constexpr int kLanes = kSmallFlowLanes<T>;
-  const Head head(network.likelihood);
-  T sum[kLanes] = {};
-  for (int64_t j = 0; j < network.out[network.depth - 1]; ++j) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      sum[lane] += head.both(a[j * kLanes + lane], x[j * kLanes + lane]).log_prob;
-    }
-  }
-  std::copy_n(sum, kLanes, log_prob);
-}
-
-// Fills the point's tape from its z; log_prob [lanes] may be null.
+// Fills the tape of `samples` points from their z; log_prob [samples] may be null.
 template <typename T>
-FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const PackedWeights<T>& weights,
-                                const SmallPoint<T>& point, int64_t dim, const T* x, T* log_prob) {
-  constexpr int kLanes = kSmallFlowLanes<T>;
+FASTVAE_INLINE void sweep_point(const SmallNetwork<T>& network, const SmallWeights<T>& weights,
+                                const SmallPoint<T>& point, int64_t samples, int64_t dim, const T* x, T* log_prob) {
   const int last = network.depth - 1;
   const T* in = point.z;
   for (int l = 0; l < last; ++l) {
-    small_product<true>(weights.forward[l], in, point.h[l], network.out[l], network.in[l]);
-    T* kept = point.slope[l] == point.h[l] ? nullptr : point.slope[l];
-    bias_activation(
-        BiasActivation<T>{point.h[l], nullptr, point.h[l], kept, 1, network.out[l] * kLanes, network.activation[l]}, 0,
-        1);
-    in = point.h[l];
+    T* h = point.h[l];
+    weights.forward(network, l, in, samples, h);
+    T* kept = point.slope[l] == h ? nullptr : point.slope[l];
+    bias_activation(BiasActivation<T>{h, network.bias[l], h, kept, samples, network.out[l], network.activation[l]}, 0,
+                    samples);
+    in = h;
   }
-  const int64_t outputs = network.out[last];
-  small_product<true>(weights.forward[last], in, point.delta[last], outputs, network.in[last]);
-  if (log_prob != nullptr) {
-    if (network.likelihood.kind == Likelihood::kBernoulli) {
-      lane_log_prob<math::BernoulliHead<T>>(network, point.delta[last], x, log_prob);
-    } else {
-      lane_log_prob<math::GaussianHead<T>>(network, point.delta[last], x, log_prob);
-    }
-  }
-  head_residual(HeadResidual<T>{point.delta[last], nullptr, x, point.delta[last], nullptr, 1, 1, outputs * kLanes,
+  T* output = point.delta[last];
+  weights.forward(network, last, in, samples, output);
+  head_residual(HeadResidual<T>{output, network.bias[last], x, output, log_prob, samples, 1, network.out[last],
                                 network.likelihood},
-                0, 1);
+                0, samples);
   for (int l = last; l > 0; --l) {
     T* g = point.error[l - 1];  // delta itself where A^T delta is not kept
-    small_product<false>(weights.reverse[l], point.delta[l], g, network.in[l], network.out[l]);
-    activation_reverse(ActivationReverse<T>{g, point.slope[l - 1], point.delta[l - 1], network.in[l] * kLanes,
-                                            network.activation[l - 1]},
-                       0, network.in[l] * kLanes);
+    weights.reverse(network, l, point.delta[l], samples, g);
+    const int64_t size = samples * network.in[l];
+    activation_reverse(ActivationReverse<T>{g, point.slope[l - 1], point.delta[l - 1], size, network.activation[l - 1]},
+                       0, size);
   }
-  small_product<false>(weights.reverse[0], point.delta[0], point.force, dim, network.out[0]);
-  for (int64_t i = 0; i < dim * kLanes; ++i) {
+  weights.reverse(network, 0, point.delta[0], samples, point.force);
+  for (int64_t i = 0; i < samples * dim; ++i) {
     point.force[i] -= point.z[i];
   }
 }
 
 template <typename T>
 FASTVAE_INLINE void small_flow_template(const SmallFlow<T>& args, int64_t begin, int64_t end) {
-  constexpr int kLanes = kSmallFlowLanes<T>;
+  constexpr int kBlock = kSmallFlowLanes<T>;
   const SmallNetwork<T>& network = args.network;
   const int64_t dim = args.dim;
   const int64_t outputs = network.out[network.depth - 1];
   const SmallPointLayout layout = small_point_layout(network, dim);
-  const int64_t point_size = layout.numel * kLanes;
+  const int64_t point_size = layout.numel * kBlock;
   struct Memory {
-    Memory(Carver carver, const SmallFlow<T>& args, int64_t outputs)
-        : weights(args.network, carver), x(carver.take<T>(outputs * kLanes)), bytes(carver.used()) {}
-    PackedWeights<T> weights;
-    T* x;
+    Memory(Carver carver, const SmallFlow<T>& args) : weights(args.network, carver), bytes(carver.used()) {}
+    SmallWeights<T> weights;
     int64_t bytes;
   };
-  Scratch scratch(Memory(Carver(nullptr), args, outputs).bytes);
-  Memory memory(Carver(scratch.data()), args, outputs);
+  Scratch scratch(Memory(Carver(nullptr), args).bytes);
+  Memory memory(Carver(scratch.data()), args);
   memory.weights.fill(network);
-  T log_prob[kLanes] = {};
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kLanes;
+    const int64_t first = block * kBlock;
+    const int64_t samples = std::min<int64_t>(kBlock, args.samples - first);
+    const int64_t size = samples * dim;
     T* tape = args.tape + block * (args.steps + 1) * point_size;
-    load_block(args.x, first, args.samples, outputs, memory.x);
+    if (samples < kBlock) {
+      // The tape is an output of the op, and the same in every run to its last number.
+      std::fill_n(tape, (args.steps + 1) * point_size, T(0));
+    }
     SmallPoint<T> point = small_point(layout, network.depth, tape);
-    load_block(args.z, first, args.samples, dim, point.z);
-    load_block(args.rho, first, args.samples, dim, point.rho);
+    std::copy_n(args.z + first * dim, size, point.z);
+    std::copy_n(args.rho + first * dim, size, point.rho);
     for (int64_t k = 0; k <= args.steps; ++k) {
+      const T* step = k == 0 ? nullptr : args.step + (k - 1) * dim;
       if (k > 0) {
         const SmallPoint<T> before = point;
         point = small_point(layout, network.depth, tape + k * point_size);
-        for (int64_t j = 0; j < dim; ++j) {
-          const T step = args.step[(k - 1) * dim + j];
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const int64_t i = j * kLanes + lane;
-            const math::Drifted<T> next = math::kick_drift(before.z[i], before.rho[i], before.force[i], step);
-            point.z[i] = next.z;
-            point.rho[i] = next.rho_half;
+        for (int64_t i = 0; i < size; i += dim) {
+          for (int64_t j = 0; j < dim; ++j) {
+            const math::Drifted<T> next =
+                math::kick_drift(before.z[i + j], before.rho[i + j], before.force[i + j], step[j]);
+            point.z[i + j] = next.z;
+            point.rho[i + j] = next.rho_half;
           }
         }
       }
-      const bool wants = k == args.steps || args.log_px_steps != nullptr;
-      sweep_point(network, memory.weights, point, dim, memory.x, wants ? log_prob : nullptr);
+      T* log_prob = k == args.steps                ? args.log_px + first
+                    : args.log_px_steps != nullptr ? args.log_px_steps + k * args.samples + first
+                                                   : nullptr;
+      sweep_point(network, memory.weights, point, samples, dim, args.x + first * outputs, log_prob);
       if (k > 0) {
-        const T alpha = args.alpha[k - 1];
-        for (int64_t j = 0; j < dim; ++j) {
-          const T step = args.step[(k - 1) * dim + j];
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const int64_t i = j * kLanes + lane;
-            point.rho[i] = math::kick_temper(point.rho[i], point.force[i], step, alpha);
+        for (int64_t i = 0; i < size; i += dim) {
+          for (int64_t j = 0; j < dim; ++j) {
+            point.rho[i + j] = math::kick_temper(point.rho[i + j], point.force[i + j], step[j], args.alpha[k - 1]);
           }
         }
       }
-      store_block(point.z, first, args.samples, dim, args.z_steps + k * args.samples * dim);
-      store_block(point.rho, first, args.samples, dim, args.rho_steps + k * args.samples * dim);
-      if (args.log_px_steps != nullptr) {
-        store_block(log_prob, first, args.samples, 1, args.log_px_steps + k * args.samples);
-      }
+      std::copy_n(point.z, size, args.z_steps + (k * args.samples + first) * dim);
+      std::copy_n(point.rho, size, args.rho_steps + (k * args.samples + first) * dim);
     }
-    store_block(log_prob, first, args.samples, 1, args.log_px);
+    if (args.log_px_steps != nullptr) {
+      std::copy_n(args.log_px + first, samples, args.log_px_steps + args.steps * args.samples + first);
+    }
   }
 }
 

@@ -1,23 +1,14 @@
-// The pieces of the small-network flow that forward and backward share: a block's memory, and the two products.
+// The pieces of the small-network flow that forward and backward share: a block's memory, and the product of a layer.
+// The parts of a block's points are matrices [samples, features].
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 
 #include "../kernels.h"
-#include "clones.h"
+#include "strided_product.h"
 
 namespace fastvae::cpu {
-
-// A register of samples side by side. Wider ones were not faster: each multiply-add takes a weight broadcast, and
-// broadcasts to 64 bytes come at half the rate [measured].
-template <typename T>
-struct Register {
-  typedef T Vector __attribute__((vector_size(32)));  // NOLINT(modernize-use-using): the attribute is lost there
-};
-template <typename T>
-using Lanes = typename Register<T>::Vector;
 
 // Hands out parts of a block of memory, from the start of a cache line on; without a block it only counts.
 class Carver {
@@ -63,76 +54,49 @@ class Scratch {
   unsigned char* data_ = nullptr;
 };
 
-// The weights of all layers for both directions, in the order in which the products read them: for each tile of output
-// features, the bias (forward) or zeros, then a row of the tile for each input feature. Zeros fill the last tile.
+// The weights as the products read them, [input, output] of either direction: W of the reverse sweep as it is, and a
+// transposed copy for the forward one.
 template <typename T>
-class PackedWeights {
+class SmallWeights {
  public:
-  static constexpr int kTile = 8;  // sums at a time: as many as hide the latency of a multiply-add
-
-  PackedWeights(const SmallNetwork<T>& network, Carver& memory) {
+  SmallWeights(const SmallNetwork<T>& network, Carver& memory) {
     for (int l = 0; l < network.depth; ++l) {
-      forward[l] = memory.take<T>(numel(network.out[l], network.in[l]));
-      reverse[l] = memory.take<T>(numel(network.in[l], network.out[l]));
+      forward_[l] = memory.take<T>(network.in[l] * network.out[l]);
     }
   }
   FASTVAE_INLINE void fill(const SmallNetwork<T>& network) {
     for (int l = 0; l < network.depth; ++l) {
-      pack(network.weight[l], network.in[l], 1, network.bias[l], network.out[l], network.in[l], forward[l]);
-      pack(network.weight[l], 1, network.in[l], nullptr, network.in[l], network.out[l], reverse[l]);
-    }
-  }
-
-  T* forward[kSmallFlowDepth];
-  T* reverse[kSmallFlowDepth];
-
- private:
-  static int64_t numel(int64_t rows, int64_t inner) { return (rows + kTile - 1) / kTile * kTile * (inner + 1); }
-  FASTVAE_INLINE static void pack(const T* w, int64_t row, int64_t column, const T* bias, int64_t rows, int64_t inner,
-                                  T* out) {
-    for (int64_t r = 0; r < rows; r += kTile) {
-      const int64_t count = rows - r < kTile ? rows - r : kTile;
-      std::fill_n(out, (inner + 1) * kTile, T(0));
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = bias == nullptr ? T(0) : bias[r + i];
-      }
-      out += kTile;
-      for (int64_t k = 0; k < inner; ++k, out += kTile) {
-        for (int64_t i = 0; i < count; ++i) {
-          out[i] = w[(r + i) * row + k * column];
+      const int64_t rows = network.out[l], columns = network.in[l];
+      constexpr int64_t kTile = 16;  // lines of either side that are open at a time
+      for (int64_t first = 0; first < rows; first += kTile) {
+        const int64_t end = first + kTile < rows ? first + kTile : rows;
+        for (int64_t c = 0; c < columns; ++c) {
+          for (int64_t r = first; r < end; ++r) {
+            forward_[l][c * rows + r] = network.weight[l][r * columns + c];
+          }
         }
       }
     }
   }
-};
 
-// out[r] = sum_k w[r, k] in[k] (+ bias[r]), r < rows, k < inner, of packed weights; in and out are vectors of lanes.
-// 2 * rows * inner FLOPs a lane.
-template <bool kBias, typename T>
-FASTVAE_INLINE void small_product(const T* packed, const T* in, T* out, int64_t rows, int64_t inner) {
-  using V = Lanes<T>;
-  constexpr int kTile = PackedWeights<T>::kTile;
-  const V* x = reinterpret_cast<const V*>(in);
-  V* y = reinterpret_cast<V*>(out);
-  for (int64_t r = 0; r < rows; r += kTile) {
-    V sum[kTile];
-    for (int i = 0; i < kTile; ++i) {
-      sum[i] = V{} + (kBias ? packed[i] : T(0));
-    }
-    packed += kTile;
-    for (int64_t k = 0; k < inner; ++k, packed += kTile) {
-      const V value = x[k];
-      for (int i = 0; i < kTile; ++i) {
-        sum[i] += packed[i] * value;
-      }
-    }
-    for (int i = 0; i < kTile; ++i) {
-      if (r + i < rows) {
-        y[r + i] = sum[i];
-      }
-    }
+  // out [samples, out of l] = in [samples, in of l] W^T: 2 * in * out FLOPs a sample, as in reverse().
+  FASTVAE_INLINE void forward(const SmallNetwork<T>& network, int l, const T* in, int64_t samples, T* out) const {
+    product(forward_[l], in, network.in[l], samples, out, network.out[l]);
   }
-}
+  // out [samples, in of l] = in [samples, out of l] W.
+  FASTVAE_INLINE void reverse(const SmallNetwork<T>& network, int l, const T* in, int64_t samples, T* out) const {
+    product(network.weight[l], in, network.out[l], samples, out, network.in[l]);
+  }
+
+ private:
+  FASTVAE_INLINE static void product(const T* weight, const T* in, int64_t inner, int64_t samples, T* out,
+                                     int64_t features) {
+    strided_product(
+        StridedProduct<T>{in, inner, 1, 0, weight, features, 0, out, features, samples, features, inner, 1, false});
+  }
+
+  T* forward_[kSmallFlowDepth];
+};
 
 // SmallPointLayout as pointers into a tape.
 template <typename T>
@@ -148,54 +112,18 @@ struct SmallPoint {
 
 template <typename T>
 FASTVAE_INLINE SmallPoint<T> small_point(const SmallPointLayout& at, int depth, T* tape) {
-  constexpr int kLanes = kSmallFlowLanes<T>;
+  constexpr int kBlock = kSmallFlowLanes<T>;
   SmallPoint<T> point{};
-  point.z = tape + at.z * kLanes;
-  point.rho = tape + at.rho * kLanes;
-  point.force = tape + at.force * kLanes;
+  point.z = tape + at.z * kBlock;
+  point.rho = tape + at.rho * kBlock;
+  point.force = tape + at.force * kBlock;
   for (int l = 0; l < depth; ++l) {
-    point.delta[l] = tape + at.delta[l] * kLanes;
-    point.h[l] = tape + at.h[l] * kLanes;
-    point.slope[l] = tape + at.slope[l] * kLanes;
-    point.error[l] = tape + at.error[l] * kLanes;
+    point.delta[l] = tape + at.delta[l] * kBlock;
+    point.h[l] = tape + at.h[l] * kBlock;
+    point.slope[l] = tape + at.slope[l] * kBlock;
+    point.error[l] = tape + at.error[l] * kBlock;
   }
   return point;
-}
-
-// [samples, features] rows of a block to [feature, lane]. Lanes beyond the last sample repeat it: they are swept like
-// the others, and a made-up sample could diverge where none of the real ones does.
-template <typename T>
-FASTVAE_INLINE void load_block(const T* rows, int64_t first, int64_t samples, int64_t features, T* block) {
-  constexpr int kLanes = kSmallFlowLanes<T>;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t sample = first + lane < samples ? first + lane : samples - 1;
-    for (int64_t j = 0; j < features; ++j) {
-      block[j * kLanes + lane] = rows[sample * features + j];
-    }
-  }
-}
-
-// The same for cotangents, of which the lanes beyond the last sample have none; rows may be null.
-template <typename T>
-FASTVAE_INLINE void load_cotangents(const T* rows, int64_t first, int64_t samples, int64_t features, T* block) {
-  constexpr int kLanes = kSmallFlowLanes<T>;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const bool there = rows != nullptr && first + lane < samples;
-    for (int64_t j = 0; j < features; ++j) {
-      block[j * kLanes + lane] = there ? rows[(first + lane) * features + j] : T(0);
-    }
-  }
-}
-
-// The way back, without the lanes beyond the last sample.
-template <typename T>
-FASTVAE_INLINE void store_block(const T* block, int64_t first, int64_t samples, int64_t features, T* rows) {
-  constexpr int kLanes = kSmallFlowLanes<T>;
-  for (int lane = 0; lane < kLanes && first + lane < samples; ++lane) {
-    for (int64_t j = 0; j < features; ++j) {
-      rows[(first + lane) * features + j] = block[j * kLanes + lane];
-    }
-  }
 }
 
 }  // namespace fastvae::cpu
