@@ -93,14 +93,20 @@ def dcgan(channels: int, width: int = 32, latent_dim: int = 100) -> VAE:
     )
 
 
+def small() -> VAE:
+    return VAE(mlp(784, 400, 40), mlp(20, 400, 784))
+
+
+def large() -> VAE:
+    return VAE(mlp(784, 1024, 512, 256, 256), mlp(128, 256, 512, 1024, 784))
+
+
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [
             Case("dcgan", "DCGAN, width 2", lambda: dcgan(1, 2, 3), (1, 32, 32), 1.0, 2, 2, 2, 0.1),
             Case("mlp", "12-8-6", lambda: VAE(mlp(12, 8, 6), mlp(3, 8, 12)), (12,), 0.5, 3, 2, 2, 0.1),
         ]
-    small = lambda: VAE(mlp(784, 400, 40), mlp(20, 400, 784))  # noqa: E731
-    large = lambda: VAE(mlp(784, 1024, 512, 256, 256), mlp(128, 256, 512, 1024, 784))  # noqa: E731
     return [
         Case("dcgan", "DCGAN 1x32x32, 256-way", lambda: dcgan(1), (1, 32, 32), 1.0, 8, 100, 1000, 20),
         Case("mlp", "784-400-40, 19% of pixels not zero", small, (784,), 0.19, 32, 100, 1000, 5),

@@ -341,3 +341,17 @@ def test_scores_that_are_not_finite_are_named() -> None:
     model, x = build(dense), data(dense)
     with pytest.warns(RuntimeWarning, match="the scores of 4 image.s. are not finite, the first is number 0"):
         LikelihoodRegret(model, num_steps=5, num_samples=4, lr=1e200).predict(x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_model
+def test_on_a_gpu(make: Make) -> None:
+    model, x = build(make).eval(), data(make)
+    expected = quiet(regret(model).refit, x, parameters=True)
+    found = quiet(regret(copy.deepcopy(model).cuda()).refit, x, parameters=True)
+    assert found.mu.is_cuda  # type: ignore[attr-defined]
+    for name, parameter in expected.parameters.items():  # type: ignore[attr-defined]
+        assert off(found.parameters[name].cpu(), parameter) < 1e-8  # type: ignore[attr-defined]
+    assert off(found.losses.cpu(), expected.losses) < 1e-8  # type: ignore[attr-defined]
+    scores = quiet(regret(copy.deepcopy(model).cuda()).predict, x)
+    assert off(scores.cpu(), quiet(regret(model).predict, x)) < 1e-8  # type: ignore[attr-defined,arg-type]

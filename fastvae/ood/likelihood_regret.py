@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -80,12 +80,15 @@ class LikelihoodRegret(Detector):
         seed: of all noise, which is keyed by (seed, the image).
         betas, weight_decay: of Adam; the paper's by default. Weight decay is part of the gradient, as in
             ``torch.optim.Adam``, and applies to weights only.
-        memory_budget: bytes; images are taken in groups whose copies fit.
+        memory_budget: bytes, about; images are taken in groups whose copies fit. 256 MiB keep a CPU busy (15 images
+            of the paper's DCGAN); a GPU takes more.
 
     Raises:
         ValueError: an argument out of range.
         TypeError: not a fastvae model.
     """
+
+    model: BaseVAE
 
     def __init__(
         self,
@@ -98,11 +101,11 @@ class LikelihoodRegret(Detector):
         seed: int = 0,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 5e-5,
-        memory_budget: int = 2**30,
+        memory_budget: int = 2**28,
     ) -> None:
-        model = unwrap(model)
-        if not isinstance(model, BaseVAE):
-            raise TypeError(f"LikelihoodRegret: model: expected a fastvae model, got {type(model).__name__}")
+        inner = unwrap(model)
+        if not isinstance(inner, BaseVAE):
+            raise TypeError(f"LikelihoodRegret: model: expected a fastvae model, got {type(inner).__name__}")
         if target not in TARGETS:
             raise ValueError(f"LikelihoodRegret: target: expected one of {TARGETS}, got {target!r}")
         for name, count in (
@@ -120,7 +123,7 @@ class LikelihoodRegret(Detector):
                 )
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"LikelihoodRegret: betas: expected two numbers in [0, 1), got {betas}")
-        super().__init__(model)
+        super().__init__(inner)
         self.num_steps, self.num_samples, self.target, self.seed = num_steps, num_samples, target, seed
         self.adam = Adam(lr, (float(betas[0]), float(betas[1])), weight_decay)
         self.memory_budget = memory_budget
@@ -274,7 +277,7 @@ class LikelihoodRegret(Detector):
     def _groups(self, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
         """The images, so many at a time as their copies fit into the budget."""
         size = self._group_size(x)
-        starts = range(0, len(x), size)
+        starts: Iterable[int] = range(0, len(x), size)
         if show_progress:
             try:
                 from tqdm import tqdm
