@@ -38,7 +38,7 @@ struct CopiedRows {
   int64_t steps;                   // that have been taken
   const math::AdamRate<T>* rates;  // of every step
   math::Adam<T> adam;
-  int64_t rows() const { return in + bias; }
+  FASTVAE_HOST_DEVICE int64_t rows() const { return in + bias; }
 };
 
 // a = W h + b. Index: samples.
