@@ -26,6 +26,7 @@ import flow  # noqa: E402
 import flow_report  # noqa: E402
 import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
+import regret  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -191,6 +192,27 @@ def test_quick_run_of_the_jacobian_times_every_contestant(tmp_path: Path) -> Non
         assert case["title"] in printed
     assert [row["contestant"] for row in record["memory"]] == names
     assert (tmp_path / "jacobian-cpu-quick.md").read_text().strip() == printed.strip()
+
+
+def test_quick_run_of_the_regret_times_every_contestant(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, script="regret")
+    record = read(tmp_path / "regret-cpu-quick.json")
+    assert [case["case"] for case in record["cases"]] == [
+        "dcgan-steps",
+        "dcgan-score",
+        "mlp-steps",
+        "mlp-score",
+    ]
+    for case in record["cases"]:
+        vmapped = [regret.VMAP] if case["case"].endswith("steps") else []
+        assert list(case["timings_ms"]) == [regret.OURS, regret.PUBLISHED, regret.CAREFUL, *vmapped]
+        assert case["title"] in printed
+    assert (tmp_path / "regret-cpu-quick.md").read_text().strip() == printed.strip()
+
+
+def test_operations_of_a_step_count_three_products_of_the_encoder_and_two_of_the_decoder() -> None:
+    model = regret.VAE(regret.mlp(5, 4, 6), regret.mlp(3, 7, 5))
+    assert regret.operations_of(model, torch.zeros(1, 5)) == 6 * (5 * 4 + 4 * 6) + 4 * (3 * 7 + 7 * 5)
 
 
 def test_tangent_floor_counts_three_products_of_every_layer_but_the_first() -> None:

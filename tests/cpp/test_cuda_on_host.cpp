@@ -1,4 +1,5 @@
 // Each CUDA kernel, executed on the CPU by host_cuda.h, against its CPU twin.
+#include "copies_cases.h"
 #include "flow_cases.h"
 
 namespace cases {
@@ -16,14 +17,18 @@ template <typename T>
 void test_kernels(const char* type) {
   // The same formulas, but for fused multiply-adds and the order of sums of up to 1,300 terms of size one.
   const double tolerance = 40.0 * std::numeric_limits<T>::epsilon();
-  for_each_case<T>([&](const std::string& name, int64_t count, auto build) {
+  const auto compare = [&](const std::string& name, int64_t count, auto build) {
     Arena<T> on_cpu;
     cpu_kernel(build(on_cpu), 0, count);
     Arena<T> on_cuda;
     cuda_kernel(build(on_cuda));
     const double error = difference(on_cuda, on_cpu);
     CHECK(error <= tolerance, "%s %s: off by %g", name.c_str(), type, error);
-  });
+  };
+  for_each_case<T>(compare);
+  for_each_window<T>(1, {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1}, compare);
+  for_each_window<T>(2, {3, 4, 4, 8, 8, 4, 4, 2, 2, 1, 1, 1, 1}, compare);
+  for_each_window<T>(3, {2, 4, 6, 9, 7, 3, 2, 2, 1, 1, 0, 1, 2}, compare);
 }
 
 // As above, over a trajectory; and where there is more than one block twice, since sums may not depend on which thread
@@ -130,6 +135,16 @@ void test_grad_dot(const char* type) {
   }
 }
 
+struct OnCuda {
+#define FASTVAE_TEST_BY_TYPE(NAME, ARGS)       \
+  template <typename T>                        \
+  void operator()(const ARGS<T>& args) const { \
+    fastvae::cuda::NAME(args, nullptr);        \
+  }
+  FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_TEST_BY_TYPE)
+#undef FASTVAE_TEST_BY_TYPE
+};
+
 }  // namespace
 }  // namespace cases
 
@@ -141,5 +156,7 @@ int main() {
   cases::test_kernels<double>("double");
   cases::test_grad_dot<float>("float");
   cases::test_grad_dot<double>("double");
+  cases::check_all_copies<float>("float", cases::OnCuda{});
+  cases::check_all_copies<double>("double", cases::OnCuda{});
   return check::finish("test_cuda_on_host");
 }
