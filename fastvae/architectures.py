@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["hvae_decoder", "hvae_encoder", "jacobian_l1_decoder", "jacobian_l1_encoder"]
+__all__ = [
+    "dcgan_decoder",
+    "dcgan_encoder",
+    "hvae_decoder",
+    "hvae_encoder",
+    "jacobian_l1_decoder",
+    "jacobian_l1_encoder",
+]
 
 
 def hvae_encoder(width: int = 16) -> nn.Sequential:
@@ -104,4 +111,63 @@ def jacobian_l1_decoder(channels: int = 1, width: int = 32, latent_dim: int = 10
         nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
+    )
+
+
+def dcgan_encoder(channels: int = 3, width: int = 32, latent_dim: int = 100) -> nn.Sequential:
+    """The encoder for 32x32 images of Xiao, Yan, Amit, NeurIPS 2020: 4x4 convolutions, batch norm, ReLU.
+
+    The paper's two heads, one for the mean and one for the log variance, are the two halves of the last
+    convolution: concatenate their weights and biases to load weights that were trained apart.
+
+    Args:
+        channels: of the images.
+        width: channels of the first convolution; the paper has 32, and twice and four times that further up.
+        latent_dim: d; the paper has 100.
+
+    Returns:
+        A module from images [B, channels, 32, 32] to [B, 2 d]: mean and log variance.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(4 * width),
+        nn.ReLU(),
+        nn.Conv2d(4 * width, 2 * latent_dim, 4),
+        nn.Flatten(),
+    )
+
+
+def dcgan_decoder(
+    channels: int = 3, width: int = 32, latent_dim: int = 100, *, values_per_element: int = 256
+) -> nn.Sequential:
+    """The decoder that mirrors :func:`dcgan_encoder`, with transposed convolutions.
+
+    Args:
+        channels: of the images.
+        width: channels before the last layer; the paper has 32, and twice and four times that further up.
+        latent_dim: d; the paper has 100.
+        values_per_element: outputs for one sub-pixel: 256 for ``Categorical(256)``, the paper's likelihood,
+            1 for the others.
+
+    Returns:
+        A module from [B, d] to [B, channels * values_per_element, 32, 32].
+    """
+    return nn.Sequential(
+        nn.Unflatten(1, (latent_dim, 1, 1)),
+        nn.ConvTranspose2d(latent_dim, 4 * width, 4, bias=False),
+        nn.BatchNorm2d(4 * width),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, channels * values_per_element, 4, stride=2, padding=1),
     )

@@ -27,3 +27,16 @@ def test_jacobian_l1_networks_fit_each_other_and_64x64():
     decoder = architectures.jacobian_l1_decoder()
     assert decoder(code[:, :10]).shape == images.shape
     lowering.lower(decoder)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dcgan_networks_fit_each_other_and_32x32(channels):
+    images = torch.rand(2, channels, 32, 32)
+    code = architectures.dcgan_encoder(channels, width=4).eval()(images)
+    assert code.shape == (2, 2 * 100)
+    decoder = architectures.dcgan_decoder(channels, width=4).eval()
+    assert decoder(code[:, :100]).shape == (2, 256 * channels, 32, 32)
+    lowering.lower(decoder)
+    assert (
+        architectures.dcgan_decoder(channels, 4, 7, values_per_element=1)(code[:, :7]).shape == images.shape
+    )
