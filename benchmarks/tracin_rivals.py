@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from fastvae.influence.noise import Stream, draws_of, keys_of
+from fastvae.noise import Stream, draws_of, keys_of
 
 
 def noise_of(x: Tensor, latent_dim: int) -> Tensor:

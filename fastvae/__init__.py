@@ -6,6 +6,7 @@ fastvae.penalties       further terms of a model's loss
 fastvae.fit, data       training and images
 fastvae.architectures   the networks of the papers
 fastvae.influence, ood   influence of training samples; outlier scores
+fastvae.noise           noise keyed by sample
 fastvae.metrics         measures of trained models
 fastvae.reference       every operator again, in plain PyTorch
 """

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.influence import TracIn
-from fastvae.influence.noise import Stream, draws_of, keys_of
 from fastvae.models import HVAE, VAE
+from fastvae.noise import Stream, draws_of, keys_of
 
 
 def generator(seed: int) -> torch.Generator:

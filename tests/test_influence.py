@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastvae
 from fastvae.influence import TracIn, UncoveredParameter, engine
 from fastvae.influence.factors import GRAM, TILES
-from fastvae.influence.noise import Stream, draws_of, keys_of
 from fastvae.influence.topk import TopK
+from fastvae.noise import Stream, draws_of, keys_of
 
 each_model = pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
 Make = Callable[[], nn.Module]

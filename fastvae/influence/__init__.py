@@ -4,7 +4,7 @@ tracin.py       TracIn: what people call
 engine.py       the factors of a batch's gradients, from one batched forward and backward pass
 rules.py        how each kind of layer makes its gradient from its input and output gradient
 factors.py      dot products from factors, by the cheaper exact route
-evaluation.py   per-sample losses over several draws of noise; noise.py: noise keyed by sample
+evaluation.py   per-sample losses over several draws of noise; noise.py: noise of any module
 snapshots.py    checkpoints; batches.py: tiles of the training set; sharding.py: processes; topk.py: results
 coverage.py     which parameter goes by which rule
 """

@@ -8,9 +8,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from fastvae.influence.noise import KeyedNoise, SeesRandomness, Stream, draws_of, keys_of
+from fastvae.influence.noise import KeyedNoise, SeesRandomness
 from fastvae.influence.sweeps import Sweep, is_swept
 from fastvae.models import BaseVAE
+from fastvae.noise import Stream, draws_of, keys_of
 
 __all__ = ["Batch", "Evaluation"]
 

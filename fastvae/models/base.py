@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from fastvae.likelihoods import Likelihood, check_decoder, resolve
 from fastvae.lowering import LoweredNetwork
 
-__all__ = ["BaseVAE", "Penalty", "TrainingStep", "reparameterize"]
+__all__ = ["BaseVAE", "NoiseSource", "Penalty", "TrainingStep", "reparameterize"]
+
+NoiseSource = Callable[[int, int, Tensor], Tensor]
+"""(first, count, mu [B, d]) -> standard normal [noise_draws, count, B, d], the same for the same first + i."""
 
 # Decoder outputs held at once while importance sampling: 16 MiB of float32.
 _LOG_LIKELIHOOD_OUTPUTS = 2**22
@@ -225,6 +228,8 @@ class BaseVAE(nn.Module, ABC):
         *,
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
+        noise: NoiseSource | None = None,
+        posterior: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """log p(x) in nats by importance sampling: log of the mean of ``num_samples`` weights.
 
@@ -237,19 +242,28 @@ class BaseVAE(nn.Module, ABC):
             chunk_size: decoder rows (sample x draw) at once; by default as many as give 2**22 outputs. It
                 does not change which noise is drawn.
             generator: source of the noise.
+            noise: source of the noise instead: ``noise(first, count, mu)`` gives importance samples first ..
+                first + count - 1 of all of x as [noise_draws, count, B, d]; ``fastvae.noise.SampleNoise``
+                keys them by the sample.
+            posterior: (mu, logvar), [B, d] each, of the proposal in place of ``encode(x)``.
 
         Returns:
             [B], detached.
 
         Raises:
-            ValueError: num_samples or chunk_size below 1.
+            ValueError: num_samples or chunk_size below 1, or a posterior of another shape.
         """
         if num_samples < 1:
             raise ValueError(f"log_likelihood: num_samples: expected at least 1, got {num_samples}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"log_likelihood: chunk_size: expected at least 1, got {chunk_size}")
-        mu, logvar = self.encode(x)
+        mu, logvar = self.encode(x) if posterior is None else posterior
         batch = mu.shape[0]
+        if mu.shape != logvar.shape or batch != len(x):
+            raise ValueError(
+                f"log_likelihood: posterior: expected mean and log variance of {len(x)} samples, "
+                f"got {list(mu.shape)} and {list(logvar.shape)}"
+            )
         if batch == 0:
             return mu.new_zeros(0)
         outputs = math.prod(x.shape[1:]) * self.likelihood.values_per_element
@@ -258,7 +272,10 @@ class BaseVAE(nn.Module, ABC):
         done = 0
         while done < num_samples:
             count = max(1, min(rows // batch, num_samples - done))
-            noise = torch.stack([self.draw_noise(mu, generator) for _ in range(count)], 1)
+            if noise is None:
+                drawn = torch.stack([self.draw_noise(mu, generator) for _ in range(count)], 1)
+            else:
+                drawn = noise(done, count, mu)
             for start in range(0, batch, rows):
                 part = slice(start, start + rows)
                 size = min(rows, batch - start)
@@ -266,7 +283,7 @@ class BaseVAE(nn.Module, ABC):
                     x[part].repeat(count, *(1 for _ in x.shape[1:])),
                     mu[part].repeat(count, 1),
                     logvar[part].repeat(count, 1),
-                    noise[:, :, part].reshape(self.noise_draws, count * size, -1),
+                    drawn[:, :, part].reshape(self.noise_draws, count * size, -1),
                 )
                 total[part] = torch.logaddexp(total[part], weights.reshape(count, size).logsumexp(0))
             done += count
