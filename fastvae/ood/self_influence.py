@@ -6,16 +6,16 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastvae.influence import TracIn
+from fastvae.ood.base import Detector
 from fastvae.training import load_checkpoint
 
 __all__ = ["SelfInfluence"]
 
 
-class SelfInfluence:
+class SelfInfluence(Detector):
     """How strongly a sample pulls at the model: sum_c w_c |grad_theta loss(x)|^2 (Kong, Chaudhuri, NeurIPS 2021).
 
     A sample like many others finds its gradient near zero after training; a foreign one does not. It asks for
@@ -27,8 +27,6 @@ class SelfInfluence:
         checkpoints_load_func, layers, loss_fn, num_samples, seed, uncovered: as for TracIn.
         unbiased: the U-statistic over the draws, where the model draws noise and ``num_samples`` is at least 2.
     """
-
-    requires_fit = False
 
     def __init__(
         self,
@@ -43,7 +41,8 @@ class SelfInfluence:
         unbiased: bool = True,
         uncovered: str = "error",
     ) -> None:
-        self.model, self.unbiased = model, unbiased
+        super().__init__(model)
+        self.unbiased = unbiased
         self._tracin = TracIn(
             model,
             None,
@@ -57,22 +56,11 @@ class SelfInfluence:
         )
         self._keeps_weights = checkpoints is not None
 
-    def fit(self, loader: Any) -> SelfInfluence:
-        """Nothing to fit; returns self."""
-        return self
-
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B] of samples x [B, ...], higher = more foreign; on x's device, detached."""
         if not self._keeps_weights:
             self._tracin.forget_checkpoints()
         return self._tracin.self_influence(x, unbiased=self.unbiased).to(x.device)
-
-    __call__ = predict
-
-    def to(self, device: torch.device | str) -> SelfInfluence:
-        """Move the model; returns self."""
-        self.model.to(device)
-        return self
 
 
 def _as_it_is(model: nn.Module, checkpoint: None) -> float:

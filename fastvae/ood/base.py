@@ -1,0 +1,44 @@
+"""What all outlier scores share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Detector"]
+
+_Self = TypeVar("_Self", bound="Detector")
+
+
+class Detector(ABC):
+    """An outlier score of samples under a model; the interface is that of pytorch-ood's detectors.
+
+    Args:
+        model: what is scored under; kept as ``self.model``.
+    """
+
+    requires_fit: bool = False
+    """Whether ``predict`` needs ``fit`` first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def fit(self: _Self, loader: Any) -> _Self:
+        """Nothing to fit unless a score says otherwise; returns self."""
+        return self
+
+    @abstractmethod
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [B] of samples x [B, ...], higher = more foreign; detached."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``predict``."""
+        return self.predict(x)
+
+    def to(self: _Self, device: torch.device | str) -> _Self:
+        """Move the model; returns self."""
+        self.model.to(device)
+        return self
