@@ -63,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ood_images": len(chosen["foreign"]),
         "num_samples": arguments.num_samples,
         "regret_steps": arguments.regret_steps,
-        "posterior_lr": arguments.posterior_lr,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "fastvae": fastvae.__version__,
@@ -97,7 +96,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="of each kind to score (default: 200; --full: 1000)")
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples of a likelihood")
     parser.add_argument("--regret-steps", type=int, default=100, help="of optimisation for each image")
-    parser.add_argument("--posterior-lr", type=float, default=1e-2, help='of regret with target="posterior"')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/likelihood_regret"), help="of states")

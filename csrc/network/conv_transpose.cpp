@@ -143,7 +143,9 @@ ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& we
       (channels > kNarrowChannels && channels < kWideChannels)) {
     return ConvTransposeRoute::kLibrary;
   }
-  if (stage.dilation[0] != 1 || stage.dilation[1] != 1) {
+  // A single position meets every tap once: one product, where windows would multiply padding.
+  const bool dense = stage.in.positions() == 1 && channels >= kWideChannels;
+  if (dense || stage.dilation[0] != 1 || stage.dilation[1] != 1) {
     return channels >= kWideChannels ? ConvTransposeRoute::kFolded : ConvTransposeRoute::kLibrary;
   }
   return channels >= kWideChannels ? ConvTransposeRoute::kDirect : ConvTransposeRoute::kNarrow;

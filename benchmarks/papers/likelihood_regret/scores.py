@@ -26,7 +26,7 @@ def all_scores(
         "background NLL": NegativeLogLikelihood(background, **options),
         "regret": LikelihoodRegret(model, num_steps=arguments.regret_steps, **options),
         "regret, posterior": LikelihoodRegret(
-            model, num_steps=arguments.regret_steps, lr=arguments.posterior_lr, target="posterior", **options
+            model, num_steps=arguments.regret_steps, target="posterior", **options
         ),
     }
     found = {
@@ -47,7 +47,7 @@ def _kept(score: Callable[[Tensor], Tensor], name: str, x: Tensor, arguments: Na
     """The scores of x, chunk by chunk from the folder of states where they are there."""
     key: Row = {
         name: getattr(arguments, name)
-        for name in ("steps", "background_steps", "num_samples", "regret_steps", "posterior_lr", "seed")
+        for name in ("steps", "background_steps", "num_samples", "regret_steps", "seed")
     }
     folder = arguments.checkpoint / "scores"
     folder.mkdir(exist_ok=True)
