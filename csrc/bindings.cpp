@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 
 #include "kernels/kernels.h"
+#include "network/copies.h"
 #include "ops/ops.h"
 
 namespace {
@@ -150,6 +151,23 @@ PYBIND11_MODULE(_C, m) {
         return pybind11::make_tuple(std::get<0>(found), std::get<1>(found), as_list(std::get<2>(found)));
       },
       arg("z"), arg("x"), arg("parameters"), arg("network"), arg("likelihood"));
+  m.def(
+      "decoder_gradient",
+      [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,
+         const std::string& network,
+         const std::string& likelihood) { return fastvae::decoder_gradient(z, x, parameters, network, likelihood); },
+      unlocked, arg("z"), arg("x"), arg("parameters"), arg("network"), arg("likelihood"));
+  pybind11::class_<fastvae::NetworkCopies>(m, "NetworkCopies", "A copy of a network for each sample, trained by Adam.")
+      .def(pybind11::init([](const std::string& network, const std::vector<at::Tensor>& parameters, const at::Tensor& x,
+                             double lr, double beta1, double beta2, double eps, double weight_decay, int64_t steps) {
+             return std::make_unique<fastvae::NetworkCopies>(
+                 network, parameters, x, fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay}, steps);
+           }),
+           unlocked, arg("network"), arg("parameters"), arg("x"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
+           arg("weight_decay"), arg("steps"))
+      .def("forward", &fastvae::NetworkCopies::forward, unlocked)
+      .def("update", &fastvae::NetworkCopies::update, unlocked, arg("grad"))
+      .def("parameters", &fastvae::NetworkCopies::parameters, unlocked);
   m.def(
       "convolution_gradients",
       [](const at::Tensor& larger, const at::Tensor& smaller, const std::vector<int64_t>& kernel,

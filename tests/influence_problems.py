@@ -29,7 +29,8 @@ def randomised(model: nn.Module) -> nn.Module:
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.running_mean.uniform_(-0.5, 0.5, generator=generator(2))  # type: ignore[union-attr]
                 module.running_var.uniform_(0.5, 1.5, generator=generator(3))  # type: ignore[union-attr]
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
+            norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+            if isinstance(module, norms) and module.weight is not None:
                 module.weight.uniform_(0.5, 1.5, generator=generator(4))
                 module.bias.uniform_(-0.5, 0.5, generator=generator(5))
     return model.double()

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "copies.h"
 #include "math/activations.h"
 #include "math/likelihoods.h"
 
@@ -174,20 +175,22 @@ struct ConvolutionWindow {
 };
 
 // columns [samples, height, width, kernel_height, kernel_width, channels]: the patch of the larger image (zero outside
-// it) that each position of the smaller one meets. CPU only. Index: samples.
+// it) that each position of the smaller one meets. Index: samples.
 template <typename T>
 struct Unfold {
   const T* image;
   T* columns;
   ConvolutionWindow window;
+  int64_t samples;
 };
 
-// The adjoint of Unfold: image = sum of the patches. CPU only. Index: samples.
+// The adjoint of Unfold: image = sum of the patches. Index: samples.
 template <typename T>
 struct Fold {
   const T* columns;
   T* image;
   ConvolutionWindow window;
+  int64_t samples;
 };
 
 // A transposed convolution to few channels, [samples, height, width, in_channels] to [samples, big_height, big_width,
@@ -486,6 +489,8 @@ struct GradDot {
 };
 
 #define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
+  DECLARE(unfold, Unfold)                           \
+  DECLARE(fold, Fold)                               \
   DECLARE(bias_activation, BiasActivation)          \
   DECLARE(activation_reverse, ActivationReverse)    \
   DECLARE(activation_tangent, ActivationTangent)    \
@@ -507,9 +512,8 @@ namespace cpu {
   void NAME(const ARGS<float>& args, int64_t begin, int64_t end); \
   void NAME(const ARGS<double>& args, int64_t begin, int64_t end);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
+FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DECLARE_CPU)
 FASTVAE_DECLARE_CPU(gram_product, GramProduct)
-FASTVAE_DECLARE_CPU(unfold, Unfold)
-FASTVAE_DECLARE_CPU(fold, Fold)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
 FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
 FASTVAE_DECLARE_CPU(conv_transpose_log_prob, ConvTransposeLogProb)
@@ -523,6 +527,7 @@ namespace cuda {
   void NAME(const ARGS<float>& args, Stream stream); \
   void NAME(const ARGS<double>& args, Stream stream);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CUDA)
+FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DECLARE_CUDA)
 FASTVAE_DECLARE_CUDA(small_flow_sum, SmallFlowSum)
 FASTVAE_DECLARE_CUDA(grad_dot, GradDot)
 #undef FASTVAE_DECLARE_CUDA

@@ -46,7 +46,7 @@ void unfold_tile(const Stage& stage, const at::Tensor& packed, const at::Tensor&
                  const at::Tensor& columns) {
   FASTVAE_DISPATCH(delta, {
     const Unfold<scalar_t> args{delta.const_data_ptr<scalar_t>() + first * stage.out.numel(),
-                                columns.mutable_data_ptr<scalar_t>(), window_of(stage, packed)};
+                                columns.mutable_data_ptr<scalar_t>(), window_of(stage, packed), count};
     FASTVAE_LAUNCH_CPU(unfold, args, count, columns.numel() / count);
   });
 }
@@ -59,7 +59,7 @@ void folded_conv_transpose(const Stage& stage, const at::Tensor& packed, const a
                   FASTVAE_DISPATCH(in, {
                     const Fold<scalar_t> args{columns.const_data_ptr<scalar_t>(),
                                               out.mutable_data_ptr<scalar_t>() + first * stage.out.numel(),
-                                              window_of(stage, packed)};
+                                              window_of(stage, packed), count};
                     FASTVAE_LAUNCH_CPU(fold, args, count, columns.numel() / count);
                   });
                 });

@@ -45,7 +45,7 @@ at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& sma
       for (int64_t row = sample * rows; row < (sample + 1) * rows; ++row) {
         FASTVAE_DISPATCH(larger, {
           const Unfold<scalar_t> args{images.const_data_ptr<scalar_t>() + row * images.stride(0),
-                                      columns.mutable_data_ptr<scalar_t>(), window};
+                                      columns.mutable_data_ptr<scalar_t>(), window, 1};
           cpu::unfold(args, 0, 1);
         });
         const at::Tensor of_row = positions.select(0, row).view({count, filters}).t();

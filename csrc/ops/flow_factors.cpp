@@ -34,21 +34,56 @@ FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const Optiona
   return factors;
 }
 
+namespace {
+
+// One forward and reverse sweep through a decoder with its likelihood: the first point of a flow; no step is taken.
+class DecoderSweep {
+ public:
+  DecoderSweep(const char* op, const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
+               std::string_view network_text, std::string_view likelihood)
+      : one_(at::zeros({1}, z.options())),
+        flow_(op, z, z, x, one_, one_, parameters, network_text, likelihood),
+        network_(op, *flow_.program, flow_.likelihood, flow_.parameters, flow_.z),
+        log_px(at::empty({flow_.samples}, z.options())),
+        tape_(network_.tape(at::empty({flow_.samples * flow_.program->tape_numel()}, z.options()), 1, flow_.samples, 0,
+                            1)),
+        grad_z(network_.forward_reverse(flow_.z, network_.observed_to_rows(flow_.x), tape_, log_px)) {}
+
+  std::vector<StageFactors> factors() const { return network_.factors(flow_.z, {}, tape_, {}, 0); }
+
+ private:
+  at::Tensor one_;
+  Flow flow_;
+  Network network_;
+
+ public:
+  const at::Tensor log_px;  // [B]
+
+ private:
+  Tape tape_;
+
+ public:
+  const at::Tensor grad_z;  // [B, d]
+};
+
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(const at::Tensor& z, const at::Tensor& x,
                                                                               at::TensorList parameters,
-                                                                              std::string_view network_text,
+                                                                              std::string_view network,
                                                                               std::string_view likelihood) {
   constexpr const char* op = "decoder_factors";
   const EntryGuard guard(op, {z, x});
-  // The first point of a flow; no step is taken.
-  const at::Tensor one = at::zeros({1}, z.options());
-  const Flow flow(op, z, z, x, one, one, parameters, network_text, likelihood);
-  const Network network(op, *flow.program, flow.likelihood, flow.parameters, flow.z);
-  const at::Tensor log_px = at::empty({flow.samples}, z.options());
-  const at::Tensor storage = at::empty({flow.samples * flow.program->tape_numel()}, z.options());
-  const Tape tape = network.tape(storage, 1, flow.samples, 0, 1);
-  const at::Tensor grad_z = network.forward_reverse(flow.z, network.observed_to_rows(flow.x), tape, log_px);
-  return {log_px, grad_z, network.factors(flow.z, {}, tape, {}, 0)};
+  const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
+  return {sweep.log_px, sweep.grad_z, sweep.factors()};
+}
+
+std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
+                                                    std::string_view network, std::string_view likelihood) {
+  constexpr const char* op = "decoder_gradient";
+  const EntryGuard guard(op, {z, x});
+  const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
+  return {sweep.log_px, sweep.grad_z};
 }
 
 }  // namespace fastvae

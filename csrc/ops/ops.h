@@ -59,6 +59,10 @@ std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(co
                                                                               std::string_view network,
                                                                               std::string_view likelihood);
 
+// log p(x | z) [B] and its gradient to z [B, d].
+std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
+                                                    std::string_view network, std::string_view likelihood);
+
 // Gradients of each sample to a convolution's weight, CPU: [samples, C of smaller, kh kw C of larger], channels last;
 // `larger` is what the window moves over (a convolution's input, a transposed one's output gradient).
 at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& smaller, at::IntArrayRef kernel,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastvae.influence.noise import KeyedNoise, SeesRandomness
 from fastvae.influence.sweeps import Sweep, is_swept
 from fastvae.models import BaseVAE
+from fastvae.models.base import encoded_already
 from fastvae.noise import Stream, draws_of, keys_of
 
 __all__ = ["Batch", "Evaluation"]
@@ -84,7 +85,7 @@ class Evaluation:
             )
         stream = Stream(draws_of(keys, self.seed, self.draws))
         noise = stream.normal((model.noise_draws, *encoded[0].shape[1:])).to(encoded[0]).transpose(0, 1)
-        with _encoded_already(model, repeated, encoded):
+        with encoded_already(model, repeated, encoded):
             return model(repeated, noise=noise)
 
     def _of_rows(self, rows: Batch) -> Tensor:
@@ -112,18 +113,3 @@ class Evaluation:
                 f"TracIn: {wanted} expected to return one loss a sample, [{count}], got {list(losses.shape)}"
             )
         return losses
-
-
-@contextmanager
-def _encoded_already(model: BaseVAE, x: Tensor, encoded: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """``model.encode`` of this very x gives what is known; of anything else what it always gives."""
-    encode = model.encode
-
-    def known(other: Tensor) -> tuple[Tensor, Tensor]:
-        return encoded if other is x else encode(other)
-
-    vars(model)["encode"] = known
-    try:
-        yield
-    finally:
-        del vars(model)["encode"]

@@ -3,6 +3,7 @@
 from fastvae.ood.base import Detector
 from fastvae.ood.input_complexity import InputComplexity, compressed_bits
 from fastvae.ood.likelihood_ratio import LikelihoodRatio, MutatedImages, mutate
+from fastvae.ood.likelihood_regret import LikelihoodRegret, Refit
 from fastvae.ood.negative_log_likelihood import NegativeLogLikelihood
 from fastvae.ood.self_influence import SelfInfluence
 
@@ -10,8 +11,10 @@ __all__ = [
     "Detector",
     "InputComplexity",
     "LikelihoodRatio",
+    "LikelihoodRegret",
     "MutatedImages",
     "NegativeLogLikelihood",
+    "Refit",
     "SelfInfluence",
     "compressed_bits",
     "mutate",

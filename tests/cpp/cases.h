@@ -473,6 +473,24 @@ void naive_gram_product(const GramProduct<T>& args) {
   }
 }
 
+// --- convolutions
+// --------------------------------------------------------------------------------------------------------
+
+template <typename T, typename Visitor>
+void for_each_window(int64_t samples, const ConvolutionWindow& w, Visitor visit) {
+  const int64_t image = samples * w.big_height * w.big_width * w.channels;
+  const int64_t columns = samples * w.height * w.width * w.kernel_height * w.kernel_width * w.channels;
+  const std::string where = " [" + std::to_string(w.big_height) + ", " + std::to_string(w.big_width) + "]";
+  visit("unfold" + where, samples, [=](Arena<T>& arena) {
+    const T* in = arena.random(image);
+    return Unfold<T>{in, arena.output(columns), w, samples};
+  });
+  visit("fold" + where, samples, [=](Arena<T>& arena) {
+    const T* in = arena.random(columns);
+    return Fold<T>{in, arena.output(image), w, samples};
+  });
+}
+
 // Calls visit(name, count, build) for every case; build(arena) gives the argument struct, count is the kernel's index.
 template <typename T, typename Visitor>
 void for_each_case(Visitor visit) {
@@ -499,6 +517,9 @@ void for_each_case(Visitor visit) {
   }
   for_each_jacobian<T>(1, 1, 1, activations()[8], visit);
   for_each_jacobian<T>(1, 2, kJacobianChunk + 130, activations()[6], visit);
+  for_each_window<T>(1, {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1}, visit);
+  for_each_window<T>(2, {3, 4, 4, 8, 8, 4, 4, 2, 2, 1, 1, 1, 1}, visit);
+  for_each_window<T>(3, {2, 4, 6, 9, 7, 3, 2, 2, 1, 1, 0, 1, 2}, visit);
   for (const int64_t step_stride : {0, 1}) {
     for_each_leapfrog<T>(1, 1, step_stride, visit);
     for_each_leapfrog<T>(5, 3, step_stride, visit);

@@ -96,14 +96,6 @@ void naive(const Fold<T>& args, int64_t samples) {
   std::transform(image.begin(), image.end(), args.image, [](double value) { return static_cast<T>(value); });
 }
 
-template <typename T>
-void cpu_kernel(const Unfold<T>& args, int64_t begin, int64_t end) {
-  fastvae::cpu::unfold(args, begin, end);
-}
-template <typename T>
-void cpu_kernel(const Fold<T>& args, int64_t begin, int64_t end) {
-  fastvae::cpu::fold(args, begin, end);
-}
 template <typename T, typename Build>
 void test_kernel(const char* kernel, const ConvolutionCase& c, const char* type, Build build) {
   // Sums of up to 50 products of size one.
@@ -132,11 +124,11 @@ void test_convolutions(const char* type) {
     const int64_t columns = c.samples * w.height * w.width * taps;
     test_kernel<T>("unfold", c, type, [&](Arena<T>& arena) {
       const T* in = arena.random(image);
-      return Unfold<T>{in, arena.output(columns), w};
+      return Unfold<T>{in, arena.output(columns), w, c.samples};
     });
     test_kernel<T>("fold", c, type, [&](Arena<T>& arena) {
       const T* in = arena.random(columns);
-      return Fold<T>{in, arena.output(image), w};
+      return Fold<T>{in, arena.output(image), w, c.samples};
     });
   }
 }

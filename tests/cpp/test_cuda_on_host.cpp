@@ -1,4 +1,5 @@
 // Each CUDA kernel, executed on the CPU by host_cuda.h, against its CPU twin.
+#include "copies_cases.h"
 #include "flow_cases.h"
 
 namespace cases {
@@ -126,6 +127,16 @@ void test_grad_dot(const char* type) {
   }
 }
 
+struct OnCuda {
+#define FASTVAE_TEST_BY_TYPE(NAME, ARGS)       \
+  template <typename T>                        \
+  void operator()(const ARGS<T>& args) const { \
+    fastvae::cuda::NAME(args, nullptr);        \
+  }
+  FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_TEST_BY_TYPE)
+#undef FASTVAE_TEST_BY_TYPE
+};
+
 }  // namespace
 }  // namespace cases
 
@@ -137,5 +148,7 @@ int main() {
   cases::test_kernels<double>("double");
   cases::test_grad_dot<float>("float");
   cases::test_grad_dot<double>("double");
+  cases::check_all_copies<float>("float", cases::OnCuda{});
+  cases::check_all_copies<double>("double", cases::OnCuda{});
   return check::finish("test_cuda_on_host");
 }

@@ -1,0 +1,329 @@
+"""Likelihood regret of a batch against one image at a time.
+
+    python benchmarks/regret.py             times and errors, a few minutes on 2 cores
+    python benchmarks/regret.py --quick     tiny sizes: does everything run?
+
+All numbers are milliseconds an image, float32, 100 steps of Adam and 1,000 importance samples before and after (Xiao,
+Yan, Amit, NeurIPS 2020). The rivals take one image at a time: "as published" forms the decoder's gradients too and runs
+encoder and decoder on 1,000 copies of the image for each likelihood, as the authors' code does; "careful" freezes the
+decoder, encodes once, and takes our importance-sampled likelihood. "vmap" trains the copies of a batch by torch.vmap,
+autograd and a functional Adam. Steps and whole scores are timed apart. Errors are those of the posterior's mean and log
+variance after the steps, against the published procedure in float64 with the same noise. Written are
+regret-<device>.json, .md and .png.
+
+Floors, of the steps alone: "state floor", parameters and moments of each copy read and written once a step at the rate
+of a large copy; "FLOP floor", the products of encoder (forward, reverse, weight gradient) and decoder (forward,
+reverse) at the rate of a large square product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+# As a script and with -m, from a source tree or beside an installed fastvae.
+sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent))
+
+import common  # noqa: E402
+import floors  # noqa: E402
+import flow_report as report  # noqa: E402
+
+from fastvae.architectures import dcgan_decoder, dcgan_encoder  # noqa: E402
+from fastvae.models import VAE  # noqa: E402
+from fastvae.noise import SampleNoise, keys_of  # noqa: E402
+from fastvae.ood import LikelihoodRegret  # noqa: E402
+from fastvae.ood.copies import VmappedCopies  # noqa: E402
+from fastvae.ood.objective import PosteriorObjective  # noqa: E402
+from fastvae.ood.sequential import refit_one  # noqa: E402
+
+OURS, PUBLISHED, CAREFUL, VMAP = (
+    "ours",
+    "one image, as published",
+    "one image, careful",
+    "vmap, functional Adam",
+)
+STATE, FLOPS = "state floor", report.FLOPS
+TOLERANCE = 1e-2
+"""largest difference of a mean or log variance after 100 steps of float32: Adam divides by gradients near zero"""
+
+TARGETS = [
+    report.Target("cpu", "dcgan-score", PUBLISHED, 4, OURS),
+    report.Target("cpu", "mlp-score", PUBLISHED, 10, OURS),
+    report.Target("cpu", "mlp-steps", CAREFUL, 10, OURS),
+    report.Target("cpu", "dcgan-steps", CAREFUL, 4, OURS),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    key: str
+    title: str
+    model: Callable[[], VAE]
+    shape: tuple[int, ...]
+    bright: float
+    """share of pixels that are not zero"""
+    images: int
+    """that are taken together"""
+    steps: int
+    samples: int
+    seconds: float
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def dcgan(channels: int, width: int = 32, latent_dim: int = 100) -> VAE:
+    return VAE(
+        dcgan_encoder(channels, width, latent_dim), dcgan_decoder(channels, width, latent_dim), "categorical"
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [
+            Case("dcgan", "DCGAN, width 2", lambda: dcgan(1, 2, 3), (1, 32, 32), 1.0, 2, 2, 2, 0.1),
+            Case("mlp", "12-8-6", lambda: VAE(mlp(12, 8, 6), mlp(3, 8, 12)), (12,), 0.5, 3, 2, 2, 0.1),
+        ]
+    small = lambda: VAE(mlp(784, 400, 40), mlp(20, 400, 784))  # noqa: E731
+    large = lambda: VAE(mlp(784, 1024, 512, 256, 256), mlp(128, 256, 512, 1024, 784))  # noqa: E731
+    return [
+        Case("dcgan", "DCGAN 1x32x32, 256-way", lambda: dcgan(1), (1, 32, 32), 1.0, 8, 100, 1000, 20),
+        Case("mlp", "784-400-40, 19% of pixels not zero", small, (784,), 0.19, 32, 100, 1000, 5),
+        Case("mlp-bright", "784-400-40, no pixel zero", small, (784,), 1.0, 32, 100, 1000, 5),
+        Case("mlp-large", "784-1024-512-256-256, 19% not zero", large, (784,), 0.19, 8, 100, 1000, 5),
+    ]
+
+
+def problem(case: Case, device: torch.device) -> tuple[VAE, Tensor]:
+    torch.manual_seed(0)
+    model = case.model().eval().to(device)
+    x = torch.rand(case.images, *case.shape)
+    return model, torch.where(torch.rand(x.shape) < case.bright, x, torch.zeros(())).to(device)
+
+
+def published_steps(model: VAE, x: Tensor, case: Case) -> VAE:
+    """The authors' loop over the steps: nothing is frozen, the optimiser has the encoder's parameters alone."""
+    private = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(private.encoder.parameters(), lr=2e-4, weight_decay=5e-5)
+    for _ in range(case.steps):
+        optimizer.zero_grad()
+        private(x).sum().backward()
+        optimizer.step()
+    return private
+
+
+@torch.no_grad()
+def published_likelihood(model: VAE, x: Tensor, case: Case) -> Tensor:
+    """log p(x) from as many copies of one image, encoder and decoder run on each."""
+    copies = x.expand(case.samples, *x.shape[1:]).contiguous()
+    mu, logvar = model.encode(copies)
+    weights = model.log_weight(copies, mu, logvar, torch.randn(1, *mu.shape, device=x.device))
+    return weights.logsumexp(0)
+
+
+def published_score(model: VAE, x: Tensor, case: Case) -> Tensor:
+    before = published_likelihood(model, x, case)
+    return published_likelihood(published_steps(model, x, case), x, case) - before
+
+
+def careful_score(model: VAE, x: Tensor, case: Case) -> Tensor:
+    noise = SampleNoise(keys_of(x), 0)
+    private, _ = refit_one(model, x, noise, num_steps=case.steps)
+    before, after = (m.log_likelihood(x, case.samples, noise=noise) for m in (model, private))
+    return after - before
+
+
+def vmapped_steps(detector: LikelihoodRegret, x: Tensor) -> Tensor:
+    """Mean and log variance of each image's own posterior, [B, 2 d]."""
+    copies = VmappedCopies(detector.model, x, detector.adam)
+    objective = PosteriorObjective(detector.model, x)
+    with torch.no_grad():
+        output = copies.forward()
+        noise = SampleNoise(keys_of(x), 0)(0, detector.num_steps, output.chunk(2, 1)[0])
+        for step in range(detector.num_steps):
+            copies.update(objective(output, noise[:, step])[1])
+            output = copies.forward()
+    return output
+
+
+def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The steps alone and the whole scores."""
+    model, x = problem(case, device)
+    one = x[:1]
+    detector = LikelihoodRegret(model, num_steps=case.steps, num_samples=case.samples)
+    progress(f"{case.title}: errors")
+    exact, _ = refit_one(
+        copy.deepcopy(model).double(), one, SampleNoise(keys_of(one), 0), num_steps=case.steps
+    )
+    expected = torch.cat(exact.encode(one), 1)
+    single, _ = refit_one(model, one, SampleNoise(keys_of(one), 0), num_steps=case.steps)
+    refit = detector.refit(x)
+    outputs = {
+        OURS: torch.cat((refit.mu, refit.logvar), 1)[:1],
+        CAREFUL: torch.cat(single.encode(one), 1),
+        VMAP: vmapped_steps(detector, x)[:1],
+    }
+    errors = {name: float((output - expected).abs().max()) for name, output in outputs.items()}
+    if not errors[OURS] <= TOLERANCE:
+        raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}, over {TOLERANCE:.1e}")
+
+    steps: dict[str, common.Contestant] = {
+        OURS: lambda: detector.refit(x),
+        PUBLISHED: lambda: published_steps(model, one, case),
+        CAREFUL: lambda: refit_one(model, one, SampleNoise(keys_of(one), 0), num_steps=case.steps),
+        VMAP: lambda: vmapped_steps(detector, x),
+    }
+    scores: dict[str, common.Contestant] = {
+        OURS: lambda: detector.predict(x),
+        PUBLISHED: lambda: published_score(model, one, case),
+        CAREFUL: lambda: careful_score(model, one, case),
+    }
+    side = 64 if options.quick else 1024 if device.type == "cpu" else 4096
+    gflops = next(iter(common.gemm_rate([(side, side, side)], device).values()))
+    bandwidth = common.copy_rate(device, 1 if options.quick else 256)
+    operations = case.steps * operations_of(model, one)
+    parameters = sum(parameter.numel() for parameter in model.encoder.parameters())
+    floor_ms = {
+        STATE: case.steps * 24 * parameters / bandwidth / 1e6,
+        FLOPS: operations / gflops / 1e6,
+    }
+    records = []
+    for part, contestants, floor in (("steps", steps, floor_ms), ("score", scores, {})):
+        progress(f"{case.title}: timing the {part}")
+        timings = common.interleave(
+            contestants,
+            dict.fromkeys(contestants, common.clock_of(device)),
+            seconds=case.seconds,
+            min_rounds=2 if options.quick else 3,
+        )
+        timings = {
+            name: per_image(timing, 1 if name in (PUBLISHED, CAREFUL) else case.images)
+            for name, timing in timings.items()
+        }
+        mine = timings[OURS].median
+        records.append(
+            {
+                "case": f"{case.key}-{part}",
+                "title": f"{case.title}: {'100 steps' if part == 'steps' else 'the whole score'}, an image",
+                "images": case.images,
+                "operations": operations,
+                "square_gemm_gflops": gflops,
+                "copy_gb_per_s": bandwidth,
+                "encoder_parameters": parameters,
+                "timings_ms": timings,
+                "floor_ms": floor,
+                "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
+                "largest_difference": errors,
+                "notes": {},
+            }
+        )
+    return records
+
+
+def per_image(timing: common.Timing, images: int) -> common.Timing:
+    return replace(
+        timing,
+        median=timing.median / images,
+        lower_quartile=timing.lower_quartile / images,
+        upper_quartile=timing.upper_quartile / images,
+    )
+
+
+@torch.no_grad()
+def operations_of(model: VAE, x: Tensor) -> int:
+    """Floating-point operations of one image's step: three products a layer of the encoder, two of the decoder."""
+    total, h = 0, x
+    for layer in model.encoder:  # type: ignore[union-attr]
+        h = layer(h)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            total += 3 * 2 * h.numel() * layer.weight[0].numel()
+    z = model.encode(x)[0]
+    decoder: Any = model.decoder
+    if isinstance(decoder[0], nn.Unflatten):
+        z, decoder = decoder[0](z), decoder[1:]
+    return total + 2 * sum(product.operations for product in floors.products(decoder, z))
+
+
+def error_table(record: dict[str, Any]) -> str:
+    rows = [[name, f"{error:.1e}"] for name, error in record["largest_difference"].items()]
+    return common.markdown_table(["contestant", "largest difference of a mean or log variance"], rows)
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--case", action="append", help="only this case (may be repeated)")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
+    )
+    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
+    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--cuda: PyTorch sees no GPU")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(options.device)
+    environment = common.environment(device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"regret-{common.device_slug(device)}{'-quick' if options.quick else ''}"
+    chosen = [case for case in cases(options.quick) if not options.case or case.key in options.case]
+    records = [record for case in chosen for record in run_case(case, device, options)]
+    settings = {"threads": options.threads, "precision": "float32, TF32 off"}
+    record = {
+        "benchmark": "regret",
+        "environment": environment,
+        "settings": settings,
+        "cases": records,
+        "targets": [] if options.quick else report.judge(records, device.type, TARGETS),
+    }
+    sections = ["# Likelihood regret"]
+    if record["targets"]:
+        sections.append(report.target_table(record["targets"]))
+    for case in records:
+        sections.append(report.case_section(case, OURS))
+        if case["case"].endswith("-steps"):
+            sections.append(error_table(case))
+    sections.append(report.environment_table(environment, settings))
+    panels = {
+        case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
+        for case in records
+    }
+    if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
+        progress("no figure: matplotlib is not installed")
+    common.write_json(path.with_suffix(".json"), record)
+    text = "\n\n".join(sections)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""A copy of an encoder for every image of a batch, each with its own Adam state, trained side by side."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvae._extension import raw
+from fastvae.lowering import LoweredNetwork, UnsupportedLayer, lower
+from fastvae.models.base import BaseVAE
+from fastvae.reference import adam_step
+
+__all__ = ["Adam", "Copies", "LoweredCopies", "PosteriorCopies", "VmappedCopies", "lower_encoder", "numel_of"]
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The settings of ``torch.optim.Adam``, whose arithmetic the copies follow."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float = 1e-8
+
+
+class Copies(ABC):
+    """B encoders, one for each x; a step is ``forward`` and then ``update``."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """What each encoder makes of its image, mean before log variance: [B, 2 d], detached."""
+
+    @abstractmethod
+    def update(self, grad: Tensor) -> None:
+        """One step of Adam for every copy, given the gradient [B, 2 d] of its loss to its output."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of all copies by their names in the encoder, [B, *shape] each."""
+
+
+class VmappedCopies(Copies):
+    """Any encoder that ``torch.vmap`` can run, differentiated by autograd.
+
+    Args:
+        model: in eval mode.
+        x: [B, ...], on the model's device.
+        adam: its settings.
+    """
+
+    def __init__(self, model: BaseVAE, x: Tensor, adam: Adam) -> None:
+        self._model, self._adam, self._steps = model, adam, 0
+        encoder = model.encoder
+        self._parameters = {
+            name: parameter.detach().expand(len(x), *parameter.shape).clone().requires_grad_()
+            for name, parameter in encoder.named_parameters()
+        }
+        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters.values()]
+        # Each module once, however often it is used: functional_call, left to tie weights by itself, does not put
+        # back those of a module that is registered twice.
+        first = {id(parameter): name for name, parameter in encoder.named_parameters()}
+        self._aliases = {
+            f"{path}.{name}" if path else name: first[id(parameter)]
+            for path, module in encoder.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        dtype = next(encoder.parameters()).dtype
+        self._x = model.likelihood.as_float(x, dtype)
+        self._output: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        """See ``Copies``."""
+        with torch.enable_grad():
+            self._output = torch.vmap(self._encode)(self._parameters, self._x)
+        return self._output.detach()
+
+    def _encode(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        own = {name: parameters[first] for name, first in self._aliases.items()}
+        output = torch.func.functional_call(self._model.encoder, own, (x[None],), tie_weights=False)
+        return torch.cat(self._model._split(output, x[None]), 1)[0]
+
+    def update(self, grad: Tensor) -> None:
+        """See ``Copies``."""
+        assert self._output is not None
+        self._steps += 1
+        parameters = list(self._parameters.values())
+        grads = torch.autograd.grad(self._output, parameters, grad, materialize_grads=True)
+        adam = self._adam
+        with torch.no_grad():
+            for parameter, own, moments in zip(parameters, grads, self._moments, strict=True):
+                adam_step(
+                    parameter,
+                    own,
+                    *moments,
+                    self._steps,
+                    lr=adam.lr,
+                    betas=adam.betas,
+                    eps=adam.eps,
+                    weight_decay=adam.weight_decay,
+                )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See ``Copies``."""
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+
+class LoweredCopies(Copies):
+    """An encoder that can be lowered, in C++: no gradient of a dense layer is stored, no graph recorded.
+
+    Args:
+        model, x, adam: as for :class:`VmappedCopies`.
+        num_steps: at most so many updates.
+
+    Raises:
+        UnsupportedLayer: what the encoder has that the kernels do not train, named.
+        CoupledSamples: an encoder whose samples depend on each other.
+    """
+
+    def __init__(self, model: BaseVAE, x: Tensor, adam: Adam, num_steps: int) -> None:
+        network = lower_encoder(model.encoder, tuple(x.shape[1:]))
+        self._names = network.names
+        like = network.tensors[0]
+        rows = model.likelihood.as_float(x, like.dtype).flatten(1)
+        settings = adam.lr, *adam.betas, adam.eps, adam.weight_decay
+        self._copies = raw.NetworkCopies(network.spec, network.tensors, rows, *settings, num_steps)
+
+    def forward(self) -> Tensor:
+        """See ``Copies``."""
+        return self._copies.forward()
+
+    def update(self, grad: Tensor) -> None:
+        """See ``Copies``."""
+        self._copies.update(grad)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See ``Copies``."""
+        found = zip(self._names, self._copies.parameters(), strict=True)
+        return {name: tensor for name, tensor in found if tensor is not None}
+
+
+class PosteriorCopies(Copies):
+    """No encoders at all: Adam on the mean and the log variance of each image, from the encoder's on.
+
+    Weight decay is for weights: there is none here.
+    """
+
+    def __init__(self, mu: Tensor, logvar: Tensor, adam: Adam) -> None:
+        self._output = torch.cat((mu, logvar), 1)
+        self._moments = torch.zeros_like(self._output), torch.zeros_like(self._output)
+        self._adam, self._steps = adam, 0
+
+    def forward(self) -> Tensor:
+        """See ``Copies``."""
+        return self._output.clone()
+
+    def update(self, grad: Tensor) -> None:
+        """See ``Copies``."""
+        self._steps += 1
+        adam_step(self._output, grad, *self._moments, self._steps, lr=self._adam.lr, betas=self._adam.betas)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """None: the encoder was not touched."""
+        return {}
+
+
+def lower_encoder(encoder: nn.Module, shape: tuple[int, ...]) -> LoweredNetwork:
+    """The encoder's layers for inputs of this shape, if every sample can own all their parameters."""
+    # Lowering starts from a vector, as a decoder does.
+    network = lower(encoder if len(shape) == 1 else nn.Sequential(nn.Unflatten(1, shape), encoder))
+    if len(shape) > 1:
+        network = network._replace(names=tuple(name.removeprefix("1.") for name in network.names))
+    own = {id(parameter) for parameter in encoder.parameters()}
+    used: set[str] = set()
+    for layer in network.spec.split(";"):
+        kind, *words = layer.split()
+        if kind == "conv_transpose2d" or (kind == "conv2d" and words[-1] != "1"):
+            raise UnsupportedLayer(f"lower: a {kind} of this kind is not trained for each sample by kernels")
+        tensors = {"linear": 2, "conv2d": 2, "batch_norm": 2}.get(kind, 0)
+        for word in words[:tensors]:
+            if word == "-1":
+                continue
+            name = network.names[int(word)]
+            if id(network.tensors[int(word)]) not in own:
+                raise UnsupportedLayer(
+                    f"lower: tensor '{name}' is computed by a parametrisation, whose own parameters are trained"
+                )
+            if word in used:
+                raise UnsupportedLayer(f"lower: parameter '{name}' is shared by two layers")
+            used.add(word)
+    if len(used) != len(own):
+        raise UnsupportedLayer("lower: a parameter is shared by two layers, or used by none")
+    return network
+
+
+def numel_of(encoder: nn.Module) -> int:
+    """Numbers in one copy of an encoder."""
+    return sum(math.prod(parameter.shape) for parameter in encoder.parameters())

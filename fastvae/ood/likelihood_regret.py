@@ -1,0 +1,294 @@
+"""Likelihood regret: how much an image gains from an encoder of its own."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.lowering import CoupledSamples, UnsupportedLayer
+from fastvae.models.base import BaseVAE
+from fastvae.noise import SampleNoise, keys_of
+from fastvae.ood.base import Detector
+from fastvae.ood.copies import (
+    Adam,
+    Copies,
+    LoweredCopies,
+    PosteriorCopies,
+    VmappedCopies,
+    lower_encoder,
+    numel_of,
+)
+from fastvae.ood.objective import PosteriorObjective
+from fastvae.training.checkpoints import unwrap
+from fastvae.training.randomness import modes_kept
+
+__all__ = ["LikelihoodRegret", "Refit"]
+
+TARGETS = ("encoder", "posterior")
+
+# Learning rates: the paper's for weights; a mean has to move by about its standard deviation in 100 steps.
+_LEARNING_RATES = {"encoder": 2e-4, "posterior": 5e-2}
+
+# Importance samples are draws of the same stream as the noise of the steps, far behind them.
+_FIRST_SAMPLE = 2**32
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Refit(NamedTuple):
+    """What optimisation for each image alone came to, detached."""
+
+    mu: Tensor
+    """[B, d] mean of the image's own posterior."""
+    logvar: Tensor
+    """[B, d] its log variance."""
+    losses: Tensor
+    """[B, num_steps] minus the one-sample ELBO before each step, in nats."""
+    parameters: dict[str, Tensor]
+    """Of each image's encoder, [B, *shape] by name; empty unless asked for, and with target="posterior"."""
+
+
+class LikelihoodRegret(Detector):
+    """log p(x) with a posterior optimised for x alone, minus log p(x) with the encoder's (in nats).
+
+    Xiao, Yan, Amit, Likelihood Regret: An Out-of-Distribution Detection Score for Variational Auto-encoders,
+    NeurIPS 2020, equation (7). A model gains little on images like those that it was trained on, and much on
+    others, whatever their likelihood. Each image has its own copy of the encoder, its own Adam state and its
+    own noise; the images of a batch share only the work, so that a score does not depend on its batch. The
+    decoder is fixed, and so are the leapfrog steps of an HVAE: any model's regret is that of its own
+    objective (with beta = 1, without penalties) and its own importance-sampled likelihood.
+
+    An encoder that ``fastvae.lowering`` can read (Linear, Conv2d, BatchNorm, activations) is trained by fused
+    kernels; any other by ``torch.vmap`` and autograd, with the same result, after one warning. The model is
+    in eval mode meanwhile (BatchNorm's statistics stay, its weight and bias are trained), and is given back
+    as it was found. All parameters of the encoder are trained, frozen ones too.
+
+    Args:
+        model: a fastvae model in float32 or float64.
+        num_steps: of Adam; each uses one draw of noise.
+        lr: learning rate; None: 2e-4 (the paper's), or 5e-2 with target="posterior".
+        num_samples: importance samples of the likelihood before and after, with the same noise.
+        target: what is optimised. "encoder": all of an image's encoder, as in the paper. "posterior": the mean
+            and log variance of its posterior alone; a faster variant with scores of its own.
+        seed: of all noise, which is keyed by (seed, the image).
+        betas, weight_decay: of Adam; the paper's by default. Weight decay is part of the gradient, as in
+            ``torch.optim.Adam``, and applies to weights only.
+        memory_budget: bytes; images are taken in groups whose copies fit.
+
+    Raises:
+        ValueError: an argument out of range.
+        TypeError: not a fastvae model.
+    """
+
+    def __init__(
+        self,
+        model: BaseVAE,
+        *,
+        num_steps: int = 100,
+        lr: float | None = None,
+        num_samples: int = 1000,
+        target: str = "encoder",
+        seed: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 5e-5,
+        memory_budget: int = 2**30,
+    ) -> None:
+        model = unwrap(model)
+        if not isinstance(model, BaseVAE):
+            raise TypeError(f"LikelihoodRegret: model: expected a fastvae model, got {type(model).__name__}")
+        if target not in TARGETS:
+            raise ValueError(f"LikelihoodRegret: target: expected one of {TARGETS}, got {target!r}")
+        for name, count in (
+            ("num_steps", num_steps),
+            ("num_samples", num_samples),
+            ("memory_budget", memory_budget),
+        ):
+            if count < 1:
+                raise ValueError(f"LikelihoodRegret: {name}: expected at least 1, got {count}")
+        lr = _LEARNING_RATES[target] if lr is None else lr
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"LikelihoodRegret: {name}: expected a finite number of at least 0, got {value}"
+                )
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"LikelihoodRegret: betas: expected two numbers in [0, 1), got {betas}")
+        super().__init__(model)
+        self.num_steps, self.num_samples, self.target, self.seed = num_steps, num_samples, target, seed
+        self.adam = Adam(lr, (float(betas[0]), float(betas[1])), weight_decay)
+        self.memory_budget = memory_budget
+
+    def predict(self, x: Tensor, *, show_progress: bool = False) -> Tensor:
+        """The regret of each image in nats, higher = more foreign: [B], detached, on the model's device.
+
+        Args:
+            x: [B, ...] as the model takes it, on any device.
+            show_progress: a bar over the groups of images (needs tqdm).
+
+        Raises:
+            ValueError: x that is not finite, out of the likelihood's range, or of a shape that the model does
+                not take; an encoder whose samples depend on each other.
+        """
+        with self._borrowed():
+            scores = []
+            for part in self._groups(self._checked(x), show_progress):
+                refit = self._refit(part, parameters=False)
+                noise = SampleNoise(keys_of(part), self.seed, self.model.noise_draws, start=_FIRST_SAMPLE)
+                before, after = (
+                    self.model.log_likelihood(part, self.num_samples, noise=noise, posterior=posterior)
+                    for posterior in (self.model.encode(part), (refit.mu, refit.logvar))
+                )
+                scores.append(after - before)
+        found = torch.cat(scores) if scores else next(self.model.parameters()).new_zeros(0)
+        if not bool(torch.isfinite(found).all()):
+            bad = torch.nonzero(~torch.isfinite(found))[:, 0].tolist()
+            warnings.warn(
+                f"LikelihoodRegret: the scores of {len(bad)} image(s) are not finite, the first is number "
+                f"{bad[0]}: optimisation diverged; lower lr = {self.adam.lr}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def refit(self, x: Tensor, *, parameters: bool = False) -> Refit:
+        """The optimisation alone: each image's own posterior, and its encoder's parameters if asked for.
+
+        Args:
+            x: as for ``predict``.
+            parameters: also return them: as many numbers as the encoder has, times B.
+        """
+        with self._borrowed():
+            parts = [self._refit(part, parameters) for part in self._groups(self._checked(x), False)]
+        if not parts:
+            return self._empty(parameters)
+        mu, logvar, losses, copies = zip(*parts, strict=True)
+        return Refit(
+            torch.cat(mu),
+            torch.cat(logvar),
+            torch.cat(losses),
+            {name: torch.cat([part[name] for part in copies]) for name in copies[0]},
+        )
+
+    def _refit(self, x: Tensor, parameters: bool) -> Refit:
+        """Of one group."""
+        model = self.model
+        mu, logvar = model.encode(x)
+        copies = self._copies(x, mu, logvar)
+        objective = PosteriorObjective(model, x)
+        noise = SampleNoise(keys_of(x), self.seed, model.noise_draws)(0, self.num_steps, mu)
+        losses = mu.new_empty(self.num_steps, len(x))
+        for step in range(self.num_steps):
+            losses[step], grad = objective(copies.forward().to(mu), noise[:, step])
+            copies.update(grad)
+        mu, logvar = copies.forward().to(mu).chunk(2, 1)
+        return Refit(mu, logvar, losses.T, copies.parameters() if parameters else {})
+
+    def _copies(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Copies:
+        if self.target == "posterior":
+            return PosteriorCopies(mu, logvar, self.adam)
+        try:
+            return LoweredCopies(self.model, x, self.adam, self.num_steps)
+        except UnsupportedLayer as error:
+            if self.model.encoder not in _warned:
+                _warned.add(self.model.encoder)
+                warnings.warn(
+                    f"LikelihoodRegret: the encoder's copies are trained by torch.vmap and autograd, which is "
+                    f"slower: {error}",
+                    stacklevel=4,
+                )
+            return VmappedCopies(self.model, x, self.adam)
+
+    def _empty(self, parameters: bool) -> Refit:
+        like = next(self.model.parameters())
+        encoder = self.model.encoder.named_parameters() if parameters and self.target == "encoder" else ()
+        return Refit(
+            like.new_zeros(0, self.model.latent_dim or 0),
+            like.new_zeros(0, self.model.latent_dim or 0),
+            like.new_zeros(0, self.num_steps),
+            {name: parameter.detach().new_zeros(0, *parameter.shape) for name, parameter in encoder},
+        )
+
+    # ---- what is borrowed and what is given ----
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[None]:
+        """The model in eval mode, frozen and outside of autocast; afterwards as it was found."""
+        model = self.model
+        parameters = list(model.parameters())
+        flags = [parameter.requires_grad for parameter in parameters]
+        device = parameters[0].device.type
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+            modes_kept(model),
+        ):
+            try:
+                model.eval()
+                model.requires_grad_(False)
+                yield
+            finally:
+                for parameter, flag in zip(parameters, flags, strict=True):
+                    parameter.requires_grad_(flag)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """x on the model's device, of a shape and with values that the model takes."""
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"LikelihoodRegret: x: expected a batch of images [B, ...], got {got}")
+        like = next(self.model.parameters())
+        if like.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"LikelihoodRegret: model: expected parameters in float32 or float64, got {like.dtype}"
+            )
+        self._check_independence(tuple(x.shape[1:]))
+        # A tensor made under inference_mode cannot take part in a backward pass.
+        x = (x.clone() if x.is_inference() else x.detach()).to(like.device)
+        self.model.likelihood.check(x)
+        if len(x):
+            try:
+                mu, _ = self.model.encode(x[:1])
+                self.model.log_px(mu, x[:1])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"LikelihoodRegret: x: the model does not take images of shape {list(x.shape[1:])}: {error}"
+                ) from error
+        return x
+
+    def _check_independence(self, shape: tuple[int, ...]) -> None:
+        """CoupledSamples of an encoder that is known to mix the samples of a batch in eval mode, too."""
+        try:
+            lower_encoder(self.model.encoder, shape)
+        except CoupledSamples:
+            raise
+        except UnsupportedLayer:
+            return
+
+    def _groups(self, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
+        """The images, so many at a time as their copies fit into the budget."""
+        size = self._group_size(x)
+        starts = range(0, len(x), size)
+        if show_progress:
+            try:
+                from tqdm import tqdm
+            except ImportError as error:
+                raise ImportError(
+                    'LikelihoodRegret: show_progress=True needs tqdm; to mend it: pip install "fastvae[train]"'
+                ) from error
+            starts = tqdm(starts, desc="LikelihoodRegret", unit="group")
+        for start in starts:
+            yield x[start : start + size]
+
+    def _group_size(self, x: Tensor) -> int:
+        model = self.model
+        outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element
+        # Weights, two moments and a gradient; what the decoder keeps of a pass is a few times its output.
+        numbers = (4 * numel_of(model.encoder) if self.target == "encoder" else 0) + 8 * outputs
+        return max(1, self.memory_budget // (numbers * next(model.parameters()).element_size()))

@@ -1,0 +1,343 @@
+"""Likelihood regret against the published procedure in float64: one image, one deep copy, torch.optim.Adam."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from influence_problems import images, mlp, randomised
+from torch import Tensor, nn
+
+from fastvae.likelihoods import Categorical
+from fastvae.lowering import CoupledSamples
+from fastvae.models import HVAE, VAE
+from fastvae.models.base import BaseVAE
+from fastvae.noise import SampleNoise, keys_of
+from fastvae.ood import LikelihoodRegret
+from fastvae.ood.copies import Adam, LoweredCopies, VmappedCopies
+from fastvae.ood.likelihood_regret import _FIRST_SAMPLE
+from fastvae.ood.sequential import refit_one
+from fastvae.reference import adam_step
+
+
+class Pair(nn.Module):
+    """Two heads on one trunk, and a skip connection: nothing that can be lowered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(20, 12), nn.Tanh())
+        self.skip = nn.Linear(12, 12)
+        self.mu, self.logvar = nn.Linear(12, 4), nn.Linear(12, 4, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(x)
+        h = h + self.skip(h)
+        return self.mu(h), self.logvar(h)
+
+
+def dense() -> BaseVAE:
+    return VAE(mlp(20, 12, 9, 8), mlp(4, 12, 20), beta=4.0)
+
+
+def dcgan() -> BaseVAE:
+    """The networks of the paper in small: 4x4 convolutions of stride 2, batch norm, ReLU, 5 values a sub-pixel."""
+    encoder = nn.Sequential(
+        nn.Conv2d(2, 3, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 5, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 8, 2),
+        nn.Flatten(),
+    )
+    decoder = nn.Sequential(
+        nn.Unflatten(1, (4, 1, 1)),
+        nn.ConvTranspose2d(4, 5, 2, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.ConvTranspose2d(5, 3, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(3, 10, 4, stride=2, padding=1),
+    )
+    return VAE(encoder, decoder, Categorical(5))
+
+
+def mixed() -> BaseVAE:
+    """Biases, dilation, uneven windows, smooth activations, norms before and behind, a permuted flattening."""
+    encoder = nn.Sequential(
+        nn.BatchNorm2d(2, affine=False),
+        nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        nn.SiLU(),
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(160, 10),
+        nn.BatchNorm1d(10),
+        nn.Softplus(),
+        nn.Linear(10, 8, bias=False),
+        nn.Tanh(),
+    )
+    return VAE(encoder, nn.Sequential(mlp(4, 12, 128), nn.Unflatten(1, (2, 8, 8))), "gaussian")
+
+
+def hamiltonian() -> BaseVAE:
+    return HVAE(mlp(20, 12, 8), mlp(4, 12, 20), num_steps=2)
+
+
+def unlowered() -> BaseVAE:
+    return VAE(Pair(), mlp(4, 12, 20))
+
+
+SHAPES: dict[Callable[[], BaseVAE], tuple[int, ...]] = {
+    dense: (20,),
+    dcgan: (2, 8, 8),
+    mixed: (2, 8, 8),
+    hamiltonian: (20,),
+    unlowered: (20,),
+}
+each_model = pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
+Make = Callable[[], BaseVAE]
+
+
+def build(make: Make) -> BaseVAE:
+    torch.manual_seed(0)
+    model = randomised(make())
+    assert isinstance(model, BaseVAE)
+    return model
+
+
+def data(make: Make, count: int = 4) -> Tensor:
+    """float32 under models of both precisions, because noise is keyed by the bytes; a third of it zero."""
+    x = images(count, *SHAPES[make]).float()
+    return torch.where(x < 0.3, torch.zeros(()), x)
+
+
+def regret(model: BaseVAE, **options: object) -> LikelihoodRegret:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LikelihoodRegret(model, **{"num_steps": 40, "num_samples": 8, "lr": 1e-2, **options})  # type: ignore[arg-type]
+
+
+def quiet(call: Callable[..., object], *args: object, **options: object) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **options)
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max())
+
+
+@each_model
+@pytest.mark.parametrize("settings", [{"num_steps": 100, "lr": 2e-4}, {"num_steps": 40, "lr": 2e-2}], ids=str)
+def test_equals_the_sequential_procedure(make: Make, settings: dict[str, float]) -> None:
+    model, x = build(make).eval(), data(make, 3)
+    detector = regret(model, **settings)
+    refit = quiet(detector.refit, x, parameters=True)
+    scores = quiet(detector.predict, x)
+    single = quiet(regret(copy.deepcopy(model).float(), **settings).predict, x)
+    for index, image in enumerate(x.split(1)):
+        keys = keys_of(image)
+        noise = SampleNoise(keys, 0, model.noise_draws)
+        private, losses = refit_one(model, image, noise, **settings)  # type: ignore[arg-type]
+        assert off(refit.losses[index], losses) < 1e-8  # type: ignore[attr-defined]
+        expected = dict(private.encoder.named_parameters())
+        assert refit.parameters.keys() == expected.keys()  # type: ignore[attr-defined]
+        for name, parameter in expected.items():
+            assert off(refit.parameters[name][index], parameter) < 1e-8, name  # type: ignore[attr-defined]
+        samples = SampleNoise(keys, 0, model.noise_draws, start=_FIRST_SAMPLE)
+        before, after = (m.log_likelihood(image, 8, noise=samples) for m in (model, private))
+        assert off(scores[index], after - before) < 1e-8  # type: ignore[index]
+        # float32 against float64.
+        assert off(single[index].double(), after - before) < 0.05  # type: ignore[index]
+
+
+@each_model
+def test_images_do_not_influence_each_other(make: Make) -> None:
+    detector, x = regret(build(make)), data(make, 5)
+    whole = quiet(detector.predict, x)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert off(quiet(detector.predict, x[order]), whole[order]) < 1e-9  # type: ignore[arg-type,index]
+    parts = torch.cat([quiet(detector.predict, part) for part in x.split(2)])  # type: ignore[misc]
+    assert off(parts, whole) < 1e-9  # type: ignore[arg-type]
+    one_by_one = regret(detector.model, memory_budget=1)
+    assert off(quiet(one_by_one.predict, x), whole) < 1e-9  # type: ignore[arg-type]
+    twice = quiet(detector.predict, torch.cat((x[:1], x[:1])))
+    assert off(twice[0], twice[1]) < 1e-12  # type: ignore[index]
+    assert off(quiet(regret(detector.model, seed=1).predict, x), whole) > 1e-6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [dense, dcgan, mixed], ids=lambda make: make.__name__)
+def test_both_routes_train_the_same_copies(make: Make) -> None:
+    model, x = build(make).eval(), data(make)
+    adam = Adam(1e-2, (0.8, 0.99), 1e-2)
+    fast, slow = LoweredCopies(model, x, adam, 20), VmappedCopies(model, x, adam)
+    for step in range(20):
+        found = fast.forward()
+        assert off(found, slow.forward()) < 1e-10
+        grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(step), dtype=found.dtype)
+        fast.update(grad)
+        slow.update(grad)
+        if step == 10:  # asking in between changes nothing
+            fast.parameters()
+    for name, parameter in slow.parameters().items():
+        assert off(fast.parameters()[name], parameter) < 1e-10
+    with pytest.raises(ValueError, match="update: expected at most 20 steps, got 21"):
+        fast.update(grad)
+
+
+def test_an_encoder_that_cannot_be_lowered_warns_once() -> None:
+    detector = LikelihoodRegret(build(unlowered), num_steps=2, num_samples=2)
+    with pytest.warns(UserWarning, match=r"by torch\.vmap and autograd, which is slower: lower:"):
+        detector.predict(data(unlowered))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.predict(data(unlowered))
+
+
+def tied() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    return nn.Sequential(nn.Linear(20, 8), layer, nn.Tanh(), layer)
+
+
+def parametrised() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(20, 8)))
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 10, 1)), nn.Conv2d(2, 4, (10, 1), groups=2), nn.Flatten(), nn.Linear(4, 8)
+    )
+
+
+@pytest.mark.parametrize("encoder", [tied, parametrised, grouped])
+def test_encoders_whose_parameters_are_not_a_layers_own(encoder: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = VAE(encoder(), mlp(4, 12, 20)).double().eval()
+    x = data(dense, 2)
+    with pytest.warns(UserWarning, match=r"torch\.vmap"):
+        refit = regret(model).refit(x, parameters=True)
+    private, _ = refit_one(model, x[:1], SampleNoise(keys_of(x[:1]), 0), num_steps=40, lr=1e-2)
+    for name, parameter in private.encoder.named_parameters():
+        assert off(refit.parameters[name][0], parameter) < 1e-8
+
+
+def test_posterior_target() -> None:
+    model, x = build(dense).eval(), data(dense, 3)
+    detector = regret(model, target="posterior", num_steps=30, lr=None)
+    refit = detector.refit(x, parameters=True)
+    assert refit.parameters == {} and detector.adam.lr == 0.05
+    mu, logvar = (part.detach() for part in model.encode(x))
+    noise = SampleNoise(keys_of(x), 0)
+    leaf = torch.cat((mu, logvar), 1).requires_grad_()
+    optimizer = torch.optim.Adam([leaf], lr=0.05)
+    for step in range(30):
+        optimizer.zero_grad()
+        m, v = leaf.chunk(2, 1)
+        z = m + torch.exp(v / 2) * noise(step, 1, mu)[0, 0]
+        loss = 0.5 * (m.square() + v.exp() - 1 - v).sum(1) - model.log_px(z, x)
+        assert off(refit.losses[:, step], loss) < 1e-9
+        loss.sum().backward()
+        optimizer.step()
+    assert off(torch.cat((refit.mu, refit.logvar), 1), leaf) < 1e-9
+    assert torch.isfinite(detector.predict(x)).all()
+
+
+def test_adam_step_is_that_of_torch() -> None:
+    parameter = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = nn.Parameter(parameter.clone())
+    optimizer = torch.optim.Adam([theirs], lr=0.1, betas=(0.7, 0.9), weight_decay=0.3)
+    moments = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    for step in range(1, 6):
+        theirs.grad = torch.sin(theirs.detach() * step)
+        adam_step(parameter, theirs.grad, *moments, step, lr=0.1, betas=(0.7, 0.9), weight_decay=0.3)
+        optimizer.step()
+    assert off(parameter, theirs) < 1e-14
+
+
+@each_model
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_model_comes_back_untouched(make: Make, count: int) -> None:
+    model, x = build(make), data(make, count)
+    model.train()
+    model.decoder.eval()
+    first, second = list(model.parameters())[:2]
+    first.requires_grad_(False)
+    second.grad = torch.ones_like(second)
+    state = copy.deepcopy(model.state_dict())
+    facts = [(p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    scores = quiet(regret(model, num_steps=3).predict, x)
+    assert scores.shape == (count,) and not scores.requires_grad  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert all(
+        p.requires_grad == fact[0] and p.grad is fact[1]
+        for p, fact in zip(model.parameters(), facts, strict=True)
+    )
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(random, torch.get_rng_state())
+    assert "encode" not in vars(model)
+
+
+def test_modes_and_dtypes() -> None:
+    model, x = build(dense).float(), data(dense)
+    expected = regret(model).predict(x)
+    with torch.inference_mode():
+        assert torch.equal(regret(model).predict(x.clone()), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(regret(model)(x), expected)
+    assert torch.equal(regret(model).fit(None).to("cpu").predict(x), expected)
+    assert not LikelihoodRegret.requires_fit and expected.dtype == torch.float32
+    octets = (x * 255).round().to(torch.uint8)
+    assert torch.isfinite(regret(model).predict(octets)).all()
+
+
+def test_empty_batches() -> None:
+    model = build(dcgan)
+    x = data(dcgan)[:0]
+    assert regret(model).predict(x).shape == (0,)
+    refit = regret(model).refit(x, parameters=True)
+    assert refit.mu.shape == (0, 4) and refit.losses.shape == (0, 40)
+    assert refit.parameters["0.weight"].shape == (0, 3, 2, 4, 4)
+
+
+def test_refusals() -> None:
+    model, x = build(dcgan), data(dcgan)
+    with pytest.raises(ValueError, match="x holds 1 NaN or infinite value"):
+        regret(model).predict(torch.where(torch.arange(x.numel()).reshape(x.shape) == 7, torch.nan, x))
+    with pytest.raises(ValueError, match=r"the model does not take images of shape \[3, 8, 8\]"):
+        regret(model).predict(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"expected a batch of images \[B, ...\], got \[5\]"):
+        regret(model).predict(torch.zeros(5))
+    with pytest.raises(ValueError, match="expected parameters in float32 or float64, got"):
+        regret(build(dcgan).bfloat16()).predict(x)
+    with pytest.raises(TypeError, match="model: expected a fastvae model, got Linear"):
+        LikelihoodRegret(nn.Linear(2, 2))  # type: ignore[arg-type]
+    for options, message in (
+        ({"target": "decoder"}, "target: expected one of"),
+        ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples: expected at least 1, got 0"),
+        ({"memory_budget": 0}, "memory_budget: expected at least 1, got 0"),
+        ({"lr": -1.0}, "lr: expected a finite number of at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected a finite number"),
+        ({"betas": (0.9, 1.0)}, "betas: expected two numbers in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LikelihoodRegret(model, **options)  # type: ignore[arg-type]
+    coupled = VAE(
+        nn.Sequential(nn.BatchNorm1d(20, track_running_stats=False), nn.Linear(20, 8)), mlp(4, 12, 20)
+    )
+    with pytest.raises(CoupledSamples):
+        regret(coupled).predict(data(dense))
+
+
+def test_scores_that_are_not_finite_are_named() -> None:
+    model, x = build(dense), data(dense)
+    with pytest.warns(RuntimeWarning, match="the scores of 4 image.s. are not finite, the first is number 0"):
+        LikelihoodRegret(model, num_steps=5, num_samples=4, lr=1e200).predict(x)
