@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     foreign = load(arguments.ood, split="test")
     channels = train.images.shape[1]
     names = ("batch_size", "lr", "width", "latent_dim", "seed")
-    settings: Row = {"data": Path(train.name).name, "train_images": len(train)}
+    settings: Row = {"data": Path(arguments.data).name, "train_images": len(train)}
     settings |= {name: getattr(arguments, name) for name in names}
     claim_folder(arguments.checkpoint, settings, arguments.resume)
     images = resized(train, channels)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps": arguments.steps,
         "background_steps": arguments.background_steps,
         "epochs": arguments.steps * arguments.batch_size / len(train),
-        "ood": Path(foreign.name).name,
+        "ood": Path(arguments.ood).name,
         "images": len(chosen["held out"]),
         "ood_images": len(chosen["foreign"]),
         "num_samples": arguments.num_samples,
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="folder or .npz to train on (default: FASTVAE_DATA, else digits)")
+    parser.add_argument("--data", default="digits", help="folder or .npz to train on")
     parser.add_argument("--ood", required=True, help="folder or .npz of foreign images")
     parser.add_argument("--full", action="store_true", help="93800 steps of 128, as in the paper")
     parser.add_argument("--steps", type=int, help="of the model (default: 2400)")

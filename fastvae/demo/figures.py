@@ -75,7 +75,7 @@ def score_panels(scores: Mapping[str, Mapping[str, Tensor]]) -> bytes:
         scores: [N] by score and by set; the first set is the one that is not foreign. Histograms leave out the
             highest and lowest 1% of all, which can be far away.
     """
-    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    figure = Figure(figsize=(max(7.2, 1.75 * len(scores)), 3.9), layout="constrained")
     panels = figure.subplots(2, len(scores), squeeze=False)
     for column, (name, by_set) in enumerate(scores.items()):
         values = {key: value.double().cpu().numpy() for key, value in by_set.items()}

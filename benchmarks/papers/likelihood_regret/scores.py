@@ -11,6 +11,7 @@ from shared import Row, stored
 from torch import Tensor
 
 import fastvae
+from fastvae.noise import keys_of
 from fastvae.ood import Detector, LikelihoodRegret, NegativeLogLikelihood, compressed_bits
 
 CHUNK = 20  # images scored between two writes to the disk
@@ -57,7 +58,9 @@ def _kept(score: Callable[[Tensor], Tensor], name: str, x: Tensor, arguments: Na
         def compute(part: Tensor = part) -> Row:
             return {"values": score(part.to(arguments.device)).double().tolist()}
 
-        row = stored(folder / f"{name.replace(' ', '-').replace(',', '')}-{index}.json", key, compute)
+        # By the images' bytes: another number of images cuts them into other chunks.
+        of_part = key | {"images": keys_of(part).tolist()}
+        row = stored(folder / f"{name.replace(' ', '-').replace(',', '')}-{index}.json", of_part, compute)
         parts.append(torch.tensor(row["values"], dtype=torch.float64))
     print(f"scored: {name}", flush=True)
     return torch.cat(parts)
