@@ -181,6 +181,12 @@ PYBIND11_MODULE(_C, m) {
       unlocked, arg("larger"), arg("smaller"), arg("kernel"), arg("stride"), arg("padding"), arg("dilation"),
       arg("samples"));
   m.def(
+      "log_px",
+      [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,
+         const std::string& network,
+         const std::string& likelihood) { return fastvae::log_px(z, x, parameters, network, likelihood); },
+      unlocked, arg("z"), arg("x"), arg("parameters"), arg("network"), arg("likelihood"));
+  m.def(
       "jacobian_l1",
       [](const at::Tensor& z, const std::vector<at::Tensor>& parameters, const std::string& network,
          const std::vector<int64_t>& latents, int64_t p,

@@ -32,6 +32,7 @@ TORCH_LIBRARY(fastvae, m) {
   m.def(
       "grad_dot_backward(Tensor grad, Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, "
       "Tensor[] output_grads_b, int[] bias, int[] needs) -> Tensor[]");
+  m.def("log_px(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) -> Tensor");
   m.def("jacobian_l1(Tensor z, Tensor[] parameters, str network, int[] latents, int p, str reduction) -> Tensor");
   m.def(
       "jacobian_l1_with_gradient(Tensor? cotangent, Tensor z, Tensor[] parameters, str network, int[] latents, int p, "
@@ -50,6 +51,7 @@ TORCH_LIBRARY(fastvae, m) {
     m.impl("gaussian_kl_backward", &fastvae::gaussian_kl_backward);                   \
     m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                           \
     m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);         \
+    m.impl("log_px", &fastvae::log_px);                                               \
     m.impl("jacobian_l1", &fastvae::jacobian_l1);                                     \
     m.impl("jacobian_l1_with_gradient", &fastvae::jacobian_l1_with_gradient);         \
   }

@@ -26,11 +26,15 @@ __all__ = [
     "jacobian_l1",
     "leapfrog_kick_drift",
     "leapfrog_kick_temper",
+    "log_px",
     "resolve_latents",
 ]
 
 Decoder = Callable[[Tensor], Tensor]
 StepSize = Tensor | float | Sequence[float]
+
+# Decoder outputs held at once where nothing asks for all of them: 16 MiB of float32.
+_OUTPUTS_AT_ONCE = 2**22
 
 
 class Trajectory(NamedTuple):
@@ -289,6 +293,29 @@ def hamiltonian_flow_2k(
         z, rho = leapfrog_kick_drift(z, rho, force_at(z)[1], eps[k])
         rho = leapfrog_kick_temper(rho, force_at(z)[1], eps[k], alpha[k])
     return z, rho, force_at.log_px(z)
+
+
+def log_px(decoder: Decoder, z: Tensor, x: Tensor, likelihood: str | Likelihood = "bernoulli") -> Tensor:
+    """As ``fastvae.ops.log_px``: log p(x_b | z_sb), [S, B], for z [S, B, d]; differentiable here.
+
+    The decoder runs in parts of about 2**22 outputs, of one draw or of several.
+    """
+    like = resolve(likelihood)
+    draws, samples = z.shape[:2]
+    outputs = max(1, math.prod(x.shape[1:]) * like.values_per_element)
+    rows = max(1, _OUTPUTS_AT_ONCE // outputs)
+    together = max(1, rows // max(1, samples))
+
+    def part(first: int, start: int) -> Tensor:
+        codes, data = z[first : first + together, start : start + rows], x[start : start + rows]
+        repeated = data.expand(len(codes), *data.shape).flatten(0, 1)
+        return like.log_prob_of_output(decoder(codes.flatten(0, 1)), repeated).reshape(codes.shape[:2])
+
+    found = [
+        torch.cat([part(first, start) for start in range(0, samples, rows)], 1)
+        for first in range(0, draws if samples else 0, together)
+    ]
+    return torch.cat(found) if found else z.new_empty(draws, samples)
 
 
 def resolve_latents(latents: Sequence[int] | Tensor | None, dim: int) -> list[int]:

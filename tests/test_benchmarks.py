@@ -27,6 +27,7 @@ import flow_report  # noqa: E402
 import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
 import regret  # noqa: E402
+import log_likelihood  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -117,6 +118,16 @@ def test_relative_error_of_nan_is_nan_and_passes_no_bound() -> None:
         [torch.ones(2), torch.tensor([float("nan")])], [torch.ones(2), torch.ones(1)]
     )
     assert not error <= flow.TOLERANCE
+
+
+def test_quick_run_of_the_log_likelihood_times_every_contestant(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, script="log_likelihood")
+    record = read(tmp_path / "log_likelihood-cpu-quick.json")
+    names = [log_likelihood.OURS, log_likelihood.COPIES, log_likelihood.CAREFUL]
+    (case,) = record["cases"]
+    assert list(case["timings_ms"]) == list(case["relative_error"]) == names
+    assert all(error < 1e-5 for error in case["relative_error"].values())
+    assert (tmp_path / "log_likelihood-cpu-quick.md").read_text().strip() == printed.strip()
 
 
 def test_products_count_the_operations_of_a_linear_and_a_transposed_convolution() -> None:

@@ -23,10 +23,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from fastvae.demo import experiment, penalty, timing, training, views
+from fastvae.demo import experiment, outliers, penalty, timing, training, views
 from fastvae.demo.experiment import run_demo
 from fastvae.demo.figures import image_rows, signed
 from fastvae.demo.latents import informative, jacobian_columns, traversals
+from fastvae.demo.outliers import foreign_images, outliers_of
 from fastvae.demo.problem import Batches, Problem, load_problem
 from fastvae.demo.report import Picture, Section, Table, as_html, as_text
 from fastvae.demo.sections import SECTIONS, _disturbances
@@ -38,6 +39,7 @@ TITLES = [
     "Reconstructions",
     "Energy along the trajectory",
     "Influence of training images",
+    "Foreign images",
     "Training",
     "Time per training step",
     "Jacobian penalty",
@@ -53,6 +55,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "_ROUNDS", 2)
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
     monkeypatch.setattr(penalty, "_DOTS", 30)
+    monkeypatch.setattr(outliers, "IMAGES", 10)
+    monkeypatch.setattr(outliers, "CONVOLUTIONAL_REGRETS", 2)
+    monkeypatch.setattr(outliers, "BACKGROUND_SECONDS", 0.0)
     monkeypatch.setattr(penalty, "_CLUSTER_POINTS", 50)
     monkeypatch.setattr(penalty, "_CLUSTERS", 2)
     threads = torch.get_num_threads()
@@ -186,6 +191,25 @@ def test_twins_differ_by_consistency_alone() -> None:
         expected = fastvae.reference.gaussian_kl(*q_view, *q).mean()
         assert twin.divergence == pytest.approx(float(expected.detach()), rel=1e-4)
         torch.testing.assert_close(twin.means, torch.stack([q[0], q_view[0]]).detach())
+
+
+def test_foreign_images_are_like_the_others(tmp_path: Path, quick: None) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)
+    np.savez(tmp_path / "other.npz", images=images)
+    for shape in ((1, 8, 8), (3, 6, 10)):
+        problem = tiny_problem(40, shape)
+        problem.foreign = [fastvae.data.load(tmp_path / "other.npz", split="all")]
+        found = foreign_images(problem, torch.Generator().manual_seed(0))
+        assert list(found) == ["photographs", "inverted", "noise", "other.npz"]
+        for x in found.values():
+            assert x.shape == (10, *shape) and bool(((x >= 0) & (x <= 1)).all())
+        assert torch.equal(found["inverted"], 1 - problem.held_out_grey[:10])
+        assert len(found["photographs"].unique(dim=0)) == 10
+    problem = tiny_problem()
+    history = fastvae.History(seconds=[1.0, 1.0])
+    scores = outliers_of(problem.build(VAE, 0), problem, history, 0)
+    assert scores.background_epochs == 1 and list(scores.scores) == ["NLL", "complexity", "ratio", "regret"]
+    assert all(by_set["held out"].shape == (10,) for by_set in scores.scores.values())
 
 
 def test_traversals_and_columns_follow_the_latents_that_say_most() -> None:

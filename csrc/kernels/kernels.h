@@ -244,7 +244,17 @@ struct DirectConvTranspose {
   ConvolutionWindow window;
 };
 
-// Its transpose, delta -> out [samples, height, width, in_channels]. CPU only. Index: samples.
+// log p(x | a) [samples] of a = its result + bias, without writing a. CPU only. Index: samples.
+template <typename T>
+struct ConvTransposeLogProb {
+  DirectConvTranspose<T> layer;  // its `out` is not used
+  const T* bias;                 // [channels] or null
+  const T* x;                    // [samples, big_height, big_width, channels or channels / classes]
+  T* log_prob;
+  LikelihoodSpec likelihood;
+};
+
+// The transpose of DirectConvTranspose, delta -> out [samples, height, width, in_channels]. CPU only. Index: samples.
 template <typename T>
 struct DirectConvTransposeReverse {
   const T* delta;
@@ -538,6 +548,7 @@ FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DECLARE_CPU)
 FASTVAE_DECLARE_CPU(gram_product, GramProduct)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
 FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
+FASTVAE_DECLARE_CPU(conv_transpose_log_prob, ConvTransposeLogProb)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
 #undef FASTVAE_DECLARE_CPU

@@ -143,7 +143,9 @@ ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& we
       (channels > kNarrowChannels && channels < kWideChannels)) {
     return ConvTransposeRoute::kLibrary;
   }
-  if (stage.dilation[0] != 1 || stage.dilation[1] != 1) {
+  // A single position meets every tap once: one product, where windows would multiply padding.
+  const bool dense = stage.in.positions() == 1 && channels >= kWideChannels;
+  if (dense || stage.dilation[0] != 1 || stage.dilation[1] != 1) {
     return channels >= kWideChannels ? ConvTransposeRoute::kFolded : ConvTransposeRoute::kLibrary;
   }
   return channels >= kWideChannels ? ConvTransposeRoute::kDirect : ConvTransposeRoute::kNarrow;
@@ -195,6 +197,20 @@ void conv_transpose_add_weight_gradient(const Stage& stage, const at::Tensor& pa
   conv_transpose_route(stage, packed) == ConvTransposeRoute::kFolded
       ? folded_conv_transpose_add_weight_gradient(stage, packed, delta, h, gradient)
       : direct_conv_transpose_add_weight_gradient(stage, packed, delta, h, gradient);
+}
+
+void conv_transpose_log_prob(const Stage& stage, const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& in,
+                             const at::Tensor& x, const LikelihoodSpec& likelihood, const at::Tensor& log_prob) {
+  const int64_t samples = in.numel() / stage.in.numel();
+  FASTVAE_DISPATCH(in, {
+    const ConvTransposeLogProb<scalar_t> args{{in.const_data_ptr<scalar_t>(), packed.const_data_ptr<scalar_t>(),
+                                               nullptr, stage.in.channels, window_of(stage, packed)},
+                                              data_or_null<scalar_t>(bias),
+                                              x.const_data_ptr<scalar_t>(),
+                                              log_prob.mutable_data_ptr<scalar_t>(),
+                                              likelihood};
+    FASTVAE_LAUNCH_CPU(conv_transpose_log_prob, args, samples, stage.in.numel() * stage.out.channels);
+  });
 }
 
 }  // namespace fastvae

@@ -25,4 +25,8 @@ void conv_transpose_reverse(const Stage& stage, const at::Tensor& packed, const 
 void conv_transpose_add_weight_gradient(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
                                         const at::Tensor& h, at::Tensor& gradient);
 
+// log_prob [B] of x under the outputs + bias (or undefined), which are not stored. By the direct route alone.
+void conv_transpose_log_prob(const Stage& stage, const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& in,
+                             const at::Tensor& x, const LikelihoodSpec& likelihood, const at::Tensor& log_prob);
+
 }  // namespace fastvae

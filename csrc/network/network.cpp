@@ -137,6 +137,29 @@ const at::Tensor& Network::kept_error(size_t l, const Tape& tape) const {
   return tape.kept_g[l].defined() ? tape.kept_g[l] : tape.delta[l];
 }
 
+void Network::head(at::Tensor raw, const at::Tensor& x, const at::Tensor& residual, const at::Tensor& log_prob) const {
+  const at::Tensor& bias = bias_.back();
+  const SampleShape& out = program_.output();
+  // With one to three channels the kernel would run over rows that short; without a bias a sample is one run.
+  const bool narrow =
+      bias.defined() && out.channels < kNarrow && out.positions() > 1 && likelihood_.kind != Likelihood::kCategorical;
+  if (narrow) {
+    raw = raw.view({-1, out.channels}).add(bias);
+  }
+  FASTVAE_DISPATCH(raw, {
+    const HeadResidual<scalar_t> args{raw.const_data_ptr<scalar_t>(),
+                                      narrow ? nullptr : data_or_null<scalar_t>(bias),
+                                      x.const_data_ptr<scalar_t>(),
+                                      mutable_data_or_null<scalar_t>(residual),
+                                      mutable_data_or_null<scalar_t>(log_prob),
+                                      raw.numel() / out.numel(),
+                                      out.positions(),
+                                      out.channels,
+                                      likelihood_};
+    FASTVAE_LAUNCH(head_residual, raw.device(), args, args.samples, out.numel());
+  });
+}
+
 at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
                                     const at::Tensor& log_prob) const {
   at::Tensor in = z.view({-1});
@@ -146,26 +169,7 @@ at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, co
     in = tape.h[l];
   }
   const size_t last = depth() - 1;
-  const SampleShape& out = program_.output();
-  at::Tensor raw = apply(last, in, tape.delta[last]);
-  // With one to three channels the kernel would run over rows that short; without a bias a sample is one run.
-  const bool narrow = bias_[last].defined() && out.channels < kNarrow && out.positions() > 1 &&
-                      likelihood_.kind != Likelihood::kCategorical;
-  if (narrow) {
-    raw = raw.view({-1, out.channels}).add(bias_[last]);
-  }
-  FASTVAE_DISPATCH(raw, {
-    const HeadResidual<scalar_t> args{raw.const_data_ptr<scalar_t>(),
-                                      narrow ? nullptr : data_or_null<scalar_t>(bias_[last]),
-                                      x.const_data_ptr<scalar_t>(),
-                                      tape.delta[last].mutable_data_ptr<scalar_t>(),
-                                      mutable_data_or_null<scalar_t>(log_prob),
-                                      samples,
-                                      out.positions(),
-                                      out.channels,
-                                      likelihood_};
-    FASTVAE_LAUNCH(head_residual, raw.device(), args, args.samples, out.numel());
-  });
+  head(apply(last, in, tape.delta[last]), x, tape.delta[last], log_prob);
   for (size_t l = last; l > 0; --l) {
     const Stage& below = program_.stages[l - 1];
     const bool keeps = tape.kept_g[l - 1].defined();

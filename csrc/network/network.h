@@ -63,6 +63,12 @@ class Network {
   at::Tensor forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
                              const at::Tensor& log_prob) const;
 
+  // The forward sweep alone, log p(x | z) [B] into log_prob, through room for B samples from make_forward_room. A last
+  // transposed convolution hands its outputs to the head as they come: they are never stored.
+  std::vector<at::Tensor> make_forward_room(int64_t samples) const;
+  void forward_log_prob(const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& room,
+                        const at::Tensor& log_prob) const;
+
   // Gives dz [B, d]; adds the gradient through grad_z ll to grad_x if defined. cotangent [B] may be undefined.
   at::Tensor tangent_adjoint(const at::Tensor& u, const at::Tensor& x, const at::Tensor& cotangent, const Tape& tape,
                              const TangentTape& out, const at::Tensor& grad_x) const;
@@ -94,6 +100,8 @@ class Network {
                              const at::Tensor& grad_x) const;
 
  private:
+  // Residual and log probability, either of which may be undefined, of the last stage's outputs without its bias.
+  void head(at::Tensor raw, const at::Tensor& x, const at::Tensor& residual, const at::Tensor& log_prob) const;
   const at::Tensor& kept_slope(size_t l, const Tape& tape) const;
   const at::Tensor& kept_error(size_t l, const Tape& tape) const;
 

@@ -93,6 +93,10 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
                                           at::TensorList output_grads_a, at::TensorList inputs_b,
                                           at::TensorList output_grads_b, at::IntArrayRef bias, at::IntArrayRef needs);
 
+// log p(x | z) [S, B] for z [S, B, d] and x [B, elements].
+at::Tensor log_px(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters, std::string_view network,
+                  std::string_view likelihood);
+
 // The sum of |dy/dz|^p for each sample, reduced: [] or [B].
 at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::string_view network,
                        at::IntArrayRef latents, int64_t p, std::string_view reduction);

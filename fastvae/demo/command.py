@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="digits", help='"digits", a folder (IDX files or one .npz) or an .npz file'
     )
+    parser.add_argument(
+        "--ood", nargs="+", default=[], help="foreign images, in the same forms", metavar="DATA"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder for index.html")
     parser.add_argument("--minutes", type=_positive(float), default=3.0, help="all training stops by then")
     parser.add_argument("--epochs", type=_positive(int), default=200, help="and after so many epochs")
@@ -51,7 +54,8 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     Raises:
         DemoError: a package that is not installed, data that cannot be read, or no folder to write to.
     """
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    needed = {"matplotlib": "matplotlib", "tqdm": "tqdm", "PIL": "pillow"}
+    missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise DemoError(f"needs {' and '.join(missing)}; to mend it: pip install fastvae[demo]")
     # Not before: these import matplotlib and tqdm.
@@ -61,7 +65,7 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     from fastvae.demo.sections import SECTIONS
 
     try:
-        problem = load_problem(options.data, options.seed)
+        problem = load_problem(options.data, options.seed, options.ood)
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ImportError) as error:
         raise DemoError(str(error)) from error

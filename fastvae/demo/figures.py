@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["COLOURS", "canvas", "image_rows", "png", "signed"]
+__all__ = ["COLOURS", "canvas", "image_rows", "png", "score_panels", "signed"]
 
 COLOURS = {"VAE": "#64748b", "HVAE": "#c2410c"}
+_FOREIGN = ("#c2410c", "#0e7490", "#a16207", "#7e22ce", "#15803d", "#be123c")
 _INK, _GRID = "#334155", "#e2e8f0"
 _DPI = 150
 
@@ -64,6 +65,45 @@ def image_rows(rows: Sequence[tuple[str, Tensor]], columns: int) -> bytes:
         axis.set_axis_off()
         figure.text(0.68 / 7.2, (top - height / 2) / total, name, ha="right", va="center", size=9, color=_INK)
         top -= height + 0.12
+    return png(figure)
+
+
+def score_panels(scores: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """Of each outlier score a histogram by set of images, and below it the ROC curves of the foreign sets.
+
+    Args:
+        scores: [N] by score and by set; the first set is the one that is not foreign. Histograms leave out the
+            highest and lowest 1% of all, which can be far away.
+    """
+    figure = Figure(figsize=(max(7.2, 1.75 * len(scores)), 3.9), layout="constrained")
+    panels = figure.subplots(2, len(scores), squeeze=False)
+    for column, (name, by_set) in enumerate(scores.items()):
+        values = {key: value.double().cpu().numpy() for key, value in by_set.items()}
+        inside, *foreign = values
+        low, high = np.quantile(np.concatenate(list(values.values())), (0.01, 0.99))
+        edges = np.linspace(low, high if high > low else low + 1, 24)
+        histogram, roc = panels[:, column]
+        for key, colour in zip(values, (COLOURS["VAE"], *_FOREIGN), strict=False):
+            histogram.hist(values[key], edges, histtype="stepfilled", color=colour, alpha=0.25)
+            histogram.hist(values[key], edges, histtype="step", color=colour, linewidth=1.2, label=key)
+            if key in foreign:
+                thresholds = np.concatenate(
+                    ([np.inf], np.sort(np.concatenate((values[inside], values[key])))[::-1])
+                )
+                false, true = ((values[of][:, None] >= thresholds).mean(0) for of in (inside, key))
+                roc.plot(false, true, color=colour, linewidth=1.4)
+        histogram.set(title=name, yticks=[])
+        roc.plot([0, 1], [0, 1], color=_GRID, linewidth=0.8)
+        roc.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="false positives", aspect="equal")
+        for axis in (histogram, roc):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(colors=_INK, labelsize=7)
+            axis.title.set(color=_INK, size=9)
+            axis.xaxis.label.set(color=_INK, size=8)
+            axis.yaxis.label.set(color=_INK, size=8)
+    panels[1, 0].set_ylabel("true positives")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     return png(figure)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastvae import architectures
-from fastvae.data import binarize, load
+from fastvae.data import ImageDataset, binarize, load
 from fastvae.models import BaseVAE
 
 __all__ = ["Batches", "Problem", "dense_networks", "load_problem"]
@@ -58,6 +58,8 @@ class Problem:
     epoch_limit: int
     """Images in an epoch at most: time limits are looked at between epochs."""
     batch_size: int = 100
+    foreign: Sequence[ImageDataset] = ()
+    """Images of other kinds, to be told from these."""
 
     def build(self, kind: type[BaseVAE], seed: int, **options: object) -> BaseVAE:
         """A model of that kind; for one seed all start with the same encoder and decoder."""
@@ -81,8 +83,11 @@ class Problem:
         return f"encoder {size}-128-128 to 16 latent dimensions, decoder 16-128-128-{size}, ELU"
 
 
-def load_problem(source: str, seed: int) -> Problem:
-    """Images from ``fastvae.data.load(source)``, whose errors it passes on, and a budget that suits them."""
+def load_problem(source: str, seed: int, foreign: Sequence[str] = ()) -> Problem:
+    """Images from ``fastvae.data.load(source)``, whose errors it passes on, and a budget that suits them.
+
+    ``foreign``: sources of images of other kinds.
+    """
     train, test = load(source, split="train"), load(source, split="test")
     images, grey = train.tensors()[0], test.tensors()[0]
     convolutional = tuple(images.shape[1:]) == (1, 28, 28)
@@ -102,6 +107,7 @@ def load_problem(source: str, seed: int) -> Problem:
         curve_draws=1 if convolutional else 4,
         learning_rate=4e-3 if convolutional else 2e-3,
         epoch_limit=1000 if convolutional else 5000,
+        foreign=[load(other, split="all") for other in foreign],
     )
 
 

@@ -17,6 +17,7 @@ from fastvae.demo.experiment import ELBO_DRAWS, FLOW, Demo
 from fastvae.demo.figures import COLOURS, canvas, image_rows, png, signed
 from fastvae.demo.influence import DRAWS, influences_of
 from fastvae.demo.latents import informative, jacobian_columns, traversals
+from fastvae.demo.outliers import outliers
 from fastvae.demo.penalty import ANNEAL_STEPS, GAMMA, LATENTS, RHOS, Member, Pair
 from fastvae.demo.report import Picture, Section, Table
 from fastvae.demo.timing import Timing
@@ -400,6 +401,7 @@ SECTIONS: list[Callable[[Demo], Section]] = [
     reconstructions,
     trajectories,
     influences,
+    outliers,
     curves,
     timings,
     penalty,

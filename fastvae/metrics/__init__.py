@@ -1,13 +1,15 @@
-"""Measures of what a model's codes say about its images, and of its evidence.
+"""Measures of trained models: what their codes say about images, and their evidence.
 
 disentanglement.py  mutual information gap and modularity of given codes and factors
 local.py            the same in small neighbourhoods of the factors, for a model
+outliers.py         how well scores tell foreign samples from others
 posteriors.py       negative log-likelihood, mutual information, active units of a model
 probes.py           labels read from codes by nearest neighbours and by a linear classifier
 """
 
 from fastvae.metrics.disentanglement import factor_information, mig, modularity
 from fastvae.metrics.local import codes_of, local_codes, local_mig, local_modularity
+from fastvae.metrics.outliers import OODMetrics, ood_metrics
 from fastvae.metrics.posteriors import (
     Estimate,
     active_units,
@@ -19,6 +21,7 @@ from fastvae.metrics.probes import knn_accuracy, linear_probe
 
 __all__ = [
     "Estimate",
+    "OODMetrics",
     "active_units",
     "codes_of",
     "factor_information",
@@ -31,5 +34,6 @@ __all__ = [
     "modularity",
     "mutual_information",
     "negative_log_likelihood",
+    "ood_metrics",
     "posteriors",
 ]

@@ -196,6 +196,19 @@ class BaseVAE(nn.Module, ABC):
         The mean of its exponential over the noise is p(x).
         """
 
+    def log_weights(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """``log_weight`` of several draws for each x: [S, B], for x [B, ...], mu and logvar [B, d], noise
+        [weight_draws, S, B, d]. Not for training: it may come without a gradient.
+        """
+        draws, batch = noise.shape[1:3]
+        weights = self.log_weight(
+            x.repeat(draws, *(1 for _ in x.shape[1:])),
+            mu.repeat(draws, 1),
+            logvar.repeat(draws, 1),
+            noise.reshape(self.weight_draws, draws * batch, -1),
+        )
+        return weights.reshape(draws, batch)
+
     @abstractmethod
     def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """One code [B, d] for each x from the approximate posterior, as the decoder would be given it."""
@@ -323,14 +336,15 @@ class BaseVAE(nn.Module, ABC):
     ) -> Tensor:
         """log p(x) in nats by importance sampling: log of the mean of ``num_samples`` weights.
 
-        Biased low, by about Var[w] / (2 num_samples E[w]^2) for weights w. The encoder runs once; weights are
-        streamed, so that memory does not grow with ``num_samples``.
+        The encoder runs once, and the weights are streamed, so that memory does not grow with ``num_samples``.
+        Biased low, by about Var[w] / (2 num_samples E[w]^2) for weights w.
 
         Args:
             x: [B, ...].
             num_samples: importance samples for each x.
-            chunk_size: decoder rows (sample x draw) at once; by default as many as give 2**22 outputs. It
-                does not change which noise is drawn.
+            chunk_size: codes (sample x draw) whose weights are computed at once; by default as many as give
+                2**22 outputs or, where the decoder runs in tiles of its own, 2**20 latent variables. It does
+                not change which noise is drawn.
             generator: source of the noise.
             noise: source of the noise instead: ``noise(first, count, mu)`` gives importance samples first ..
                 first + count - 1 of all of x as [weight_draws, count, B, d]; ``fastvae.noise.SampleNoise``
@@ -356,8 +370,7 @@ class BaseVAE(nn.Module, ABC):
             )
         if batch == 0:
             return mu.new_zeros(0)
-        outputs = math.prod(x.shape[1:]) * self.likelihood.values_per_element
-        rows = chunk_size if chunk_size is not None else max(1, _LOG_LIKELIHOOD_OUTPUTS // max(1, outputs))
+        rows = chunk_size if chunk_size is not None else self._codes_at_once(x, mu)
         total = mu.new_full((batch,), -math.inf)
         done = 0
         while done < num_samples:
@@ -368,14 +381,8 @@ class BaseVAE(nn.Module, ABC):
                 drawn = noise(done, count, mu)
             for start in range(0, batch, rows):
                 part = slice(start, start + rows)
-                size = min(rows, batch - start)
-                weights = self.log_weight(
-                    x[part].repeat(count, *(1 for _ in x.shape[1:])),
-                    mu[part].repeat(count, 1),
-                    logvar[part].repeat(count, 1),
-                    drawn[:, :, part].reshape(self.weight_draws, count * size, -1),
-                )
-                total[part] = torch.logaddexp(total[part], weights.reshape(count, size).logsumexp(0))
+                weights = self.log_weights(x[part], mu[part], logvar[part], drawn[:, :, part])
+                total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
             done += count
         return total - math.log(num_samples)
 
@@ -404,6 +411,11 @@ class BaseVAE(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What ``repr`` says of the settings."""
         return f"likelihood={self.likelihood}, beta={self.beta}, latent_dim={self.latent_dim}"
+
+    def _codes_at_once(self, x: Tensor, mu: Tensor) -> int:
+        """Rows of ``log_weights`` at once, by the decoder outputs that they stand for."""
+        outputs = math.prod(x.shape[1:]) * self.likelihood.values_per_element
+        return max(1, _LOG_LIKELIHOOD_OUTPUTS // max(1, outputs))
 
     def _noise(self, mu: Tensor, noise: Noise | None, generator: torch.Generator | None) -> Tensor:
         if noise is None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae import ops
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 
 __all__ = ["VAE"]
+
+# Latent variables of the codes that are drawn at once while importance sampling.
+_CODE_NUMBERS = 2**20
 
 
 class VAE(BaseVAE):
@@ -41,6 +45,16 @@ class VAE(BaseVAE):
         z = reparameterize(mu, logvar, noise[0])
         log_px = self.log_px(z, x)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
+
+    @torch.no_grad()
+    def log_weights(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """``log_weight`` of several draws, [S, B], without a gradient; see :func:`fastvae.ops.log_px`."""
+        z = reparameterize(mu, logvar, noise[0])
+        log_px = ops.log_px(self.decoder, z, x, self.likelihood)
+        return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(2)
+
+    def _codes_at_once(self, x: Tensor, mu: Tensor) -> int:
+        return max(1, _CODE_NUMBERS // max(1, mu.shape[1]))
 
     def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """One z ~ q(z | x) for each x: [B, d]."""

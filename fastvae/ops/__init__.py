@@ -5,6 +5,7 @@ from fastvae.ops.grad_dot import grad_dot
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 from fastvae.ops.jacobian_l1 import jacobian_l1
 from fastvae.ops.leapfrog import leapfrog_kick_drift, leapfrog_kick_temper
+from fastvae.ops.log_px import log_px
 
 __all__ = [
     "gaussian_kl",
@@ -13,4 +14,5 @@ __all__ = [
     "jacobian_l1",
     "leapfrog_kick_drift",
     "leapfrog_kick_temper",
+    "log_px",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
@@ -59,4 +61,20 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
         raise NotImplementedError(
             f"fastvae::{name}: torch.func transforms (vmap, grad, vjp, jvp, ...) are not supported; use "
             f"fastvae.reference.{name} inside them"
+        )
+
+
+_warned: dict[str, weakref.WeakSet[nn.Module]] = {}
+
+
+def warn_not_lowered(name: str, decoder: nn.Module, instead: str, error: Exception) -> None:
+    """Say once for a decoder that ``fastvae.ops.<name>`` runs ``instead`` of its kernels, and why."""
+    seen = _warned.setdefault(name, weakref.WeakSet())
+    if decoder not in seen:
+        seen.add(decoder)
+        warnings.warn(
+            f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead (same "
+            f"result, slower). {error}",
+            UserWarning,
+            stacklevel=3,
         )

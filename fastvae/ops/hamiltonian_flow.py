@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -23,13 +21,12 @@ from fastvae.ops._registration import (
     float32_under_autocast,
     refuse_forward_mode,
     refuse_function_transforms,
+    warn_not_lowered,
 )
 from fastvae.reference import Trajectory
 
 STORE_LIMIT_BYTES = 256 * 2**20
 """memory="auto" keeps the activations of all steps up to this size, and recomputes them beyond it."""
-
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @overload
@@ -128,7 +125,7 @@ def hamiltonian_flow(
     except UnsupportedLayer as error:
         if torch.compiler.is_compiling():
             raise
-        _warn_once(decoder, error)
+        warn_not_lowered("hamiltonian_flow", decoder, "autograd", error)
         with torch.autocast(z.device.type, enabled=False):
             return reference.hamiltonian_flow(
                 decoder, z, rho, x, step_size, alpha, like, return_trajectory=return_trajectory
@@ -199,18 +196,6 @@ def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tenso
         spec, likelihood, shapes, operator.index(z.shape[1]), z.element_size(), cuda_index
     )
     return (steps + 1) * ((z.shape[0] + multiple - 1) // multiple * multiple) * numel
-
-
-def _warn_once(decoder: nn.Module, error: UnsupportedLayer) -> None:
-    if decoder not in _warned:
-        _warned.add(decoder)
-        warnings.warn(
-            f"fastvae.ops.hamiltonian_flow: this decoder cannot be lowered, so PyTorch's autograd "
-            f"runs instead (same "
-            f"result, slower). {error}",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 @torch.library.register_fake("fastvae::hamiltonian_flow")

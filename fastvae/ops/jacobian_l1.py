@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +15,9 @@ from fastvae.ops._registration import (
     float32_under_autocast,
     refuse_forward_mode,
     refuse_function_transforms,
+    warn_not_lowered,
 )
 from fastvae.reference import check_jacobian_options, resolve_latents
-
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def jacobian_l1(
@@ -72,7 +69,7 @@ def jacobian_l1(
     except UnsupportedLayer as error:
         if torch.compiler.is_compiling():
             raise
-        _warn_once(decoder, error)
+        warn_not_lowered("jacobian_l1", decoder, "autograd", error)
         with torch.autocast(z.device.type, enabled=False):
             return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)
     spec = network.spec
@@ -85,17 +82,6 @@ def jacobian_l1(
         spec += ";sigmoid"
     refuse_forward_mode("jacobian_l1", z, *network.tensors)
     return torch.ops.fastvae.jacobian_l1(z, network.tensors, spec, indices, p, reduction)
-
-
-def _warn_once(decoder: nn.Module, error: UnsupportedLayer) -> None:
-    if decoder not in _warned:
-        _warned.add(decoder)
-        warnings.warn(
-            f"fastvae.ops.jacobian_l1: this decoder cannot be lowered, so PyTorch's autograd runs instead (same "
-            f"result, slower). {error}",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 @torch.library.register_fake("fastvae::jacobian_l1")

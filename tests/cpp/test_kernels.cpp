@@ -422,6 +422,15 @@ void test_direct_convolution(const char* type, const ConvProblem<T>& p) {
     }
     cpu::narrow_conv_transpose(NarrowConvTranspose<T>{in, narrow, narrow_out, p.in_channels, w}, 0, p.samples);
   }
+  // The same outputs handed to a head: as it reads them from memory.
+  const LikelihoodSpec head{w.channels % 4 == 0 ? Likelihood::kCategorical : Likelihood::kBernoulli, 1.0, 4};
+  const int64_t positions = w.big_height * w.big_width;
+  const T* bias = inside.random(w.channels);
+  const T* x = inside.random(outputs);
+  cpu::head_residual(
+      HeadResidual<T>{y, bias, x, nullptr, expected.output(p.samples), p.samples, positions, w.channels, head}, 0,
+      p.samples);
+  cpu::conv_transpose_log_prob(ConvTransposeLogProb<T>{apply, bias, x, actual.output(p.samples), head}, 0, p.samples);
   const double error = difference(actual, expected);
   CHECK(error <= 400.0 * std::numeric_limits<T>::epsilon(),
         "direct_conv_transpose %s %dx%d kernel, %d to %d channels: off by %g", type, static_cast<int>(w.kernel_height),

@@ -6,97 +6,24 @@
 //   dW      the same windows against the input, summed over positions
 //
 // 2 H W kh kw C_in C_out FLOPs a sample each; the padding costs one copy of an image, 1% of it.
-#include <algorithm>
-#include <vector>
-
-#include "../kernels.h"
-#include "clones.h"
-#include "strided_product.h"
+#include "direct_convolution.h"
 
 namespace fastvae::cpu {
 namespace {
 
-FASTVAE_INLINE int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
-// A copy of [height, width, channels] with zeros around it.
-template <typename T>
-struct Padded {
-  int64_t top, left, height, width, channels;  // of the copy
-  std::vector<T> data;
-
-  Padded(int64_t top_rows, int64_t left_columns, int64_t all_rows, int64_t all_columns, int64_t image_channels)
-      : top(top_rows),
-        left(left_columns),
-        height(all_rows),
-        width(all_columns),
-        channels(image_channels),
-        data(height * width * channels, T(0)) {}
-
-  FASTVAE_INLINE void fill(const T* image, int64_t rows, int64_t columns) {
-    for (int64_t y = 0; y < std::min(rows, height - top); ++y) {
-      std::copy_n(image + y * columns * channels, std::min(columns, width - left) * channels,
-                  data.data() + ((y + top) * width + left) * channels);
-    }
-  }
-  int64_t row_stride() const { return width * channels; }
-  // Position (y, x) of the image.
-  const T* at(int64_t y, int64_t x) const { return data.data() + ((y + top) * width + x + left) * channels; }
-};
-
-// Along one axis: outputs phase + stride * q read inputs q + lowest ... q + lowest + taps - 1, in the order of
-// descending taps of the kernel, the last of which is `first`.
-struct Phase {
-  int64_t first, taps, lowest, outputs;
-  FASTVAE_INLINE Phase(int64_t phase, int64_t kernel, int64_t stride, int64_t padding, int64_t size)
-      : first((phase + padding) % stride),
-        taps(kernel > first ? (kernel - first + stride - 1) / stride : 0),
-        lowest(floor_divide(phase + padding - (first + (taps - 1) * stride), stride)),
-        outputs(size > phase ? (size - phase + stride - 1) / stride : 0) {}
-};
-
-// How far the windows of all phases reach beyond an input of `size`.
-struct Reach {
-  int64_t before = 0, after = 0;
-  FASTVAE_INLINE Reach(int64_t kernel, int64_t stride, int64_t padding, int64_t size, int64_t outputs) {
-    for (int64_t p = 0; p < stride; ++p) {
-      const Phase phase(p, kernel, stride, padding, outputs);
-      if (phase.taps > 0 && phase.outputs > 0) {
-        before = std::max(before, -phase.lowest);
-        after = std::max(after, phase.outputs + phase.lowest + phase.taps - 1 - size);
-      }
-    }
-  }
-};
-
-template <typename T>
-FASTVAE_INLINE Padded<T> padded_output(const ConvolutionWindow& w) {
-  return {w.padding_height, w.padding_width, (w.height - 1) * w.stride_height + w.kernel_height,
-          (w.width - 1) * w.stride_width + w.kernel_width, w.channels};
-}
-
 template <typename T>
 FASTVAE_INLINE void direct_conv_transpose_template(const DirectConvTranspose<T>& args, int64_t begin, int64_t end) {
   const ConvolutionWindow& w = args.window;
-  const int64_t inputs = args.in_channels, outputs = w.channels, tap = inputs * outputs;
-  const Reach rows(w.kernel_height, w.stride_height, w.padding_height, w.height, w.big_height);
-  const Reach columns(w.kernel_width, w.stride_width, w.padding_width, w.width, w.big_width);
-  Padded<T> in(rows.before, columns.before, rows.before + w.height + rows.after,
-               columns.before + w.width + columns.after, inputs);
+  PhaseRows<T> phases(args);
   for (int64_t sample = begin; sample < end; ++sample) {
-    in.fill(args.in + sample * w.height * w.width * inputs, w.height, w.width);
-    T* image = args.out + sample * w.big_height * w.big_width * outputs;
+    phases.load(sample);
+    T* image = args.out + sample * w.big_height * w.big_width * w.channels;
     for (int64_t y = 0; y < w.big_height; ++y) {
-      const Phase row(y % w.stride_height, w.kernel_height, w.stride_height, w.padding_height, w.big_height);
-      const T* weight = args.weight + row.first * w.kernel_width * tap;
-      for (int64_t p = 0; p < w.stride_width; ++p) {
-        const Phase column(p, w.kernel_width, w.stride_width, w.padding_width, w.big_width);
-        // Runs go through the tap rows upwards, hence through the input's rows downwards.
-        strided_product(StridedProduct<T>{in.at(y / w.stride_height + row.lowest + row.taps - 1, column.lowest), inputs,
-                                          1, -in.row_stride(), weight, outputs, w.stride_height * w.kernel_width * tap,
-                                          image + (y * w.big_width + p) * outputs, w.stride_width * outputs,
-                                          column.outputs, outputs, column.taps * inputs, row.taps, false});
-        weight += column.taps * tap;
-      }
+      phases.row(y, [&](int64_t first, int64_t, StridedProduct<T> product) FASTVAE_LAMBDA_INLINE {
+        product.c = image + (y * w.big_width + first) * w.channels;
+        product.c_m = w.stride_width * w.channels;
+        strided_product(product);
+      });
     }
   }
 }

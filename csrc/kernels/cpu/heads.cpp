@@ -1,48 +1,9 @@
 // Likelihood heads: residual and log probability from the last layer's output, and their tangent (kernels.h).
 //
 // Cost per output: 1 exponential (2 with the log probability, for the logarithm's series), reads 2, writes 1.
-#include <cmath>
-
-#include "../kernels.h"
-#include "clones.h"
-#include "lane_sum.h"
+#include "head_runs.h"
 
 namespace fastvae::cpu {
-
-// One run of outputs whose bias, if any, lies beside them.
-template <typename Head, bool has_bias, typename T>
-FASTVAE_INLINE void independent_head_run(const Head& head, const T* a, const T* bias, const T* x, T* residual,
-                                         int64_t n, bool wants_log_prob, LaneSum<T>& sum) {
-  constexpr int kLanes = LaneSum<T>::kLanes;
-  if (!wants_log_prob) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < n; ++j) {
-      residual[j] = head.residual(has_bias ? a[j] + bias[j] : a[j], x[j]);
-    }
-    return;
-  }
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    T lane_residual[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const math::HeadValue<T> both = head.both(has_bias ? a[j + lane] + bias[j + lane] : a[j + lane], x[j + lane]);
-      sum.lanes[lane] += both.log_prob;
-      lane_residual[lane] = both.residual;
-    }
-    if (residual != nullptr) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        residual[j + lane] = lane_residual[lane];
-      }
-    }
-  }
-  for (; j < n; ++j) {
-    const math::HeadValue<T> both = head.both(has_bias ? a[j] + bias[j] : a[j], x[j]);
-    sum.lanes[0] += both.log_prob;
-    if (residual != nullptr) {
-      residual[j] = both.residual;
-    }
-  }
-}
 
 template <typename Head, typename T>
 FASTVAE_INLINE void independent_head_rows(const HeadResidual<T>& args, int64_t begin, int64_t end) {
@@ -79,38 +40,21 @@ FASTVAE_INLINE void categorical_head_rows(const HeadResidual<T>& args, int64_t b
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
       const int64_t index = sample * pixels + pixel;
       const T* a = args.a + index * classes;
-      const T* bias = args.bias == nullptr ? nullptr : args.bias + (pixel % groups) * classes;
       T* residual = args.residual == nullptr ? nullptr : args.residual + index * classes;
       const int64_t chosen = math::class_of(args.x[index], classes);
-      T largest = bias == nullptr ? a[0] : a[0] + bias[0];
-      for (int64_t c = 1; c < classes; ++c) {
-        const T value = bias == nullptr ? a[c] : a[c] + bias[c];
-        largest = value > largest ? value : largest;
-      }
-      const T of_chosen = bias == nullptr ? a[chosen] : a[chosen] + bias[chosen];
-      LaneSum<T> lanes;
-      constexpr int kLanes = LaneSum<T>::kLanes;
-      for (int64_t c = 0; c < classes; c += kLanes) {
-        const int count = static_cast<int>(classes - c < kLanes ? classes - c : kLanes);
-        for (int lane = 0; lane < count; ++lane) {
-          const T value = bias == nullptr ? a[c + lane] : a[c + lane] + bias[c + lane];
-          const T e = math::exp(value - largest);
-          lanes.lanes[lane] += e;
-          if (residual != nullptr) {
-            residual[c + lane] = e;
-          }
-        }
-      }
-      const T normaliser = lanes.total();
+      const CategoricalRun<T> run =
+          args.bias == nullptr
+              ? categorical_run<false>(a, args.bias, chosen, classes, residual)
+              : categorical_run<true>(a, args.bias + (pixel % groups) * classes, chosen, classes, residual);
       if (residual != nullptr) {
-        const T scale = T(-1) / normaliser;
+        const T scale = T(-1) / run.normaliser;
 #pragma GCC ivdep
         for (int64_t c = 0; c < classes; ++c) {
           residual[c] *= scale;
         }
         residual[chosen] += T(1);
       }
-      sum += of_chosen - largest - std::log(normaliser);
+      sum += run.log_prob;
     }
     if (args.log_prob != nullptr) {
       args.log_prob[sample] = sum;

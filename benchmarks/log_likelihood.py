@@ -1,0 +1,244 @@
+"""The importance-sampled log-likelihood of images under a VAE, against eager PyTorch.
+
+    python benchmarks/log_likelihood.py             about a minute on 2 cores
+    python benchmarks/log_likelihood.py --quick     tiny sizes: does everything run?
+
+Every contestant computes log p(x) of the same images from the same noise, in float32, without gradients. The rivals:
+"eager, copies", as code around likelihood regret does it (Xiao, Yan, Amit, NeurIPS 2020): the image repeated for every
+sample, encoder and decoder on all copies, F.cross_entropy on the decoder's output; "eager, careful": the encoder once,
+the decoder in channels_last in tiles of 64 codes, F.cross_entropy on its rows, in inference mode, and the same through
+torch.compile. Errors are against float64. Written are log_likelihood-<device>.json, .md and .png.
+
+Floor: "FLOP floor", the decoder's floating-point operations at the rate of a large square product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HERE = Path(__file__).resolve().parent
+# As a script and with -m, from a source tree or beside an installed fastvae.
+sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent))
+
+import common  # noqa: E402
+import floors  # noqa: E402
+import flow_report as report  # noqa: E402
+
+import fastvae  # noqa: E402
+from fastvae.architectures import dcgan_decoder, dcgan_encoder  # noqa: E402
+
+OURS, COPIES, CAREFUL = "ours", "eager, copies", "eager, careful"
+COMPILED = ", torch.compile"
+TILE = 64
+"""codes that the careful rival decodes at once"""
+
+
+@dataclass(frozen=True)
+class Case:
+    key: str
+    title: str
+    channels: int
+    width: int
+    images: int
+    samples: int
+    seconds: float
+    """how long its contestants are timed"""
+
+
+def cases(quick: bool) -> list[Case]:
+    if quick:
+        return [Case("dcgan", "DCGAN of width 2, 1 image, 3 samples", 1, 2, 1, 3, 0.1)]
+    return [
+        Case("dcgan", "DCGAN 1x32x32, 256 classes, 1 image, 200 samples", 1, 32, 1, 200, 12),
+        Case("color", "DCGAN 3x32x32, 256 classes, 4 images, 25 samples", 3, 32, 4, 25, 12),
+    ]
+
+
+Noise = Callable[[int, int, Tensor], Tensor]
+
+
+def log_weights(logits: Tensor, classes: Tensor, z: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """[N] of logits [N, C 256, H, W], classes [N, C, H, W], codes, log variances and noise [N, d]."""
+    rows = logits.unflatten(1, (-1, 256)).movedim(2, -1)
+    log_px = (
+        -F.cross_entropy(rows.reshape(-1, 256), classes.flatten(), reduction="none")
+        .reshape(len(z), -1)
+        .sum(1)
+    )
+    return log_px + 0.5 * (noise.square() + logvar - z.square()).sum(1)
+
+
+def copies(model: fastvae.VAE, x: Tensor, noise: Tensor) -> Tensor:
+    """One image at a time, as published code does it."""
+    found = []
+    for image, drawn in zip(x, noise.unbind(1), strict=True):
+        repeated = image.expand(len(drawn), *image.shape)
+        mu, logvar = model.encoder(repeated).chunk(2, 1)
+        z = mu + torch.exp(logvar / 2) * drawn
+        classes = (repeated * 255).round().long()
+        weights = log_weights(model.decoder(z), classes, z, logvar, drawn)
+        found.append(weights.logsumexp(0) - math.log(len(drawn)))
+    return torch.stack(found)
+
+
+def careful(model: nn.Module, decode: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor) -> Tensor:
+    mu, logvar = model.encoder(x).chunk(2, 1)
+    codes = (mu + torch.exp(logvar / 2) * noise).flatten(0, 1)
+    classes = (x * 255).round().long()
+    weights = []
+    rows = torch.arange(len(codes)) % len(x)
+    for part in torch.arange(len(codes)).split(TILE):
+        of = rows[part]
+        weights.append(
+            log_weights(decode(codes[part]), classes[of], codes[part], logvar[of], noise.flatten(0, 1)[part])
+        )
+    return torch.cat(weights).reshape(len(noise), len(x)).logsumexp(0) - math.log(len(noise))
+
+
+def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Errors against float64 of every contestant, then their times and the floor."""
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    model = fastvae.VAE(
+        dcgan_encoder(case.channels, case.width), dcgan_decoder(case.channels, case.width), "categorical"
+    )
+    model = model.to(device).eval().requires_grad_(False)
+    last = torch.channels_last
+    fast = copy.deepcopy(model).to(memory_format=last)
+    x = (torch.randint(256, (case.images, case.channels, 32, 32)) / 255).to(device)
+    noise = torch.randn(case.samples, case.images, 100, device=device)
+
+    def ours() -> Tensor:
+        return model.log_likelihood(
+            x, case.samples, noise=lambda first, count, _: noise[None, first : first + count]
+        )
+
+    def inference(work: Callable[[], Tensor]) -> common.Contestant:
+        def run() -> Tensor:
+            with torch.inference_mode():
+                return work()
+
+        return run
+
+    contestants: dict[str, common.Contestant] = {
+        OURS: ours,
+        COPIES: inference(lambda: copies(model, x, noise)),
+        CAREFUL: inference(lambda: careful(fast, fast.decoder, x, noise)),
+    }
+    if options.compile:
+        compiled = torch.compile(fast.decoder)
+        contestants[CAREFUL + COMPILED] = inference(lambda: careful(fast, compiled, x, noise))
+    exact = careful(
+        copy.deepcopy(model).double(), copy.deepcopy(model.decoder).double(), x.double(), noise.double()
+    )
+    errors = {}
+    for name, run in contestants.items():
+        progress(f"{case.title}: {name}")
+        result = run()
+        assert isinstance(result, Tensor)
+        errors[name] = common.relative_error([result], [exact])
+    if not errors[OURS] < 1e-5:
+        raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}")
+
+    layers = floors.products(model.decoder, torch.randn(case.images * case.samples, 100, device=device))
+    operations = sum(layer.operations for layer in layers)
+    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
+    progress(f"{case.title}: timing")
+    contestants[square] = common.gemm(side, side, side, device)
+    timings = common.interleave(
+        contestants,
+        dict.fromkeys(contestants, common.clock_of(device)),
+        seconds=case.seconds,
+        min_rounds=2 if options.quick else 5,
+    )
+    gflops = 2 * side**3 / timings.pop(square).median / 1e6
+    floor_ms = {report.FLOPS: operations / gflops / 1e6}
+    mine = timings[OURS].median
+    return {
+        "case": case.key,
+        "title": case.title,
+        "operations": operations,
+        "square_gemm_gflops": gflops,
+        "timings_ms": timings,
+        "floor_ms": floor_ms,
+        "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
+        "ours_over_floor": {name: mine / value for name, value in floor_ms.items()},
+        "relative_error": errors,
+        "notes": {},
+    }
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: does it run?")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
+    )
+    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
+    parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
+    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.compile = options.compile and not options.quick
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--cuda: PyTorch sees no GPU")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(options.device)
+    environment = common.environment(device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"log_likelihood-{common.device_slug(device)}{'-quick' if options.quick else ''}"
+    records = [run_case(case, options) for case in cases(options.quick)]
+    settings = {"threads": options.threads, "precision": "float32, TF32 off"}
+    sections = ["# Importance-sampled log-likelihood"]
+    for record in records:
+        errors = [[name, f"{error:.1e}"] for name, error in record["relative_error"].items()]
+        sections += [
+            report.case_section(record, OURS),
+            common.markdown_table(["contestant", "error against float64"], errors),
+        ]
+    sections.append(report.environment_table(environment, settings))
+    panels = {
+        record["title"]: {name: ratio for name, ratio in record["ratio_to_ours"].items() if name != OURS}
+        for record in records
+    }
+    if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
+        progress("no figure: matplotlib is not installed")
+    record = {
+        "benchmark": "log_likelihood",
+        "environment": environment,
+        "settings": settings,
+        "cases": records,
+    }
+    common.write_json(path.with_suffix(".json"), record)
+    text = "\n\n".join(sections)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

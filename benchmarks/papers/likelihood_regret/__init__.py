@@ -1,0 +1,1 @@
+"""Training, scores and figures of the likelihood regret's experiment."""

@@ -1,0 +1,65 @@
+// log p(x | z) of several codes z for each x, forward only: what importance sampling asks of a decoder.
+//
+// FLOPs: one pass over the weights for each code. Tiles of codes keep the activations in a core's caches; x is shared
+// by the codes of a sample and never copied for them (but for a tile of more codes than there are samples).
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "../common/guard.h"
+#include "ops.h"
+
+namespace fastvae {
+namespace {
+
+// Bytes of the widest stage's activations in a tile, and codes beyond which a tile gains nothing.
+constexpr int64_t kTileBytesOnCpu = int64_t{2} << 20;
+constexpr int64_t kTileBytesOnCuda = int64_t{64} << 20;
+constexpr int64_t kTileRows = 4096;
+
+int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, bool cpu) {
+  int64_t widest = 1;
+  for (const at::Tensor& part : room_of_one) {
+    widest = std::max<int64_t>(widest, part.numel() * part.element_size());
+  }
+  return std::clamp<int64_t>((cpu ? kTileBytesOnCpu : kTileBytesOnCuda) / widest, 1, kTileRows);
+}
+
+}  // namespace
+
+at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList parameters,
+                  std::string_view network_text, std::string_view likelihood_text) {
+  constexpr const char* op = "log_px";
+  const EntryGuard guard(op, {z_in, x_in});
+  check_floating(op, "z", z_in);
+  FASTVAE_CHECK_VALUE(z_in.dim() == 3, op, "z", "shape [S, B, d]", describe(z_in));
+  const int64_t draws = z_in.size(0), samples = z_in.size(1), dim = z_in.size(2);
+  const LikelihoodSpec likelihood = parse_likelihood(op, likelihood_text);
+  const std::shared_ptr<const Program> program = find_program(op, network_text, parameters, dim, likelihood);
+  const Network network(op, *program, likelihood, parameters, z_in);
+  check_like(op, "x", x_in, z_in, "z");
+  check_sizes(op, "x", x_in, {samples, observed_numel(op, *program, likelihood)});
+  const at::Tensor log_prob = at::empty({draws, samples}, z_in.options());
+  if (log_prob.numel() == 0) {
+    return log_prob;
+  }
+  const at::Tensor dense = z_in.contiguous();
+  const at::Tensor z = dense.view({draws * samples, dim}), flat = log_prob.view({-1});
+  const int64_t limit = tile_rows(network.make_forward_room(1), z.is_cpu());
+  // A tile is a part of one draw of all samples, or several draws of them.
+  const int64_t together = std::clamp<int64_t>(limit / samples, 1, draws);
+  const int64_t tile = std::min(limit, together * samples);
+  const at::Tensor x = network.observed_to_rows(x_in).view({samples, -1}).repeat({together, 1});
+  const std::vector<at::Tensor> room = network.make_forward_room(tile);
+  for (int64_t draw = 0; draw < draws; draw += together) {
+    const int64_t rows = std::min(together, draws - draw) * samples;
+    for (int64_t first = 0; first < rows; first += tile) {
+      const int64_t start = draw * samples + first, count = std::min(tile, rows - first);
+      network.forward_log_prob(z.narrow(0, start, count), x.narrow(0, first, count), room,
+                               flat.narrow(0, start, count));
+    }
+  }
+  return log_prob;
+}
+
+}  // namespace fastvae

@@ -1,0 +1,69 @@
+"""The negative log-likelihood as an outlier score."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastvae.models.base import BaseVAE
+from fastvae.noise import SampleNoise, keys_of
+from fastvae.ood.base import Detector
+from fastvae.training.randomness import modes_kept
+
+__all__ = ["LikelihoodScore", "NegativeLogLikelihood"]
+
+
+class LikelihoodScore(Detector):
+    """What the scores share that importance-sample log p(x).
+
+    Args:
+        model: a trained fastvae model; scored in eval mode.
+        num_samples: importance samples.
+        seed: of the noise, which is keyed by (seed, the image): a score does not depend on the batch.
+
+    Raises:
+        ValueError: num_samples below 1.
+        TypeError: not a fastvae model.
+    """
+
+    model: BaseVAE
+
+    def __init__(self, model: BaseVAE, *, num_samples: int = 1000, seed: int = 0) -> None:
+        self._check_model("model", model)
+        if num_samples < 1:
+            raise ValueError(f"{type(self).__name__}: num_samples: expected at least 1, got {num_samples}")
+        super().__init__(model)
+        self.num_samples, self.seed = num_samples, seed
+
+    def _check_model(self, argument: str, model: object) -> None:
+        if not isinstance(model, BaseVAE):
+            found = type(model).__name__
+            raise TypeError(f"{type(self).__name__}: {argument}: expected a fastvae model, got {found}")
+
+    def _log_likelihood(self, model: BaseVAE, x: Tensor) -> Tensor:
+        """log p(x) [B] in nats, on the model's device."""
+        x = x.to(next(model.parameters()).device)
+        noise = SampleNoise(keys_of(x), self.seed, model.weight_draws)
+        with modes_kept(model):
+            model.eval()
+            return model.log_likelihood(x, self.num_samples, noise=noise)
+
+
+class NegativeLogLikelihood(LikelihoodScore):
+    """-log p(x) by importance sampling.
+
+    The plain score, and known to mislead: images simpler than the training data often score as more likely
+    than these (Nalisnick et al., Do Deep Generative Models Know What They Don't Know?, ICLR 2019).
+
+    Args:
+        model: a trained fastvae model; scored in eval mode.
+        num_samples: importance samples.
+        seed: of the noise, which is keyed by (seed, the image): a score does not depend on the batch.
+
+    Raises:
+        ValueError: num_samples below 1.
+        TypeError: not a fastvae model.
+    """
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device."""
+        return -self._log_likelihood(self.model, x)

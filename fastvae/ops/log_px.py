@@ -1,0 +1,81 @@
+"""log p(x | z) of several codes for each x, without a gradient: the inside of importance sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import reference
+from fastvae.likelihoods import Bernoulli, Likelihood, resolve
+from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
+from fastvae.ops._registration import (
+    cast_under_autocast,
+    check_one_device,
+    float32_under_autocast,
+    refuse_forward_mode,
+    refuse_function_transforms,
+    warn_not_lowered,
+)
+
+
+def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihood = "bernoulli") -> Tensor:
+    """log p(x_b | z_sb) in nats for every code z_sb of every x_b, forward only.
+
+    The decoder runs in tiles that stay in a core's caches. On a CPU a last transposed convolution to 8 channels
+    or more hands its outputs to the likelihood as they come, so that 256 logits a pixel are never stored; other
+    last layers store those of one tile. x is not repeated.
+
+    Args:
+        decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters.
+            Any other module runs as it is, in parts of 2**22 outputs, after one warning; under
+            ``torch.compile(fullgraph=True)`` it raises instead.
+        z: codes [S, B, d], float32 or float64, CPU or CUDA.
+        x: data, B samples with as many elements as the likelihood needs, in any shape; float, uint8 or bool.
+        likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
+
+    Returns:
+        [S, B]; it has no gradient, and ``backward`` through it raises NotImplementedError.
+
+    Raises:
+        ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end under "bernoulli".
+        TypeError: dtypes other than float32 and float64, or mixed.
+        CoupledSamples: BatchNorm or Dropout in training mode.
+        NotImplementedError: forward-mode differentiation, torch.func transforms.
+    """
+    refuse_function_transforms("log_px", z)
+    like = resolve(likelihood)
+    if z.dim() != 3:
+        raise ValueError(f"fastvae::log_px: z: expected shape [S, B, d], got {list(z.shape)}")
+    if x.dim() == 0 or x.shape[0] != z.shape[1]:
+        raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
+    z = float32_under_autocast(z)
+    try:
+        network = lower(decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
+    except CoupledSamples:
+        raise
+    except UnsupportedLayer as error:
+        if torch.compiler.is_compiling():
+            raise
+        warn_not_lowered("log_px", decoder, "own operators", error)
+        with torch.no_grad():
+            return reference.log_px(decoder, z, x, like)
+    if isinstance(like, Bernoulli) and network.ends_in_sigmoid:
+        raise ValueError(
+            "fastvae::log_px: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends "
+            "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
+        )
+    observed = like.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
+    refuse_forward_mode("log_px", z, observed, *network.tensors)
+    return torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, like.spec)
+
+
+@torch.library.register_fake("fastvae::log_px")
+def _(z: Tensor, x: Tensor, parameters: Sequence[Tensor], network: str, likelihood: str) -> Tensor:
+    check_one_device("log_px", z, "z", x=x, parameters=parameters)
+    return z.new_empty(z.shape[:2])
+
+
+cast_under_autocast("log_px")

@@ -1,0 +1,80 @@
+"""Fashion-MNIST against MNIST (benchmarks/papers): the whole experiment in small, stopped and resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import fastvae
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "papers" / "likelihood_regret.py"
+sys.path.append(str(SCRIPT.parent))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The script, whose name is also that of its package."""
+    spec = importlib.util.spec_from_file_location("likelihood_regret_script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_experiment_in_small(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("known", "other"):
+        np.savez(tmp_path / f"{name}.npz", images=generator.integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    arguments = ["--data", str(tmp_path / "known.npz"), "--ood", str(tmp_path / "other.npz")]
+    arguments += ["--checkpoint", str(tmp_path / "states"), "--out", str(tmp_path / "out")]
+    arguments += ["--steps", "2", "--background-steps", "1", "--checkpoint-steps", "1", "--batch-size", "4"]
+    arguments += [
+        "--width",
+        "2",
+        "--latent-dim",
+        "3",
+        "--images",
+        "4",
+        "--num-samples",
+        "2",
+        "--regret-steps",
+        "1",
+    ]
+    script.main(arguments)
+    first = json.loads((tmp_path / "out" / "likelihood_regret.json").read_text())
+    assert (tmp_path / "out" / "likelihood_regret.png").read_bytes().startswith(b"\x89PNG")
+    assert "published" in capsys.readouterr().out
+    scores = first["scores"]
+    assert {"NLL", "regret", "regret, posterior", "likelihood ratio", "complexity, png"} <= set(scores)
+    assert all(len(values) == 4 for by_set in scores.values() for values in by_set.values())
+    assert [row["score"] for row in first["measures"]] == list(scores)
+    with pytest.raises(SystemExit, match="pass --resume"):
+        script.main(arguments)
+
+    def computed(*_: object) -> None:
+        raise AssertionError("scores are kept")
+
+    monkeypatch.setattr(fastvae.VAE, "log_likelihood", computed)
+    script.main([*arguments, "--resume"])
+    assert json.loads((tmp_path / "out" / "likelihood_regret.json").read_text()) == first
+
+
+def test_images_are_resized_to_bytes() -> None:
+    from likelihood_regret.training import resized
+
+    images = fastvae.data.ImageDataset(torch.full((2, 1, 28, 28), 200, dtype=torch.uint8))
+    assert torch.equal(resized(images, 3).images, torch.full((2, 3, 32, 32), 200, dtype=torch.uint8))
+    with pytest.raises(SystemExit, match="expected 1 channels"):
+        resized(fastvae.data.ImageDataset(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)), 1)
