@@ -46,8 +46,8 @@ def keys_of(x: Tensor) -> Tensor:
         octets = torch.nn.functional.pad(octets, (0, 8 - octets.shape[1] % 8))
     words = octets.view(torch.int64)
     # A sum of products with odd numbers, in which every bit of every word counts.
-    folded = words ^ _shifted(words, 32)
-    return _mixed((folded * _multipliers(words.shape[1], x.device)).sum(1) + octets.shape[1])
+    folded = (words >> 32).bitwise_and_((1 << 32) - 1).bitwise_xor_(words)
+    return _mixed(folded.mul_(_multipliers(words.shape[1], x.device)).sum(1) + octets.shape[1])
 
 
 def draws_of(keys: Tensor, seed: int, draws: int, first: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from influence_problems import SHAPES, build, dense_vae, images, mlp, normalised_vae, tracin, vae_gradients
+from peers import peer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -152,6 +153,22 @@ def test_checkpoints_are_weighted_and_loaded_once() -> None:
         squares += 10 * scale * g.square().sum(1)
     assert close(score, expected, 1e-10) and close(norms, squares, 1e-10)
     assert close(top.influence_scores[:, 0], expected.max(1).values, 1e-10)
+
+
+def test_a_checkpoint_is_put_in_place_at_every_call() -> None:
+    model, x = build(dense_vae), images(5, 20)
+
+    def load(network: nn.Module, value: float) -> float:
+        with torch.no_grad():
+            network.encoder[0].weight.fill_(value)
+        return 1.0
+
+    found = TracIn(model, x, [0.1], load, num_samples=3)
+    first = found.influence(x)
+    assert not torch.equal(model.encoder[0].weight, torch.full_like(model.encoder[0].weight, 0.1))
+    assert torch.equal(found.influence(x), first)
+    load(model, 0.1)
+    assert torch.equal(found.influence(x), first)
 
 
 def test_the_model_is_given_back_as_it_was() -> None:
@@ -462,8 +479,7 @@ def test_a_script_for_captum_runs_with_its_import_changed(tmp_path: Path) -> Non
     assert torch.equal(names["loader"], matrix) and close(own[:3], matrix[:, :3].diagonal(), 1e-5)
     assert torch.equal(names["indices"], matrix.argsort(1, descending=True)[:, :4])
     assert names["opponents"].influence_scores.shape == (3, 4)
-    captum = pytest.importorskip("captum.influence", reason="captum, to compare with")
-    assert captum is not None
+    peer("captum.influence")
     exec(script.replace("LINE", "from captum.influence import TracInCP"), theirs := {})
     for name in ("matrix", "scores", "own"):
         assert close(names[name], theirs[name].detach(), 1e-5)

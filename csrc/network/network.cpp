@@ -137,17 +137,40 @@ const at::Tensor& Network::kept_error(size_t l, const Tape& tape) const {
   return tape.kept_g[l].defined() ? tape.kept_g[l] : tape.delta[l];
 }
 
-at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
-                                    const at::Tensor& log_prob) const {
-  at::Tensor in = z.view({-1});
-  const int64_t samples = z.size(0);
+at::Tensor Network::forward(const at::Tensor& in, const Tape& tape) const {
+  at::Tensor h = in.view({-1});
   for (size_t l = 0; l + 1 < depth(); ++l) {
-    forward_stage(l, in, tape.h[l], tape.kept_a[l]);
-    in = tape.h[l];
+    forward_stage(l, h, tape.h[l], tape.kept_a[l]);
+    h = tape.h[l];
   }
+  return apply(depth() - 1, h, tape.delta[depth() - 1]);
+}
+
+void Network::reverse(const Tape& tape) const {
+  for (size_t l = depth() - 1; l > 0; --l) {
+    const Stage& below = program_.stages[l - 1];
+    const bool keeps = tape.kept_g[l - 1].defined();
+    at::Tensor g = apply_transpose(l, tape.delta[l], keeps ? tape.kept_g[l - 1] : tape.delta[l - 1]);
+    if (keeps && !g.is_same(tape.kept_g[l - 1])) {
+      tape.kept_g[l - 1].copy_(g);
+    }
+    FASTVAE_DISPATCH(g, {
+      const ActivationReverse<scalar_t> args{
+          g.const_data_ptr<scalar_t>(), kept_slope(l - 1, tape).const_data_ptr<scalar_t>(),
+          tape.delta[l - 1].mutable_data_ptr<scalar_t>(), g.numel(), below.activation};
+      if (args.g != args.delta || !is_plain(below)) {
+        FASTVAE_LAUNCH(activation_reverse, g.device(), args, args.size, 1);
+      }
+    });
+  }
+}
+
+at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
+                                    const at::Tensor& log_prob, double scale) const {
+  const int64_t samples = z.size(0);
   const size_t last = depth() - 1;
   const SampleShape& out = program_.output();
-  at::Tensor raw = apply(last, in, tape.delta[last]);
+  at::Tensor raw = forward(z, tape);
   // With one to three channels the kernel would run over rows that short; without a bias a sample is one run.
   const bool narrow = bias_[last].defined() && out.channels < kNarrow && out.positions() > 1 &&
                       likelihood_.kind != Likelihood::kCategorical;
@@ -166,22 +189,10 @@ at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, co
                                       likelihood_};
     FASTVAE_LAUNCH(head_residual, raw.device(), args, args.samples, out.numel());
   });
-  for (size_t l = last; l > 0; --l) {
-    const Stage& below = program_.stages[l - 1];
-    const bool keeps = tape.kept_g[l - 1].defined();
-    at::Tensor g = apply_transpose(l, tape.delta[l], keeps ? tape.kept_g[l - 1] : tape.delta[l - 1]);
-    if (keeps && !g.is_same(tape.kept_g[l - 1])) {
-      tape.kept_g[l - 1].copy_(g);
-    }
-    FASTVAE_DISPATCH(g, {
-      const ActivationReverse<scalar_t> args{
-          g.const_data_ptr<scalar_t>(), kept_slope(l - 1, tape).const_data_ptr<scalar_t>(),
-          tape.delta[l - 1].mutable_data_ptr<scalar_t>(), g.numel(), below.activation};
-      if (args.g != args.delta || !is_plain(below)) {
-        FASTVAE_LAUNCH(activation_reverse, g.device(), args, args.size, 1);
-      }
-    });
+  if (scale != 1) {
+    tape.delta[last].mul_(scale);
   }
+  reverse(tape);
   const at::Tensor grad_z = at::empty({samples, program_.in_features()}, options_);
   return apply_transpose(0, tape.delta[0], grad_z.view({-1})).view(grad_z.sizes());
 }
@@ -286,6 +297,11 @@ void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::T
   } else {
     affine_add_weight_gradient(stage, weight_[l], delta, hdot, gradient);
   }
+}
+
+at::Tensor Network::with_bias(const at::Tensor& raw) const {
+  const at::Tensor rows = raw.view({-1, program_.output().channels});
+  return bias_.back().defined() ? rows + bias_.back() : rows;
 }
 
 std::vector<StageFactors> Network::factors(const at::Tensor& z, const at::Tensor& u, const Tape& tape,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.influence.noise import KeyedNoise, SeesRandomness
-from fastvae.influence.sweeps import Sweep, is_swept
+from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept, is_swept_whole
 from fastvae.models import BaseVAE
 from fastvae.noise import Stream, draws_of, keys_of
 
@@ -39,6 +39,21 @@ class Evaluation:
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""
         return Sweep(self.model) if self.loss_fn is None and is_swept(self.model) else None
+
+    def is_swept_whole(self) -> bool:
+        """Whether ``calls`` takes the place of autograd and hooks."""
+        return self.loss_fn is None and is_swept_whole(self.model)
+
+    def calls(self, batch: Batch, fold: bool) -> dict[str, list[Call]]:
+        """The calls of every layer, of the mean loss over the draws; without ``fold``, of each draw alone."""
+        model, x, draws = self.model, batch[0], self.draws
+        assert isinstance(model, BaseVAE)
+        keys = draws_of(keys_of(x), self.seed, draws)
+        return calls_of_vae(
+            model,
+            x if fold else x.repeat_interleave(draws, 0),
+            lambda latent_dim: Stream(keys).normal((latent_dim,)),
+        )
 
     def losses(self, batch: Batch, fold: bool = True, sweep: Sweep | None = None) -> Tensor:
         """The loss of each draw of each sample, [B * S], the draws of a sample side by side.

@@ -1,13 +1,14 @@
-"""The factors of a decoder's gradients from the lowered network's own sweeps, where hooks do not fire or cost more.
+"""The factors of gradients from the lowered networks' own sweeps, where hooks do not fire or cost more.
 
-A VAE's decoder runs forward and back in one sweep with its likelihood. The Hamiltonian flow hands out, for each of
+A VAE whose encoder can be swept, too, runs forward and back without autograd; else its decoder does, in one sweep
+with its likelihood. The Hamiltonian flow hands out, for each of
 its K + 1 forces, the pairs (delta_dot, h) and (delta, hdot) of every layer, and the gradients to each sample's own
 step sizes and tempering.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from fastvae.models.base import BaseVAE
 from fastvae.ops.hamiltonian_flow import observed_rows
 from fastvae.reference import expand_step_size
 
-__all__ = ["Call", "Sweep", "flow_parameters", "is_swept"]
+__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept", "is_swept_whole"]
 
 
 @dataclass
@@ -50,6 +51,60 @@ def is_swept(model: Any) -> bool:
     except (UnsupportedLayer, ValueError):
         return False
     return True
+
+
+def is_swept_whole(model: Any) -> bool:
+    """Whether the encoder does so, too, and nothing between the two is a subclass's own."""
+    kind = type(model)
+    if not is_swept(model) or isinstance(model, HVAE) or "encode" in vars(model):
+        return False
+    if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
+        return False
+    try:
+        lower(model.encoder)
+    except (UnsupportedLayer, ValueError):
+        return False
+    return True
+
+
+def calls_of_vae(model: BaseVAE, x: Tensor, noise_of: Callable[[int], Tensor]) -> dict[str, list[Call]]:
+    """The calls of every layer of encoder and decoder, for the loss of x averaged over the draws of its noise.
+
+    Args:
+        x: [B, ...].
+        noise_of: latent_dim -> [B * S, latent_dim], the draws of a sample side by side.
+    """
+    like = model.likelihood
+    if model.check_finite:
+        like.check(x)
+    encoder, decoder = lower(model.encoder), _lowered(model)
+    if model.latent_dim is None:
+        model.encode(x[:1])
+    assert model.latent_dim is not None
+    rows = like.as_float(x, encoder.tensors[0].dtype if encoder.tensors else decoder.tensors[0].dtype)
+    # The sweep takes flat samples.
+    shape = "" if x.dim() == 2 else f"reshape {' '.join(map(str, x.shape[1:]))};"
+    of_encoder, of_decoder = raw.vae_factors(
+        rows.flatten(1),
+        noise_of(model.latent_dim).to(rows),
+        model.beta,
+        encoder.tensors,
+        shape + encoder.spec,
+        decoder.tensors,
+        decoder.spec,
+        like.spec,
+    )
+    found: dict[str, list[Call]] = {}
+    for root, network, stages in (("encoder", encoder, of_encoder), ("decoder", decoder, of_decoder)):
+        for weight, bias, h, delta, _, _ in stages:
+            found.setdefault(_layer_name(root, network, weight, bias), []).append(Call(h, delta))
+    return found
+
+
+def _layer_name(root: str, network: LoweredNetwork, weight: int, bias: int) -> str:
+    """The module of a stage, by its name in the model."""
+    name = network.names[weight if weight >= 0 else bias].rpartition(".")[0]
+    return f"{root}.{name}" if name else root
 
 
 def flow_parameters(model: Any) -> list[str]:
@@ -138,8 +193,7 @@ class Sweep:
         return _FlowSweep.apply(self._entered(z), rho, x, eps.detach(), alpha.detach(), self)
 
     def _add(self, network: LoweredNetwork, weight: int, bias: int, calls: list[Call]) -> None:
-        name = network.names[weight if weight >= 0 else bias].rpartition(".")[0]
-        self._calls.setdefault(f"decoder.{name}" if name else "decoder", []).extend(calls)
+        self._calls.setdefault(_layer_name("decoder", network, weight, bias), []).extend(calls)
 
 
 class _DecoderSweep(torch.autograd.Function):
