@@ -175,8 +175,7 @@ class Engine:
         self, evaluation: Evaluation, batch: Batch, fold: bool, scale: float
     ) -> tuple[list[tuple[_Layer, list[Call]]], Tensor | None]:
         """Every layer with what it was given and the gradient at what it gave; the flow's own gradients [B, P]."""
-        if evaluation.is_swept_whole():
-            known = evaluation.calls(batch, fold)
+        if (known := evaluation.calls(batch, fold)) is not None:
             return [(layer, known[layer.name]) for layer in self._layers if layer.name in known], None
         sweep = evaluation.sweep()
         samples = len(batch[0]) * (1 if fold else evaluation.draws_of(batch))

@@ -8,13 +8,13 @@ step sizes and tempering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastvae._extension import raw
@@ -25,7 +25,7 @@ from fastvae.models.base import BaseVAE
 from fastvae.ops.hamiltonian_flow import observed_rows
 from fastvae.reference import expand_step_size
 
-__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept", "is_swept_whole"]
+__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept", "taking_rows"]
 
 
 @dataclass
@@ -53,51 +53,59 @@ def is_swept(model: Any) -> bool:
     return True
 
 
-def is_swept_whole(model: Any) -> bool:
-    """Whether the encoder does so, too, and nothing between the two is a subclass's own."""
-    kind = type(model)
-    if not is_swept(model) or isinstance(model, HVAE) or "encode" in vars(model):
-        return False
-    if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
-        return False
-    try:
-        lower(model.encoder)
-    except (UnsupportedLayer, ValueError):
-        return False
-    return True
+def taking_rows(encoder: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """The encoder of samples of this shape as a module of flat ones, which is what can be lowered."""
+    return encoder if len(shape) == 1 else nn.Sequential(nn.Unflatten(1, tuple(shape)), encoder)
 
 
-def calls_of_vae(model: BaseVAE, x: Tensor, noise_of: Callable[[int], Tensor]) -> dict[str, list[Call]]:
+def calls_of_vae(
+    model: Any, encoder: nn.Module, x: Tensor, noise_of: Callable[[int], Tensor]
+) -> dict[str, list[Call]] | None:
     """The calls of every layer of encoder and decoder, for the loss of x averaged over the draws of its noise.
 
     Args:
+        encoder: the model's, by ``taking_rows``.
         x: [B, ...].
         noise_of: latent_dim -> [B * S, latent_dim], the draws of a sample side by side.
+
+    Returns:
+        None where the encoder cannot be swept, or something between it and the decoder is a subclass's own.
     """
-    like = model.likelihood
+    kind = type(model)
+    if not is_swept(model) or isinstance(model, HVAE) or "encode" in vars(model):
+        return None
+    if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
+        return None
+    try:
+        of_encoder = lower(encoder)
+    except (UnsupportedLayer, ValueError):
+        return None
+    like, of_decoder = model.likelihood, _lowered(model)
     if model.check_finite:
         like.check(x)
-    encoder, decoder = lower(model.encoder), _lowered(model)
     if model.latent_dim is None:
         model.encode(x[:1])
-    assert model.latent_dim is not None
-    rows = like.as_float(x, encoder.tensors[0].dtype if encoder.tensors else decoder.tensors[0].dtype)
-    # The sweep takes flat samples.
-    shape = "" if x.dim() == 2 else f"reshape {' '.join(map(str, x.shape[1:]))};"
-    of_encoder, of_decoder = raw.vae_factors(
-        rows.flatten(1),
+    rows = like.as_float(x, of_decoder.tensors[0].dtype).flatten(1)
+    encoder_stages, decoder_stages = raw.vae_factors(
+        rows,
         noise_of(model.latent_dim).to(rows),
         model.beta,
-        encoder.tensors,
-        shape + encoder.spec,
-        decoder.tensors,
-        decoder.spec,
+        of_encoder.tensors,
+        of_encoder.spec,
+        of_decoder.tensors,
+        of_decoder.spec,
         like.spec,
     )
     found: dict[str, list[Call]] = {}
-    for root, network, stages in (("encoder", encoder, of_encoder), ("decoder", decoder, of_decoder)):
+    for root, network, stages in (
+        ("encoder", of_encoder, encoder_stages),
+        ("decoder", of_decoder, decoder_stages),
+    ):
         for weight, bias, h, delta, _, _ in stages:
-            found.setdefault(_layer_name(root, network, weight, bias), []).append(Call(h, delta))
+            name = _layer_name(root, network, weight, bias)
+            if root == "encoder" and encoder is not model.encoder:
+                name = name.replace("encoder.1", "encoder", 1)
+            found.setdefault(name, []).append(Call(h, delta))
     return found
 
 
