@@ -103,7 +103,7 @@ def cases(quick: bool) -> list[Case]:
             10,
             256,
             64,
-            20,
+            12,
         ),
     ]
 

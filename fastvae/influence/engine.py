@@ -18,6 +18,7 @@ from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import GRAM, TILES, Factors, cheaper_route, pair_cost, self_route
 from fastvae.influence.rules import NormRule, Rule, Terms, rule_of
 from fastvae.influence.sweeps import Call, flow_parameters, is_swept
+from fastvae.penalties import JacobianL1
 
 __all__ = ["AUDITED", "Engine"]
 
@@ -81,6 +82,10 @@ class Engine:
         self._of_flow = [name for name in flow_parameters(model) if name in wanted] if is_swept(model) else []
         for name in self._of_flow:
             self._uncovered.pop(name, None)
+        if any(isinstance(penalty, JacobianL1) for penalty in getattr(model, "penalties", ())):
+            reason = "JacobianL1 differentiates the decoder, and its gradient is no layer's own"
+            self._uncovered |= {name: reason for name in wanted if _in_decoder(name)}
+            self._leave_out_uncovered()
         for name, reason in self._uncovered.items():
             self._refuse(name, reason)
         self._terms: dict[str, Terms | None] = {}
@@ -89,6 +94,12 @@ class Engine:
     def _refuse(self, name: str, reason: str) -> None:
         if not self._materialise:
             raise UncoveredParameter(name, reason)
+
+    def _leave_out_uncovered(self) -> None:
+        for layer in self._layers:
+            layer.weight = layer.weight and f"{layer.name}.weight".lstrip(".") not in self._uncovered
+            layer.bias = layer.bias and f"{layer.name}.bias".lstrip(".") not in self._uncovered
+        self._layers = [layer for layer in self._layers if layer.weight or layer.bias]
 
     # ---- factors ----
 
@@ -268,10 +279,7 @@ class Engine:
                 )
                 self._refuse(name, reason)
                 self._uncovered[name] = reason
-        for layer in self._layers:
-            layer.weight = layer.weight and f"{layer.name}.weight".lstrip(".") not in self._uncovered
-            layer.bias = layer.bias and f"{layer.name}.bias".lstrip(".") not in self._uncovered
-        self._layers = [layer for layer in self._layers if layer.weight or layer.bias]
+        self._leave_out_uncovered()
         self._terms = {layer.name: self._terms.get(layer.name) for layer in self._layers}
         self._audited.add(evaluation.loss_fn)
 
