@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="folder or .npz (default: FASTVAE_DATA, else scikit-learn's digits)")
     parser.add_argument("--points", type=int, nargs="+", default=[60, 120, 240, 480, 960], help="N")
     parser.add_argument("--queries", type=int, default=30, help="training and new points (default: 30)")
-    parser.add_argument("--draws", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="S")
+    parser.add_argument("--draws", type=int, nargs="+", default=[4, 16, 64, 256], help="S")
     parser.add_argument("--reference", type=int, default=8192, help="S of the reference (default: 8192)")
     parser.add_argument("--trials", type=int, default=8, help="for each S (default: 8)")
     parser.add_argument("--pairs", type=int, default=32, help="images on both sides (default: 32)")
