@@ -94,6 +94,7 @@ def test_retrieval_experiment_in_small(
         return dict(json.loads((tmp_path / "out" / "retrieval.json").read_text()))
 
     results = run()
+    assert len(fastvae.History.load(tmp_path / "states" / "plain" / "history.json").checkpoints) == 2
     # The share of labels right is 1/3 by chance.
     assert results["retrieval"]["same_label_of_ten"] > 0.5
     assert results["foreign"]["found"][-1] == 1 and results["foreign"]["auroc"] > 0.8

@@ -41,9 +41,7 @@ def trained(x: Tensor, folder: Path, arguments: argparse.Namespace) -> tuple[fas
 def tracin_of(
     model: fastvae.VAE, x: Tensor, history: fastvae.History, arguments: argparse.Namespace
 ) -> TracIn:
-    # The first checkpoint is the start of the run, which no step led to.
-    checkpoints = history.checkpoints[1:]
-    return TracIn(model, x, checkpoints, num_samples=arguments.num_samples, query_seed=QUERY_SEED)
+    return TracIn(model, x, history.checkpoints, num_samples=arguments.num_samples, query_seed=QUERY_SEED)
 
 
 def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Namespace) -> Row:
