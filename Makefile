@@ -5,7 +5,7 @@
 #   make test-all    the slow tests too, sanitizers, CUDA kernels on the host
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
-#   make bench       benchmarks, JAX among the rivals                      (one: bench-flow, bench-jacobian, bench-consistency, bench-regret)
+#   make bench       benchmarks, JAX among the rivals                      (one: bench-flow, bench-jacobian, ...)
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
 #   make wheel       dist/*.whl for the torch of .venv
@@ -14,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers lint format bench bench-flow bench-jacobian bench-consistency bench-regret cuda-check cuda-build wheel clean build
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers lint format bench bench-flow bench-jacobian bench-consistency bench-regret bench-tracin cuda-check cuda-build wheel clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -118,9 +118,9 @@ format: $(VENV)/.packages
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: bench-flow bench-jacobian bench-consistency bench-regret
+bench: bench-flow bench-jacobian bench-consistency bench-regret bench-tracin
 
-bench-flow bench-jacobian bench-consistency bench-regret: bench-%: build/.extension $(VENV)/.bench
+bench-flow bench-jacobian bench-consistency bench-regret bench-tracin: bench-%: build/.extension $(VENV)/.bench
 	$(PY) -m benchmarks.$* $(ARGS)
 
 cuda-check:

@@ -120,3 +120,55 @@ def tangent_floor(layers: Sequence[Product], device: torch.device) -> Contestant
 def tangent_operations(layers: Sequence[Product]) -> int:
     """Floating-point operations of :func:`tangent_floor`, less those that padding cuts off."""
     return 3 * sum(layer.operations for layer in layers[1:])
+
+
+@dataclass(frozen=True)
+class InfluenceLayer:
+    """A layer whose gradient of one sample is a sum of ``terms`` outer products."""
+
+    terms: int
+    inner: int
+    columns: int
+    first: bool
+    """of a network whose input needs no gradient"""
+
+
+def influence_layers(networks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[InfluenceLayer]:
+    """The Linear and (transposed) convolutional layers of networks, the first of which reads the data.
+
+    Args:
+        inputs: one sample for each network.
+    """
+    found: list[InfluenceLayer] = []
+
+    def hook(layer: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        # A transposed convolution's terms are the positions of its input, each with a patch of the output.
+        rows = args[0] if isinstance(layer, nn.ConvTranspose2d) else out
+        terms = 1 if isinstance(layer, nn.Linear) else rows[0, 0].numel()
+        found.append(InfluenceLayer(terms, weight[0].numel(), len(weight), not found))
+
+    for network, sample in zip(networks, inputs, strict=True):
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        layers = [module for module in network.modules() if isinstance(module, kinds)]
+        handles = [layer.register_forward_hook(hook) for layer in layers]
+        with torch.no_grad():
+            network(sample)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def influence_operations(layers: Sequence[InfluenceLayer], train: int, queries: int) -> int:
+    """Fewest operations of all dot products between the gradients of ``train`` and of ``queries`` samples.
+
+    Forward and reverse through every layer; then Gram matrices of its terms, or gradients and their product.
+    """
+    total = 0
+    for layer in layers:
+        product = layer.terms * layer.inner * layer.columns
+        total += (1 if layer.first else 2) * product * (train + queries)
+        gram = layer.terms**2 * (layer.inner + layer.columns) * train * queries
+        total += min(gram, product * (train + queries) + layer.inner * layer.columns * train * queries)
+    return 2 * total

@@ -1,18 +1,24 @@
 """TracIn against the ways it is computed elsewhere: scores of all pairs of training images and queries.
 
-    python benchmarks/tracin.py [--cpu | --cuda] [--quick] [--threads 2]
-    python benchmarks/tracin.py --memory       peak memory of the 3.0M-parameter model of Kong and Chaudhuri (NeurIPS
-                                               2021), S = 16, 9,000 x 100 images
+    python benchmarks/tracin.py               times and errors, about 5 minutes on 2 cores
+    python benchmarks/tracin.py --memory      peak memory and time of the 3.0M-parameter model of Kong and Chaudhuri
+                                              (NeurIPS 2021), S = 16, 9,000 x 100 images, top 20
+    python benchmarks/tracin.py --quick       tiny sizes: does everything run?
 
-Every contestant computes the same losses with the same noise, one draw a sample, and is timed only if its scores agree
-with those of materialised gradients in float64. The loop of the authors' code and captum's fast mode, which knows only
-the last layer, are marked as what they are; a loop is timed on a part of the training images and scaled up.
+Every contestant computes the same losses with the same noise, one draw a sample, in float32, and is timed only if its
+scores agree with those of materialised gradients in float64. Rivals: the loop of the paper's authors, timed on a part
+of the training images and scaled up by the number of backward passes (a lower bound); vmap(grad); per-sample gradients
+from hooks and one product; Gram matrices of the factors from hooks; captum's TracInCP; kronfluence with its identity
+strategy. captum's fast mode, which knows only the last layer, computes less than the others. Written are
+tracin-<device>.json, .md and .png.
+
+FLOP floor: forward, reverse and the cheaper exact contraction of every layer, at the rate of a large square product.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,25 +30,37 @@ import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
+# As a script and with -m, from a source tree or beside an installed fastvae.
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))
 
 import common  # noqa: E402
+import floors  # noqa: E402
+import flow_report as report  # noqa: E402
 import tracin_rivals as rivals  # noqa: E402
 
 import fastvae  # noqa: E402
+from fastvae import architectures  # noqa: E402
 
 TOLERANCE = 1e-4
 """|difference| / |scores|: float32 round-off against float64."""
 
 OURS, LOOP, VMAP = "ours", "loop, one backward a sample", "vmap(grad), one product"
-GRAM, DENSE, CAPTUM = (
-    "Gram route, plain PyTorch",
-    "dense gradients, one product",
-    "captum TracInCPFast, last layer only",
-)
+GRAM, DENSE = "Gram matrices from hooks", "gradients from hooks, one product"
+CAPTUM, KRONFLUENCE = "captum TracInCP", "kronfluence, identity"
+FAST = "captum TracInCPFast, last layer only"
 LOOPED = 16
 """Training images that the loop is timed on."""
+
+TARGETS = [
+    report.Target("cpu", "mlp", VMAP, 150, OURS),
+    report.Target("cpu", "mlp", LOOP, 400, OURS),
+    report.Target("cpu", "mlp", GRAM, 1.2, OURS),
+    report.Target("cpu", "conv", VMAP, 5, OURS),
+    report.Target("cpu", "conv", DENSE, 1.5, OURS),
+]
+MEMORY_BOUND = 2 * 2**30
+"""bytes beyond model and images, at most"""
 
 
 @dataclass(frozen=True)
@@ -51,84 +69,42 @@ class Case:
     title: str
     networks: Callable[[], tuple[nn.Module, nn.Module]]
     shape: tuple[int, ...]
+    latent_dim: int
     train: int
     queries: int
     seconds: float
+    """how long its contestants are timed"""
 
 
-@dataclass(frozen=True)
-class Target:
-    """against / ours is at least the bound."""
-
-    case: str
-    against: str
-    bound: float
-
-
-TARGETS = [
-    Target("mlp", VMAP, 150),
-    Target("mlp", LOOP, 400),
-    Target("mlp", GRAM, 1.2),
-    Target("conv", VMAP, 5),
-    Target("conv", DENSE, 1.5),
-]
-
-
-def mlp(*widths: int) -> tuple[nn.Module, nn.Module]:
-    size, hidden, latent = widths
+def mlp(size: int, hidden: int, latent: int) -> tuple[nn.Module, nn.Module]:
     encoder = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
     return encoder, nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, size))
 
 
 def convolutional(width: int) -> tuple[nn.Module, nn.Module]:
-    """The networks for 64x64 images of Rhodes and Lee (NeurIPS 2021), at width 32."""
-    w, hidden, latent = width, 8 * width, 10
-
-    def down(before: int, after: int) -> list[nn.Module]:
-        return [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-
-    def up(before: int, after: int) -> nn.Module:
-        return nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)
-
-    encoder = nn.Sequential(
-        *down(1, w),
-        *down(w, w),
-        *down(w, 2 * w),
-        *down(2 * w, 2 * w),
-        nn.Flatten(),
-        nn.Linear(32 * w, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 2 * latent),
-    )
-    decoder = nn.Sequential(
-        nn.Linear(latent, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 32 * w),
-        nn.ReLU(),
-        nn.Unflatten(1, (2 * w, 4, 4)),
-        *(layer for size in ((2 * w, 2 * w), (2 * w, w), (w, w)) for layer in (up(*size), nn.ReLU())),
-        up(w, 1),
-    )
-    return encoder, decoder
+    return architectures.jacobian_l1_encoder(), architectures.jacobian_l1_decoder(width=width)
 
 
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [
-            Case("mlp", "20-12-4, 24 x 7", lambda: mlp(20, 12, 2), (20,), 24, 7, 0.1),
-            Case(
-                "conv",
-                "convolutional 64x64, width 2, 18 x 3",
-                lambda: convolutional(2),
-                (1, 64, 64),
-                18,
-                3,
-                0.1,
-            ),
+            Case("mlp", "12-8-4 / 2-8-12, 6 x 3", lambda: mlp(12, 8, 2), (12,), 2, 6, 3, 0.1),
+            Case("conv", "convolutional, 3 x 2", lambda: convolutional(4), (1, 64, 64), 10, 3, 2, 0.1),
         ]
     return [
-        Case("mlp", "784-400-40 / 20-400-784, 512 x 128", lambda: mlp(784, 400, 20), (784,), 512, 128, 15),
-        Case("conv", "beta-VAE 1x64x64, 256 x 64", lambda: convolutional(32), (1, 64, 64), 256, 64, 20),
+        Case(
+            "mlp", "784-400-40 / 20-400-784, 512 x 128", lambda: mlp(784, 400, 20), (784,), 20, 512, 128, 15
+        ),
+        Case(
+            "conv",
+            "convolutional beta-VAE 1x64x64, 256 x 64",
+            lambda: convolutional(32),
+            (1, 64, 64),
+            10,
+            256,
+            64,
+            12,
+        ),
     ]
 
 
@@ -143,8 +119,7 @@ class Problem:
         self.train, self.queries = (
             torch.rand(count, *case.shape).round().to(device) for count in (case.train, case.queries)
         )
-        latent = self.model.latent_dim or self.model.encode(self.queries)[0].shape[1]
-        self.noise = [rivals.noise_of(x, latent) for x in (self.train, self.queries)]
+        self.noise = [rivals.noise_of(x, case.latent_dim) for x in (self.train, self.queries)]
         self.tracin = fastvae.influence.TracIn(
             self.model, self.train, [None], lambda model, checkpoint: 1.0, num_samples=1
         )
@@ -163,167 +138,191 @@ class Problem:
 
 
 def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Errors against float64 of every contestant, then their times and the floor."""
     problem = Problem(case, device)
     expected = problem.expected()
     part = min(LOOPED, case.train)
-    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+    makers: dict[str, Callable[[], common.Contestant]] = {
         OURS: lambda: lambda: problem.tracin.influence(problem.queries),
         DENSE: lambda: problem.rival(rivals.dense),
         VMAP: lambda: problem.rival(rivals.vmap_grad),
         LOOP: lambda: problem.rival(rivals.loop, part),
     }
     if case.key == "mlp":
-        makers[GRAM] = lambda: problem.rival(rivals.gram)
-        makers[CAPTUM] = lambda: rivals.captum_last_layer(
-            problem.losses, problem.train, problem.queries, problem.noise
-        )
+        # These leave out transposed convolutions.
+        arguments = (problem.losses, problem.train, problem.queries, problem.noise)
+        makers |= {
+            GRAM: lambda: problem.rival(rivals.gram),
+            CAPTUM: lambda: rivals.captum(*arguments),
+            KRONFLUENCE: lambda: rivals.kronfluence(*arguments),
+            FAST: lambda: rivals.captum_last_layer(*arguments),
+        }
     contestants: dict[str, common.Contestant] = {}
-    errors, notes = {}, {}
+    errors: dict[str, float] = {}
+    notes: dict[str, str] = {}
     for name, make in makers.items():
-        print(f"{case.title}: {name}", file=sys.stderr, flush=True)
+        progress(f"{case.title}: {name}")
         try:
             contestant = make()
             scores = contestant()
-            if name != CAPTUM:
+            if name != FAST:
                 wanted = expected[:, :part] if name == LOOP else expected
-                errors[name] = common.relative_error([scores], [wanted])
+                errors[name] = common.relative_error([scores], [wanted])  # type: ignore[list-item]
                 if not errors[name] <= TOLERANCE:
                     raise ArithmeticError(f"off by {errors[name]:.1e}, over {TOLERANCE:.0e}")
         except Exception as error:
             if name == OURS:
                 raise
-            notes[name] = f"not timed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            notes[name] = (
+                f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            )
             continue
         contestants[name] = contestant
-    clocks = dict.fromkeys(contestants, common.clock_of(device))
+    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
+    contestants[square] = common.gemm(side, side, side, device)
+    progress(f"{case.title}: timing")
     timings = common.interleave(
-        contestants, clocks, seconds=case.seconds, min_rounds=2 if options.quick else 5
+        contestants,
+        dict.fromkeys(contestants, common.clock_of(device)),
+        seconds=case.seconds,
+        min_rounds=2 if options.quick else 5,
     )
-    milliseconds = {name: timing.median for name, timing in timings.items()}
-    if LOOP in milliseconds:
+    gflops = 2 * side**3 / timings.pop(square).median / 1e6
+    if LOOP in timings:
         # The queries' passes are made once, those of training images and the pairs for each of them.
-        milliseconds[LOOP] *= (case.train + case.queries) / (part + case.queries)
+        scale = (case.train + case.queries) / (part + case.queries)
+        timing = timings[LOOP]
+        timings[LOOP] = dataclasses.replace(
+            timing,
+            median=scale * timing.median,
+            lower_quartile=scale * timing.lower_quartile,
+            upper_quartile=scale * timing.upper_quartile,
+        )
         notes[LOOP] = (
             f"timed on {part} training images, scaled by the number of backward passes (a lower bound)"
         )
+    layers = floors.influence_layers(
+        (problem.losses.encoder, problem.losses.decoder),
+        (problem.queries[:1], problem.queries.new_zeros(1, case.latent_dim)),
+    )
+    operations = floors.influence_operations(layers, case.train, case.queries)
+    mine, floor = timings[OURS].median, operations / gflops / 1e6
     return {
         "case": case.key,
         "title": case.title,
+        "operations": operations,
+        "square_gemm_gflops": gflops,
         "timings_ms": timings,
-        "ms": milliseconds,
-        "ratio_to_ours": {name: ms / milliseconds[OURS] for name, ms in milliseconds.items()},
+        "floor_ms": {report.FLOPS: floor},
+        "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
+        "ours_over_floor": {report.FLOPS: mine / floor},
         "relative_error": errors,
         "notes": notes,
     }
 
 
-def judge(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_case = {record["case"]: record for record in records}
-    rows = []
-    for target in TARGETS:
-        measured = by_case[target.case]["ratio_to_ours"].get(target.against)
-        reached = None if measured is None else measured >= target.bound
-        rows.append(
-            {
-                "case": by_case[target.case]["title"],
-                "against": target.against,
-                "target": target.bound,
-                "measured": measured,
-                "reached": reached,
-            }
-        )
-    return rows
-
-
-def memory_probe(train: int, queries: int, draws: int) -> Callable[[], object]:
-    """The MNIST model of Kong and Chaudhuri: top 20 of every query, warmed up with a few images."""
-
-    def networks() -> tuple[nn.Module, nn.Module]:
-        def chain(*widths: int) -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for before, after in itertools.pairwise(widths):
-                layers += [nn.Linear(before, after), nn.ReLU()]
-            return nn.Sequential(*layers[:-1])
-
-        return chain(784, 1024, 512, 256, 256), chain(128, 256, 512, 1024, 784)
-
+def memory_probe(train: int, queries: int, draws: int, device: str) -> Callable[[], object]:
+    """Top 20 of every query by the paper's MNIST model, warmed up with a few images."""
     torch.manual_seed(0)
-    model = fastvae.VAE(*networks(), beta=4.0)
-    x, q = torch.rand(train, 784).round(), torch.rand(queries, 784).round()
+    model = fastvae.VAE(architectures.tracin_encoder(), architectures.tracin_decoder(), beta=4.0).to(device)
+    x, q = (torch.rand(count, 784, device=device).round() for count in (train, queries))
 
     def tracin(images: Tensor) -> fastvae.influence.TracIn:
         return fastvae.influence.TracIn(model, images, [None], lambda *_: 1.0, num_samples=draws)
 
     tracin(x[:8]).influence(q[:2])
+    return lambda: tracin(x).influence(q, k=min(20, train))
 
-    def work() -> None:
-        start = time.perf_counter()
-        tracin(x).influence(q, k=min(20, train))
-        seconds = time.perf_counter() - start
-        print(f"{seconds:.1f} s, {1e6 * seconds / (train * queries):.2f} us a pair", file=sys.stderr)
 
-    return work
+def run_memory(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak extra memory in a fresh process, and the time of one call in this one."""
+    train, queries, draws = (40, 4, 2) if options.quick else (9000, 100, 16)
+    arguments = (train, queries, draws, device.type)
+    if device.type == "cuda":
+        size = common.peak_extra_cuda_memory(memory_probe(*arguments))
+    else:
+        size = common.peak_extra_memory("tracin", "memory_probe", *arguments, threads=options.threads)
+    work = memory_probe(*arguments)
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    return {
+        "title": f"784-1024-512-256-256 / 128-256-512-1024-784, S = {draws}, {train} x {queries}, top 20",
+        "bytes": size,
+        "bound": MEMORY_BOUND,
+        "reached": size <= MEMORY_BOUND,
+        "seconds": seconds,
+        "microseconds_a_pair": 1e6 * seconds / (train * queries),
+    }
+
+
+def memory_section(row: dict[str, Any]) -> str:
+    return (
+        f"{row['title']}: peak extra memory {row['bytes'] / 2**20:.0f} MiB (target at most "
+        f"{row['bound'] / 2**20:.0f} MiB, reached: {report.REACHED[row['reached']]}); {row['seconds']:.1f} s, "
+        f"{row['microseconds_a_pair']:.1f} us a pair."
+    )
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
     parser.add_argument(
-        "--memory", action="store_true", help="peak memory of the paper's model instead of times"
+        "--memory", action="store_true", help="the paper's model instead: peak memory and time"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cuda", action="store_const", const="cuda", dest="device", help="(default if any)")
-    device.add_argument("--cpu", action="store_const", const="cpu", dest="device")
+    device.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
+    )
+    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
     parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--cuda: PyTorch sees no GPU")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.device(options.device)
-    if options.memory:
-        sizes = (40, 4, 2) if options.quick else (9000, 100, 16)
-        peak = common.peak_extra_memory("tracin", "memory_probe", *sizes, threads=options.threads)
-        print(f"{sizes[0]} x {sizes[1]}, S = {sizes[2]}: peak {peak / 2**20:.0f} MiB beyond model and images")
-        return
+    environment = common.environment(device)
+    environment |= {name: common.version_of(name) for name in ("captum", "kronfluence")}
+    settings: dict[str, Any] = {"threads": options.threads, "precision": "float32, TF32 off"}
     options.output.mkdir(parents=True, exist_ok=True)
-    records = [run_case(case, device, options) for case in cases(options.quick)]
-    record = {
-        "benchmark": "tracin",
-        "environment": common.environment(device),
-        "settings": {"threads": options.threads, "precision": "float32"},
-        "cases": records,
-        "targets": [] if options.quick else judge(records),
-    }
-    path = options.output / f"tracin-{common.device_slug(device)}{'-quick' if options.quick else ''}"
+    kind = "tracin-memory" if options.memory else "tracin"
+    path = options.output / f"{kind}-{common.device_slug(device)}{'-quick' if options.quick else ''}"
+    record: dict[str, Any] = {"benchmark": kind, "environment": environment, "settings": settings}
+    if options.memory:
+        record["memory"] = run_memory(device, options)
+        sections = ["# TracIn: memory", memory_section(record["memory"])]
+    else:
+        records = [run_case(case, device, options) for case in cases(options.quick)]
+        record["cases"] = records
+        record["targets"] = [] if options.quick else report.judge(records, device.type, TARGETS)
+        sections = ["# TracIn"]
+        if record["targets"]:
+            sections.append(report.target_table(record["targets"]))
+        sections += [report.case_section(case, OURS) for case in records]
+        panels = {
+            case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
+            for case in records
+        }
+        if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
+            progress("no figure: matplotlib is not installed")
+    sections.append(report.environment_table(environment, settings))
     common.write_json(path.with_suffix(".json"), record)
-    text = ["# TracIn"]
-    for target in record["targets"]:
-        measured = "not measured" if target["measured"] is None else f"{target['measured']:.2f}x"
-        verdict = {True: "reached", False: "missed", None: ""}[target["reached"]]
-        text.append(
-            f"- {target['case']}, {target['against']}: at least {target['target']:g}x, {measured} {verdict}"
-        )
-    for case in records:
-        rows = [
-            [name, f"{ms:.1f}", f"{case['ratio_to_ours'][name]:.2f}", case["notes"].get(name, "")]
-            for name, ms in case["ms"].items()
-        ]
-        rows += [[name, "", "", note] for name, note in case["notes"].items() if name not in case["ms"]]
-        text += [
-            f"## {case['title']}",
-            common.markdown_table(["contestant", "median, ms", "/ ours", ""], rows),
-        ]
-    environment = [
-        [name, str(value)] for name, value in {**record["environment"], **record["settings"]}.items()
-    ]
-    text.append(common.markdown_table(["", "value"], environment))
-    path.with_suffix(".md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    print("\n\n".join(text))
+    text = "\n\n".join(sections)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,6 +114,91 @@ def dense(losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor
         return torch.cat(parts, 1)
 
     return gradients(queries, noise[1]) @ gradients(train, noise[0]).T
+
+
+class _Sum(nn.Module):
+    """The model gives the losses; captum wants a loss function of output and target."""
+
+    reduction = "sum"
+
+    def forward(self, losses: Tensor, target: Tensor) -> Tensor:
+        return losses.sum()
+
+
+def captum(losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor]) -> Callable[[], object]:
+    """captum's TracInCP over all layers, which it takes if they are Linear or Conv2d.
+
+    Raises:
+        ImportError: captum is not installed.
+    """
+    from captum.influence import TracInCP
+
+    layers = [name for name, module in losses.named_modules() if isinstance(module, nn.Linear)]
+    tracin = TracInCP(
+        losses,
+        torch.utils.data.TensorDataset(train, noise[0], train),
+        ["none"],
+        lambda model, checkpoint: 1.0,
+        layers,
+        _Sum(),
+        64,
+        sample_wise_grads_per_batch=True,
+    )
+    return lambda: tracin.influence((queries, noise[1], queries))
+
+
+def kronfluence(
+    losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor]
+) -> Callable[[], object]:
+    """kronfluence without preconditioning; it takes Linear and Conv2d layers and keeps its results in files.
+
+    Raises:
+        ImportError: kronfluence is not installed.
+    """
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.task import Task
+
+    class Loss(Task):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            return model(*batch).sum()
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return model(*batch).sum()
+
+    task = Loss()
+    folder = tempfile.TemporaryDirectory()
+    analyzer = Analyzer(
+        "tracin",
+        prepare_model(copy.deepcopy(losses), task),
+        task,
+        cpu=train.device.type == "cpu",
+        log_level=logging.ERROR,
+        disable_tqdm=True,
+        output_dir=folder.name,
+    )
+    data = [torch.utils.data.TensorDataset(x, eps) for x, eps in zip((train, queries), noise, strict=True)]
+    analyzer.fit_all_factors(
+        "identity",
+        data[0],
+        per_device_batch_size=len(train),
+        factor_args=FactorArguments(strategy="identity"),
+    )
+
+    def scores() -> Tensor:
+        assert folder.name  # kept as long as this function
+        analyzer.compute_pairwise_scores(
+            "scores",
+            "identity",
+            data[1],
+            data[0],
+            per_device_query_batch_size=len(queries),
+            per_device_train_batch_size=len(train),
+            overwrite_output_dir=True,
+        )
+        return analyzer.load_pairwise_scores("scores")["all_modules"]
+
+    return scores
 
 
 def captum_last_layer(

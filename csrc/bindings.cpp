@@ -172,14 +172,26 @@ PYBIND11_MODULE(_C, m) {
       .def("update", &fastvae::NetworkCopies::update, unlocked, arg("grad"))
       .def("parameters", &fastvae::NetworkCopies::parameters, unlocked);
   m.def(
+      "vae_factors",
+      [](const at::Tensor& x, const at::Tensor& noise, double beta, const std::vector<at::Tensor>& encoder_parameters,
+         const std::string& encoder, const std::vector<at::Tensor>& decoder_parameters, const std::string& decoder,
+         const std::string& likelihood) {
+        std::tuple<std::vector<fastvae::StageFactors>, std::vector<fastvae::StageFactors>> found;
+        {
+          const pybind11::gil_scoped_release unlocked_here;
+          found = fastvae::vae_factors(x, noise, beta, encoder_parameters, encoder, decoder_parameters, decoder,
+                                       likelihood);
+        }
+        return pybind11::make_tuple(as_list(std::get<0>(found)), as_list(std::get<1>(found)));
+      },
+      arg("x"), arg("noise"), arg("beta"), arg("encoder_parameters"), arg("encoder"), arg("decoder_parameters"),
+      arg("decoder"), arg("likelihood"));
+  m.def(
       "convolution_gradients",
       [](const at::Tensor& larger, const at::Tensor& smaller, const std::vector<int64_t>& kernel,
-         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-         int64_t samples) {
-        return fastvae::convolution_gradients(larger, smaller, kernel, stride, padding, dilation, samples);
-      },
-      unlocked, arg("larger"), arg("smaller"), arg("kernel"), arg("stride"), arg("padding"), arg("dilation"),
-      arg("samples"));
+         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+         int64_t samples) { return fastvae::convolution_gradients(larger, smaller, kernel, stride, padding, samples); },
+      unlocked, arg("larger"), arg("smaller"), arg("kernel"), arg("stride"), arg("padding"), arg("samples"));
   m.def(
       "log_px",
       [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,

@@ -11,6 +11,8 @@ __all__ = [
     "hvae_encoder",
     "jacobian_l1_decoder",
     "jacobian_l1_encoder",
+    "tracin_decoder",
+    "tracin_encoder",
 ]
 
 
@@ -170,4 +172,49 @@ def dcgan_decoder(
         nn.BatchNorm2d(width),
         nn.ReLU(),
         nn.ConvTranspose2d(width, channels * values_per_element, 4, stride=2, padding=1),
+    )
+
+
+def tracin_encoder(pixels: int = 784, latent_dim: int = 128, width: int = 1024) -> nn.Sequential:
+    """The encoder for MNIST of Kong, Chaudhuri, NeurIPS 2021: three hidden layers, ReLU.
+
+    Args:
+        pixels: of an image, its channels included.
+        latent_dim: d.
+        width: of the first hidden layer; the next ones have half and a quarter of it.
+
+    Returns:
+        A module from images [B, ...] of so many pixels to [B, 2 d]: mean and log variance.
+    """
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(pixels, width),
+        nn.ReLU(),
+        nn.Linear(width, width // 2),
+        nn.ReLU(),
+        nn.Linear(width // 2, width // 4),
+        nn.ReLU(),
+        nn.Linear(width // 4, 2 * latent_dim),
+    )
+
+
+def tracin_decoder(pixels: int = 784, latent_dim: int = 128, width: int = 1024) -> nn.Sequential:
+    """The decoder that mirrors :func:`tracin_encoder`.
+
+    Args:
+        pixels: of an image, its channels included.
+        latent_dim: d.
+        width: of the last hidden layer; the ones before have half and a quarter of it.
+
+    Returns:
+        A module from [B, d] to logits [B, pixels].
+    """
+    return nn.Sequential(
+        nn.Linear(latent_dim, width // 4),
+        nn.ReLU(),
+        nn.Linear(width // 4, width // 2),
+        nn.ReLU(),
+        nn.Linear(width // 2, width),
+        nn.ReLU(),
+        nn.Linear(width, pixels),
     )

@@ -22,19 +22,29 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 def _shifted(bits: Tensor, places: int) -> Tensor:
     """A right shift that fills with zeros."""
-    return (bits >> places) & ((1 << (64 - places)) - 1)
+    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def _mixed(bits: Tensor) -> Tensor:
     """The output function of SplitMix64: a bijection of 64 bits that leaves no pattern."""
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND
-    return bits ^ _shifted(bits, 31)
+    bits = _shifted(bits, 30).bitwise_xor_(bits).mul_(_FIRST)
+    bits = _shifted(bits, 27).bitwise_xor_(bits).mul_(_SECOND)
+    return _shifted(bits, 31).bitwise_xor_(bits)
+
+
+@functools.lru_cache(maxsize=32)
+def _counters(first: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(first + 1, first + count + 1, device=device) * _GAMMA
 
 
 @functools.lru_cache(maxsize=8)
 def _multipliers(count: int, device: torch.device) -> Tensor:
-    return _mixed(torch.arange(1, count + 1, device=device) * _GAMMA) | 1
+    return _mixed(_counters(0, count, device)) | 1
+
+
+@functools.lru_cache(maxsize=8)
+def _of_seed(seed: int, device: torch.device) -> Tensor:
+    return _mixed(torch.tensor(seed, device=device) + _GAMMA)
 
 
 def keys_of(x: Tensor) -> Tensor:
@@ -46,15 +56,14 @@ def keys_of(x: Tensor) -> Tensor:
         octets = torch.nn.functional.pad(octets, (0, 8 - octets.shape[1] % 8))
     words = octets.view(torch.int64)
     # A sum of products with odd numbers, in which every bit of every word counts.
-    folded = words ^ _shifted(words, 32)
-    return _mixed((folded * _multipliers(words.shape[1], x.device)).sum(1) + octets.shape[1])
+    folded = _shifted(words, 32).bitwise_xor_(words)
+    return _mixed(folded.mul_(_multipliers(words.shape[1], x.device)).sum(1) + octets.shape[1])
 
 
 def draws_of(keys: Tensor, seed: int, draws: int, first: int = 0) -> Tensor:
     """The key of each draw from ``first`` on of each sample, a sample's side by side: int64 [B * draws]."""
-    of_seed = _mixed(torch.tensor(seed, device=keys.device) + _GAMMA)
-    counts = torch.arange(first + 1, first + draws + 1, device=keys.device) * _GAMMA
-    return _mixed(_mixed(keys ^ of_seed)[:, None] + counts).flatten()
+    mine = _mixed(keys ^ _of_seed(seed, keys.device))
+    return _mixed(mine[:, None] + _counters(first, draws, keys.device)).flatten()
 
 
 class Stream:
@@ -69,15 +78,25 @@ class Stream:
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """[rows, *shape] in (0, 1)."""
-        count = math.prod(shape)
-        counters = torch.arange(self._used + 1, self._used + count + 1, device=self.keys.device) * _GAMMA
-        self._used += count
-        bits = _mixed(self.keys[:, None] + counters)
-        return (_shifted(bits, 11).double() + 0.5).mul_(2.0**-53).reshape(len(self.keys), *shape)
+        return _unit(_shifted(self._bits(shape), 11), 53)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """[rows, *shape], standard normal."""
-        return self.uniform(shape).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
+        """[rows, *shape], standard normal (Box and Muller, from the two halves of 64 bits)."""
+        bits = self._bits(shape)
+        radius = _unit(_shifted(bits, 32), 32).log_().mul_(-2).sqrt_()
+        angle = _unit(bits.bitwise_and_((1 << 32) - 1), 32).mul_(2 * math.pi)
+        return angle.cos_().mul_(radius)
+
+    def _bits(self, shape: Sequence[int]) -> Tensor:
+        count = math.prod(shape)
+        counters = _counters(self._used, count, self.keys.device)
+        self._used += count
+        return _mixed(self.keys[:, None] + counters).reshape(len(self.keys), *shape)
+
+
+def _unit(bits: Tensor, count: int) -> Tensor:
+    """Numbers of so many bits as the middles of equal parts of (0, 1), in float64."""
+    return bits.double().add_(0.5).mul_(2.0**-count)
 
 
 class SampleNoise:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import peer
 from torch import nn
 
 import fastvae
@@ -28,6 +29,7 @@ import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
 import regret  # noqa: E402
 import log_likelihood  # noqa: E402
+import tracin  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -253,3 +255,40 @@ def test_two_batches_are_the_same_objective() -> None:
     model.draw_noise = lambda *_: noise  # type: ignore[method-assign]
     expected = penalised(x, noise=noise).mean()
     torch.testing.assert_close(consistency.two_batches(model, x, view, 0.3), expected)
+def test_quick_run_of_tracin_times_every_contestant(tmp_path: Path) -> None:
+    peer("captum")
+    printed = run_quick(tmp_path, script="tracin")
+    record = read(tmp_path / "tracin-cpu-quick.json")
+    of_both = {tracin.OURS, tracin.DENSE, tracin.VMAP, tracin.LOOP}
+    of_mlp = of_both | {tracin.GRAM, tracin.CAPTUM, tracin.FAST}
+    if importlib.util.find_spec("kronfluence"):  # of the extra bench
+        of_mlp.add(tracin.KRONFLUENCE)
+    for case, names in zip(record["cases"], (of_mlp, of_both), strict=True):
+        assert set(case["timings_ms"]) == names, case["notes"]
+        assert set(case["relative_error"]) == names - {tracin.FAST}
+        assert max(case["relative_error"].values()) <= tracin.TOLERANCE
+        assert case["ours_over_floor"][flow_report.FLOPS] > 1
+    assert (tmp_path / "tracin-cpu-quick.md").read_text().strip() == printed.strip()
+    assert (tmp_path / "tracin-cpu-quick.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_quick_memory_run_of_tracin(tmp_path: Path) -> None:
+    run_quick(tmp_path, "--memory", script="tracin")
+    row = read(tmp_path / "tracin-memory-cpu-quick.json")["memory"]
+    assert 0 <= row["bytes"] < tracin.MEMORY_BOUND and row["reached"] and row["microseconds_a_pair"] > 0
+
+
+def test_influence_floor_takes_the_cheaper_exact_route_of_each_layer() -> None:
+    encoder = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 4))
+    decoder = nn.Sequential(nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 5, 3))
+    layers = floors.influence_layers((encoder, decoder), (torch.zeros(1, 2, 3, 3), torch.zeros(1, 2)))
+    assert layers == [
+        floors.InfluenceLayer(4, 8, 3, True),
+        floors.InfluenceLayer(1, 12, 4, False),
+        floors.InfluenceLayer(1, 2, 8, False),
+        floors.InfluenceLayer(4, 45, 2, False),
+    ]
+    # A dense layer goes by Gram matrices, a convolution by gradients.
+    assert floors.influence_operations(layers[1:2], 5, 3) == 2 * (2 * 48 * 8 + 16 * 15)
+    assert floors.influence_operations(layers[:1], 5, 3) == 2 * (4 * 24 * 8 + 4 * 24 * 8 + 24 * 15)

@@ -7,14 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from influence_problems import SHAPES, build, dense_vae, images, mlp, normalised_vae, tracin, vae_gradients
+from influence_problems import (
+    SHAPES,
+    build,
+    convolutional_vae,
+    dense_vae,
+    images,
+    mlp,
+    normalised_vae,
+    tracin,
+    vae_gradients,
+)
+from peers import peer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
-from fastvae.influence import TracIn, UncoveredParameter, engine
+from fastvae.influence import TracIn, UncoveredParameter, engine, evaluation
 from fastvae.influence.factors import GRAM, TILES
 from fastvae.influence.topk import TopK
+from fastvae.models import HVAE, VAE, BaseVAE
 from fastvae.noise import Stream, draws_of, keys_of
 
 each_model = pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
@@ -152,6 +164,22 @@ def test_checkpoints_are_weighted_and_loaded_once() -> None:
         squares += 10 * scale * g.square().sum(1)
     assert close(score, expected, 1e-10) and close(norms, squares, 1e-10)
     assert close(top.influence_scores[:, 0], expected.max(1).values, 1e-10)
+
+
+def test_a_checkpoint_is_put_in_place_at_every_call() -> None:
+    model, x = build(dense_vae), images(5, 20)
+
+    def load(network: nn.Module, value: float) -> float:
+        with torch.no_grad():
+            network.encoder[0].weight.fill_(value)
+        return 1.0
+
+    found = TracIn(model, x, [0.1], load, num_samples=3)
+    first = found.influence(x)
+    assert not torch.equal(model.encoder[0].weight, torch.full_like(model.encoder[0].weight, 0.1))
+    assert torch.equal(found.influence(x), first)
+    load(model, 0.1)
+    assert torch.equal(found.influence(x), first)
 
 
 def test_the_model_is_given_back_as_it_was() -> None:
@@ -372,6 +400,52 @@ def test_uncovered_parameters_raise_or_are_materialised(kind: type[nn.Module]) -
     assert "autograd, sample by sample" in str(found.coverage())
 
 
+@pytest.mark.parametrize("kind", [VAE, HVAE], ids=lambda kind: kind.__name__)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_penalty_on_the_decoder_is_refused_or_materialised(kind: type[BaseVAE]) -> None:
+    torch.manual_seed(0)
+    penalties = [fastvae.penalties.JacobianL1(0.1)]
+    model = kind(mlp(20, 12, 8), mlp(4, 12, 20), penalties=penalties).double()
+    x, queries = images(4, 20), images(2, 20, seed=2)
+    with pytest.raises(
+        UncoveredParameter, match=r"decoder\.0\.weight: JacobianL1 differentiates|no rule for Tempering"
+    ):
+        tracin(model, x)
+    found = tracin(model, x, uncovered="materialise")
+    g, h = vae_gradients(model, x, 3).mean(1), vae_gradients(model, queries, 3).mean(1)
+    assert close(found.influence(queries), h @ g.T, 1e-10)
+    plain = tracin(kind(model.encoder, model.decoder).double(), x).influence(queries)
+    assert not close(found.influence(queries), plain, 1e-3)
+
+
+class Heads(nn.Module):
+    """Mean and log variance by layers of their own: no chain, so that only the decoder is swept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu, self.logvar = nn.Linear(20, 4), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mu(x), self.logvar(x)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_encoders_swept_or_not_give_the_same(draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for model, shape in (
+        (build(dense_vae), (20,)),
+        (build(convolutional_vae), (1, 8, 8)),
+        (VAE(Heads(), mlp(4, 12, 20)).double(), (20,)),
+    ):
+        x, queries = images(5, *shape), images(3, *shape, seed=2)
+        found = tracin(model, x, num_samples=draws).influence(queries)
+        g, h = vae_gradients(model, x, draws).mean(1), vae_gradients(model, queries, draws).mean(1)
+        assert close(found, h @ g.T, 1e-10)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation.Evaluation, "calls", lambda *_: None)
+            assert close(tracin(model, x, num_samples=draws).influence(queries), found, 1e-12)
+
+
 def test_a_batch_norm_without_running_statistics_couples_samples() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
     with pytest.raises(UncoveredParameter, match=r"1\.weight: .*couples the samples"):
@@ -462,8 +536,7 @@ def test_a_script_for_captum_runs_with_its_import_changed(tmp_path: Path) -> Non
     assert torch.equal(names["loader"], matrix) and close(own[:3], matrix[:, :3].diagonal(), 1e-5)
     assert torch.equal(names["indices"], matrix.argsort(1, descending=True)[:, :4])
     assert names["opponents"].influence_scores.shape == (3, 4)
-    captum = pytest.importorskip("captum.influence", reason="captum, to compare with")
-    assert captum is not None
+    peer("captum.influence")
     exec(script.replace("LINE", "from captum.influence import TracInCP"), theirs := {})
     for name in ("matrix", "scores", "own"):
         assert close(names[name], theirs[name].detach(), 1e-5)

@@ -6,6 +6,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
+#include <utility>
+
 #include "conv_transpose.h"
 
 namespace fastvae {
@@ -23,6 +25,20 @@ at::Tensor as_rows(const at::Tensor& image) {
 
 bool is_convolution(const Stage& stage) {
   return stage.affine == Affine::kConv2d || stage.affine == Affine::kConvTranspose2d;
+}
+
+// The transposed convolution whose transpose a convolution is; their weights have the same layout.
+Stage mirrored(const Stage& stage) {
+  Stage mirror = stage;
+  mirror.affine = Affine::kConvTranspose2d;
+  std::swap(mirror.in, mirror.out);
+  return mirror;
+}
+
+// Whether the kernels for transposed convolutions take a convolution in their stead.
+bool is_mirrored(const Stage& stage, const at::Tensor& weight) {
+  return stage.affine == Affine::kConv2d &&
+         conv_transpose_route(mirrored(stage), weight) != ConvTransposeRoute::kLibrary;
 }
 
 at::Tensor convolve(const Stage& stage, const at::Tensor& weight, const at::Tensor& in) {
@@ -47,7 +63,10 @@ at::Tensor transpose_blocks(const at::Tensor& in, const at::Tensor& out, int64_t
 }  // namespace
 
 at::Tensor affine_pack(const Stage& stage, const at::Tensor& weight) {
-  return stage.affine == Affine::kConvTranspose2d ? conv_transpose_pack(stage, weight) : weight.contiguous();
+  if (is_convolution(stage)) {
+    return conv_transpose_pack(stage.affine == Affine::kConv2d ? mirrored(stage) : stage, weight);
+  }
+  return weight.contiguous();
 }
 
 at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::Tensor& in, const at::Tensor& out) {
@@ -71,6 +90,10 @@ at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::
     default:
       if (conv_transpose_route(stage, weight) != ConvTransposeRoute::kLibrary) {
         conv_transpose(stage, weight, in, out);
+        return out;
+      }
+      if (is_mirrored(stage, weight)) {
+        conv_transpose_reverse(mirrored(stage), weight, in, out);
         return out;
       }
       return convolve(stage, weight, in);
@@ -101,6 +124,10 @@ at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const 
         conv_transpose_reverse(stage, weight, delta, out);
         return out;
       }
+      if (is_mirrored(stage, weight)) {
+        conv_transpose(mirrored(stage), weight, delta, out);
+        return out;
+      }
       // `out` stands in for the layer's input, of which only the sizes are read.
       return as_rows(
           std::get<0>(convolve_backward(stage, weight, delta, as_image(out, stage.in), {true, false, false})));
@@ -114,6 +141,8 @@ void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, co
     gradient.addmm_(delta.view({-1, stage.out.channels}).t(), h.view({-1, stage.in.channels}));
   } else if (conv_transpose_route(stage, weight) != ConvTransposeRoute::kLibrary) {
     conv_transpose_add_weight_gradient(stage, weight, delta, h, gradient);
+  } else if (is_mirrored(stage, weight)) {
+    conv_transpose_add_weight_gradient(mirrored(stage), weight, h, delta, gradient);
   } else if (is_convolution(stage)) {
     gradient.add_(std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false})));
   }

@@ -160,17 +160,17 @@ void Network::head(at::Tensor raw, const at::Tensor& x, const at::Tensor& residu
   });
 }
 
-at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
-                                    const at::Tensor& log_prob) const {
-  at::Tensor in = z.view({-1});
-  const int64_t samples = z.size(0);
+at::Tensor Network::forward(const at::Tensor& in, const Tape& tape) const {
+  at::Tensor h = in.view({-1});
   for (size_t l = 0; l + 1 < depth(); ++l) {
-    forward_stage(l, in, tape.h[l], tape.kept_a[l]);
-    in = tape.h[l];
+    forward_stage(l, h, tape.h[l], tape.kept_a[l]);
+    h = tape.h[l];
   }
-  const size_t last = depth() - 1;
-  head(apply(last, in, tape.delta[last]), x, tape.delta[last], log_prob);
-  for (size_t l = last; l > 0; --l) {
+  return apply(depth() - 1, h, tape.delta[depth() - 1]);
+}
+
+void Network::reverse(const Tape& tape) const {
+  for (size_t l = depth() - 1; l > 0; --l) {
     const Stage& below = program_.stages[l - 1];
     const bool keeps = tape.kept_g[l - 1].defined();
     at::Tensor g = apply_transpose(l, tape.delta[l], keeps ? tape.kept_g[l - 1] : tape.delta[l - 1]);
@@ -186,6 +186,17 @@ at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, co
       }
     });
   }
+}
+
+at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
+                                    const at::Tensor& log_prob, double scale) const {
+  const int64_t samples = z.size(0);
+  const size_t last = depth() - 1;
+  head(forward(z, tape), x, tape.delta[last], log_prob);
+  if (scale != 1) {
+    tape.delta[last].mul_(scale);
+  }
+  reverse(tape);
   const at::Tensor grad_z = at::empty({samples, program_.in_features()}, options_);
   return apply_transpose(0, tape.delta[0], grad_z.view({-1})).view(grad_z.sizes());
 }
@@ -290,6 +301,11 @@ void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::T
   } else {
     affine_add_weight_gradient(stage, weight_[l], delta, hdot, gradient);
   }
+}
+
+at::Tensor Network::with_bias(const at::Tensor& raw) const {
+  const at::Tensor rows = raw.view({-1, program_.output().channels});
+  return bias_.back().defined() ? rows + bias_.back() : rows;
 }
 
 std::vector<StageFactors> Network::factors(const at::Tensor& z, const at::Tensor& u, const Tape& tape,

@@ -59,9 +59,15 @@ class Network {
   at::Tensor observed_to_rows(const at::Tensor& x) const;
   at::Tensor observed_from_rows(const at::Tensor& x) const;
 
-  // Fills the tape; writes log_prob [B] if defined; gives grad_z ll [B, d].
-  at::Tensor forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
-                             const at::Tensor& log_prob) const;
+  // Fills the tape; writes log_prob [B] if defined; gives grad_z ll [B, d]. The gradients are those of scale * ll.
+  at::Tensor forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape, const at::Tensor& log_prob,
+                             double scale = 1) const;
+
+  // Its halves, for a network under another head than a likelihood. Forward fills h and gives A_L h_{L-1}, rows whose
+  // bias `with_bias` adds; the last delta may hold it until the head is written there. Reverse fills the other deltas.
+  at::Tensor forward(const at::Tensor& in, const Tape& tape) const;
+  at::Tensor with_bias(const at::Tensor& raw) const;
+  void reverse(const Tape& tape) const;
 
   // The forward sweep alone, log p(x | z) [B] into log_prob, through room for B samples from make_forward_room. A last
   // transposed convolution hands its outputs to the head as they come: they are never stored.

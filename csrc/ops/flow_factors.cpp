@@ -1,5 +1,6 @@
-// What TracIn asks of a decoder: the factors of per-sample gradients to its parameters, from one sweep with its
-// likelihood or from a whole Hamiltonian flow. Not ops: nothing differentiates them.
+// What TracIn asks of a model: the factors of per-sample gradients to its parameters, from one sweep of a decoder with
+// its likelihood, from one of a whole VAE, or from a Hamiltonian flow. Not ops: nothing differentiates them.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -84,6 +85,52 @@ std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const a
   const EntryGuard guard(op, {z, x});
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
   return {sweep.log_px, sweep.grad_z};
+}
+
+std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
+    const at::Tensor& x, const at::Tensor& noise, double beta, at::TensorList encoder_parameters,
+    std::string_view encoder_text, at::TensorList decoder_parameters, std::string_view decoder_text,
+    std::string_view likelihood) {
+  constexpr const char* op = "vae_factors";
+  const EntryGuard guard(op, {x, noise});
+  check_floating(op, "x", x);
+  check_like(op, "noise", noise, x, "x");
+  FASTVAE_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0, op, "x", "shape [B, n], B > 0", describe(x));
+  FASTVAE_CHECK_VALUE(noise.dim() == 2 && noise.size(0) > 0 && noise.size(0) % x.size(0) == 0, op, "noise",
+                      c10::str("shape [B S, d], B = ", x.size(0)), describe(noise));
+  const int64_t samples = x.size(0), d = noise.size(1), draws = noise.size(0) / samples;
+  const at::Tensor images = x.contiguous();
+  // The encoder has no likelihood; of this one only the shape is asked.
+  const LikelihoodSpec none = parse_likelihood(op, "gaussian 1");
+  const std::shared_ptr<const Program> program = find_program(op, encoder_text, encoder_parameters, x.size(1), none);
+  FASTVAE_CHECK_VALUE(program->output().flat && program->output().numel() == 2 * d, op, "encoder",
+                      c10::str(2 * d, " outputs"), program->output().numel());
+  const Network encoder(op, *program, none, encoder_parameters, images);
+  const auto tape_of = [&](const Network& network, int64_t rows) {
+    return network.tape(at::empty({rows * network.program().tape_numel()}, x.options()), 1, rows, 0, 1);
+  };
+  const Tape encoded = tape_of(encoder, samples);
+  const at::Tensor out = encoder.with_bias(encoder.forward(images, encoded)).view({samples, 2, d});
+  const at::Tensor mu = out.select(1, 0), logvar = out.select(1, 1);
+  const at::Tensor eps = noise.contiguous().view({samples, draws, d});
+  const at::Tensor spread = (logvar * 0.5).exp().unsqueeze(1) * eps;  // sigma eps
+  const at::Tensor z = (spread + mu.unsqueeze(1)).view({samples * draws, d});
+
+  // The first point of a flow; no step is taken.
+  const at::Tensor one = at::zeros({1}, z.options());
+  const at::Tensor rows = draws == 1 ? images : images.repeat_interleave(draws, 0);
+  const Flow flow(op, z, z, rows, one, one, decoder_parameters, decoder_text, likelihood);
+  const Network decoder(op, *flow.program, flow.likelihood, flow.parameters, flow.z);
+  const Tape decoded = tape_of(decoder, samples * draws);
+  // The loss is beta KL - log p, averaged over the draws.
+  const at::Tensor of_z =
+      decoder.forward_reverse(flow.z, decoder.observed_to_rows(flow.x), decoded, {}, -1.0 / static_cast<double>(draws));
+  const at::Tensor of_draws = of_z.view({samples, draws, d});
+  at::Tensor delta = encoded.delta.back().view({samples, 2, d});
+  delta.select(1, 0).copy_(of_draws.sum(1).add_(mu, beta));
+  delta.select(1, 1).copy_((of_draws * spread).sum(1).add_(logvar.exp().sub_(1), beta).mul_(0.5));
+  encoder.reverse(encoded);
+  return {encoder.factors(images, {}, encoded, {}, 0), decoder.factors(flow.z, {}, decoded, {}, 0)};
 }
 
 }  // namespace fastvae

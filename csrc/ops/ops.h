@@ -73,11 +73,16 @@ std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(co
 std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
                                                     std::string_view network, std::string_view likelihood);
 
-// Gradients of each sample to a convolution's weight, CPU: [samples, C of smaller, kh kw C of larger], channels last;
-// `larger` is what the window moves over (a convolution's input, a transposed one's output gradient).
+// The factors of the encoder's and the decoder's gradients, of the loss beta KL - log p(x | z) of each of x [B, n],
+// averaged over the draws noise [B S, d] of z = mu + exp(logvar / 2) noise. The encoder reads x and gives [B, 2 d].
+std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
+    const at::Tensor& x, const at::Tensor& noise, double beta, at::TensorList encoder_parameters,
+    std::string_view encoder, at::TensorList decoder_parameters, std::string_view decoder, std::string_view likelihood);
+
+// Gradients of each sample to a convolution's weight, CPU: [samples, kh kw, C of larger, C of smaller]; `larger` is
+// what the window moves over (a convolution's input, a transposed one's output gradient).
 at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& smaller, at::IntArrayRef kernel,
-                                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                 int64_t samples);
+                                 at::IntArrayRef stride, at::IntArrayRef padding, int64_t samples);
 
 // The size of hamiltonian_flow's stash: numbers a sample and step, and what the number of samples is rounded up to.
 // cuda_index: of the GPU, or negative for the CPU.

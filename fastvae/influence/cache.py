@@ -68,7 +68,7 @@ class FactorCache:
                 [named[f"inputs.{i}"] for i in range(len(flags))],
                 [named[f"output_grads.{i}"] for i in range(len(flags))],
                 [flag == "1" for flag in flags],
-                named.get("dense"),
+                [named[f"dense.{i}"] for i in range(len(named) - 2 * len(flags))],
             )
         factors = compute()
         metadata = {"bias": "".join(str(int(flag)) for flag in factors.bias)}

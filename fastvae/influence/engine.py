@@ -18,6 +18,7 @@ from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import GRAM, TILES, Factors, cheaper_route, pair_cost, self_route
 from fastvae.influence.rules import NormRule, Rule, Terms, rule_of
 from fastvae.influence.sweeps import Call, flow_parameters, is_swept
+from fastvae.penalties import JacobianL1
 
 __all__ = ["AUDITED", "Engine"]
 
@@ -81,6 +82,10 @@ class Engine:
         self._of_flow = [name for name in flow_parameters(model) if name in wanted] if is_swept(model) else []
         for name in self._of_flow:
             self._uncovered.pop(name, None)
+        if any(isinstance(penalty, JacobianL1) for penalty in getattr(model, "penalties", ())):
+            reason = "JacobianL1 differentiates the decoder, and its gradient is no layer's own"
+            self._uncovered |= {name: reason for name in wanted if _in_decoder(name)}
+            self._leave_out_uncovered()
         for name, reason in self._uncovered.items():
             self._refuse(name, reason)
         self._terms: dict[str, Terms | None] = {}
@@ -89,6 +94,12 @@ class Engine:
     def _refuse(self, name: str, reason: str) -> None:
         if not self._materialise:
             raise UncoveredParameter(name, reason)
+
+    def _leave_out_uncovered(self) -> None:
+        for layer in self._layers:
+            layer.weight = layer.weight and f"{layer.name}.weight".lstrip(".") not in self._uncovered
+            layer.bias = layer.bias and f"{layer.name}.bias".lstrip(".") not in self._uncovered
+        self._layers = [layer for layer in self._layers if layer.weight or layer.bias]
 
     # ---- factors ----
 
@@ -109,12 +120,18 @@ class Engine:
 
     def factor_numel(self, routes: dict[str, str]) -> int:
         """Numbers that the factors of one sample take, about."""
-        numel = sum(self._parameters[name].numel() for name in self._uncovered)
+        numel = self.gradient_numel(routes)
         for layer in self._layers:
             terms = self._terms[layer.name]
             if terms is not None and routes[layer.name] == GRAM:
                 numel += terms.count * (terms.inputs + terms.outputs)
-            else:
+        return numel
+
+    def gradient_numel(self, routes: dict[str, str]) -> int:
+        """Those of them that are entries of gradients."""
+        numel = sum(self._parameters[name].numel() for name in self._uncovered)
+        for layer in self._layers:
+            if self._terms[layer.name] is None or routes[layer.name] == TILES:
                 numel += sum(parameter.numel() for parameter in layer.module.parameters(recurse=False))
         return numel
 
@@ -127,23 +144,19 @@ class Engine:
         """
         draws = evaluation.draws_of(batch)
         samples = len(batch[0]) * (1 if fold else draws)
-        found, dense = Factors(), []
+        found = Factors()
         captured, own = self._capture(evaluation, batch, fold, 1 / draws if fold else 1.0)
-        dense += [] if own is None else [own]
+        found.dense += [] if own is None else [own]
         for layer, calls in captured:
-            parts = self._factors_of_layer(layer, calls, routes[layer.name], samples)
-            found.inputs += parts.inputs
-            found.output_grads += parts.output_grads
-            found.bias += parts.bias
-            dense += [] if parts.dense is None else [parts.dense]
+            self._add_factors(found, layer, calls, routes[layer.name], samples)
         if self._uncovered:
-            dense.append(self._by_autograd(evaluation, batch, list(self._uncovered), fold))
-        found.dense = (torch.cat(dense, 1) if len(dense) > 1 else dense[0]) if dense else None
+            found.dense.append(self._by_autograd(evaluation, batch, list(self._uncovered), fold))
         return found
 
-    def _factors_of_layer(self, layer: _Layer, calls: list[Call], route: str, samples: int) -> Factors:
+    def _add_factors(
+        self, found: Factors, layer: _Layer, calls: list[Call], route: str, samples: int
+    ) -> None:
         rule, module = layer.rule, layer.module
-        found, dense = Factors(), []
         if layer.weight and route == GRAM:
             pairs = [rule.factors(module, call.input, call.grad, samples) for call in calls]
             bias = layer.bias and rule.bias_in_terms
@@ -162,17 +175,19 @@ class Engine:
             found.output_grads.append(delta)
             found.bias.append(bias)
         elif layer.weight:
-            dense.append(_sum(_weight_gradient(layer, call, samples) for call in calls))
+            found.dense.append(_sum(_weight_gradient(layer, call, samples) for call in calls))
         if layer.bias and not (layer.weight and route == GRAM and rule.bias_in_terms):
             of_bias = [call for call in calls if not call.tangent]
-            dense.append(_sum(rule.bias_gradient(module, call.input, call.grad, samples) for call in of_bias))
-        found.dense = (torch.cat(dense, 1) if len(dense) > 1 else dense[0]) if dense else None
-        return found
+            found.dense.append(
+                _sum(rule.bias_gradient(module, call.input, call.grad, samples) for call in of_bias)
+            )
 
     def _capture(
         self, evaluation: Evaluation, batch: Batch, fold: bool, scale: float
     ) -> tuple[list[tuple[_Layer, list[Call]]], Tensor | None]:
         """Every layer with what it was given and the gradient at what it gave; the flow's own gradients [B, P]."""
+        if (known := evaluation.calls(batch, fold)) is not None:
+            return [(layer, known[layer.name]) for layer in self._layers if layer.name in known], None
         sweep = evaluation.sweep()
         samples = len(batch[0]) * (1 if fold else evaluation.draws_of(batch))
         hooked = [layer for layer in self._layers if sweep is None or not _in_decoder(layer.name)]
@@ -241,11 +256,9 @@ class Engine:
         for layer, calls in captured:
             self._terms[layer.name] = _terms_of(layer, calls, samples)
             kinds = [kind for kind, has in (("weight", layer.weight), ("bias", layer.bias)) if has]
-            dense = self._factors_of_layer(layer, calls, TILES, samples).dense
-            assert dense is not None
-            for kind, part in zip(
-                kinds, dense.split([getattr(layer.module, kind).numel() for kind in kinds], 1), strict=True
-            ):
+            found = Factors()
+            self._add_factors(found, layer, calls, TILES, samples)
+            for kind, part in zip(kinds, found.dense, strict=True):
                 ordered = layer.rule.as_parameter(layer.module, part) if kind == "weight" else part
                 known[f"{layer.name}.{kind}".lstrip(".")] = ordered
         exact = (
@@ -256,9 +269,9 @@ class Engine:
             else ()
         )
         for name, expected in zip(names, exact, strict=True):
-            found = known.get(name, torch.zeros_like(expected))
+            gradient = known.get(name, torch.zeros_like(expected))
             # Round-off of sums in another order; a missing term is of the size of the gradient.
-            error = (found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)
+            error = (gradient - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)
             if not float(error) <= math.sqrt(torch.finfo(expected.dtype).eps):
                 reason = (
                     f"its gradient from its layer's inputs and output gradients is off by {float(error):.1e} of "
@@ -266,10 +279,7 @@ class Engine:
                 )
                 self._refuse(name, reason)
                 self._uncovered[name] = reason
-        for layer in self._layers:
-            layer.weight = layer.weight and f"{layer.name}.weight".lstrip(".") not in self._uncovered
-            layer.bias = layer.bias and f"{layer.name}.bias".lstrip(".") not in self._uncovered
-        self._layers = [layer for layer in self._layers if layer.weight or layer.bias]
+        self._leave_out_uncovered()
         self._terms = {layer.name: self._terms.get(layer.name) for layer in self._layers}
         self._audited.add(evaluation.loss_fn)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.influence.noise import KeyedNoise, SeesRandomness
-from fastvae.influence.sweeps import Sweep, is_swept
+from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept, taking_rows
 from fastvae.models import BaseVAE
 from fastvae.models.base import encoded_already
 from fastvae.noise import Stream, draws_of, keys_of
@@ -36,10 +36,28 @@ class Evaluation:
         self.model, self.loss_fn, self.seed = model, loss_fn, seed
         self.draws = draws
         self._random: bool | None = None
+        self._encoders: dict[torch.Size, nn.Module] = {}
 
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""
         return Sweep(self.model) if self.loss_fn is None and is_swept(self.model) else None
+
+    def calls(self, batch: Batch, fold: bool) -> dict[str, list[Call]] | None:
+        """The calls of every layer, of the mean loss over the draws; without ``fold``, of each draw alone.
+
+        None where autograd and hooks have to find them.
+        """
+        if self.loss_fn is not None or not isinstance(self.model, BaseVAE):
+            return None
+        x, shape = batch[0], batch[0].shape[1:]
+        if shape not in self._encoders:
+            self._encoders[shape] = taking_rows(self.model.encoder, shape)
+        return calls_of_vae(
+            self.model,
+            self._encoders[shape],
+            x if fold else x.repeat_interleave(self.draws, 0),
+            lambda latent_dim: Stream(draws_of(keys_of(x), self.seed, self.draws)).normal((latent_dim,)),
+        )
 
     def losses(self, batch: Batch, fold: bool = True, sweep: Sweep | None = None) -> Tensor:
         """The loss of each draw of each sample, [B * S], the draws of a sample side by side.

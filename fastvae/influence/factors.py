@@ -21,7 +21,7 @@ _WRITE = 32
 
 @dataclass
 class Factors:
-    """The gradients of B samples over all parameters, as a sum over layers of outer products and as numbers."""
+    """The gradients of B samples over all parameters: sums of outer products, layer by layer, and numbers."""
 
     inputs: list[Tensor] = field(default_factory=list)
     """Of each layer that goes by Gram matrices: h [B, T, in]."""
@@ -29,8 +29,8 @@ class Factors:
     """delta [B, T, out]"""
     bias: list[bool] = field(default_factory=list)
     """Whether sum_t delta_t is part of the gradient."""
-    dense: Tensor | None = None
-    """[B, P] the gradients of all other parameters."""
+    dense: list[Tensor] = field(default_factory=list)
+    """[B, numel] the gradients of all other parameters; their order is the same for all samples."""
 
     def to(self, device: torch.device) -> Factors:
         """The same on a device."""
@@ -38,14 +38,14 @@ class Factors:
             [tensor.to(device) for tensor in self.inputs],
             [tensor.to(device) for tensor in self.output_grads],
             self.bias,
-            None if self.dense is None else self.dense.to(device),
+            [tensor.to(device) for tensor in self.dense],
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, as a cache stores them."""
         named = {f"inputs.{i}": tensor for i, tensor in enumerate(self.inputs)}
         named |= {f"output_grads.{i}": tensor for i, tensor in enumerate(self.output_grads)}
-        return named if self.dense is None else named | {"dense": self.dense}
+        return named | {f"dense.{i}": tensor for i, tensor in enumerate(self.dense)}
 
 
 def cheaper_route(terms: Terms, other_terms: int, rows: int, columns: int) -> str:
@@ -73,26 +73,24 @@ def self_route(terms: Terms) -> str:
 
 def dot(a: Factors, b: Factors) -> Tensor:
     """[N, M] dot products of the gradients of N samples with those of M others."""
-    if not a.inputs:
-        assert a.dense is not None and b.dense is not None
-        return a.dense @ b.dense.T
-    total = grad_dot(a.inputs, a.output_grads, b.inputs, b.output_grads, a.bias)
-    if a.dense is not None and b.dense is not None:
-        total.addmm_(a.dense, b.dense.T)
+    if a.inputs:
+        total = grad_dot(a.inputs, a.output_grads, b.inputs, b.output_grads, a.bias)
+    else:
+        total = a.dense[0].new_zeros(len(a.dense[0]), len(b.dense[0]))
+    for of_a, of_b in zip(a.dense, b.dense, strict=True):
+        total.addmm_(of_a, of_b.T)
     return total
 
 
 def self_dot(a: Factors) -> Tensor:
     """[B] squared norms of the gradients."""
-    total = None if a.dense is None else a.dense.square().sum(1)
+    parts = [tensor.square().sum(1) for tensor in a.dense]
     for h, delta, bias in zip(a.inputs, a.output_grads, a.bias, strict=True):
         if h.shape[1] == 1:
-            part = (h.square().sum((1, 2)) + bias) * delta.square().sum((1, 2))
+            parts.append((h.square().sum((1, 2)) + bias) * delta.square().sum((1, 2)))
         else:
-            part = ((h @ h.mT + bias) * (delta @ delta.mT)).sum((1, 2))
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+            parts.append(((h @ h.mT + bias) * (delta @ delta.mT)).sum((1, 2)))
+    return torch.stack(parts).sum(0)
 
 
 def concatenate(parts: Sequence[Factors]) -> Factors:
@@ -104,5 +102,5 @@ def concatenate(parts: Sequence[Factors]) -> Factors:
         [torch.cat(tensors) for tensors in zip(*(part.inputs for part in parts), strict=True)],
         [torch.cat(tensors) for tensors in zip(*(part.output_grads for part in parts), strict=True)],
         first.bias,
-        None if first.dense is None else torch.cat([part.dense for part in parts if part.dense is not None]),
+        [torch.cat(tensors) for tensors in zip(*(part.dense for part in parts), strict=True)],
     )

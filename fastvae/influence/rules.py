@@ -106,21 +106,21 @@ Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
 def _by_kernel(module: Convolution, like: Tensor) -> bool:
-    """Whether our kernel takes it: on a CPU, one group, zeros around the image."""
+    """Whether our kernel takes it: on a CPU, one group, no dilation, zeros around the image."""
     plain = not isinstance(module.padding, str) and module.padding_mode == "zeros"
-    return like.device.type == "cpu" and module.groups == 1 and plain
+    return like.device.type == "cpu" and module.groups == 1 and module.dilation == (1, 1) and plain
 
 
 def _convolution_gradients(module: Convolution, larger: Tensor, smaller: Tensor, samples: int) -> Tensor:
     """[B, numel], channels last: the window moves over the larger image."""
     return raw.convolution_gradients(
-        larger, smaller, module.kernel_size, module.stride, module.padding, module.dilation, samples
+        larger, smaller, module.kernel_size, module.stride, module.padding, samples
     ).flatten(1)
 
 
 def _channels_first(module: Convolution, gradient: Tensor) -> Tensor:
-    first, second, height, width = module.weight.shape
-    return gradient.unflatten(1, (first, height, width, second)).movedim(4, 2).flatten(1)
+    of_smaller, of_larger, height, width = module.weight.shape
+    return gradient.unflatten(1, (height * width, of_larger, of_smaller)).transpose(1, 3).flatten(1)
 
 
 class Conv2dRule(Rule):

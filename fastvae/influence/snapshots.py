@@ -39,6 +39,7 @@ class Snapshots:
             raise ValueError("TracIn: checkpoints: expected at least one")
         self._known: list[tuple[float, dict[str, Tensor]]] = []
         self._current: int | None = None
+        self._found: dict[str, Tensor] | None = None
         self._fingerprints: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -48,25 +49,32 @@ class Snapshots:
     def borrowed(self) -> Iterator[None]:
         """Eval mode and any weights inside; afterwards everything is as it was found."""
         with torch.inference_mode(False), modes_kept(self._model):
-            found = self._state()
             self._model.eval()
             try:
-                for source in self._sources[len(self._known) :]:
-                    weight = self._load(self._model, source)
-                    self._known.append(
-                        (float(weight) if isinstance(weight, (int, float)) else 1.0, self._state())
-                    )
-                self._current = len(self._known) - 1
-                self._model.eval()
+                if len(self._known) < len(self._sources):
+                    self._keep()
+                    self._load_rest()
+                    self._current = len(self._known) - 1
+                elif self._holds(self._known[-1][1]):
+                    self._current = len(self._known) - 1
                 yield
             finally:
                 self._current = None
-                self._put(found)
+                if self._found is not None:
+                    self._put(self._found)
+                    self._found = None
+
+    def _load_rest(self) -> None:
+        for source in self._sources[len(self._known) :]:
+            weight = self._load(self._model, source)
+            self._known.append((float(weight) if isinstance(weight, (int, float)) else 1.0, self._state()))
+        self._model.eval()
 
     def enter(self, index: int) -> float:
         """Give the model the weights of a checkpoint; its weight in TracIn."""
         weight, state = self._known[index]
         if self._current != index:
+            self._keep()
             self._put(state)
             self._current = index
         return weight
@@ -82,6 +90,15 @@ class Snapshots:
         if self._current not in self._fingerprints:
             self._fingerprints[self._current] = fingerprint(self._known[self._current][1])
         return self._fingerprints[self._current]
+
+    def _keep(self) -> None:
+        """Before the weights are first touched."""
+        if self._found is None:
+            self._found = self._state()
+
+    def _holds(self, state: dict[str, Tensor]) -> bool:
+        values = self._model.state_dict()
+        return all(torch.equal(values[name], value) for name, value in state.items())
 
     def _state(self) -> dict[str, Tensor]:
         state = self._model.state_dict()

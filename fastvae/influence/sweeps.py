@@ -1,19 +1,20 @@
-"""The factors of a decoder's gradients from the lowered network's own sweeps, where hooks do not fire or cost more.
+"""The factors of gradients from the lowered networks' own sweeps, where hooks do not fire or cost more.
 
-A VAE's decoder runs forward and back in one sweep with its likelihood. The Hamiltonian flow hands out, for each of
+A VAE whose encoder can be swept, too, runs forward and back without autograd; else its decoder does, in one sweep
+with its likelihood. The Hamiltonian flow hands out, for each of
 its K + 1 forces, the pairs (delta_dot, h) and (delta, hdot) of every layer, and the gradients to each sample's own
 step sizes and tempering.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastvae._extension import raw
@@ -24,7 +25,7 @@ from fastvae.models.base import BaseVAE
 from fastvae.ops.hamiltonian_flow import observed_rows
 from fastvae.reference import expand_step_size
 
-__all__ = ["Call", "Sweep", "flow_parameters", "is_swept"]
+__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept", "taking_rows"]
 
 
 @dataclass
@@ -50,6 +51,68 @@ def is_swept(model: Any) -> bool:
     except (UnsupportedLayer, ValueError):
         return False
     return True
+
+
+def taking_rows(encoder: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """The encoder of samples of this shape as a module of flat ones, which is what can be lowered."""
+    return encoder if len(shape) == 1 else nn.Sequential(nn.Unflatten(1, tuple(shape)), encoder)
+
+
+def calls_of_vae(
+    model: Any, encoder: nn.Module, x: Tensor, noise_of: Callable[[int], Tensor]
+) -> dict[str, list[Call]] | None:
+    """The calls of every layer of encoder and decoder, for the loss of x averaged over the draws of its noise.
+
+    Args:
+        encoder: the model's, by ``taking_rows``.
+        x: [B, ...].
+        noise_of: latent_dim -> [B * S, latent_dim], the draws of a sample side by side.
+
+    Returns:
+        None where the encoder cannot be swept, or something between it and the decoder is a subclass's own.
+    """
+    kind = type(model)
+    if not is_swept(model) or isinstance(model, HVAE) or "encode" in vars(model):
+        return None
+    if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
+        return None
+    try:
+        of_encoder = lower(encoder)
+    except (UnsupportedLayer, ValueError):
+        return None
+    like, of_decoder = model.likelihood, _lowered(model)
+    if model.check_finite:
+        like.check(x)
+    if model.latent_dim is None:
+        model.encode(x[:1])
+    rows = like.as_float(x, of_decoder.tensors[0].dtype).flatten(1)
+    encoder_stages, decoder_stages = raw.vae_factors(
+        rows,
+        noise_of(model.latent_dim).to(rows),
+        model.beta,
+        of_encoder.tensors,
+        of_encoder.spec,
+        of_decoder.tensors,
+        of_decoder.spec,
+        like.spec,
+    )
+    found: dict[str, list[Call]] = {}
+    for root, network, stages in (
+        ("encoder", of_encoder, encoder_stages),
+        ("decoder", of_decoder, decoder_stages),
+    ):
+        for weight, bias, h, delta, _, _ in stages:
+            name = _layer_name(root, network, weight, bias)
+            if root == "encoder" and encoder is not model.encoder:
+                name = name.replace("encoder.1", "encoder", 1)
+            found.setdefault(name, []).append(Call(h, delta))
+    return found
+
+
+def _layer_name(root: str, network: LoweredNetwork, weight: int, bias: int) -> str:
+    """The module of a stage, by its name in the model."""
+    name = network.names[weight if weight >= 0 else bias].rpartition(".")[0]
+    return f"{root}.{name}" if name else root
 
 
 def flow_parameters(model: Any) -> list[str]:
@@ -138,8 +201,7 @@ class Sweep:
         return _FlowSweep.apply(self._entered(z), rho, x, eps.detach(), alpha.detach(), self)
 
     def _add(self, network: LoweredNetwork, weight: int, bias: int, calls: list[Call]) -> None:
-        name = network.names[weight if weight >= 0 else bias].rpartition(".")[0]
-        self._calls.setdefault(f"decoder.{name}" if name else "decoder", []).extend(calls)
+        self._calls.setdefault(_layer_name("decoder", network, weight, bias), []).extend(calls)
 
 
 class _DecoderSweep(torch.autograd.Function):

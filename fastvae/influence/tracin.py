@@ -27,6 +27,13 @@ __all__ = ["InfluenceWithError", "KMostInfluentialResults", "TracIn"]
 _ROWS = 1024
 """Samples x draws in a tile of the training set: enough for products to run at full rate."""
 
+_GRADIENT_BYTES = 2**26
+"""Entries of gradients in a tile, where more than a few samples have so many: the memory of one tile is used again for
+the next, where pages that are touched for the first time cost as much as the products."""
+
+_FEW = 64
+"""Samples in a tile at least, if _ROWS allows: products with fewer run at a lower rate."""
+
 _QUERY_BYTES = 2**29
 """Factors of queries held at once; beyond that the training set is gone through again for the rest."""
 
@@ -182,7 +189,7 @@ class TracIn:
             for part in self._parts(queries):
                 tiles = [
                     (first, torch.stack(self._with_variance(part, batch, draws)).flatten(0, 1))
-                    for first, batch in self._tiles(show_progress)
+                    for first, batch in self._tiles(self._routes(part), show_progress)
                 ]
                 both = self._share.assembled(tiles, 2 * len(part[0]), self._count()).unflatten(0, (2, -1))
                 scores.append(both[0])
@@ -214,9 +221,10 @@ class TracIn:
         """
         evaluation = self._train if inputs is None else self._query
         with self._borrowed():
+            self._audit(evaluation, self.train_dataset if inputs is None else inputs)
+            routes = self._engine.routes(_FEW, None)
             parts = []
-            for first, batch in self._tiles(show_progress, inputs):
-                self._engine.audit(evaluation, batch)
+            for first, batch in self._tiles(routes, show_progress, inputs):
                 parts.append((first, self._self_scores(evaluation, batch, unbiased)[None]))
             return self._share.assembled(parts, 1, self._count(inputs))[0]
 
@@ -233,12 +241,14 @@ class TracIn:
     def _borrowed(self) -> Iterator[None]:
         """The model in eval mode, and known to be covered."""
         with self._snapshots.borrowed():
-            if self.train_dataset is not None and not self._engine.audited(self._train):
-                few = next(
-                    tiles_of(self.train_dataset, AUDITED, self.batch_size, self._train.loss_fn is not None)
-                )
-                self._engine.audit(self._train, self._here(few))
+            if self.train_dataset is not None:
+                self._audit(self._train, self.train_dataset)
             yield
+
+    def _audit(self, evaluation: Evaluation, data: Any) -> None:
+        if not self._engine.audited(evaluation):
+            few = next(tiles_of(data, AUDITED, self.batch_size, evaluation.loss_fn is not None))
+            self._engine.audit(evaluation, self._here(few))
 
     # ---- samples ----
 
@@ -250,11 +260,19 @@ class TracIn:
         # Tensors made under inference_mode cannot take part in a backward pass.
         return tuple((part.clone() if part.is_inference() else part.detach()).to(device) for part in batch)
 
-    def _tiles(self, show_progress: bool, data: Any = None) -> Iterator[tuple[int, Batch]]:
+    def _tile(self, evaluation: Evaluation, routes: dict[str, str]) -> int:
+        """Samples to work on at once."""
+        element = next(self.model.parameters()).element_size()
+        each = max(1, self._engine.gradient_numel(routes) * element)
+        return max(1, min(_ROWS // evaluation.draws, max(_FEW, _GRADIENT_BYTES // each)))
+
+    def _tiles(
+        self, routes: dict[str, str], show_progress: bool, data: Any = None
+    ) -> Iterator[tuple[int, Batch]]:
         """This process's tiles of the training set (or of ``data``), with the index of their first sample."""
         evaluation = self._train if data is None else self._query
         data = self.train_dataset if data is None else data
-        tile = max(1, _ROWS // evaluation.draws)
+        tile = self._tile(evaluation, routes)
         tiles: Iterable[Batch] = tiles_of(data, tile, self.batch_size, evaluation.loss_fn is not None)
         if show_progress:
             tiles = _with_bar(tiles, -(-count_of(data) // tile))
@@ -288,7 +306,7 @@ class TracIn:
         self, evaluation: Evaluation, batch: Batch, routes: dict[str, str], fold: bool = True
     ) -> Factors:
         """Of a batch of any size, under the current checkpoint."""
-        tile = max(1, _ROWS // evaluation.draws)
+        tile = self._tile(evaluation, routes)
         return concatenate(
             [
                 self._engine.factors(
@@ -318,7 +336,7 @@ class TracIn:
         for index in range(len(self._snapshots)):
             self._snapshots.enter(index)
             of_queries.append(self._factors(self._query, queries, routes))
-        for first, batch in self._tiles(show_progress):
+        for first, batch in self._tiles(routes, show_progress):
             total: Tensor | None = None
             for index, factors in enumerate(of_queries):
                 weight = self._snapshots.enter(index)

@@ -93,14 +93,17 @@ FASTVAE_INLINE void direct_conv_transpose_gradient_template(const DirectConvTran
   Padded<T> delta = padded_output<T>(w);
   for (int64_t task = begin; task < end; ++task) {
     T* gradient = args.gradient + task * w.kernel_height * run * inputs;
-    std::fill_n(gradient, w.kernel_height * run * inputs, T(0));
-    for (int64_t sample = args.samples * task / args.tasks; sample < args.samples * (task + 1) / args.tasks; ++sample) {
+    const int64_t first = args.samples * task / args.tasks, last = args.samples * (task + 1) / args.tasks;
+    if (first == last) {
+      std::fill_n(gradient, w.kernel_height * run * inputs, T(0));
+    }
+    for (int64_t sample = first; sample < last; ++sample) {
       delta.fill(args.delta + sample * w.big_height * w.big_width * w.channels, w.big_height, w.big_width);
       for (int64_t i = 0; i < w.kernel_height; ++i) {
-        strided_product(StridedProduct<T>{delta.data.data() + i * delta.row_stride(), 1, w.stride_width * w.channels,
-                                          w.stride_height * delta.row_stride(),
-                                          args.in + sample * w.height * w.width * inputs, inputs, w.width * inputs,
-                                          gradient + i * run * inputs, inputs, run, inputs, w.width, w.height, true});
+        strided_product(StridedProduct<T>{
+            delta.data.data() + i * delta.row_stride(), 1, w.stride_width * w.channels,
+            w.stride_height * delta.row_stride(), args.in + sample * w.height * w.width * inputs, inputs,
+            w.width * inputs, gradient + i * run * inputs, inputs, run, inputs, w.width, w.height, sample > first});
       }
     }
   }

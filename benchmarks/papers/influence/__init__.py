@@ -1,0 +1,1 @@
+"""Influence in closed form and its sampling error: run ``python benchmarks/papers/influence.py``."""

@@ -1,0 +1,1 @@
+"""VAE-TracIn on images: run ``python benchmarks/papers/retrieval.py``."""

@@ -1,0 +1,116 @@
+"""The experiments on influence (benchmarks/papers) in small: closed forms, sampling error, retrieval."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastvae
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+PAPERS = Path(__file__).parents[1] / "benchmarks" / "papers"
+sys.path.append(str(PAPERS))
+
+from influence import measures  # noqa: E402
+from retrieval import experiment  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def script(name: str) -> ModuleType:
+    """A script, whose name is also that of its package."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", PAPERS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_closed_forms_are_what_refits_give() -> None:
+    rows = measures.closed_forms([60, 240], queries=10, seed=0)
+    for row in rows:
+        # Exact but for round-off; the mixture's to first order, of terms that are at most 1 / N_c each.
+        bound = 1e-12 if row["density"] != "Gaussian mixture, first order" else 100 * row["train"] ** -2.0
+        assert row["error"] <= bound * max(1.0, row["largest"] * row["train"]), row
+    kernels = [row for row in rows if row["density"] == "kernel density"]
+    assert all(row["own_strongest"] == 1 for row in kernels)
+    mixture = [row for row in rows if row["density"].startswith("Gaussian")]
+    assert -2.5 < measures.slope(mixture, "train", "error") < -1.5
+
+
+def test_influence_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--points 30 60 --queries 5 --draws 16 128 --reference 2048 --trials 4 --pairs 6 --epochs 2"
+    script("influence").main([*sizes.split(), "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "influence.json").read_text())
+    assert {row["train"] for row in results["classical"]} == {30, 60}
+    assert -0.8 < results["settings"]["sampling_slope"] < -0.2
+    assert (tmp_path / "influence.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "influence.png").stat().st_size > 5000
+
+
+def test_ranks_and_what_is_made_of_them() -> None:
+    scores = torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0])
+    assert experiment.ranks(scores).tolist() == [4, 1, 2.5, 2.5, 5]
+    positive = torch.tensor([True, False, False, True, False])
+    # Pairs: 3 beats 1, 2 and not 5; 2 beats 1, ties with 2, loses to 5.
+    assert experiment.auroc(scores, positive) == pytest.approx(3.5 / 6)
+    assert experiment.rank_correlation(scores, scores.exp()) == pytest.approx(1)
+    assert experiment.rank_correlation(scores, -scores) == pytest.approx(-1)
+
+
+def test_retrieval_experiment_in_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    bright = np.zeros((60, 3, 3, 3), dtype=np.uint8)
+    bright[np.arange(60), labels] = 200
+    pixels = bright.reshape(60, 9, 3) + generator.integers(0, 50, (60, 9, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=labels)
+    np.savez(tmp_path / "foreign.npz", images=generator.integers(0, 2, (9, 9, 3), dtype=np.uint8) * 255)
+
+    def run(*more: str) -> dict[str, Any]:
+        files = f"--data {tmp_path}/images.npz --foreign {tmp_path}/foreign.npz --out {tmp_path}/out"
+        sizes = "--hidden 1 --queries 6 --epochs 20 --checkpoints 2 --num-samples 4 --width 16 --latent-dim 2"
+        states = f"--lr 0.01 --beta 0.1 --batch-size 10 --checkpoint {tmp_path}/states"
+        script("retrieval").main([*f"{files} {sizes} {states}".split(), *more])
+        return dict(json.loads((tmp_path / "out" / "retrieval.json").read_text()))
+
+    results = run()
+    assert len(fastvae.History.load(tmp_path / "states" / "plain" / "history.json").checkpoints) == 2
+    # The share of labels right is 1/3 by chance.
+    assert results["retrieval"]["same_label_of_ten"] > 0.5
+    assert results["foreign"]["found"][-1] == 1 and results["foreign"]["auroc"] > 0.8
+    assert (tmp_path / "out" / "retrieval.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "out" / "retrieval.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="--resume, or another"):
+        run()
+    monkeypatch.setattr(experiment, "tracin_of", None)
+    assert run("--resume") == results, "scores are kept"
+    with pytest.raises(SystemExit):
+        run("--resume", "--epochs", "5")
+
+
+def test_networks_are_the_papers() -> None:
+    encoder, decoder = fastvae.architectures.tracin_encoder(), fastvae.architectures.tracin_decoder()
+    count = sum(p.numel() for network in (encoder, decoder) for p in network.parameters())
+    assert round(count / 1e6, 1) == 3.0
+    assert encoder(torch.zeros(2, 1, 28, 28)).shape == (2, 256)
+    assert decoder(torch.zeros(2, 128)).shape == (2, 784)
