@@ -19,6 +19,7 @@ __all__ = [
     "read_checkpoint",
     "restore_model",
     "save_checkpoint",
+    "step_penalties",
     "unwrap",
     "write_atomically",
 ]
@@ -154,3 +155,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 def penalties_of(model: nn.Module) -> list[Any]:
     """The penalties of a model that are stepped as training goes on."""
     return [p for p in getattr(unwrap(model), "penalties", ()) if hasattr(p, "step")]
+
+
+def step_penalties(model: nn.Module) -> None:
+    """Tell the model's penalties that an optimisation step was taken, which moves their annealing on.
+
+    ``fit`` does it; a training loop of your own calls it after ``optimizer.step()``.
+    """
+    for penalty in penalties_of(model):
+        penalty.step()

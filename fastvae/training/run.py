@@ -20,7 +20,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.models import DivergenceError
-from fastvae.training.checkpoints import penalties_of, read_checkpoint, restore_model, save_checkpoint, unwrap
+from fastvae.training.checkpoints import (
+    read_checkpoint,
+    restore_model,
+    save_checkpoint,
+    step_penalties,
+    unwrap,
+)
 from fastvae.training.history import History
 from fastvae.training.loaders import generators_of, length_of, samplers_of
 from fastvae.training.randomness import modes_kept, seed_globals
@@ -130,8 +136,7 @@ class Run:
                 samples += x.shape[0]
                 rates.append(float(self.optimizer.param_groups[0]["lr"]))
                 self.steps += 1
-                for penalty in penalties_of(self.model):
-                    penalty.step()
+                step_penalties(self.model)
                 if self.schedule_by == "step":
                     self._advance_scheduler(value)
             if bar is not None:

@@ -1,0 +1,5 @@
+"""Other libraries' models and trainers. Each module needs its library; none is imported with fastvae.
+
+pythae.py     a pythae model's networks in a fastvae model
+lightning.py  any fastvae model as a LightningModule
+"""
