@@ -135,5 +135,7 @@ def check_module(path: str, module: nn.Module) -> None:
     if kind != "OptimizedModule":
         if "forward" in vars(module):
             raise refuse("its forward was replaced on the instance; put the change into the class")
-        if method(cls, "__call__") is not _METHODS["__call__"] and not isinstance(module, torch.fx.GraphModule):
+        if method(cls, "__call__") is not _METHODS["__call__"] and not isinstance(
+            module, torch.fx.GraphModule
+        ):
             raise refuse("its type replaces __call__, which a lowered network would bypass")

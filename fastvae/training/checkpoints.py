@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastvae.training.parallel import unwrap
+
 __all__ = [
     "load_checkpoint",
     "penalties_of",
@@ -20,7 +22,6 @@ __all__ = [
     "restore_model",
     "save_checkpoint",
     "step_penalties",
-    "unwrap",
     "write_atomically",
 ]
 
@@ -139,17 +140,6 @@ def restore_model(model: nn.Module, content: dict[str, Any], path: Path) -> None
                 penalty.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: expected the weights of this model, found others ({error})") from error
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and DDP's wrappers, whose parameters have the plain names."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def penalties_of(model: nn.Module) -> list[Any]:
