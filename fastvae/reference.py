@@ -5,6 +5,7 @@ Nothing here is fused or lowered, so any decoder that PyTorch can differentiate 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
@@ -376,7 +377,8 @@ def jacobian_l1(
     for index in indices:
         direction = torch.zeros_like(z)
         direction[:, index] = 1
-        column = torch.func.jvp(decode, (z,), (direction,))[1].reshape(z.shape[0], -1)
+        column = torch.func.jvp(decode, (z,), (direction,))[1]
+        column = column.reshape(z.shape[0], math.prod(column.shape[1:]))
         terms = terms + (column.abs() if p == 1 else column.square()).sum(1)
     return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
 
