@@ -371,6 +371,10 @@ def jacobian_l1(
 
     def decode(point: Tensor) -> Tensor:
         y = decoder(point)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"jacobian_l1: decoder output: expected a tensor [B, ...], got {type(y).__name__}"
+            )
         return torch.sigmoid(y) if output == "sigmoid" else y
 
     terms = z.new_zeros(z.shape[0])

@@ -45,7 +45,10 @@ def starts_with_a_name(text: str) -> str | None:
 @pytest.mark.parametrize(
     "page",
     # Two runs of torchrun.
-    [pytest.param(page, marks=pytest.mark.slow) if page.stem == "several-processes" else page for page in PAGES],
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page.stem == "several-processes" else page
+        for page in PAGES
+    ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import torch
@@ -26,6 +27,13 @@ __all__ = [
 ]
 
 _FORMAT = "fastvae checkpoint 1"
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "penalties": list,
+    "weight": float,
+    "optimizer": (dict, NoneType),
+    "state": (dict, NoneType),
+}
 
 
 def save_checkpoint(
@@ -123,6 +131,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, found another kind of torch file")
+    for key, kind in _CONTENT.items():
+        if key not in content or not isinstance(content[key], kind):
+            found = type(content[key]).__name__ if key in content else "missing"
+            raise ValueError(
+                f"{path}: expected a checkpoint, found a damaged or foreign file ({key!r}: {found})"
+            )
     return content
 
 
@@ -138,7 +152,7 @@ def restore_model(model: nn.Module, content: dict[str, Any], path: Path) -> None
         for penalty, state in zip(penalties, states, strict=True):
             if state is not None:
                 penalty.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected the weights of this model, found others ({error})") from error
 
 

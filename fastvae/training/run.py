@@ -34,6 +34,8 @@ from fastvae.training.step import NotFiniteError, Stepper
 
 __all__ = ["Run"]
 
+# What a checkpoint's state must hold to go on from it.
+_STATE = {"epoch", "steps", "seed", "optimizer", "scheduler", "generators", "history", "best"}
 _EPOCH_FILE = re.compile(r"epoch-(\d+)\.pt")
 
 
@@ -277,7 +279,7 @@ class Run:
 
     def _restore(self, path: Path, content: dict[str, Any]) -> None:
         state = content["state"]
-        if not isinstance(state, dict) or not state.get("complete"):
+        if state is None or not state.get("complete") or not state.keys() >= _STATE:
             raise ValueError(f"{path}: expected the checkpoint of an epoch's end by fit, found another kind")
         generators = generators_of(self.loader, self.val_loader)
         for name, now, then in (
@@ -295,7 +297,7 @@ class Run:
         restore_model(self.model, content, path)
         try:
             self.optimizer.load_state_dict(content["optimizer"])
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: expected this optimizer's state, found another ({error})") from error
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
