@@ -93,7 +93,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "kernels.md"], ids=["kernels.md"])
 def test_the_files_and_names_of_the_extension_authors_page_exist(page: Path) -> None:
-    """The sources that kernels.md walks through hold the names it gives."""
+    """The sources that the page walks through hold the names it gives."""
     sources = {
         path: path.read_text(errors="ignore")
         for folder in ("csrc", "tests", "fastvae")
