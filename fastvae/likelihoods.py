@@ -103,7 +103,11 @@ class Likelihood(ABC):
             raise ValueError(f"{type(self).__name__}: x: expected values in [0, 1] (or uint8), got {got}")
 
     def params_of_output(self, output: Tensor) -> Tensor:
-        """Natural parameters from what the decoder module returned."""
+        """Natural parameters from what the decoder module returned. TypeError if that is no tensor."""
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: decoder output: expected a tensor [B, ...], got {type(output).__name__}"
+            )
         return output
 
     def log_prob_of_output(self, output: Tensor, x: Tensor) -> Tensor:
@@ -167,6 +171,7 @@ class Bernoulli(Likelihood):
 
     def params_of_output(self, output: Tensor) -> Tensor:
         """The logits of the decoder's output."""
+        output = super().params_of_output(output)
         if not self.probs:
             return output
         p = _at_least_float32(output)

@@ -400,13 +400,18 @@ def jacobian_l1(
 
     def decode(point: Tensor) -> Tensor:
         y = decoder(point)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"jacobian_l1: decoder output: expected a tensor [B, ...], got {type(y).__name__}"
+            )
         return torch.sigmoid(y) if output == "sigmoid" else y
 
     terms = z.new_zeros(z.shape[0])
     for index in indices:
         direction = torch.zeros_like(z)
         direction[:, index] = 1
-        column = torch.func.jvp(decode, (z,), (direction,))[1].reshape(z.shape[0], -1)
+        column = torch.func.jvp(decode, (z,), (direction,))[1]
+        column = column.reshape(z.shape[0], math.prod(column.shape[1:]))
         terms = terms + (column.abs() if p == 1 else column.square()).sum(1)
     return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
 

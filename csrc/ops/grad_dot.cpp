@@ -249,7 +249,7 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
     const at::Tensor inputs_b_rows = as_rows(layer.inputs_b), grads_b_rows = as_rows(layer.grads_b);
     const auto rows_of = [&](size_t list) {
       const at::Tensor& tensor = found[list * depth + l];
-      return needs[list * depth + l] != 0 ? tensor.view({-1, tensor.size(-1)}) : tensor;
+      return needs[list * depth + l] != 0 ? as_rows(as_terms(tensor)) : tensor;
     };
     const at::Tensor to[] = {rows_of(0), rows_of(1), rows_of(2), rows_of(3)};
     const auto needed = [&](size_t list) { return needs[list * depth + l] != 0; };

@@ -20,7 +20,7 @@ from fastvae.influence.sharding import Share
 from fastvae.influence.snapshots import Snapshots
 from fastvae.influence.topk import KMostInfluentialResults, TopK
 from fastvae.training import load_checkpoint
-from fastvae.training.checkpoints import unwrap
+from fastvae.training.parallel import unwrap
 
 __all__ = ["InfluenceWithError", "KMostInfluentialResults", "TracIn"]
 

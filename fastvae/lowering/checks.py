@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ _GLOBAL_HOOKS = (
     _module_internals._global_backward_pre_hooks,
 )
 # As they are at import, so that a later replacement shows.
-_CALL = nn.Module.__call__
+_METHODS = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__", "__getattribute__")}
 PLAIN = frozenset({Tensor, nn.Parameter})
 _WRAPPERS = {
     "DataParallel": "it scatters the batch in its own forward",
@@ -27,6 +28,18 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "its own forward gathers the sharded parameters",
     "FSDPModule": "its own forward gathers the sharded parameters",
 }
+
+
+def method(cls: type[nn.Module], name: str) -> Any:
+    """What a class runs as ``name``; None if it has no such method.
+
+    torch.export replaces methods of nn.Module itself for as long as it traces, to note which module is called: that is
+    not taken for a change.
+    """
+    found = getattr(cls, name, None)
+    if torch.compiler.is_exporting() and found is getattr(nn.Module, name, None):
+        return _METHODS.get(name, found)
+    return found
 
 
 def check_global_hooks() -> None:
@@ -122,5 +135,7 @@ def check_module(path: str, module: nn.Module) -> None:
     if kind != "OptimizedModule":
         if "forward" in vars(module):
             raise refuse("its forward was replaced on the instance; put the change into the class")
-        if cls.__call__ is not _CALL and not isinstance(module, torch.fx.GraphModule):
+        if method(cls, "__call__") is not _METHODS["__call__"] and not isinstance(
+            module, torch.fx.GraphModule
+        ):
             raise refuse("its type replaces __call__, which a lowered network would bypass")

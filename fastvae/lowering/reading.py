@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import activations
+from .checks import method
 from .errors import CoupledSamples, UnsupportedLayer, describe
 
 Shape = tuple["int | None", ...]
@@ -290,7 +291,7 @@ _BEHAVIOUR = (
 
 
 def _behaviour(cls: type[nn.Module]) -> tuple[Any, ...]:
-    return tuple(getattr(cls, name, None) for name in _BEHAVIOUR)
+    return tuple(method(cls, name) for name in _BEHAVIOUR)
 
 
 # As it is at import, so that a later replacement shows.

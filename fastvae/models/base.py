@@ -431,11 +431,17 @@ class BaseVAE(nn.Module, ABC):
 
     def _split(self, output: object, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output as (mu, logvar)."""
-        name = type(self).__name__
-        wanted = f"{name}: encoder: expected [B, 2d] or (mu [B, d], logvar [B, d]) with B = {len(x)}"
+        batch = x.shape[0]
+
+        def refuse(found: str) -> ValueError:
+            return ValueError(
+                f"{type(self).__name__}: encoder: expected [B, 2d] or (mu [B, d], logvar [B, d]) with B = {batch}, "
+                f"got {found}"
+            )
+
         if isinstance(output, Tensor):
-            if output.dim() != 2 or output.shape[1] % 2 or output.shape[0] != x.shape[0]:
-                raise ValueError(f"{wanted}, got a tensor {list(output.shape)}")
+            if output.dim() != 2 or output.shape[1] % 2 or output.shape[0] != batch:
+                raise refuse(f"a tensor {list(output.shape)}")
             mu, logvar = output.chunk(2, dim=1)
             return mu, logvar
         if not (
@@ -444,10 +450,10 @@ class BaseVAE(nn.Module, ABC):
             and isinstance(output[0], Tensor)
             and isinstance(output[1], Tensor)
         ):
-            raise ValueError(f"{wanted}, got {type(output).__name__}")
+            raise refuse(type(output).__name__)
         mu, logvar = output
-        if mu.dim() != 2 or mu.shape != logvar.shape or mu.shape[0] != x.shape[0]:
-            raise ValueError(f"{wanted}, got ({list(mu.shape)}, {list(logvar.shape)})")
+        if mu.dim() != 2 or mu.shape != logvar.shape or mu.shape[0] != batch:
+            raise refuse(f"({list(mu.shape)}, {list(logvar.shape)})")
         return mu, logvar
 
 

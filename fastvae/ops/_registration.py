@@ -26,6 +26,13 @@ def float32_under_autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def check_tensors(name: str, **arguments: object) -> None:
+    """Raise TypeError, by name, for an argument that is no tensor."""
+    for argument, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got {type(value).__name__}")
+
+
 def check_one_device(name: str, like: Tensor, like_name: str, **tensors: Tensor | Sequence[Tensor]) -> None:
     """In a fake kernel: refuse what the kernels refuse.
 

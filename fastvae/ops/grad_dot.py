@@ -73,6 +73,11 @@ def _(
     output_grads_b: Sequence[Tensor],
     bias: Sequence[int],
 ) -> Tensor:
+    if not inputs_a or len(inputs_b) != len(inputs_a):
+        raise ValueError(
+            f"fastvae::grad_dot: inputs_b: expected as many layers as inputs_a, at least one, got {len(inputs_b)} and "
+            f"{len(inputs_a)}"
+        )
     check_one_device(
         "grad_dot",
         inputs_a[0],

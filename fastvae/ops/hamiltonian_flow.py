@@ -18,6 +18,7 @@ from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_tensors,
     float32_under_autocast,
     refuse_forward_mode,
     refuse_function_transforms,
@@ -107,6 +108,7 @@ def hamiltonian_flow(
         CoupledSamples: BatchNorm or Dropout in training mode.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
+    check_tensors("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
     refuse_function_transforms("hamiltonian_flow", z)
     like = resolve(likelihood)
     if memory not in ("auto", "store", "recompute"):

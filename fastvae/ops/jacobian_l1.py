@@ -12,6 +12,7 @@ from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_tensors,
     float32_under_autocast,
     refuse_forward_mode,
     refuse_function_transforms,
@@ -56,6 +57,7 @@ def jacobian_l1(
         CoupledSamples: BatchNorm or Dropout in training mode.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
+    check_tensors("jacobian_l1", z=z)
     refuse_function_transforms("jacobian_l1", z)
     check_jacobian_options(reduction, output, p)
     if z.dim() != 2:

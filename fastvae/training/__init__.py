@@ -1,7 +1,7 @@
 """Training with exact resume: ``fit``, its ``History``, and checkpoints that TracIn can read."""
 
-from fastvae.training.checkpoints import load_checkpoint, save_checkpoint
+from fastvae.training.checkpoints import load_checkpoint, save_checkpoint, step_penalties
 from fastvae.training.fitting import fit
 from fastvae.training.history import History
 
-__all__ = ["History", "fit", "load_checkpoint", "save_checkpoint"]
+__all__ = ["History", "fit", "load_checkpoint", "save_checkpoint", "step_penalties"]

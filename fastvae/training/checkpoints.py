@@ -7,11 +7,14 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from fastvae.training.parallel import unwrap
 
 __all__ = [
     "load_checkpoint",
@@ -19,11 +22,18 @@ __all__ = [
     "read_checkpoint",
     "restore_model",
     "save_checkpoint",
-    "unwrap",
+    "step_penalties",
     "write_atomically",
 ]
 
 _FORMAT = "fastvae checkpoint 1"
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "penalties": list,
+    "weight": float,
+    "optimizer": (dict, NoneType),
+    "state": (dict, NoneType),
+}
 
 
 def save_checkpoint(
@@ -121,6 +131,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, found another kind of torch file")
+    for key, kind in _CONTENT.items():
+        if key not in content or not isinstance(content[key], kind):
+            found = type(content[key]).__name__ if key in content else "missing"
+            raise ValueError(
+                f"{path}: expected a checkpoint, found a damaged or foreign file ({key!r}: {found})"
+            )
     return content
 
 
@@ -136,21 +152,19 @@ def restore_model(model: nn.Module, content: dict[str, Any], path: Path) -> None
         for penalty, state in zip(penalties, states, strict=True):
             if state is not None:
                 penalty.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected the weights of this model, found others ({error})") from error
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and DDP's wrappers, whose parameters have the plain names."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def penalties_of(model: nn.Module) -> list[Any]:
     """The penalties of a model that are stepped as training goes on."""
     return [p for p in getattr(unwrap(model), "penalties", ()) if hasattr(p, "step")]
+
+
+def step_penalties(model: nn.Module) -> None:
+    """Tell the model's penalties that an optimisation step was taken, which moves their annealing on.
+
+    ``fit`` does it; a training loop of your own calls it after ``optimizer.step()``.
+    """
+    for penalty in penalties_of(model):
+        penalty.step()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastvae.training.history import History
+from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_generators_kept, modes_kept
 from fastvae.training.run import Run
 from fastvae.training.step import Stepper, parameters_of
@@ -48,6 +49,11 @@ def fit(
     and Python's global generators are seeded from (seed, epoch) at the start of every epoch, and the states
     of the loaders' own generators are stored; ``fit`` gives the global generators back as it found them.
     Out of reach are generators hidden in data sets or models, and workers kept by ``persistent_workers``.
+
+    Several processes (torchrun) train one model if each passes it in ``DistributedDataParallel``, with a loader of as
+    many batches of its own part of the data (``DistributedSampler``) and the same arguments otherwise. Noise differs
+    between them, losses are those of all, the first process writes to ``run_dir``, which all must see, and a step that
+    is not finite in one is refused in all.
 
     Args:
         model: ``model(x)`` is the loss of each sample, [B]. Objects in ``model.penalties`` with a ``step()``
@@ -103,6 +109,7 @@ def fit(
     if device is not None:
         model.to(device)
     chosen_optimizer = _build_optimizer(model, optimizer)
+    team = Team(model)
     run = Run(
         model=model,
         loader=loader,
@@ -115,7 +122,10 @@ def fit(
         schedule_by=schedule_by,
         patience=patience,
         on_nonfinite=on_nonfinite,
-        stepper=Stepper(model, chosen_optimizer, clip_grad_norm, binarize, restore=on_nonfinite == "skip"),
+        stepper=Stepper(
+            model, chosen_optimizer, clip_grad_norm, binarize, team, restore=on_nonfinite == "skip"
+        ),
+        team=team,
     )
     run.start(resume, epochs, max_steps)
     with modes_kept(model), global_generators_kept():

@@ -15,10 +15,10 @@ from torch import nn
 __all__ = ["global_generators_kept", "global_states", "modes_kept", "seed_globals", "set_global_states"]
 
 
-def seed_globals(seed: int, purpose: str, epoch: int) -> None:
-    """Seed torch's, numpy's and Python's global generators."""
+def seed_globals(seed: int, purpose: str, epoch: int, rank: int = 0) -> None:
+    """Seed torch's, numpy's and Python's global generators; each process of a run draws noise of its own."""
     # Hashed, so that runs with neighbouring seeds share no epoch's noise.
-    digest = hashlib.sha256(f"{seed} {purpose} {epoch}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {purpose} {epoch}{f' {rank}' if rank else ''}".encode()).digest()
     key = int.from_bytes(digest[:8], "little")
     torch.manual_seed(key)
     random.seed(key)

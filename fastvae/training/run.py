@@ -20,14 +20,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.models import DivergenceError
-from fastvae.training.checkpoints import penalties_of, read_checkpoint, restore_model, save_checkpoint, unwrap
+from fastvae.training.checkpoints import (
+    read_checkpoint,
+    restore_model,
+    save_checkpoint,
+    step_penalties,
+)
 from fastvae.training.history import History
 from fastvae.training.loaders import generators_of, length_of, samplers_of
+from fastvae.training.parallel import Team, unwrap
 from fastvae.training.randomness import modes_kept, seed_globals
 from fastvae.training.step import NotFiniteError, Stepper
 
 __all__ = ["Run"]
 
+# What a checkpoint's state must hold to go on from it.
+_STATE = {"epoch", "steps", "seed", "optimizer", "scheduler", "generators", "history", "best"}
 _EPOCH_FILE = re.compile(r"epoch-(\d+)\.pt")
 
 
@@ -47,6 +55,7 @@ class Run:
     patience: int | None
     on_nonfinite: str
     stepper: Stepper
+    team: Team
     history: History = field(default_factory=History)
     epoch: int = 0
     steps: int = 0
@@ -57,6 +66,8 @@ class Run:
     def start(self, resume: bool | str | os.PathLike[str], epochs: int, max_steps: int | None) -> None:
         """Restore what ``resume`` asks for, or write the checkpoint of the start."""
         there = _epoch_files(self.run_dir)
+        # Every process has looked into the folder before the first writes to it.
+        self.team.wait()
         anew = isinstance(resume, bool) or resume == "auto"
         if anew and resume and there:
             self._restore_newest(there, epochs, max_steps)
@@ -82,7 +93,7 @@ class Run:
         """Epoch after epoch until one of the limits; then the best weights, where patience kept them."""
         length = length_of(self.loader)
         total = None if length is None else min(epochs * length, max_steps or epochs * length)
-        bar = _progress_bar(total, self.steps) if progress else None
+        bar = _progress_bar(total, self.steps) if progress and self.team.rank == 0 else None
         try:
             self.history.stopped = self._stopped(epochs, max_steps)
             while not self.history.stopped:
@@ -93,7 +104,10 @@ class Run:
                 due = bool(self.history.stopped) or self.epoch % (self.interval or 1) == 0
                 if self.interval is not None and due:
                     self._save(complete)
-                self.history.save(self.run_dir / "history.json")
+                if self.team.rank == 0:
+                    self.history.save(self.run_dir / "history.json")
+            # No process reads a checkpoint before the first has written it.
+            self.team.wait()
         finally:
             if bar is not None:
                 bar.close()
@@ -112,7 +126,7 @@ class Run:
         """One epoch with its validation and its row of the history; False if ``max_steps`` cut it short."""
         started = time.perf_counter()
         number = self.epoch + 1
-        seed_globals(self.seed, "train", number)
+        seed_globals(self.seed, "train", number, self.team.rank)
         for sampler in samplers_of(self.loader):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(number)
@@ -124,19 +138,19 @@ class Run:
                 break
             batches += 1
             x = self.stepper.images(batch)
-            value = self._step(x, f"epoch {number}, step {batches} (step {self.steps + 1} of the run)")
-            if value is not None:
-                total += value * x.shape[0]
-                samples += x.shape[0]
+            done = self._step(x, f"epoch {number}, step {batches} (step {self.steps + 1} of the run)")
+            if done is not None:
+                value, count = done
+                total += value * count
+                samples += count
                 rates.append(float(self.optimizer.param_groups[0]["lr"]))
                 self.steps += 1
-                for penalty in penalties_of(self.model):
-                    penalty.step()
+                step_penalties(self.model)
                 if self.schedule_by == "step":
                     self._advance_scheduler(value)
             if bar is not None:
                 bar.set_postfix_str(
-                    f"epoch {number}, loss {math.nan if value is None else value:.4f}", refresh=False
+                    f"epoch {number}, loss {math.nan if done is None else done[0]:.4f}", refresh=False
                 )
                 bar.update(1)
         if not batches:
@@ -146,8 +160,10 @@ class Run:
             )
         if not samples:
             raise self._not_finite(f"all {batches} steps of epoch {number} were skipped")
-        if bad := [name for name, value in unwrap(self.model).state_dict().items() if not _is_finite(value)]:
-            raise self._not_finite(f"epoch {number}: after its last step {bad[0]} is not finite")
+        bad = [name for name, value in unwrap(self.model).state_dict().items() if not _is_finite(value)]
+        if self.team.sums(len(bad))[0]:
+            where = bad[0] if bad else "the model of another process"
+            raise self._not_finite(f"epoch {number}: after its last step {where} is not finite")
         val_loss = self._validate(number)
         mean_rate = math.fsum(rates) / len(rates)
         self.pending_weight += mean_rate * (1.0 if complete or not length else batches / length)
@@ -174,8 +190,8 @@ class Run:
             if self.patience is not None:
                 self.best = copy.deepcopy(unwrap(self.model).state_dict())
 
-    def _step(self, x: Tensor, where: str) -> float | None:
-        """One optimisation step; its loss, or None if it was skipped."""
+    def _step(self, x: Tensor, where: str) -> tuple[float, int] | None:
+        """One optimisation step; its loss and samples, or None if it was skipped."""
         try:
             return self.stepper.take(x)
         except NotFiniteError as problem:
@@ -194,8 +210,8 @@ class Run:
         if self.val_loader is None:
             return None
         # The same noise after every epoch: differences between epochs are then the model's.
-        seed_globals(self.seed, "validation", 0)
-        total, samples = 0.0, 0
+        seed_globals(self.seed, "validation", 0, self.team.rank)
+        total, samples = 0.0, 0.0
         cause: DivergenceError | None = None
         with modes_kept(self.model):
             self.model.eval()
@@ -203,9 +219,10 @@ class Run:
                 x = self.stepper.images(batch)
                 samples += x.shape[0]
                 try:
-                    total += float(self.stepper.losses(x).sum(dtype=torch.float64))
+                    total += float(self.stepper.losses(x, self.team.replica).sum(dtype=torch.float64))
                 except DivergenceError as error:
                     total, cause = math.inf, error
+        total, samples = self.team.sums(total, samples)
         if not samples:
             raise ValueError(f"fit: val_loader: expected at least one batch, got none in epoch {number}")
         if not math.isfinite(total) and self.on_nonfinite == "raise":
@@ -231,13 +248,16 @@ class Run:
             "seed": self.seed,
             "optimizer": type(self.optimizer).__qualname__,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "generators": [
-                generator.get_state() for generator in generators_of(self.loader, self.val_loader)
-            ],
+            "generators": self.team.gathered(
+                [generator.get_state() for generator in generators_of(self.loader, self.val_loader)]
+            ),
             "history": self.history.to_dict(self.run_dir),
             "best": self.best,
         }
-        save_checkpoint(self.model, path, weight=self.pending_weight, optimizer=self.optimizer, state=state)
+        if self.team.rank == 0:
+            save_checkpoint(
+                self.model, path, weight=self.pending_weight, optimizer=self.optimizer, state=state
+            )
         self.pending_weight = 0.0
         self.last_checkpoint = path
 
@@ -259,14 +279,15 @@ class Run:
 
     def _restore(self, path: Path, content: dict[str, Any]) -> None:
         state = content["state"]
-        if not isinstance(state, dict) or not state.get("complete"):
+        if state is None or not state.get("complete") or not state.keys() >= _STATE:
             raise ValueError(f"{path}: expected the checkpoint of an epoch's end by fit, found another kind")
         generators = generators_of(self.loader, self.val_loader)
         for name, now, then in (
             ("seed", self.seed, state["seed"]),
             ("optimizer", type(self.optimizer).__qualname__, state["optimizer"]),
             ("use of a scheduler", self.scheduler is not None, state["scheduler"] is not None),
-            ("number of loader generators", len(generators), len(state["generators"])),
+            ("number of processes", self.team.size, len(state["generators"])),
+            ("number of loader generators", len(generators), len(state["generators"][-1])),
         ):
             if now != then:
                 raise ValueError(f"{path}: expected a run with the same {name} ({now}), found {then}")
@@ -276,11 +297,11 @@ class Run:
         restore_model(self.model, content, path)
         try:
             self.optimizer.load_state_dict(content["optimizer"])
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: expected this optimizer's state, found another ({error})") from error
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        for generator, generator_state in zip(generators, state["generators"], strict=True):
+        for generator, generator_state in zip(generators, state["generators"][self.team.rank], strict=True):
             generator.set_state(generator_state)
         self.history, self.best, self.last_checkpoint = history, state["best"], path
         self.epoch, self.steps = state["epoch"], state["steps"]

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fastvae.data import binarize as draw_binary
 from fastvae.data import images_of
 from fastvae.models import DivergenceError
+from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_states, set_global_states
 
 __all__ = ["NotFiniteError", "Stepper", "parameters_of"]
@@ -39,6 +40,7 @@ class Stepper:
     optimizer: Optimizer
     clip_grad_norm: float | None
     binarize: bool
+    team: Team
     restore: bool
     """Put the model's buffers back as they were before a step that was not finite."""
 
@@ -52,20 +54,23 @@ class Stepper:
         x = draw_binary(x) if self.binarize else x
         return x.to(next(self.model.parameters()).device, non_blocking=True)
 
-    def losses(self, x: Tensor) -> Tensor:
+    def losses(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         """model(x): [B], or ValueError."""
-        losses: Tensor = self.model(x)
+        losses: Tensor = (self.model if model is None else model)(x)
         if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"fit: model(x): expected the loss of each sample, [{x.shape[0]}], got {found}")
         return losses
 
-    def take(self, x: Tensor) -> float:
-        """One optimisation step; its mean loss. NotFiniteError leaves the weights as they were."""
+    def take(self, x: Tensor) -> tuple[float, int]:
+        """One optimisation step; its mean loss and number of samples, over all processes.
+
+        NotFiniteError, in all processes or none, leaves the weights as they were.
+        """
         noise = global_states() if self.demands_closure else None
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.restore else []
         try:
-            loss, norm = self._finite_backward(x)
+            loss, samples, norm = self._finite_backward(x)
         except NotFiniteError:
             if self.restore:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -77,7 +82,7 @@ class Stepper:
         def evaluate_again() -> float:
             if noise is not None:
                 set_global_states(noise)
-            again, again_norm = self._backward(x)
+            again, _, again_norm = self._backward(x)
             self._clip(again_norm)
             return float(again)
 
@@ -86,28 +91,49 @@ class Stepper:
         else:
             self._clip(norm)
             self.optimizer.step()
-        return loss
+        return loss, samples
 
-    def _backward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss and gradient norm, with the gradients in place and not yet clipped."""
+    def _backward(self, x: Tensor) -> tuple[Tensor, int, Tensor]:
+        """Mean loss, samples and gradient norm, with the gradients in place and not yet clipped."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.losses(x).mean()
+        loss, mean, samples = self._forward(x)
         loss.backward()
-        return loss.detach(), torch.nn.utils.get_total_norm(
-            [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
+        return (
+            mean,
+            samples,
+            torch.nn.utils.get_total_norm(
+                [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
+            ),
         )
 
-    def _finite_backward(self, x: Tensor) -> tuple[float, Tensor]:
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The mean loss with its graph; without it, over all processes; their samples.
+
+        NotFiniteError where a trajectory diverged in any process: a process that went on to its backward pass would
+        wait for the gradients of one that did not.
+        """
+        cause: DivergenceError | None = None
         try:
-            loss, norm = self._backward(x)
+            loss = self.losses(x).mean()
         except DivergenceError as error:
-            raise NotFiniteError(str(error)) from error
+            if self.team.size == 1:
+                raise NotFiniteError(str(error)) from error
+            loss, cause = torch.tensor(0.0), error
+        if self.team.size == 1:
+            return loss, loss.detach(), x.shape[0]
+        total, samples, diverged = self.team.sums(float(loss) * x.shape[0], x.shape[0], cause is not None)
+        if diverged:
+            raise NotFiniteError(str(cause or "trajectories of another process diverged")) from cause
+        return loss, loss.detach().new_tensor(total / samples), int(samples)
+
+    def _finite_backward(self, x: Tensor) -> tuple[float, int, Tensor]:
+        loss, samples, norm = self._backward(x)
         dtype = torch.promote_types(loss.dtype, torch.float32)
         # One transfer: on a GPU each would wait for the queue.
         loss_value, norm_value = torch.stack([loss.to(dtype), norm.to(loss.device, dtype)]).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             raise NotFiniteError(f"loss {loss_value}, gradient norm {norm_value}")
-        return float(loss_value), norm
+        return float(loss_value), samples, norm
 
     def _clip(self, total_norm: Tensor) -> None:
         if self.clip_grad_norm is not None:

@@ -1,0 +1,77 @@
+"""A fastvae model in Lightning's Trainer.
+
+A fastvae model is an ordinary module whose forward is the loss of each sample, so that it also goes into a
+LightningModule of your own; what that one has to do is what :class:`LitVAE` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastvae.data import images_of
+from fastvae.models import BaseVAE
+from fastvae.training import step_penalties
+
+__all__ = ["LitVAE"]
+
+
+class LitVAE(lightning.LightningModule):
+    """Trains a fastvae model in ``lightning.Trainer``.
+
+    Logs ``train_loss`` (with penalties and beta) a step, and ``val_loss`` and ``val_elbo`` an epoch, all in nats a
+    sample. Batches are those of :func:`fastvae.fit`: a tensor, the first of a tuple, or ["data"]. Penalties are
+    stepped once an optimisation step, however many batches are accumulated for it. The hyperparameters are not saved
+    in checkpoints, since a model is none: ``LitVAE.load_from_checkpoint(path, model=...)`` takes one built as before.
+
+    Args:
+        model: any of fastvae's models; ``lit.model`` is it, trained.
+        optimizer: callable from (parameters, lr=...) to an optimiser.
+        lr: learning rate.
+
+    Raises:
+        TypeError: ``model`` is not one of fastvae's.
+    """
+
+    def __init__(
+        self, model: BaseVAE, *, optimizer: Callable[..., Optimizer] = torch.optim.Adam, lr: float = 1e-3
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, BaseVAE):
+            raise TypeError(f"LitVAE: model: expected a fastvae model, got {type(model).__name__}")
+        self.model = model
+        self._optimizer = optimizer
+        self.lr = lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The training loss of each sample: [B], in nats."""
+        losses: Tensor = self.model(x)
+        return losses
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The mean loss of a batch: []."""
+        x = images_of(batch)
+        loss = self(x).mean()
+        self.log("train_loss", loss, batch_size=len(x))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``val_loss`` and ``val_elbo``."""
+        x = images_of(batch)
+        self.log("val_loss", self(x).mean(), batch_size=len(x))
+        self.log("val_elbo", self.model.elbo(x).mean(), batch_size=len(x))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, then the penalties' step; not called for batches that are only accumulated."""
+        super().optimizer_step(*args, **kwargs)
+        step_penalties(self.model)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The optimiser over the trainable parameters."""
+        parameters: list[nn.Parameter] = [p for p in self.parameters() if p.requires_grad]
+        return self._optimizer(parameters, lr=self.lr)

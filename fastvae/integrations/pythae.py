@@ -1,0 +1,124 @@
+"""pythae's models (Chadebec, Vincent, Allassonniere, NeurIPS 2022 Datasets and Benchmarks) as fastvae's.
+
+pythae's networks return a ``ModelOutput``, a dictionary with attributes: an encoder's holds "embedding" and
+"log_covariance", a decoder's "reconstruction". The two adapters here take the tensors out; the networks inside are
+the pythae model's own, so that both models have the same parameters, and training one trains the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from fastvae.models import VAE, BaseVAE
+
+__all__ = ["Decoder", "Encoder", "from_pythae", "likelihood_of"]
+
+Model = TypeVar("Model", bound=BaseVAE)
+
+
+class Encoder(nn.Module):
+    """A pythae encoder as fastvae's models call one: x [B, ...] -> (mu [B, d], logvar [B, d])."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``embedding`` and ``log_covariance`` of the network's output."""
+        output = self.network(x)
+        if not isinstance(output, Mapping) or not {"embedding", "log_covariance"} <= output.keys():
+            found = list(output) if isinstance(output, Mapping) else type(output).__name__
+            raise ValueError(
+                f"from_pythae: encoder: expected an output with 'embedding' and 'log_covariance' (a Gaussian q(z | x)),"
+                f" got {found} from {type(self.network).__name__}"
+            )
+        return output["embedding"], output["log_covariance"]
+
+
+class Decoder(nn.Module):
+    """A pythae decoder as fastvae's models call one: z [B, d] -> [B, ...].
+
+    ``fastvae.lowering`` reads through it: loops over a ModuleList and the final reshape are followed, so that
+    pythae's MLP and convolutional decoders run in the fused sweeps. Those with skip connections (ResNet) run
+    through autograd, after one warning.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``reconstruction`` of the network's output."""
+        reconstruction: Tensor = self.network(z)["reconstruction"]
+        return reconstruction
+
+
+def likelihood_of(model_config: Any) -> Likelihood:
+    """What a pythae configuration's ``reconstruction_loss`` means as a density.
+
+    "mse": half the squared error, pythae's sum over pixels, is minus the log density of ``Gaussian(scale=1)`` but for
+    its constant, D/2 log(2 pi) nats. "bce": ``Bernoulli(probs=True)``, since pythae's decoders return
+    probabilities; the fused operators take their last Sigmoid off.
+
+    Raises:
+        ValueError: there is none, or another.
+    """
+    name = getattr(model_config, "reconstruction_loss", None)
+    if name == "mse":
+        return Gaussian()
+    if name == "bce":
+        return Bernoulli(probs=True)
+    raise ValueError(
+        f"from_pythae: model_config.reconstruction_loss: expected 'mse' or 'bce', got {name!r} in "
+        f"{type(model_config).__name__}; pass likelihood="
+    )
+
+
+def from_pythae(
+    model: Any,
+    model_class: type[Model] = VAE,  # type: ignore[assignment]
+    *,
+    likelihood: str | Likelihood | None = None,
+    **options: Any,
+) -> Model:
+    """A fastvae model around the encoder and decoder of a pythae model, which it shares with it.
+
+    Taken over are the two networks with their parameters, the latent size, the likelihood and, of a BetaVAE, beta.
+    Not taken over is whatever else a pythae model has: its own flow, discriminator, prior or annealing; the objective
+    is ``model_class``'s.
+
+    Args:
+        model: a pythae model whose encoder returns "embedding" and "log_covariance" (VAE, BetaVAE, IWAE, HVAE, ...),
+            trained or not.
+        model_class: ``fastvae.VAE``, ``fastvae.HVAE`` or another of fastvae's models.
+        likelihood: None: see :func:`likelihood_of`.
+        options: further arguments of ``model_class``, such as ``num_steps=`` or ``penalties=``.
+
+    Returns:
+        ``model_class(Encoder(model.encoder), Decoder(model.decoder), likelihood, ...)``. It takes tensors x [B, ...];
+        ``fastvae.fit`` takes pythae's loaders, whose batches are dictionaries with "data", as they are.
+
+    Raises:
+        TypeError: ``model`` has no ``encoder``, ``decoder`` and ``model_config``.
+        ValueError: a reconstruction loss that is no likelihood; at the first evaluation, an encoder without a Gaussian
+            posterior (pythae's AE, WAE, VQVAE, SVAE).
+    """
+    for name in ("encoder", "decoder", "model_config"):
+        if not hasattr(model, name):
+            raise TypeError(
+                f"from_pythae: model: expected a pythae model, got {type(model).__name__} without {name}"
+            )
+    config = model.model_config
+    if getattr(model, "model_name", None) == "BetaVAE":
+        options.setdefault("beta", config.beta)
+    options.setdefault("latent_dim", config.latent_dim)
+    return model_class(
+        Encoder(model.encoder),
+        Decoder(model.decoder),
+        likelihood_of(config) if likelihood is None else likelihood,
+        **options,
+    )
