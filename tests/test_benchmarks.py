@@ -27,8 +27,8 @@ import flow  # noqa: E402
 import flow_report  # noqa: E402
 import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
-import regret  # noqa: E402
 import log_likelihood  # noqa: E402
+import regret  # noqa: E402
 import tracin  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -255,6 +255,8 @@ def test_two_batches_are_the_same_objective() -> None:
     model.draw_noise = lambda *_: noise  # type: ignore[method-assign]
     expected = penalised(x, noise=noise).mean()
     torch.testing.assert_close(consistency.two_batches(model, x, view, 0.3), expected)
+
+
 def test_quick_run_of_tracin_times_every_contestant(tmp_path: Path) -> None:
     peer("captum")
     printed = run_quick(tmp_path, script="tracin")

@@ -376,7 +376,9 @@ class BaseVAE(nn.Module, ABC):
         while done < num_samples:
             count = max(1, min(rows // batch, num_samples - done))
             if noise is None:
-                drawn = torch.stack([self.draw_noise(mu, generator, self.weight_draws) for _ in range(count)], 1)
+                drawn = torch.stack(
+                    [self.draw_noise(mu, generator, self.weight_draws) for _ in range(count)], 1
+                )
             else:
                 drawn = noise(done, count, mu)
             for start in range(0, batch, rows):
