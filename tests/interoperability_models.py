@@ -21,11 +21,18 @@ def _penalties() -> list[nn.Module]:
     return [JacobianL1(0.1), BetaAnnealing(anneal_steps=10)]
 
 
+def shifted(x: Tensor) -> Tensor:
+    """A view without randomness: two processes and one see the same."""
+    return x.roll(1, -1)
+
+
 # "ignore": what torch.compile and torch.export need; the other choices look at the numbers.
 BUILDERS: dict[str, Callable[[], BaseVAE]] = {
     "VAE": lambda: fastvae.VAE(*_networks()),
     "HVAE": lambda: fastvae.HVAE(*_networks(), num_steps=3, on_divergence="ignore"),
     "JacobianL1VAE": lambda: fastvae.JacobianL1VAE(*_networks(), gamma=0.1),
+    "IWAE": lambda: fastvae.IWAE(*_networks(), num_samples=3),
+    "ConsistencyVAE": lambda: fastvae.ConsistencyVAE(*_networks(), augment=shifted),
     "HVAE with penalties": lambda: fastvae.HVAE(
         *_networks(), num_steps=3, on_divergence="ignore", penalties=_penalties()
     ),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvae.data import ColorJitter, Compose, RandomAffine, RandomFlip, accepts_generator
-from fastvae.influence.noise import KeyedNoise, Stream, draws_of, keys_of
+from fastvae.influence.noise import KeyedNoise
+from fastvae.noise import Stream, draws_of, keys_of
 
 EACH = [RandomAffine(), RandomFlip(0.5, 0.5), ColorJitter(), Compose(RandomFlip(), RandomAffine())]
 each_one = pytest.mark.parametrize("augment", EACH, ids=lambda augment: type(augment).__name__)
