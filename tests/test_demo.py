@@ -127,7 +127,7 @@ def test_demo_writes_a_report_with_every_section(
     page = Page(text)
     assert page.titles == TITLES and page.open == []
     assert page.tags.isdisjoint({"script", "link", "iframe"}) and "http" not in text
-    assert len(page.images) == 12 and all(image.startswith(b"\x89PNG") for image in page.images)
+    assert len(page.images) == 14 and all(image.startswith(b"\x89PNG") for image in page.images)
     for word in ("--epochs 2", "--seed 3", fastvae.__version__, torch.__version__, "180 of 1x8x8", "2, 4;"):
         assert word in page.words
     number = r"-?\d+\.\d{3} ± \d+\.\d{3}"

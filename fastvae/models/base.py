@@ -65,7 +65,7 @@ class TrainingStep:
 
     def parts(self, of: Sequence[Tensor]) -> list[TrainingStep]:
         """The steps of several views ``of``, evaluated as one batch [B * views] with those of a sample side by side."""
-        samples, count = len(of[0]), len(of)
+        samples, count = of[0].shape[0], len(of)
 
         def split(tensor: Tensor) -> tuple[Tensor, ...]:
             return tensor.reshape(samples, count, *tensor.shape[1:]).unbind(1)
@@ -262,7 +262,7 @@ class BaseVAE(nn.Module, ABC):
         if not asked:
             return [self.objective(x, noise=noise, generator=generator)]
         batch = [x, *(view for view, _ in asked)]
-        samples, count = len(x), len(batch)
+        samples, count = x.shape[0], len(batch)
         # Which draw each view takes: x the first, the others one of their own each, or that of x.
         draws = [0]
         for _, shares in asked:
