@@ -560,9 +560,6 @@ void for_each_case(Visitor visit) {
   for_each_gaussian_kl<T>(1, 1, visit);
   for_each_gaussian_kl<T>(11, 67, visit);
   for_each_gaussian_kl<T>(301, 5, visit);
-  for_each_window<T>(1, {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1}, visit);
-  for_each_window<T>(2, {3, 4, 4, 8, 8, 4, 4, 2, 2, 1, 1, 1, 1}, visit);
-  for_each_window<T>(3, {2, 4, 6, 9, 7, 3, 2, 2, 1, 1, 0, 1, 2}, visit);
   for (const int64_t step_stride : {0, 1}) {
     for_each_leapfrog<T>(1, 1, step_stride, visit);
     for_each_leapfrog<T>(5, 3, step_stride, visit);
