@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))
 
+import command  # noqa: E402
 import common  # noqa: E402
 import flow_report as report  # noqa: E402
 
@@ -121,7 +122,7 @@ def two_batches(model: BaseVAE, x: Tensor, view: Tensor, weight: float) -> Tenso
 
 
 def run_case(case: Case, device: torch.device, quick: bool) -> dict[str, Any]:
-    progress(case.title)
+    command.progress(case.title)
     torch.manual_seed(0)
     encoder, decoder = case.networks()
     x = torch.rand(case.batch, 1, case.size, case.size)
@@ -180,33 +181,13 @@ def target_section(records: Sequence[dict[str, Any]]) -> str:
     return common.markdown_table(["case", f"{OURS} / {PLAIN}", "at most", "reached"], rows)
 
 
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
-    )
-    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
-    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--cuda: PyTorch sees no GPU")
-    return options
+    return command.parse(command.parser(__doc__), arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device(options.device)
+    device, path = command.begin(options, "consistency")
     environment = common.environment(device)
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
     records = [run_case(case, device, options.quick) for case in cases(options.quick)]
@@ -215,8 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sections.append(target_section(records))
     sections += [case_section(record) for record in records]
     sections.append(report.environment_table(environment, settings))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"consistency-{common.device_slug(device)}{'-quick' if options.quick else ''}"
     record = {"benchmark": "consistency", "environment": environment, "settings": settings, "cases": records}
     common.write_json(path.with_suffix(".json"), record)
     text = "\n\n".join(sections)

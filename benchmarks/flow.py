@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))
 
+import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import flow_report as report  # noqa: E402
@@ -160,7 +161,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name, make in makers(problem, options).items():
-        progress(f"{case.title}: {name}")
+        command.progress(f"{case.title}: {name}")
         try:
             contestant = make()
             result = contestant()
@@ -188,7 +189,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     clocks = dict.fromkeys(contestants, common.clock_of(device))
     # JAX runs on a stream of its own, which events on PyTorch's do not see.
     clocks[JAX] = common.wall_clock
-    progress(f"{case.title}: timing")
+    command.progress(f"{case.title}: timing")
     timings = common.interleave(
         contestants, clocks, seconds=case.seconds, min_rounds=2 if options.quick else 5
     )
@@ -229,7 +230,7 @@ def run_memory(device: torch.device, options: argparse.Namespace) -> list[dict[s
         for memory in ("recompute", "store"):
             sizes = {}
             for steps in MEMORY_STEPS:
-                progress(f"{case.title}: memory={memory!r}, K = {steps}")
+                command.progress(f"{case.title}: memory={memory!r}, K = {steps}")
                 arguments = (case.key, memory, steps, options.quick, device.type)
                 if device.type == "cuda":
                     sizes[steps] = common.peak_extra_cuda_memory(memory_probe(*arguments))
@@ -246,20 +247,9 @@ def run_memory(device: torch.device, options: argparse.Namespace) -> list[dict[s
     return rows
 
 
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch and JAX (default 2)")
+    parser = command.parser(__doc__, "tiny sizes, no torch.compile: does it run?")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: does it run?")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
-    )
-    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
     parser.add_argument("--no-jax", action="store_false", dest="jax", help="leave JAX out")
     parser.add_argument(
         "--compile",
@@ -268,25 +258,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="decoders given to torch.compile (default: those without convolutions, which take a "
         "minute each to compile the first time; convolutions take many)",
     )
-    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = command.parse(parser, arguments)
     options.compile = "none" if options.quick else options.compile
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--cuda: PyTorch sees no GPU")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device(options.device)
+    device, path = command.begin(options, "flow-memory" if options.memory else "flow")
     environment = common.environment(device)
-    kind = ("flow-memory-" if options.memory else "flow-") + common.device_slug(device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / (kind + ("-quick" if options.quick else ""))
     record: dict[str, Any] = {"benchmark": "flow", "environment": environment}
     if options.memory:
         record["settings"] = {
@@ -310,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for case in record["cases"]
         }
         if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours (store), medians"):
-            progress("no figure: matplotlib is not installed")
+            command.progress("no figure: matplotlib is not installed")
     common.write_json(path.with_suffix(".json"), record)
     text = "\n\n".join(
         ["# The Hamiltonian flow", *tables, report.environment_table(environment, record["settings"])]

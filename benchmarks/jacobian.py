@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))
 
+import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import flow_report as report  # noqa: E402
@@ -197,7 +198,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     if options.compile:
         named |= {name + COMPILED: penalty for name, penalty in RIVALS.items()}
     for name, penalty in named.items():
-        progress(f"{case.title}: {name}")
+        command.progress(f"{case.title}: {name}")
         try:
             if name.endswith(COMPILED):
                 torch._dynamo.reset()
@@ -224,7 +225,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     contestants[report.FLOOR] = floors.tangent_floor(layers, device)
     square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
     contestants[square] = common.gemm(side, side, side, device)
-    progress(f"{case.title}: timing")
+    command.progress(f"{case.title}: timing")
     timings = common.interleave(
         contestants,
         dict.fromkeys(contestants, common.clock_of(device)),
@@ -262,7 +263,7 @@ def run_memory(device: torch.device, options: argparse.Namespace) -> list[dict[s
     """Peak extra memory of every contestant."""
     rows: list[dict[str, Any]] = []
     for name in (OURS, *RIVALS):
-        progress(f"peak memory: {name}")
+        command.progress(f"peak memory: {name}")
         arguments = (name, options.quick, device.type)
         if device.type == "cuda":
             size = common.peak_extra_cuda_memory(memory_probe(*arguments))
@@ -292,38 +293,18 @@ def error_table(record: dict[str, Any]) -> str:
     return common.markdown_table(["contestant", "error against float64"], rows)
 
 
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: does it run?")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
-    )
-    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
+    parser = command.parser(__doc__, "tiny sizes, no torch.compile: does it run?")
     parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
-    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = command.parse(parser, arguments)
     options.compile = options.compile and not options.quick
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--cuda: PyTorch sees no GPU")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device(options.device)
+    device, path = command.begin(options, "jacobian")
     environment = common.environment(device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"jacobian-{common.device_slug(device)}{'-quick' if options.quick else ''}"
     records = [run_case(case, device, options) for case in cases(options.quick)]
     settings = {
         "threads": options.threads,
@@ -352,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in records
     }
     if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-        progress("no figure: matplotlib is not installed")
+        command.progress("no figure: matplotlib is not installed")
     common.write_json(path.with_suffix(".json"), record)
     text = "\n\n".join(sections)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")

@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))
 
+import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import flow_report as report  # noqa: E402
@@ -145,7 +146,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     )
     errors = {}
     for name, run in contestants.items():
-        progress(f"{case.title}: {name}")
+        command.progress(f"{case.title}: {name}")
         result = run()
         assert isinstance(result, Tensor)
         errors[name] = common.relative_error([result], [exact])
@@ -155,7 +156,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     layers = floors.products(model.decoder, torch.randn(case.images * case.samples, 100, device=device))
     operations = sum(layer.operations for layer in layers)
     square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
-    progress(f"{case.title}: timing")
+    command.progress(f"{case.title}: timing")
     contestants[square] = common.gemm(side, side, side, device)
     timings = common.interleave(
         contestants,
@@ -180,38 +181,18 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: does it run?")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
-    )
-    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
+    parser = command.parser(__doc__, "tiny sizes, no torch.compile: does it run?")
     parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
-    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = command.parse(parser, arguments)
     options.compile = options.compile and not options.quick
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--cuda: PyTorch sees no GPU")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device(options.device)
+    device, path = command.begin(options, "log_likelihood")
     environment = common.environment(device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"log_likelihood-{common.device_slug(device)}{'-quick' if options.quick else ''}"
     records = [run_case(case, options) for case in cases(options.quick)]
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
     sections = ["# Importance-sampled log-likelihood"]
@@ -227,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for record in records
     }
     if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-        progress("no figure: matplotlib is not installed")
+        command.progress("no figure: matplotlib is not installed")
     record = {
         "benchmark": "log_likelihood",
         "environment": environment,

@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))
 
+import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import flow_report as report  # noqa: E402
@@ -172,7 +173,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
     model, x = problem(case, device)
     one = x[:1]
     detector = LikelihoodRegret(model, num_steps=case.steps, num_samples=case.samples)
-    progress(f"{case.title}: errors")
+    command.progress(f"{case.title}: errors")
     exact, _ = refit_one(
         copy.deepcopy(model).double(), one, SampleNoise(keys_of(one), 0), num_steps=case.steps
     )
@@ -210,7 +211,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
     }
     records = []
     for part, contestants, floor in (("steps", steps, floor_ms), ("score", scores, {})):
-        progress(f"{case.title}: timing the {part}")
+        command.progress(f"{case.title}: timing the {part}")
         timings = common.interleave(
             contestants,
             dict.fromkeys(contestants, common.clock_of(device)),
@@ -270,37 +271,16 @@ def error_table(record: dict[str, Any]) -> str:
     return common.markdown_table(["contestant", "largest difference of a mean or log variance"], rows)
 
 
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser = command.parser(__doc__)
     parser.add_argument("--case", action="append", help="only this case (may be repeated)")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
-    )
-    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
-    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--cuda: PyTorch sees no GPU")
-    return options
+    return command.parse(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device(options.device)
+    device, path = command.begin(options, "regret")
     environment = common.environment(device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"regret-{common.device_slug(device)}{'-quick' if options.quick else ''}"
     chosen = [case for case in cases(options.quick) if not options.case or case.key in options.case]
     records = [record for case in chosen for record in run_case(case, device, options)]
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
@@ -324,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in records
     }
     if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-        progress("no figure: matplotlib is not installed")
+        command.progress("no figure: matplotlib is not installed")
     common.write_json(path.with_suffix(".json"), record)
     text = "\n\n".join(sections)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")

@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent))
 
+import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import flow_report as report  # noqa: E402
@@ -161,7 +162,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name, make in makers.items():
-        progress(f"{case.title}: {name}")
+        command.progress(f"{case.title}: {name}")
         try:
             contestant = make()
             scores = contestant()
@@ -180,7 +181,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         contestants[name] = contestant
     square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
     contestants[square] = common.gemm(side, side, side, device)
-    progress(f"{case.title}: timing")
+    command.progress(f"{case.title}: timing")
     timings = common.interleave(
         contestants,
         dict.fromkeys(contestants, common.clock_of(device)),
@@ -264,42 +265,21 @@ def memory_section(row: dict[str, Any]) -> str:
     )
 
 
-def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default 2)")
+    parser = command.parser(__doc__)
     parser.add_argument(
         "--memory", action="store_true", help="the paper's model instead: peak memory and time"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument(
-        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
-    )
-    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
-    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
-    options = parser.parse_args(arguments)
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--cuda: PyTorch sees no GPU")
-    return options
+    return command.parse(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device(options.device)
+    kind = "tracin-memory" if options.memory else "tracin"
+    device, path = command.begin(options, kind)
     environment = common.environment(device)
     environment |= {name: common.version_of(name) for name in ("captum", "kronfluence")}
     settings: dict[str, Any] = {"threads": options.threads, "precision": "float32, TF32 off"}
-    options.output.mkdir(parents=True, exist_ok=True)
-    kind = "tracin-memory" if options.memory else "tracin"
-    path = options.output / f"{kind}-{common.device_slug(device)}{'-quick' if options.quick else ''}"
     record: dict[str, Any] = {"benchmark": kind, "environment": environment, "settings": settings}
     if options.memory:
         record["memory"] = run_memory(device, options)
@@ -317,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for case in records
         }
         if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-            progress("no figure: matplotlib is not installed")
+            command.progress("no figure: matplotlib is not installed")
     sections.append(report.environment_table(environment, settings))
     common.write_json(path.with_suffix(".json"), record)
     text = "\n\n".join(sections)

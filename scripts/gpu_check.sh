@@ -71,6 +71,8 @@ if command -v ncu >/dev/null; then
 else
   note "ncu is not installed: no counters"
 fi
+stage 90 benchmarks-jacobian "$PYTHON" benchmarks/jacobian.py --cuda --no-compile --output "$OUT"
+stage 90 benchmarks-regret "$PYTHON" benchmarks/regret.py --cuda --output "$OUT"
 if has pytest; then
   stage 590 tests-all "$PYTHON" -m pytest -q -m "not slow" -k "not cuda" tests
 fi

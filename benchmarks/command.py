@@ -1,0 +1,50 @@
+"""The command line that the benchmarks share: options, device, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+import torch
+
+
+def parser(description: str | None, quick: str = "tiny sizes: does it run?") -> argparse.ArgumentParser:
+    """--threads, --quick, --cuda or --cpu, --output; ``description`` is a module's docstring."""
+    found = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    found.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    found.add_argument("--quick", action="store_true", help=quick)
+    device = found.add_mutually_exclusive_group()
+    device.add_argument(
+        "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"
+    )
+    device.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="on the CPU")
+    found.add_argument("--output", type=Path, default=common.RESULTS, help="folder for the results")
+    return found
+
+
+def parse(options_of: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with a device that is there."""
+    options = options_of.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        options_of.error("--cuda: PyTorch sees no GPU")
+    return options
+
+
+def begin(options: argparse.Namespace, name: str) -> tuple[torch.device, Path]:
+    """Set threads and float32 that is float32; the device, and the path of the results but for its suffix."""
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(options.device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    quick = "-quick" if options.quick else ""
+    return device, options.output / f"{name}-{common.device_slug(device)}{quick}"
+
+
+def progress(message: str) -> None:
+    """A line for whoever waits; results go to stdout."""
+    print(message, file=sys.stderr, flush=True)
