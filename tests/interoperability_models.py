@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae.models import BaseVAE
-from fastvae.penalties import BetaAnnealing, JacobianL1
+from fastvae.penalties import BetaAnnealing, Consistency, JacobianL1
 
 
 def _networks() -> tuple[nn.Module, nn.Module]:
@@ -33,6 +33,9 @@ BUILDERS: dict[str, Callable[[], BaseVAE]] = {
     "JacobianL1VAE": lambda: fastvae.JacobianL1VAE(*_networks(), gamma=0.1),
     "IWAE": lambda: fastvae.IWAE(*_networks(), num_samples=3),
     "ConsistencyVAE": lambda: fastvae.ConsistencyVAE(*_networks(), augment=shifted),
+    "VAE with a view and a Jacobian penalty": lambda: fastvae.VAE(
+        *_networks(), penalties=[Consistency(shifted, 0.5), JacobianL1(0.1)]
+    ),
     "HVAE with penalties": lambda: fastvae.HVAE(
         *_networks(), num_steps=3, on_divergence="ignore", penalties=_penalties()
     ),

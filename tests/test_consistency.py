@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,30 +301,3 @@ def test_refusals() -> None:
             make(VAE, penalties=[Consistency(augment)])(x)
     with pytest.raises(ValueError, match="x: expected values in"):
         make(VAE, penalties=[Consistency(lambda x: x + 1)])(x)
-
-
-# --- several processes -------------------------------------------------------------------------
-
-
-def train_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = make(VAE, penalties=[Consistency(mirror, 0.5), JacobianL1(0.1)])
-    parallel = nn.parallel.DistributedDataParallel(model)
-    x, noise = data(4), torch.randn(1, 4, DIM, generator=seeded())
-    part = slice(2 * rank, 2 * rank + 2)
-    parallel(x[part], noise=noise[:, part]).mean().backward()
-    if rank == 0:
-        torch.save([p.grad for p in model.parameters()], Path(folder) / "grads.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="needs fork or spawn of POSIX")
-def test_one_forward_under_ddp(tmp_path: Path) -> None:
-    """Two processes with half of the batch each have the gradient of the whole."""
-    torch.multiprocessing.spawn(train_rank, args=(str(tmp_path),), nprocs=2)
-    model = make(VAE, penalties=[Consistency(mirror, 0.5), JacobianL1(0.1)])
-    model(data(4), noise=torch.randn(1, 4, DIM, generator=seeded())).mean().backward()
-    for found, parameter in zip(torch.load(tmp_path / "grads.pt"), model.parameters(), strict=True):
-        torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6)
