@@ -274,7 +274,12 @@ def error_table(record: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("--case", action="append", help="only this case (may be repeated)")
-    return command.parse(parser, arguments)
+    options = command.parse(parser, arguments)
+    known = [case.key for case in cases(options.quick)]
+    for key in options.case or ():
+        if key not in known:
+            parser.error(f"--case: expected one of {', '.join(known)}, got {key!r}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

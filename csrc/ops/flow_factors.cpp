@@ -37,34 +37,33 @@ FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const Optiona
 
 namespace {
 
-// One forward and reverse sweep through a decoder with its likelihood: the first point of a flow; no step is taken.
+Tape one_point(const Network& network, int64_t samples) {
+  const at::Tensor storage = at::empty({samples * network.program().tape_numel()}, network.options());
+  return network.tape(storage, 1, samples, 0, 1);
+}
+
+// A decoder with its likelihood, swept forward and back: the first point of a flow; no step is taken.
 class DecoderSweep {
  public:
   DecoderSweep(const char* op, const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
                std::string_view network_text, std::string_view likelihood)
-      : one_(at::zeros({1}, z.options())),
-        flow_(op, z, z, x, one_, one_, parameters, network_text, likelihood),
+      : no_step_(at::zeros({1}, z.options())),
+        flow_(op, z, z, x, no_step_, no_step_, parameters, network_text, likelihood),
         network_(op, *flow_.program, flow_.likelihood, flow_.parameters, flow_.z),
-        log_px(at::empty({flow_.samples}, z.options())),
-        tape_(network_.tape(at::empty({flow_.samples * flow_.program->tape_numel()}, z.options()), 1, flow_.samples, 0,
-                            1)),
-        grad_z(network_.forward_reverse(flow_.z, network_.observed_to_rows(flow_.x), tape_, log_px)) {}
+        tape_(one_point(network_, flow_.samples)) {}
+
+  // Writes log p(x | z) [B] where defined; gives the gradient [B, d] of scale times it, as factors() are of it.
+  at::Tensor run(const at::Tensor& log_px, double scale = 1) const {
+    return network_.forward_reverse(flow_.z, network_.observed_to_rows(flow_.x), tape_, log_px, scale);
+  }
 
   std::vector<StageFactors> factors() const { return network_.factors(flow_.z, {}, tape_, {}, 0); }
 
  private:
-  at::Tensor one_;
+  at::Tensor no_step_;
   Flow flow_;
   Network network_;
-
- public:
-  const at::Tensor log_px;  // [B]
-
- private:
   Tape tape_;
-
- public:
-  const at::Tensor grad_z;  // [B, d]
 };
 
 }  // namespace
@@ -76,7 +75,9 @@ std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(co
   constexpr const char* op = "decoder_factors";
   const EntryGuard guard(op, {z, x});
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
-  return {sweep.log_px, sweep.grad_z, sweep.factors()};
+  const at::Tensor log_px = at::empty({z.size(0)}, z.options());
+  at::Tensor grad_z = sweep.run(log_px);
+  return {log_px, std::move(grad_z), sweep.factors()};
 }
 
 std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
@@ -84,7 +85,8 @@ std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const a
   constexpr const char* op = "decoder_gradient";
   const EntryGuard guard(op, {z, x});
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
-  return {sweep.log_px, sweep.grad_z};
+  const at::Tensor log_px = at::empty({z.size(0)}, z.options());
+  return {log_px, sweep.run(log_px)};
 }
 
 std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
@@ -106,31 +108,23 @@ std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
   FASTVAE_CHECK_VALUE(program->output().flat && program->output().numel() == 2 * d, op, "encoder",
                       c10::str(2 * d, " outputs"), program->output().numel());
   const Network encoder(op, *program, none, encoder_parameters, images);
-  const auto tape_of = [&](const Network& network, int64_t rows) {
-    return network.tape(at::empty({rows * network.program().tape_numel()}, x.options()), 1, rows, 0, 1);
-  };
-  const Tape encoded = tape_of(encoder, samples);
+  const Tape encoded = one_point(encoder, samples);
   const at::Tensor out = encoder.with_bias(encoder.forward(images, encoded)).view({samples, 2, d});
   const at::Tensor mu = out.select(1, 0), logvar = out.select(1, 1);
   const at::Tensor eps = noise.contiguous().view({samples, draws, d});
   const at::Tensor spread = (logvar * 0.5).exp().unsqueeze(1) * eps;  // sigma eps
   const at::Tensor z = (spread + mu.unsqueeze(1)).view({samples * draws, d});
 
-  // The first point of a flow; no step is taken.
-  const at::Tensor one = at::zeros({1}, z.options());
   const at::Tensor rows = draws == 1 ? images : images.repeat_interleave(draws, 0);
-  const Flow flow(op, z, z, rows, one, one, decoder_parameters, decoder_text, likelihood);
-  const Network decoder(op, *flow.program, flow.likelihood, flow.parameters, flow.z);
-  const Tape decoded = tape_of(decoder, samples * draws);
+  const DecoderSweep decoder(op, z, rows, decoder_parameters, decoder_text, likelihood);
   // The loss is beta KL - log p, averaged over the draws.
-  const at::Tensor of_z =
-      decoder.forward_reverse(flow.z, decoder.observed_to_rows(flow.x), decoded, {}, -1.0 / static_cast<double>(draws));
+  const at::Tensor of_z = decoder.run({}, -1.0 / static_cast<double>(draws));
   const at::Tensor of_draws = of_z.view({samples, draws, d});
   at::Tensor delta = encoded.delta.back().view({samples, 2, d});
   delta.select(1, 0).copy_(of_draws.sum(1).add_(mu, beta));
   delta.select(1, 1).copy_((of_draws * spread).sum(1).add_(logvar.exp().sub_(1), beta).mul_(0.5));
   encoder.reverse(encoded);
-  return {encoder.factors(images, {}, encoded, {}, 0), decoder.factors(flow.z, {}, decoded, {}, 0)};
+  return {encoder.factors(images, {}, encoded, {}, 0), decoder.factors()};
 }
 
 }  // namespace fastvae

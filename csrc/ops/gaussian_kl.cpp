@@ -1,9 +1,9 @@
 // gaussian_kl: check, allocate, launch.
+#include <ATen/ops/empty.h>
+
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "ops.h"
-
-#include <ATen/ops/empty.h>
 
 namespace fastvae {
 namespace {

@@ -18,7 +18,6 @@ from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import GRAM, TILES, Factors, cheaper_route, pair_cost, self_route
 from fastvae.influence.rules import NormRule, Rule, Terms, rule_of
 from fastvae.influence.sweeps import Call, flow_parameters, is_swept
-from fastvae.penalties import JacobianL1
 
 __all__ = ["AUDITED", "Engine"]
 
@@ -82,10 +81,13 @@ class Engine:
         self._of_flow = [name for name in flow_parameters(model) if name in wanted] if is_swept(model) else []
         for name in self._of_flow:
             self._uncovered.pop(name, None)
-        if any(isinstance(penalty, JacobianL1) for penalty in getattr(model, "penalties", ())):
-            reason = "JacobianL1 differentiates the decoder, and its gradient is no layer's own"
-            self._uncovered |= {name: reason for name in wanted if _in_decoder(name)}
-            self._leave_out_uncovered()
+        for penalty in getattr(model, "penalties", ()):
+            if getattr(penalty, "differentiates_decoder", False):
+                reason = (
+                    f"{type(penalty).__name__} differentiates the decoder, and its gradient is no layer's own"
+                )
+                self._uncovered |= {name: reason for name in wanted if _in_decoder(name)}
+                self._leave_out_uncovered()
         for name, reason in self._uncovered.items():
             self._refuse(name, reason)
         self._terms: dict[str, Terms | None] = {}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.influence.noise import KeyedNoise, SeesRandomness
-from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept, taking_rows
+from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept
+from fastvae.lowering.rows import RowsModule
 from fastvae.models import BaseVAE
 from fastvae.models.base import encoded_already
 from fastvae.noise import Stream, draws_of, keys_of
@@ -36,7 +37,7 @@ class Evaluation:
         self.model, self.loss_fn, self.seed = model, loss_fn, seed
         self.draws = draws
         self._random: bool | None = None
-        self._encoders: dict[torch.Size, nn.Module] = {}
+        self._encoders: dict[torch.Size, RowsModule] = {}
 
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""
@@ -51,7 +52,7 @@ class Evaluation:
             return None
         x, shape = batch[0], batch[0].shape[1:]
         if shape not in self._encoders:
-            self._encoders[shape] = taking_rows(self.model.encoder, shape)
+            self._encoders[shape] = RowsModule(self.model.encoder, shape)
         return calls_of_vae(
             self.model,
             self._encoders[shape],

@@ -8,24 +8,24 @@ step sizes and tempering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastvae._extension import raw
-from fastvae.likelihoods import Bernoulli
 from fastvae.lowering import LoweredNetwork, UnsupportedLayer, lower
+from fastvae.lowering.rows import RowsModule
 from fastvae.models import HVAE, VAE
 from fastvae.models.base import BaseVAE
 from fastvae.ops.hamiltonian_flow import observed_rows
 from fastvae.reference import expand_step_size
 
-__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept", "taking_rows"]
+__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept"]
 
 
 @dataclass
@@ -53,18 +53,13 @@ def is_swept(model: Any) -> bool:
     return True
 
 
-def taking_rows(encoder: nn.Module, shape: Sequence[int]) -> nn.Module:
-    """The encoder of samples of this shape as a module of flat ones, which is what can be lowered."""
-    return encoder if len(shape) == 1 else nn.Sequential(nn.Unflatten(1, tuple(shape)), encoder)
-
-
 def calls_of_vae(
-    model: Any, encoder: nn.Module, x: Tensor, noise_of: Callable[[int], Tensor]
+    model: Any, encoder: RowsModule, x: Tensor, noise_of: Callable[[int], Tensor]
 ) -> dict[str, list[Call]] | None:
     """The calls of every layer of encoder and decoder, for the loss of x averaged over the draws of its noise.
 
     Args:
-        encoder: the model's, by ``taking_rows``.
+        encoder: the model's.
         x: [B, ...].
         noise_of: latent_dim -> [B * S, latent_dim], the draws of a sample side by side.
 
@@ -77,7 +72,7 @@ def calls_of_vae(
     if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
         return None
     try:
-        of_encoder = lower(encoder)
+        of_encoder = encoder.lower()
     except (UnsupportedLayer, ValueError):
         return None
     like, of_decoder = model.likelihood, _lowered(model)
@@ -103,8 +98,6 @@ def calls_of_vae(
     ):
         for weight, bias, h, delta, _, _ in stages:
             name = _layer_name(root, network, weight, bias)
-            if root == "encoder" and encoder is not model.encoder:
-                name = name.replace("encoder.1", "encoder", 1)
             found.setdefault(name, []).append(Call(h, delta))
     return found
 
@@ -124,8 +117,7 @@ def flow_parameters(model: Any) -> list[str]:
 
 
 def _lowered(model: BaseVAE) -> LoweredNetwork:
-    like = model.likelihood
-    return lower(model.decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
+    return lower(model.decoder, strip_sigmoid=model.likelihood.probs)
 
 
 @dataclass

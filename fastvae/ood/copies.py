@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._extension import raw
-from fastvae.lowering import LoweredNetwork, UnsupportedLayer, lower
+from fastvae.lowering import LoweredNetwork, UnsupportedLayer
+from fastvae.lowering.rows import RowsModule
 from fastvae.models.base import BaseVAE
 from fastvae.reference import adam_step
 
@@ -170,10 +171,7 @@ class PosteriorCopies(Copies):
 
 def lower_encoder(encoder: nn.Module, shape: tuple[int, ...]) -> LoweredNetwork:
     """The encoder's layers for inputs of this shape, if every sample can own all their parameters."""
-    # Lowering starts from a vector, as a decoder does.
-    network = lower(encoder if len(shape) == 1 else nn.Sequential(nn.Unflatten(1, shape), encoder))
-    if len(shape) > 1:
-        network = network._replace(names=tuple(name.removeprefix("1.") for name in network.names))
+    network = RowsModule(encoder, shape).lower()
     own = {id(parameter) for parameter in encoder.parameters()}
     used: set[str] = set()
     for layer in network.spec.split(";"):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastvae._extension import raw
-from fastvae.likelihoods import Bernoulli
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.models import VAE
 from fastvae.models.base import BaseVAE, encoded_already
@@ -67,9 +66,8 @@ def _swept_decoder(model: Any) -> LoweredNetwork | None:
     stock = isinstance(model, VAE) and type(model).objective is VAE.objective
     if not stock or type(model).log_px is not BaseVAE.log_px:
         return None
-    like = model.likelihood
     try:
-        return lower(model.decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
+        return lower(model.decoder, strip_sigmoid=model.likelihood.probs)
     except CoupledSamples:
         raise
     except (UnsupportedLayer, ValueError):

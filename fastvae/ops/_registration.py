@@ -1,4 +1,4 @@
-"""What every operator registers in the same way: refusals and autocast."""
+"""What every operator does in the same way: refusals, autocast, and reading the decoder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
+from fastvae.likelihoods import Bernoulli, Likelihood
+from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 
 
 def cast_under_autocast(name: str) -> None:
@@ -74,14 +76,34 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
 
 
-def warn_not_lowered(name: str, decoder: nn.Module, instead: str, error: Exception) -> None:
-    """Say once for a decoder that ``fastvae.ops.<name>`` runs ``instead`` of its kernels, and why."""
-    seen = _warned.setdefault(name, weakref.WeakSet())
-    if decoder not in seen:
-        seen.add(decoder)
-        warnings.warn(
-            f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead (same "
-            f"result, slower). {error}",
-            UserWarning,
-            stacklevel=3,
+def lower_or_warn(
+    name: str, decoder: nn.Module, instead: str, likelihood: Likelihood | None = None
+) -> LoweredNetwork | None:
+    """The decoder's layers, down to the likelihood's natural parameters where one is given.
+
+    None where they cannot be read: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning says so and
+    why, once for a decoder. While compiling it raises.
+    """
+    try:
+        network = lower(decoder, strip_sigmoid=likelihood is not None and likelihood.probs)
+    except CoupledSamples:
+        raise
+    except UnsupportedLayer as error:
+        if torch.compiler.is_compiling():
+            raise
+        seen = _warned.setdefault(name, weakref.WeakSet())
+        if decoder not in seen:
+            seen.add(decoder)
+            warnings.warn(
+                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead (same "
+                f"result, slower). {error}",
+                UserWarning,
+                stacklevel=3,
+            )
+        return None
+    if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
+        raise ValueError(
+            f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
+            "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
+    return network

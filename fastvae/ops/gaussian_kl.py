@@ -8,6 +8,7 @@ from torch import Tensor
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_tensors,
     float32_under_autocast,
     refuse_function_transforms,
 )
@@ -36,6 +37,8 @@ def gaussian_kl(
         TypeError: dtypes other than float32 and float64, or mixed.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
+    of_p = {name: value for name, value in (("mu_p", mu_p), ("logvar_p", logvar_p)) if value is not None}
+    check_tensors("gaussian_kl", mu_q=mu_q, logvar_q=logvar_q, **of_p)
     refuse_function_transforms("gaussian_kl", mu_q)
     return torch.ops.fastvae.gaussian_kl(float32_under_autocast(mu_q), logvar_q, mu_p, logvar_p)
 

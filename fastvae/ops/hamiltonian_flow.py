@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._extension import raw
-from fastvae.likelihoods import Bernoulli, Likelihood, resolve
-from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
+from fastvae.likelihoods import Likelihood, resolve
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
     check_tensors,
     float32_under_autocast,
+    lower_or_warn,
     refuse_forward_mode,
     refuse_function_transforms,
-    warn_not_lowered,
 )
 from fastvae.reference import Trajectory
 
@@ -120,24 +119,12 @@ def hamiltonian_flow(
     if alpha.dim() != 1:
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))
-    try:
-        network = lower(decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
-    except CoupledSamples:
-        raise
-    except UnsupportedLayer as error:
-        if torch.compiler.is_compiling():
-            raise
-        warn_not_lowered("hamiltonian_flow", decoder, "autograd", error)
+    network = lower_or_warn("hamiltonian_flow", decoder, "autograd", like)
+    if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.hamiltonian_flow(
                 decoder, z, rho, x, step_size, alpha, like, return_trajectory=return_trajectory
             )
-    if isinstance(like, Bernoulli) and network.ends_in_sigmoid:
-        raise ValueError(
-            "fastvae::hamiltonian_flow: likelihood: 'bernoulli' expects a decoder that returns "
-            "logits, and this one ends "
-            "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
-        )
     observed = observed_rows(x, z, like)
     step_sizes = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
     refuse_forward_mode("hamiltonian_flow", z, rho, observed, step_sizes, alpha, *network.tensors)

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
-from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
     check_tensors,
     float32_under_autocast,
+    lower_or_warn,
     refuse_forward_mode,
     refuse_function_transforms,
-    warn_not_lowered,
 )
 from fastvae.reference import check_jacobian_options, resolve_latents
 
@@ -64,14 +63,8 @@ def jacobian_l1(
         raise ValueError(f"fastvae::jacobian_l1: z: expected shape [B, d], got {list(z.shape)}")
     indices = resolve_latents(latents, z.shape[1])
     z = float32_under_autocast(z)
-    try:
-        network = lower(decoder)
-    except CoupledSamples:
-        raise
-    except UnsupportedLayer as error:
-        if torch.compiler.is_compiling():
-            raise
-        warn_not_lowered("jacobian_l1", decoder, "autograd", error)
+    network = lower_or_warn("jacobian_l1", decoder, "autograd")
+    if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)
     spec = network.spec

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
-from fastvae.likelihoods import Bernoulli, Likelihood, resolve
-from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
+from fastvae.likelihoods import Likelihood, resolve
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_tensors,
     float32_under_autocast,
+    lower_or_warn,
     refuse_forward_mode,
     refuse_function_transforms,
-    warn_not_lowered,
 )
 
 
@@ -45,6 +45,7 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
         CoupledSamples: BatchNorm or Dropout in training mode.
         NotImplementedError: forward-mode differentiation, torch.func transforms.
     """
+    check_tensors("log_px", z=z, x=x)
     refuse_function_transforms("log_px", z)
     like = resolve(likelihood)
     if z.dim() != 3:
@@ -52,21 +53,10 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
     if x.dim() == 0 or x.shape[0] != z.shape[1]:
         raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
     z = float32_under_autocast(z)
-    try:
-        network = lower(decoder, strip_sigmoid=isinstance(like, Bernoulli) and like.probs)
-    except CoupledSamples:
-        raise
-    except UnsupportedLayer as error:
-        if torch.compiler.is_compiling():
-            raise
-        warn_not_lowered("log_px", decoder, "own operators", error)
+    network = lower_or_warn("log_px", decoder, "own operators", like)
+    if network is None:
         with torch.no_grad():
             return reference.log_px(decoder, z, x, like)
-    if isinstance(like, Bernoulli) and network.ends_in_sigmoid:
-        raise ValueError(
-            "fastvae::log_px: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends "
-            "in a Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
-        )
     observed = like.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
     refuse_forward_mode("log_px", z, observed, *network.tensors)
     return torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, like.spec)

@@ -32,6 +32,8 @@ class JacobianL1(AnnealedPenalty):
             operator refuses (BatchNorm or Dropout in train mode couple samples).
     """
 
+    differentiates_decoder = True
+
     def __init__(self, gamma: float = 0.1, anneal_steps: int = 0) -> None:
         super().__init__(anneal_steps)
         if not (math.isfinite(gamma) and gamma >= 0):
