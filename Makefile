@@ -3,18 +3,22 @@
 #   make demo        train models on real and drawn images, write a report (ARGS="--data FOLDER" for others)
 #   make test        Python tests and C++ kernel tests                     (ARGS="-k leapfrog")
 #   make test-all    the slow tests too, sanitizers, CUDA kernels on the host
+#   make test-asan   the operators' Python tests with the extension under AddressSanitizer
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
 #   make bench       benchmarks, JAX among the rivals                      (one: bench-flow, bench-jacobian, ...)
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
-#   make wheel       dist/*.whl for the torch of .venv
+#   make docs        the API reference, build/docs/index.html
+#   make wheel       dist/*.whl for the torch of .venv                     (with CUDA kernels, for that of .venv-cuda: wheel-cuda)
+#   make test-wheel  that wheel in a new environment: every public name, README, an operator
+#   make sdist       dist/*.tar.gz, to build from
 #   make clean       removes what was built, not the environments
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers lint format bench bench-flow bench-jacobian bench-consistency bench-regret bench-tracin cuda-check cuda-build wheel clean build
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan lint format bench bench-flow bench-jacobian bench-consistency bench-regret bench-tracin cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -53,7 +57,7 @@ $(VENV)/.torch-$(TORCH):
 	touch $@
 
 $(VENV)/.packages: pyproject.toml $(VENV)/.torch-$(TORCH)
-	$(PY) scripts/requirements.py train demo test lint > $(VENV)/requirements.txt
+	$(PY) scripts/requirements.py train demo test lint docs > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet torch==$(TORCH) -r $(VENV)/requirements.txt
 	touch $@
 
@@ -102,6 +106,22 @@ test-all: test test-slow test-sanitizers
 test-slow: build/.extension
 	$(PY) -m pytest -q -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
 
+# The extension under AddressSanitizer, in a folder of its own. CPython's own allocations that live to its end would be
+# reported as leaks.
+build/asan/.built: $(SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py) setup.py $(VENV)/.packages
+	FASTVAE_CUDA=0 FASTVAE_SANITIZE=address $(PY) setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	touch $@
+
+ASAN_TESTS := $(wildcard tests/test_flow_contract.py tests/test_flow_decoders.py tests/test_flow_gradients.py \
+  tests/test_flow_options.py tests/test_flow_refusals.py tests/test_leapfrog*.py tests/test_jacobian_l1*.py \
+  tests/test_grad_dot.py tests/test_hardening.py)
+
+# pytest and not python -m pytest, which would find the package of this folder first.
+test-asan: build/asan/.built
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/lib \
+	  $(VENV)/bin/pytest -q -m "not slow" -k "not compile and not inductor" $(ASAN_TESTS) $(ARGS)
+
 test-sanitizers: build/cpp/asan/.built build/cpp/tsan/.built
 	ctest --preset asan
 	ctest --preset tsan
@@ -129,9 +149,32 @@ cuda-check:
 cuda-build: .venv-cuda/.torch-$(TORCH_CUDA)
 	PYTHON=$(CURDIR)/$(CUDA_PY) scripts/cuda_build.sh
 
+# An error where something cannot be documented; but for the annotations of NamedTuples, which no module resolves.
+docs: build/.extension
+	$(PY) -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
+	  -m pdoc --docformat google --footer-text "fastvae" --output-directory build/docs fastvae
+	@echo "build/docs/index.html"
+
+# build/lib.* would bring along modules that are gone; what is compiled is in build/temp.*
 wheel: build/.extension
+	rm -rf build/lib.* dist/*torch$(basename $(TORCH)).cpu*.whl
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	ls dist/*.whl
+	$(PY) scripts/check_wheel.py dist/*torch$(basename $(TORCH)).cpu*.whl
+
+wheel-cuda: .venv-cuda/.torch-$(TORCH_CUDA)
+	rm -rf build/lib.* dist/*torch$(basename $(TORCH_CUDA)).cu*.whl
+	PYTHON=$(CURDIR)/$(CUDA_PY) scripts/cuda_build.sh --wheel
+	$(CUDA_PY) scripts/check_wheel.py dist/*torch$(basename $(TORCH_CUDA)).cu*.whl
+
+# It must hold the CUDA kernels too, whatever the torch at hand.
+sdist: $(VENV)/.packages
+	rm -f dist/*.tar.gz
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	diff <(find csrc -type f | sort) <(tar tzf dist/*.tar.gz | grep -o '/csrc/.*[^/]$$' | cut -c2- | sort)
+	ls dist/*.tar.gz
+
+test-wheel: wheel
+	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/test_wheel.sh dist/*torch$(basename $(TORCH)).cpu*.whl
 
 clean:
 	rm -rf build dist *.egg-info fastvae/_C*.so fastvae/_build.py

@@ -3,6 +3,7 @@
 Environment variables:
     FASTVAE_CUDA         auto (default: CUDA kernels if nvcc and a CUDA build of torch are there), 1 or 0
     TORCH_CUDA_ARCH_LIST architectures to compile for (default: 8.0 9.0a 10.0+PTX, as far as nvcc knows them)
+    FASTVAE_SANITIZE     sanitizers, as -fsanitize takes them: address (`make test-asan`); default: none
     MAX_JOBS             parallel compiler processes
 """
 
@@ -87,13 +88,19 @@ def extension():
     compile_args += ["-Wno-unused-parameter", "-Wno-psabi", "-fvisibility=hidden"]
     if "x86_64" in os.uname().machine:
         compile_args.append("-mprefer-vector-width=512")
+    link_args = ["-Wl,-s"]
+    macros: list[tuple[str, str | None]] = []
+    if sanitizers := os.environ.get("FASTVAE_SANITIZE"):
+        # A sanitizer's runtime is not up yet when the loader asks which clone of a kernel to take.
+        macros.append(("FASTVAE_NO_CLONES", None))
+        compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
+        link_args = [f"-fsanitize={sanitizers}"]
     files = sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/network/*.cpp", "csrc/kernels/cpu/*.cpp")
     options = {"cxx": compile_args}
-    macros = []
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
-        macros = [("FASTVAE_WITH_CUDA", None), ("FASTVAE_CUDA_ARCHITECTURES", f'"{architectures}"')]
+        macros += [("FASTVAE_WITH_CUDA", None), ("FASTVAE_CUDA_ARCHITECTURES", f'"{architectures}"')]
         files += sources("csrc/kernels/cuda/*.cu")
         options["nvcc"] = [
             "-std=c++20",
@@ -112,7 +119,7 @@ def extension():
         ),  # a source distribution holds them too
         extra_compile_args=options,
         define_macros=macros,
-        extra_link_args=["-Wl,-s"],
+        extra_link_args=link_args,
     )
 
 
@@ -153,18 +160,23 @@ class BuildExtension(cpp_extension.BuildExtension):
         )
 
 
+TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
+IS_SOURCE = "sdist" in sys.argv
+
+
 def version() -> str:
+    """That of _version.py; a wheel's also says what its shared object was built for: 0.1.0+torch2.13.cpu."""
     for line in (ROOT / "fastvae" / "_version.py").read_text().splitlines():
         if line.startswith("__version__"):
-            return line.split('"')[1]
+            own = line.split('"')[1]
+            kernels = "cu" + str(torch.version.cuda).replace(".", "") if cuda_wanted() else "cpu"
+            return own if IS_SOURCE else f"{own}+torch{TORCH_MINOR}.{kernels}"
     raise SystemExit("fastvae/_version.py: no __version__ line")
 
 
 def torch_requirement() -> str:
     """A wheel holds a shared object for one minor version of torch; a source distribution, none yet."""
-    if "sdist" in sys.argv:
-        return "torch>=2.10"
-    return "torch=={}.*".format(".".join(torch.__version__.split(".")[:2]))
+    return "torch>=2.10" if IS_SOURCE else f"torch=={TORCH_MINOR}.*"
 
 
 setup(

@@ -3,6 +3,7 @@
 # Needs nvcc and a torch for CUDA, no GPU. Nothing is written into the source tree outside build/cuda.
 #
 #   PYTHON=.venv-cuda/bin/python scripts/cuda_build.sh
+#   PYTHON=.venv-cuda/bin/python scripts/cuda_build.sh --wheel   a wheel in dist/ instead, for all architectures
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,8 +18,11 @@ if ! command -v nvcc >/dev/null; then
 fi
 # The toolkit behind nvcc, which may be reached through a wrapper.
 export CUDA_HOME=${CUDA_HOME:-$(nvcc --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')}
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 export FASTVAE_CUDA=1
+if [ "${1:-}" = --wheel ]; then
+  exec "$PYTHON" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+fi
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 
 "$PYTHON" setup.py --quiet build_py --build-lib "$BUILD/lib"
 "$PYTHON" setup.py --quiet build_ext --force --build-lib "$BUILD/lib" --build-temp "$BUILD/temp"

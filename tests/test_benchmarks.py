@@ -244,6 +244,18 @@ def test_quick_run_of_consistency_times_every_contestant(tmp_path: Path) -> None
     assert (tmp_path / "consistency-cpu-quick.md").read_text().strip() == printed.strip()
 
 
+def test_quick_run_of_scale_extrapolates_every_task(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, script="scale")
+    record = read(tmp_path / "scale-cpu-quick.json")
+    assert len(record["tasks"]) == 6
+    for row in record["tasks"]:
+        (few, first), (many, second) = row["timings_ms"].items()
+        each = (second["median"] - first["median"]) / (int(many) - int(few))
+        assert row["milliseconds_an_image"] == pytest.approx(each)
+        assert row["hours_a_million"] == pytest.approx(each * 1e6 / 3.6e6)
+    assert (tmp_path / "scale-cpu-quick.md").read_text().strip() == printed.strip()
+
+
 def test_two_batches_are_the_same_objective() -> None:
     torch.manual_seed(0)
     model = fastvae.VAE(*consistency.dense(4, 8, 4))

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Installs a wheel into a new environment and uses it there as a reader of the README would.
+#
+#   TORCH=2.13.0 scripts/test_wheel.sh dist/fastvae-...whl
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+wheel=$(realpath "$1")
+PYTHON=${PYTHON:-python3}
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+"$PYTHON" -m venv "$folder/env"
+cp "$root/README.md" "$folder"
+# Nothing of the source tree is in reach from here on.
+cd "$folder"
+env/bin/python -m pip install --quiet "torch==$TORCH" "$wheel[train,influence,ood]"
+env/bin/python -m fastvae info
+OMP_NUM_THREADS=2 env/bin/python - <<'EOF'
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import torch
+
+import fastvae
+
+assert Path(fastvae.__file__).is_relative_to(Path.cwd()), fastvae.__file__
+count = 0
+for info in pkgutil.walk_packages(fastvae.__path__, "fastvae."):
+    if info.name.startswith(("fastvae.demo", "fastvae.integrations", "fastvae.__main__")):
+        continue  # need packages that are not here
+    module = importlib.import_module(info.name)
+    for name in getattr(module, "__all__", ()):
+        getattr(module, name)
+        count += 1
+blocks = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
+names = {"__name__": "__main__"}
+for block in blocks:
+    exec(compile(block, "README.md", "exec"), names)
+print(f"test-wheel: fastvae {fastvae.__version__} under torch {torch.__version__}: {count} names, "
+      f"{len(blocks)} blocks of the README")
+EOF
