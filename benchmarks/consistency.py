@@ -168,17 +168,11 @@ def case_section(record: dict[str, Any]) -> str:
     )
 
 
-def target_section(records: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        [
-            record["title"],
-            f"{record['ratio_to_plain'][OURS]:.3f}",
-            f"{BOUND:g}",
-            report.REACHED[record["ratio_to_plain"][OURS] <= BOUND],
-        ]
+def targets_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        report.verdict(record["title"], OURS, PLAIN, BOUND, record["ratio_to_plain"][OURS], at_most=True)
         for record in records
     ]
-    return common.markdown_table(["case", f"{OURS} / {PLAIN}", "at most", "reached"], rows)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -191,12 +185,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment = common.environment(device)
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
     records = [run_case(case, device, options.quick) for case in cases(options.quick)]
+    targets = [] if options.quick else targets_of(records)
     sections = ["# A step of consistency regularisation"]
-    if not options.quick:
-        sections.append(target_section(records))
+    if targets:
+        sections.append(report.target_table(targets))
     sections += [case_section(record) for record in records]
     sections.append(report.environment_table(environment, settings))
-    record = {"benchmark": "consistency", "environment": environment, "settings": settings, "cases": records}
+    record = {
+        "benchmark": "consistency",
+        "environment": environment,
+        "settings": settings,
+        "cases": records,
+        "targets": targets,
+    }
     common.write_json(path.with_suffix(".json"), record)
     text = "\n\n".join(sections)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")

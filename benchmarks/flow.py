@@ -273,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "peak": "VmHWM of a fresh process" if device.type == "cpu" else "PyTorch's allocator"
         }
         record["memory"] = run_memory(device, options)
+        record["targets"] = [] if options.quick else report.memory_targets(record["memory"])
         tables = [report.memory_table(record["memory"])]
     else:
         record["settings"] = {

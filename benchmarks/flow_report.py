@@ -58,21 +58,32 @@ def judge(
         times = {name: timing.median for name, timing in record["timings_ms"].items()} | record["floor_ms"]
         mine, other = times.get(target.contestant), times.get(target.against)
         is_floor = target.against == FLOOR
-        measured = reached = None
+        measured = None
         if mine is not None and other is not None:
             measured = mine / other if is_floor else other / mine
-            reached = measured <= target.bound if is_floor else measured >= target.bound
         rows.append(
-            {
-                "case": record["title"],
-                "contestant": target.contestant,
-                "against": target.against,
-                "target": f"at {'most' if is_floor else 'least'} {target.bound:g}x",
-                "measured": measured,
-                "reached": reached,
-            }
+            verdict(
+                record["title"], target.contestant, target.against, target.bound, measured, at_most=is_floor
+            )
         )
     return rows
+
+
+def verdict(
+    case: str, contestant: str, against: str, bound: float, measured: float | None, *, at_most: bool
+) -> dict[str, Any]:
+    """A target beside what was measured, if anything was."""
+    reached = None
+    if measured is not None:
+        reached = measured <= bound if at_most else measured >= bound
+    return {
+        "case": case,
+        "contestant": contestant,
+        "against": against,
+        "target": f"at {'most' if at_most else 'least'} {bound:g}x",
+        "measured": measured,
+        "reached": reached,
+    }
 
 
 def target_table(targets: Sequence[Mapping[str, Any]]) -> str:
@@ -129,6 +140,22 @@ def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells.append([row["case"], row["memory"], *sizes, growth, *bound])
     sizes = [f"K = {steps}, MiB" for steps in rows[0]["bytes"]]
     return markdown_table(["case", "memory", *sizes, "growth", "target", "reached"], cells)
+
+
+def memory_targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of "recompute": its peak at the larger K against that at the smaller."""
+    return [
+        verdict(
+            row["case"],
+            f"recompute, memory at K = {max(row['bytes'])}",
+            f"K = {min(row['bytes'])}",
+            MEMORY_BOUND,
+            row["growth"],
+            at_most=True,
+        )
+        for row in rows
+        if row["memory"] == "recompute"
+    ]
 
 
 def environment_table(environment: Mapping[str, str], settings: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
 import log_likelihood  # noqa: E402
 import regret  # noqa: E402
+import targets  # noqa: E402
 import tracin  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -254,6 +255,24 @@ def test_quick_run_of_scale_extrapolates_every_task(tmp_path: Path) -> None:
         assert row["milliseconds_an_image"] == pytest.approx(each)
         assert row["hours_a_million"] == pytest.approx(each * 1e6 / 3.6e6)
     assert (tmp_path / "scale-cpu-quick.md").read_text().strip() == printed.strip()
+
+
+def test_targets_of_all_results_are_on_one_page(tmp_path: Path) -> None:
+    environment = {"device": "CPU", "commit": "abc", "torch, running": "2.13", "date": "today"}
+    verdicts = [
+        flow_report.verdict("one", "ours", "theirs", 2, 3.0, at_most=False),
+        flow_report.verdict("two", "ours", "floor", 1.1, 1.2, at_most=True),
+        flow_report.verdict("three", "ours", "theirs", 2, None, at_most=False),
+    ]
+    assert [row["reached"] for row in verdicts] == [True, False, None]
+    common.write_json(tmp_path / "it-cpu.json", {"environment": environment, "targets": verdicts})
+    common.write_json(tmp_path / "it-cpu-quick.json", {"environment": environment, "targets": verdicts})
+    common.write_json(tmp_path / "none-cpu.json", {"environment": environment, "targets": []})
+    targets.main(["--output", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "1 of 3 targets reached" in text and "[it-cpu](it-cpu.md)" in text and text.count("##") == 1
+    with pytest.raises(SystemExit):
+        targets.main(["--output", str(tmp_path / "nowhere")])
 
 
 def test_two_batches_are_the_same_objective() -> None:
