@@ -37,6 +37,8 @@ class InputComplexity(LikelihoodScore):
             one byte (jpeg2000 knows no bits).
         compressor: "png" or "jpeg2000" (lossless), by Pillow. The length is that of the file, less that of
             the shortest file of an image of this shape, a constant one: headers say nothing of an image.
+            JPEG 2000 codes strokes on an empty ground badly (a 28x28 digit of MNIST takes 437 bytes, 201 as
+            png): simple images of that kind then seem less foreign than they are.
         num_samples: importance samples.
         seed: of the noise, which is keyed by (seed, the image).
 
