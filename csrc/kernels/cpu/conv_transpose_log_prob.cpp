@@ -1,4 +1,4 @@
-// A last transposed convolution and its likelihood head in one go: the outputs of one phase of a row stay in the L1
+// A last transposed convolution and its likelihood head in one go: the outputs of one phase of some rows stay in the L2
 // cache, the head reads them there, and the logits are never written to memory.
 #include <vector>
 
@@ -43,27 +43,66 @@ struct IndependentPosition {
   }
 };
 
+// Bytes of outputs between product and head: in the L2 cache, beside the weights.
+constexpr int64_t kOutputBytes = 128 * 1024;
+// Outputs whose weights are copied at a time, to lie beside each other in the L1 cache for all positions: where they
+// lie in the layer, rows apart, they would be fetched from L2 for every few positions.
+constexpr int64_t kPanel = 32;
+
+// The columns [n, n + width) of b, [runs, k, width].
+template <typename T>
+FASTVAE_INLINE void copy_panel(const StridedProduct<T>& p, int64_t n, int64_t width, T* panel) {
+  for (int64_t run = 0; run < p.runs; ++run) {
+    for (int64_t k = 0; k < p.k; ++k, panel += width) {
+      std::copy_n(p.b + run * p.b_run + k * p.b_k + n, width, panel);
+    }
+  }
+}
+
 template <typename Position, typename T>
 FASTVAE_INLINE void log_prob_samples(const ConvTransposeLogProb<T>& args, int64_t begin, int64_t end) {
   const ConvolutionWindow& w = args.layer.window;
   const Position position(args.likelihood);
   const int64_t elements = position.elements(w.channels);
   PhaseRows<T> phases(args.layer);
-  std::vector<T> outputs((w.big_width + w.stride_width - 1) / w.stride_width * w.channels);
+  const int64_t row_numel = (w.big_width + w.stride_width - 1) / w.stride_width * w.channels;
+  const int64_t rows_at_once = std::max<int64_t>(1, kOutputBytes / static_cast<int64_t>(sizeof(T)) / row_numel);
+  std::vector<T> outputs(rows_at_once * row_numel);
+  std::vector<T> panel(w.kernel_height * w.kernel_width * args.layer.in_channels * kPanel);
   for (int64_t sample = begin; sample < end; ++sample) {
     phases.load(sample);
     const T* image = args.x + sample * w.big_height * w.big_width * elements;
     double sum = 0.0;  // of thousands of terms of one sign
-    for (int64_t y = 0; y < w.big_height; ++y) {
-      phases.row(y, [&](int64_t first, int64_t columns, StridedProduct<T> product) FASTVAE_LAMBDA_INLINE {
-        product.c = outputs.data();
-        product.c_m = w.channels;
-        strided_product(product);
-        for (int64_t q = 0; q < columns; ++q) {
-          const T* x = image + (y * w.big_width + first + q * w.stride_width) * elements;
-          sum += static_cast<double>(position.log_prob(outputs.data() + q * w.channels, args.bias, x, w.channels));
+    for (int64_t row_phase = 0; row_phase < w.stride_height; ++row_phase) {
+      for (int64_t top = row_phase; top < w.big_height; top += rows_at_once * w.stride_height) {
+        const int64_t bottom = std::min(w.big_height, top + rows_at_once * w.stride_height);
+        for (int64_t phase = 0; phase < w.stride_width; ++phase) {
+          const StridedProduct<T> all = phases.product(top, phase);
+          for (int64_t n = 0; n < w.channels; n += kPanel) {
+            const int64_t width = std::min(kPanel, w.channels - n);
+            copy_panel(all, n, width, panel.data());
+            StridedProduct<T> product = all;
+            product.b = panel.data();
+            product.b_k = width;
+            product.b_run = product.k * width;
+            product.n = width;
+            product.c = outputs.data() + n;
+            product.c_m = w.channels;
+            for (int64_t y = top; y < bottom; y += w.stride_height) {
+              strided_product(product);
+              product.a += phases.row_stride();
+              product.c += product.m * w.channels;
+            }
+          }
+          const T* a = outputs.data();
+          for (int64_t y = top; y < bottom; y += w.stride_height) {
+            for (int64_t x = phase; x < w.big_width; x += w.stride_width, a += w.channels) {
+              const T* pixel = image + (y * w.big_width + x) * elements;
+              sum += static_cast<double>(position.log_prob(a, args.bias, pixel, w.channels));
+            }
+          }
         }
-      });
+      }
     }
     args.log_prob[sample] = static_cast<T>(sum);
   }

@@ -67,6 +67,7 @@ FASTVAE_INLINE T dot(const T* a, const T* b, int64_t count) {
   LaneSum<T> sum;
   int64_t i = 0;
   for (; i + sum.kLanes <= count; i += sum.kLanes) {
+#pragma GCC unroll 1
     for (int lane = 0; lane < sum.kLanes; ++lane) {
       sum.lanes[lane] += a[i + lane] * b[i + lane];
     }

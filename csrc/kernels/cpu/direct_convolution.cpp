@@ -19,11 +19,12 @@ FASTVAE_INLINE void direct_conv_transpose_template(const DirectConvTranspose<T>&
     phases.load(sample);
     T* image = args.out + sample * w.big_height * w.big_width * w.channels;
     for (int64_t y = 0; y < w.big_height; ++y) {
-      phases.row(y, [&](int64_t first, int64_t, StridedProduct<T> product) FASTVAE_LAMBDA_INLINE {
-        product.c = image + (y * w.big_width + first) * w.channels;
+      for (int64_t phase = 0; phase < w.stride_width; ++phase) {
+        StridedProduct<T> product = phases.product(y, phase);
+        product.c = image + (y * w.big_width + phase) * w.channels;
         product.c_m = w.stride_width * w.channels;
         strided_product(product);
-      });
+      }
     }
   }
 }

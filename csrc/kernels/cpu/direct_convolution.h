@@ -86,23 +86,38 @@ class PhaseRows {
     in_.fill(args_.in + sample * w.height * w.width * args_.in_channels, w.height, w.width);
   }
 
-  // Calls body(first column, columns, product) for the phases of row y of the loaded sample. The product lacks the
-  // place of its result, `c` and `c_m`.
-  template <typename Body>
-  FASTVAE_INLINE void row(int64_t y, const Body& body) const {
+  // From the inputs of a row to those of the next one of its phase.
+  FASTVAE_INLINE int64_t row_stride() const { return in_.row_stride(); }
+
+  // The product that gives outputs phase, phase + stride, ... of row y of the loaded sample. It lacks the place of its
+  // result, `c` and `c_m`.
+  FASTVAE_INLINE StridedProduct<T> product(int64_t y, int64_t phase) const {
     const ConvolutionWindow& w = args_.window;
     const int64_t inputs = args_.in_channels, outputs = w.channels, tap = inputs * outputs;
     const Phase row(y % w.stride_height, w.kernel_height, w.stride_height, w.padding_height, w.big_height);
+    const auto column_of = [&](int64_t p) FASTVAE_LAMBDA_INLINE {
+      return Phase(p, w.kernel_width, w.stride_width, w.padding_width, w.big_width);
+    };
     const T* weight = args_.weight + row.first * w.kernel_width * tap;
-    for (int64_t p = 0; p < w.stride_width; ++p) {
-      const Phase column(p, w.kernel_width, w.stride_width, w.padding_width, w.big_width);
-      // Runs go through the tap rows upwards, hence through the input's rows downwards.
-      body(p, column.outputs,
-           StridedProduct<T>{in_.at(y / w.stride_height + row.lowest + row.taps - 1, column.lowest), inputs, 1,
-                             -in_.row_stride(), weight, outputs, w.stride_height * w.kernel_width * tap, nullptr, 0,
-                             column.outputs, outputs, column.taps * inputs, row.taps, false});
-      weight += column.taps * tap;
+    for (int64_t before = 0; before < phase; ++before) {
+      weight += column_of(before).taps * tap;
     }
+    const Phase column = column_of(phase);
+    // Runs go through the tap rows upwards, hence through the input's rows downwards.
+    return {in_.at(y / w.stride_height + row.lowest + row.taps - 1, column.lowest),
+            inputs,
+            1,
+            -in_.row_stride(),
+            weight,
+            outputs,
+            w.stride_height * w.kernel_width * tap,
+            nullptr,
+            0,
+            column.outputs,
+            outputs,
+            column.taps * inputs,
+            row.taps,
+            false};
   }
 
  private:

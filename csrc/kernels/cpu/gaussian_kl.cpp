@@ -42,6 +42,7 @@ FASTVAE_INLINE void gaussian_kl_rows(const GaussianKl<T>& args, int64_t begin, i
     int64_t i = sample * args.dim;
     const int64_t last = i + args.dim;
     for (; i + kLanes <= last; i += kLanes) {
+#pragma GCC unroll 1
       for (int lane = 0; lane < kLanes; ++lane) {
         sum.lanes[lane] += term(i + lane);
       }

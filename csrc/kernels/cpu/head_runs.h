@@ -24,12 +24,14 @@ FASTVAE_INLINE void independent_head_run(const Head& head, const T* a, const T* 
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     T lane_residual[kLanes];
+#pragma GCC unroll 1
     for (int lane = 0; lane < kLanes; ++lane) {
       const math::HeadValue<T> both = head.both(has_bias ? a[j + lane] + bias[j + lane] : a[j + lane], x[j + lane]);
       sum.lanes[lane] += both.log_prob;
       lane_residual[lane] = both.residual;
     }
     if (residual != nullptr) {
+#pragma GCC unroll 1
       for (int lane = 0; lane < kLanes; ++lane) {
         residual[j + lane] = lane_residual[lane];
       }
@@ -62,18 +64,18 @@ FASTVAE_INLINE CategoricalRun<T> categorical_run(const T* a, const T* bias, int6
   T largest = logit(0);
   if (whole > 0) {
     T lanes[kLanes];
+#pragma GCC unroll 1
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes[lane] = logit(lane);
     }
     for (int64_t c = kLanes; c < whole; c += kLanes) {
+#pragma GCC unroll 1
       for (int lane = 0; lane < kLanes; ++lane) {
         const T value = logit(c + lane);
         lanes[lane] = value > lanes[lane] ? value : lanes[lane];
       }
     }
-    for (const T lane : lanes) {
-      largest = lane > largest ? lane : largest;
-    }
+    largest = combine_lanes(lanes, [](T a, T b) FASTVAE_LAMBDA_INLINE { return a > b ? a : b; });
   }
   for (int64_t c = whole; c < classes; ++c) {
     const T value = logit(c);
@@ -83,11 +85,13 @@ FASTVAE_INLINE CategoricalRun<T> categorical_run(const T* a, const T* bias, int6
   LaneSum<T> sum;
   for (int64_t c = 0; c < whole; c += kLanes) {
     T values[kLanes];
+#pragma GCC unroll 1
     for (int lane = 0; lane < kLanes; ++lane) {
       values[lane] = math::exp(logit(c + lane) - largest);
       sum.lanes[lane] += values[lane];
     }
     if (weights != nullptr) {
+#pragma GCC unroll 1
       for (int lane = 0; lane < kLanes; ++lane) {
         weights[c + lane] = values[lane];
       }
