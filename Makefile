@@ -6,7 +6,8 @@
 #   make test-asan   the operators' Python tests with the extension under AddressSanitizer
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
-#   make bench       benchmarks, JAX among the rivals                      (one: bench-flow, bench-jacobian, ...)
+#   make bench       every operator at every size, JAX among the rivals    (ARGS=--quick: under 5 minutes)
+#   make bench-flow  one thing in depth: flow, jacobian, consistency, log_likelihood, regret, tracin, scale
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
 #   make docs        the API reference, build/docs/index.html
@@ -18,7 +19,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan lint format bench bench-flow bench-jacobian bench-consistency bench-regret bench-tracin cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel clean build
+BENCHMARKS := $(addprefix bench-,flow jacobian consistency log_likelihood regret tracin scale)
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -138,9 +140,10 @@ format: $(VENV)/.packages
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: bench-flow bench-jacobian bench-consistency bench-regret bench-tracin
+bench: build/.extension $(VENV)/.bench
+	$(PY) -m benchmarks.suite $(ARGS)
 
-bench-flow bench-jacobian bench-consistency bench-regret bench-tracin: bench-%: build/.extension $(VENV)/.bench
+$(BENCHMARKS): bench-%: build/.extension $(VENV)/.bench
 	$(PY) -m benchmarks.$* $(ARGS)
 
 cuda-check:

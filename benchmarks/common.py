@@ -11,11 +11,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -130,6 +132,43 @@ def copy_rate(device: torch.device, megabytes: int = 256) -> float:
     contestants: dict[str, Contestant] = {"copy": lambda: target.copy_(source)}
     timing = interleave(contestants, {"copy": clock_of(device)}, seconds=0.5)["copy"]
     return 2 * source.nbytes / timing.median / 1e6
+
+
+class Steadiness:
+    """Waits while a small matrix product is much slower than it has been: others are at work, or a host throttles us.
+
+    Args:
+        patience: seconds that are waited at most, all calls together; a machine that stays slow is taken as it is.
+    """
+
+    def __init__(self, device: torch.device, patience: float = 60) -> None:
+        self._product, self._clock = gemm(512, 512, 512, device), clock_of(device)
+        self._best, self._patience = min(self._sample() for _ in range(20)), patience
+
+    def _sample(self) -> float:
+        return statistics.median(self._clock(self._product, 3) for _ in range(3))
+
+    def wait(self) -> None:
+        while (now := self._sample()) > 1.5 * self._best and self._patience > 0:
+            time.sleep(0.5)
+            self._patience -= 0.5
+        self._best = min(self._best, now)
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError inside when the time is over."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"over {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -276,15 +315,23 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
-def plot_ratios(path: Path, panels: Mapping[str, Mapping[str, float]], label: str) -> bool:
-    """One panel of bars a case, on a logarithmic axis with 1 marked; False, and no file, without matplotlib."""
+def plotter() -> Any:
+    """matplotlib.pyplot, drawing to files; None where matplotlib is not installed."""
     try:
         import matplotlib
     except ModuleNotFoundError:
-        return False
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_ratios(path: Path, panels: Mapping[str, Mapping[str, float]], label: str) -> bool:
+    """One panel of bars a case, on a logarithmic axis with 1 marked; False, and no file, without matplotlib."""
+    pyplot = plotter()
+    if pyplot is None:
+        return False
     tallest = max(len(bars) for bars in panels.values())
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6.2 * len(panels), 1.4 + 0.4 * tallest), squeeze=False, layout="constrained"

@@ -41,6 +41,26 @@ def functional_flow(
     return z, rho, value
 
 
+def jax_on(device: torch.device, threads: int) -> Any:
+    """The module jax, computing in float32 on this device; threads count at the first call only.
+
+    Raises:
+        ImportError: jax is not installed.
+        RuntimeError: a GPU, and a jax without one.
+    """
+    # XLA's thread pool takes its size from NPROC when the backend starts; a GPU is shared with PyTorch.
+    os.environ.setdefault("NPROC", str(threads))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    if device.type == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif jax.default_backend() != "gpu":
+        raise RuntimeError("this jax has no GPU backend")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return jax
+
+
 class JaxFlow:
     """value_and_grad of the benchmark's loss under jax.jit, for a Sequential of Linear, Softplus, Unflatten and
     ConvTranspose2d.
@@ -49,8 +69,7 @@ class JaxFlow:
     takes minutes to compile for convolutions, so it is tried only where a rolled call takes under 300 ms.
 
     Raises:
-        ImportError: jax is not installed.
-        RuntimeError: tensors on a GPU, and a jax without one.
+        ImportError, RuntimeError: as :func:`jax_on`.
     """
 
     def __init__(
@@ -63,23 +82,14 @@ class JaxFlow:
         alpha: Tensor,
         threads: int,
     ) -> None:
-        # XLA's thread pool takes its size from NPROC when the backend starts; a GPU is shared with PyTorch.
-        os.environ.setdefault("NPROC", str(threads))
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        import jax
-
-        if z.device.type == "cpu":
-            jax.config.update("jax_platforms", "cpu")
-        elif jax.default_backend() != "gpu":
-            raise RuntimeError("this jax has no GPU backend")
-        jax.config.update("jax_default_matmul_precision", "highest")
+        jax = jax_on(z.device, threads)
         self._jax = jax
 
         def array(tensor: Tensor) -> Any:
             return jax.numpy.asarray(tensor.detach().cpu().numpy())
 
         parameters = [array(parameter) for parameter in decoder.parameters()]
-        apply = _jax_decoder(decoder)
+        apply = jax_decoder(decoder)
         self._inputs = (array(z), array(step_size), array(alpha), parameters)
         rho_0, data = array(rho), array(x)
 
@@ -135,7 +145,8 @@ class JaxFlow:
         return [torch.tensor(array) for array in numpy]
 
 
-def _jax_decoder(decoder: nn.Sequential) -> Callable[[Any, Sequence[Any]], Any]:
+def jax_decoder(decoder: nn.Sequential) -> Callable[[Any, Sequence[Any]], Any]:
+    """A Sequential of Linear, Softplus, ReLU, Unflatten and ConvTranspose2d, as a function of input and parameters."""
     import jax
 
     def apply(h: Any, parameters: Sequence[Any]) -> Any:
@@ -146,13 +157,15 @@ def _jax_decoder(decoder: nn.Sequential) -> Callable[[Any, Sequence[Any]], Any]:
                 h = h @ weight.T + bias
             elif isinstance(layer, nn.Softplus):
                 h = jax.nn.softplus(h)
+            elif isinstance(layer, nn.ReLU):
+                h = jax.nn.relu(h)
             elif isinstance(layer, nn.Unflatten):
                 h = h.reshape(len(h), *layer.unflattened_size)
             elif isinstance(layer, nn.ConvTranspose2d):
                 weight, bias = next(remaining), next(remaining)
                 h = _jax_conv_transpose(h, weight, layer) + bias[:, None, None]
             else:
-                raise TypeError(f"JaxFlow: decoder: no JAX counterpart of {type(layer).__name__}")
+                raise TypeError(f"jax_decoder: no JAX counterpart of {type(layer).__name__}")
         return h.reshape(len(h), -1)
 
     return apply

@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,22 +169,6 @@ def error_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return common.relative_error([a for a, _ in pairs], [b for _, b in pairs])
 
 
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError inside when the time is over."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"over {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Errors against float64 of every contestant, then their times and the floors'."""
     decoder, z = problem(case, device)
@@ -202,7 +184,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         try:
             if name.endswith(COMPILED):
                 torch._dynamo.reset()
-                with at_most(COMPILE_SECONDS):
+                with common.at_most(COMPILE_SECONDS):
                     run = contestant(torch.compile(penalty, dynamic=False), decoder, z)
                     result = run()
             else:

@@ -70,15 +70,23 @@ def cases(quick: bool) -> list[Case]:
 Noise = Callable[[int, int, Tensor], Tensor]
 
 
-def log_weights(logits: Tensor, classes: Tensor, z: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """[N] of logits [N, C 256, H, W], classes [N, C, H, W], codes, log variances and noise [N, d]."""
+def log_px(logits: Tensor, classes: Tensor) -> Tensor:
+    """log p(x | z), [N], of logits [N, C 256, H, W] and classes [N, C, H, W], as F.cross_entropy takes them."""
     rows = logits.unflatten(1, (-1, 256)).movedim(2, -1)
-    log_px = (
-        -F.cross_entropy(rows.reshape(-1, 256), classes.flatten(), reduction="none")
-        .reshape(len(z), -1)
-        .sum(1)
-    )
-    return log_px + 0.5 * (noise.square() + logvar - z.square()).sum(1)
+    losses = F.cross_entropy(rows.reshape(-1, 256), classes.flatten(), reduction="none")
+    return -losses.reshape(len(logits), -1).sum(1)
+
+
+def tiled_log_px(decode: Callable[[Tensor], Tensor], codes: Tensor, classes: Tensor) -> Tensor:
+    """The same for a few codes at a time; the image of code i is i modulo the number of images."""
+    rows = torch.arange(len(codes)) % len(classes)
+    parts = torch.arange(len(codes)).split(TILE)
+    return torch.cat([log_px(decode(codes[part]), classes[rows[part]]) for part in parts])
+
+
+def log_prior_ratio(z: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """log p(z) - log q(z | x) of codes [..., d]."""
+    return 0.5 * (noise.square() + logvar - z.square()).sum(-1)
 
 
 def copies(model: fastvae.VAE, x: Tensor, noise: Tensor) -> Tensor:
@@ -89,23 +97,16 @@ def copies(model: fastvae.VAE, x: Tensor, noise: Tensor) -> Tensor:
         mu, logvar = model.encoder(repeated).chunk(2, 1)
         z = mu + torch.exp(logvar / 2) * drawn
         classes = (repeated * 255).round().long()
-        weights = log_weights(model.decoder(z), classes, z, logvar, drawn)
+        weights = log_px(model.decoder(z), classes) + log_prior_ratio(z, logvar, drawn)
         found.append(weights.logsumexp(0) - math.log(len(drawn)))
     return torch.stack(found)
 
 
 def careful(model: nn.Module, decode: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor) -> Tensor:
     mu, logvar = model.encoder(x).chunk(2, 1)
-    codes = (mu + torch.exp(logvar / 2) * noise).flatten(0, 1)
-    classes = (x * 255).round().long()
-    weights = []
-    rows = torch.arange(len(codes)) % len(x)
-    for part in torch.arange(len(codes)).split(TILE):
-        of = rows[part]
-        weights.append(
-            log_weights(decode(codes[part]), classes[of], codes[part], logvar[of], noise.flatten(0, 1)[part])
-        )
-    return torch.cat(weights).reshape(len(noise), len(x)).logsumexp(0) - math.log(len(noise))
+    z = mu + torch.exp(logvar / 2) * noise
+    weights = tiled_log_px(decode, z.flatten(0, 1), (x * 255).round().long()).reshape(z.shape[:2])
+    return (weights + log_prior_ratio(z, logvar, noise)).logsumexp(0) - math.log(len(noise))
 
 
 def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -29,6 +30,9 @@ import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
 import log_likelihood  # noqa: E402
 import regret  # noqa: E402
+import suite_problem  # noqa: E402
+import suite_problems  # noqa: E402
+import suite_report  # noqa: E402
 import targets  # noqa: E402
 import tracin  # noqa: E402
 
@@ -325,3 +329,90 @@ def test_influence_floor_takes_the_cheaper_exact_route_of_each_layer() -> None:
     # A dense layer goes by Gram matrices, a convolution by gradients.
     assert floors.influence_operations(layers[1:2], 5, 3) == 2 * (2 * 48 * 8 + 16 * 15)
     assert floors.influence_operations(layers[:1], 5, 3) == 2 * (4 * 24 * 8 + 4 * 24 * 8 + 24 * 15)
+
+
+def test_quick_run_of_the_suite_writes_its_report(tmp_path: Path) -> None:
+    printed = run_quick(
+        tmp_path,
+        "--ops=grad_dot",
+        "--sizes=small",
+        "--seconds=0.01",
+        "--no-jax",
+        "--no-compile",
+        script="suite",
+    )
+    record = read(tmp_path / "suite-cpu-quick.json")
+    names = [suite_problem.OURS, suite_problem.EAGER, suite_problem.FAIR]
+    assert [(row["direction"], row["contestant"]) for row in record["timings"]] == [
+        (direction, name) for direction in (suite_problem.FORWARD, suite_problem.BACKWARD) for name in names
+    ]
+    for row in (*record["timings"], *record["scaling"]):
+        times = list(row["percentiles_ms"].values())
+        assert times[0] > 0 and times == sorted(times) and row["rounds"] >= 3
+    assert all(row["floor_ms"] > 0 and row["relative_error"] < 1e-4 for row in record["timings"])
+    assert {point["sweep"] for point in record["scaling"]} == {"grad_dot, N"}
+    assert record["notes"] == [] and record["environment"]["device"] == "CPU"
+    assert (tmp_path / "suite-cpu-quick.md").read_text().strip() == printed.strip()
+    for figure in ("suite-cpu-quick.png", "suite-scaling-cpu-quick.png"):
+        assert figure in printed and (tmp_path / figure).stat().st_size > 0
+
+
+@pytest.mark.parametrize("operator", suite_problems.OPERATORS)
+def test_rivals_of_every_operator_agree_with_float64(operator: str) -> None:
+    problem = suite_problems.problem(operator, "small", CPU)
+    for direction, cost in problem.costs.items():
+        expected = problem.expected(direction)
+        assert cost.operations + cost.bytes > 0
+        for name in (suite_problem.OURS, suite_problem.EAGER, suite_problem.FAIR):
+            suite_problem.checked(problem, name, direction, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["gaussian_kl", "leapfrog_kick_drift", "jacobian_l1", "grad_dot"])
+def test_jax_twins_of_the_operators_agree_with_float64(operator: str) -> None:
+    pytest.importorskip("jax")
+    problem = suite_problems.problem(operator, "small", CPU)
+    for direction in problem.costs:
+        suite_problem.checked(problem, suite_problem.JAX, direction, problem.expected(direction), threads=1)
+
+
+def test_a_wrong_rival_is_not_timed() -> None:
+    problem = suite_problems.problem("gaussian_kl", "small", CPU)
+    doubled = {
+        **problem.functions,
+        suite_problem.FAIR: lambda _, mu, logvar: 2 * reference.gaussian_kl(mu, logvar),
+    }
+    wrong = dataclasses.replace(problem, functions=doubled)
+    with pytest.raises(ArithmeticError, match="differs from float64"):
+        suite_problem.checked(wrong, suite_problem.FAIR, "forward", problem.expected("forward"))
+
+
+def test_floor_is_the_longer_of_operations_and_bytes() -> None:
+    rates = suite_problem.Rates(gflops=100, gigabytes=10)
+    assert suite_problem.Cost(operations=10**9).floor_ms(rates) == 10
+    assert suite_problem.Cost(operations=10**8, bytes=10**8).floor_ms(rates) == 10
+
+
+def test_percentiles_of_the_suite_are_milliseconds() -> None:
+    found = suite_report.percentiles([0.001 * (1 + i) for i in range(21)])
+    assert found == pytest.approx({"5": 2, "25": 6, "50": 11, "75": 16, "95": 20})
+    assert set(suite_report.percentiles([0.5]).values()) == {500}
+
+
+def test_the_suite_says_when_the_machine_was_disturbed() -> None:
+    assert suite_report.disturbance([{"gflops": 200.0}, {"gflops": 140.0}]) == []
+    (warning,) = suite_report.disturbance([{"gflops": 200.0}, {"gflops": 80.0}])
+    assert "from 80 to 200 GFLOP/s" in warning
+
+
+def test_steadiness_waits_for_the_speed_it_knows_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, naps = iter([*[1.0] * 20, 1.4, 2.0, 1.2, *[3.0] * 9]), []
+    monkeypatch.setattr(common.Steadiness, "_sample", lambda _: next(times))
+    monkeypatch.setattr(common.time, "sleep", naps.append)
+    steadiness = common.Steadiness(CPU, patience=2)
+    steadiness.wait()
+    assert naps == []
+    steadiness.wait()
+    assert naps == [0.5]
+    steadiness.wait()
+    assert naps == [0.5] * 4  # its patience is at an end
