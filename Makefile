@@ -2,7 +2,7 @@
 #
 #   make demo        train models on real and drawn images, write a report (ARGS="--data FOLDER" for others)
 #   make test        Python tests and C++ kernel tests                     (ARGS="-k leapfrog")
-#   make test-all    the slow tests too, sanitizers, CUDA kernels on the host
+#   make test-all    the slow tests too, and all under sanitizers
 #   make test-asan   the operators' Python tests with the extension under AddressSanitizer
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
@@ -103,7 +103,7 @@ test-py: build/.extension
 test-cpp: build/cpp/default/.built
 	ctest --preset default
 
-test-all: test test-slow test-sanitizers
+test-all: test test-slow test-sanitizers test-asan
 
 test-slow: build/.extension
 	$(PY) -m pytest -q -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
