@@ -44,7 +44,7 @@ struct IndependentPosition {
 };
 
 // Bytes of outputs between product and head: in the L2 cache, beside the weights.
-constexpr int64_t kOutputBytes = 128 * 1024;
+constexpr int64_t kOutputBytes = int64_t{128} * 1024;
 // Outputs whose weights are copied at a time, to lie beside each other in the L1 cache for all positions: where they
 // lie in the layer, rows apart, they would be fetched from L2 for every few positions.
 constexpr int64_t kPanel = 32;
