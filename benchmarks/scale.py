@@ -84,7 +84,7 @@ def tasks(quick: bool, device: torch.device) -> list[Task]:
     )
     dcgan = dcgan.to(device).eval()
     digits = torch.rand(8 if quick else 4096, 784).round().to(device)
-    images = (torch.randint(256, (4 if quick else 16, 1, 32, 32)) / 255).to(device)
+    images = (torch.randint(256, (4 if quick else 8, 1, 32, 32)) / 255).to(device)
 
     def tracin(count: int) -> common.Contestant:
         influence = TracIn(vae, digits[:count], [None], lambda *_: 1.0, num_samples=draws)
@@ -96,7 +96,7 @@ def tasks(quick: bool, device: torch.device) -> list[Task]:
 
     nll = fastvae.ood.NegativeLogLikelihood(dcgan, num_samples=samples)
     few, many = (4, 8) if quick else (1024, 4096)
-    few_images, many_images = (2, 4) if quick else (8, 16)
+    few_images, many_images = (2, 4) if quick else (4, 8)
     long = 0.1 if quick else 12
     mnist, foreign = "784-1024-512-256-256, latent 128", "DCGAN 1x32x32, categorical"
     return [
@@ -133,7 +133,7 @@ def run_task(task: Task, device: torch.device) -> dict[str, Any]:
     command.progress(task.title)
     contestants = {str(count): task.work(count) for count in (task.few, task.many)}
     clocks = dict.fromkeys(contestants, common.clock_of(device))
-    timings = common.interleave(contestants, clocks, seconds=task.seconds, min_rounds=3, max_rounds=15)
+    timings = common.interleave(contestants, clocks, seconds=task.seconds, min_rounds=2, max_rounds=15)
     few, many = (timing.median for timing in timings.values())
     each = (many - few) / (task.many - task.few)
     return {
