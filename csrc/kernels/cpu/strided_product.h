@@ -43,7 +43,7 @@ FASTVAE_INLINE void strided_product_block(const StridedProduct<T>& p, int64_t m,
     for (int64_t k = 0; k < p.k; ++k, a += p.a_k, a_high += p.a_k, b += p.b_k) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const T factor = (i < 4 ? a : a_high)[i % 4 * p.a_m];
+        const T factor = i < 4 ? a[i * p.a_m] : a_high[(i - 4) * p.a_m];
 #pragma GCC unroll 1
         for (int j = 0; j < kColumns; ++j) {
           sums[i][j] += factor * b[j];
