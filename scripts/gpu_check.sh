@@ -6,7 +6,7 @@
 #   PYTHON=python3 OUT=build/gpu scripts/gpu_check.sh          (a python3 with a CUDA build of torch; nvcc on the PATH)
 #
 # What that python3 lacks besides torch can be brought along in a folder, made where there is a network:
-#   pip install --target build/gpu-packages --python-version 3.12 --only-binary :all: ninja numpy pytest setuptools tqdm
+#   pip install --target build/gpu-packages --python-version 3.12 --only-binary :all: ninja numpy pytest pytest-benchmark setuptools tqdm
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -73,6 +73,11 @@ else
 fi
 stage 90 benchmarks-jacobian "$PYTHON" benchmarks/jacobian.py --cuda --no-compile --output "$OUT"
 stage 90 benchmarks-regret "$PYTHON" benchmarks/regret.py --cuda --output "$OUT"
+if has pytest_benchmark; then
+  stage 120 benchmarks-suite "$PYTHON" benchmarks/suite.py --quick --cuda --no-jax --no-compile --output "$OUT"
+else
+  note "pytest-benchmark is not installed: the operators' suite was not run"
+fi
 if has pytest; then
   stage 590 tests-all "$PYTHON" -m pytest -q -m "not slow" -k "not cuda" tests
 fi
