@@ -18,12 +18,16 @@ FASTVAE_INLINE void direct_conv_transpose_template(const DirectConvTranspose<T>&
   for (int64_t sample = begin; sample < end; ++sample) {
     phases.load(sample);
     T* image = args.out + sample * w.big_height * w.big_width * w.channels;
-    for (int64_t y = 0; y < w.big_height; ++y) {
+    for (int64_t top = 0; top < std::min(w.stride_height, w.big_height); ++top) {
       for (int64_t phase = 0; phase < w.stride_width; ++phase) {
-        StridedProduct<T> product = phases.product(y, phase);
-        product.c = image + (y * w.big_width + phase) * w.channels;
+        StridedProduct<T> product = phases.product(top, phase);
+        product.c = image + (top * w.big_width + phase) * w.channels;
         product.c_m = w.stride_width * w.channels;
-        strided_product(product);
+        for (int64_t y = top; y < w.big_height; y += w.stride_height) {
+          strided_product(product);
+          product.a += phases.row_stride();
+          product.c += w.stride_height * w.big_width * w.channels;
+        }
       }
     }
   }
