@@ -299,6 +299,14 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def publish(path: Path, record: Mapping[str, Any], sections: Sequence[str]) -> None:
+    """Write a benchmark's .json and .md beside each other, and print the latter."""
+    write_json(path.with_suffix(".json"), record)
+    text = "\n\n".join(sections)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def _plain(value: object) -> Any:
     if isinstance(value, Timing):
         return asdict(value)

@@ -198,10 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cases": records,
         "targets": targets,
     }
-    common.write_json(path.with_suffix(".json"), record)
-    text = "\n\n".join(sections)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    common.publish(path, record, sections)
 
 
 if __name__ == "__main__":

@@ -292,12 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours (store), medians"):
             command.progress("no figure: matplotlib is not installed")
-    common.write_json(path.with_suffix(".json"), record)
-    text = "\n\n".join(
-        ["# The Hamiltonian flow", *tables, report.environment_table(environment, record["settings"])]
-    )
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    sections = ["# The Hamiltonian flow", *tables, report.environment_table(environment, record["settings"])]
+    common.publish(path, record, sections)
 
 
 if __name__ == "__main__":

@@ -310,10 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
         command.progress("no figure: matplotlib is not installed")
-    common.write_json(path.with_suffix(".json"), record)
-    text = "\n\n".join(sections)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    common.publish(path, record, sections)
 
 
 if __name__ == "__main__":

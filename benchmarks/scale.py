@@ -171,10 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
     record = {"benchmark": "scale", "environment": environment, "settings": settings, "tasks": rows}
     sections = ["# A million images", table(rows), report.environment_table(environment, settings)]
-    common.write_json(path.with_suffix(".json"), record)
-    text = "\n\n".join(sections)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    common.publish(path, record, sections)
 
 
 if __name__ == "__main__":

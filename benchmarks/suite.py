@@ -119,10 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures.append(figure.name)
     if not figures:
         command.progress("no figure: matplotlib is not installed")
-    common.write_json(path.with_suffix(".json"), record)
-    text = report.markdown(record, figures)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    common.publish(path, record, [report.markdown(record, figures)])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import nn
 
 import fastvae
 from fastvae import reference
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -39,16 +40,8 @@ import tracin  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def by_path(name: str) -> Any:
-    """A benchmark that shares its name with a paper's experiment."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-consistency = by_path("consistency")
+# A paper's experiment has the same name.
+consistency = load_script(ROOT / "benchmarks" / "consistency.py")
 
 
 def run_quick(folder: Path, *options: str, script: str = "flow") -> str:

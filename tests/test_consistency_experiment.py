@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import fastvae
 from fastvae import metrics
+from scripts import load_script
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -21,16 +20,7 @@ PAPERS = Path(__file__).parents[1] / "benchmarks" / "papers"
 sys.path.append(str(PAPERS))
 
 
-def by_path() -> Any:
-    """The experiment shares its name with a benchmark."""
-    spec = importlib.util.spec_from_file_location("paper_consistency", PAPERS / "consistency.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-consistency = by_path()
+consistency = load_script(PAPERS / "consistency.py")
 
 
 def test_networks_are_the_same_for_a_seed_and_fit_images_and_flow() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 import fastvae
 from fastvae.lowering import lower
+from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -27,24 +27,14 @@ sys.path.append(str(SCRIPT.parent))
 from three_dots import comparison  # noqa: E402
 from three_dots.networks import build, networks  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Experiment = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("disentanglement_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
+
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "papers" / "gaussian.py"
@@ -274,10 +275,7 @@ def test_script_writes_tables_and_figure(tmp_path: Path) -> None:
 def test_script_refuses_bad_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("gaussian_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(SCRIPT)
     for flags, message in (
         (["--dims", "0"], "--dims: expected different numbers of at least 1"),
         (["--dims", "3", "3"], "--dims: expected different numbers of at least 1"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 import fastvae
+from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -25,22 +24,12 @@ sys.path.append(str(PAPERS))
 from influence import measures  # noqa: E402
 from retrieval import experiment  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def script(name: str) -> ModuleType:
     """A script, whose name is also that of its package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", PAPERS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PAPERS / f"{name}.py")
 
 
 def test_closed_forms_are_what_refits_give() -> None:

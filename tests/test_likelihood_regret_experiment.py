@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import fastvae
+from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -24,11 +24,7 @@ sys.path.append(str(SCRIPT.parent))
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script, whose name is also that of its package."""
-    spec = importlib.util.spec_from_file_location("likelihood_regret_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_the_experiment_in_small(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae.lowering import lower
+from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -29,6 +29,8 @@ sys.path.append(str(SCRIPT.parent))
 from mnist_hvae import comparison, training  # noqa: E402
 from mnist_hvae.networks import build, networks  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = ["HVAE", "VAE, equal steps", "VAE, equal time"]
 STEPS = 8
 """Three batches an epoch: two whole epochs and a part of the third."""
@@ -36,22 +38,10 @@ STEPS = 8
 Experiment = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script, whose name is also that of its package."""
-    spec = importlib.util.spec_from_file_location("mnist_hvae_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture

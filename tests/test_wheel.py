@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from scripts import load_script
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_wheel.py"
 TAG = "cp311-cp311-linux_x86_64"
@@ -16,11 +17,7 @@ VERSION = "0.1.0+torch2.13.cpu"
 
 @pytest.fixture(scope="module")
 def check_wheel() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_wheel", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def content() -> dict[str, str]:
