@@ -29,7 +29,7 @@ sys.path.append(str(HERE.parent))
 
 import command  # noqa: E402
 import common  # noqa: E402
-import flow_report as report  # noqa: E402
+import report  # noqa: E402
 
 import fastvae  # noqa: E402
 from fastvae.architectures import hvae_decoder, hvae_encoder  # noqa: E402

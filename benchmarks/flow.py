@@ -41,8 +41,21 @@ sys.path.append(str(HERE.parent))
 import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
-import flow_report as report  # noqa: E402
-from flow_report import CHANNELS_LAST, COMPILED, EAGER, EAGER_2K, GRAPH, JAX, OURS, RECOMPUTE  # noqa: E402
+import report  # noqa: E402
+from flow_report import (  # noqa: E402
+    CHANNELS_LAST,
+    COMPILED,
+    EAGER,
+    EAGER_2K,
+    GRAPH,
+    JAX,
+    MEMORY_BOUND,
+    OURS,
+    RECOMPUTE,
+    TARGETS,
+    memory_table,
+    memory_targets,
+)
 from flow_rivals import JaxFlow, functional_flow  # noqa: E402
 
 from fastvae import ops, reference  # noqa: E402
@@ -240,7 +253,7 @@ def run_memory(device: torch.device, options: argparse.Namespace) -> list[dict[s
                     )
             first, last = sizes.values()
             growth = last / first if first else None
-            reached = None if growth is None or memory == "store" else growth <= report.MEMORY_BOUND
+            reached = None if growth is None or memory == "store" else growth <= MEMORY_BOUND
             rows.append(
                 {"case": case.title, "memory": memory, "bytes": sizes, "growth": growth, "reached": reached}
             )
@@ -273,8 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "peak": "VmHWM of a fresh process" if device.type == "cpu" else "PyTorch's allocator"
         }
         record["memory"] = run_memory(device, options)
-        record["targets"] = [] if options.quick else report.memory_targets(record["memory"])
-        tables = [report.memory_table(record["memory"])]
+        record["targets"] = [] if options.quick else memory_targets(record["memory"])
+        tables = [memory_table(record["memory"])]
     else:
         record["settings"] = {
             "threads": options.threads,
@@ -282,8 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "copy rate, GB/s": round(common.copy_rate(device, 1 if options.quick else 256), 1),
         }
         record["cases"] = [run_case(case, device, options) for case in cases(options.quick)]
-        record["targets"] = [] if options.quick else report.judge(record["cases"], device.type)
-        tables = [report.case_section(case) for case in record["cases"]]
+        record["targets"] = [] if options.quick else report.judge(record["cases"], device.type, TARGETS)
+        tables = [report.case_section(case, OURS) for case in record["cases"]]
         if record["targets"]:
             tables.insert(0, report.target_table(record["targets"]))
         panels = {

@@ -1,133 +1,33 @@
-"""What the flow's benchmark was asked to show, and its tables."""
+"""What the flow's benchmark was asked to show, and its table of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from common import Timing, markdown_table
+import report
+from common import markdown_table
 
 OURS, RECOMPUTE = "ours, store", "ours, recompute"
 EAGER_2K, EAGER = "eager, 2K forces", "eager, K+1 forces"
 CHANNELS_LAST = "eager, K+1 forces, channels_last"
 COMPILED, JAX = "torch.compile, K+1 forces", "JAX jit, K+1 forces"
 GRAPH = ", CUDA graph"
-FLOOR, STACKED, FLOPS = "GEMM floor", "GEMM floor, stacked", "FLOP floor"
-
-
-@dataclass(frozen=True)
-class Target:
-    """against / contestant is at least the bound; for a floor, contestant / against at most."""
-
-    device: str
-    case: str
-    against: str
-    bound: float
-    contestant: str = OURS
-
 
 TARGETS = [
-    Target("cpu", "mlp", EAGER_2K, 2.6),
-    Target("cpu", "mlp", EAGER, 1.35),
-    Target("cpu", "mlp", JAX, 1.3),
-    Target("cpu", "mlp", FLOOR, 1.15),
-    Target("cpu", "small", EAGER, 18),
-    Target("cpu", "small", JAX, 3),
-    Target("cpu", "conv", EAGER, 2),
-    Target("cuda", "mlp", EAGER, 8),
-    Target("cuda", "mlp", EAGER + GRAPH, 2, OURS + GRAPH),
-    Target("cuda", "mlp", JAX, 1.5),
+    report.Target("cpu", "mlp", EAGER_2K, 2.6, OURS),
+    report.Target("cpu", "mlp", EAGER, 1.35, OURS),
+    report.Target("cpu", "mlp", JAX, 1.3, OURS),
+    report.Target("cpu", "mlp", report.FLOOR, 1.15, OURS),
+    report.Target("cpu", "small", EAGER, 18, OURS),
+    report.Target("cpu", "small", JAX, 3, OURS),
+    report.Target("cpu", "conv", EAGER, 2, OURS),
+    report.Target("cuda", "mlp", EAGER, 8, OURS),
+    report.Target("cuda", "mlp", EAGER + GRAPH, 2, OURS + GRAPH),
+    report.Target("cuda", "mlp", JAX, 1.5, OURS),
 ]
 MEMORY_BOUND = 1.1
 """peak extra memory of "recompute" at the larger K over that at the smaller, at most"""
-
-REACHED = {True: "yes", False: "no", None: "not measured"}
-
-
-def judge(
-    records: Sequence[Mapping[str, Any]], device_type: str, targets: Sequence[Target] = TARGETS
-) -> list[dict[str, Any]]:
-    """Every target of this device beside what was measured."""
-    by_case = {record["case"]: record for record in records}
-    rows = []
-    for target in targets:
-        if target.device != device_type or target.case not in by_case:
-            continue
-        record = by_case[target.case]
-        times = {name: timing.median for name, timing in record["timings_ms"].items()} | record["floor_ms"]
-        mine, other = times.get(target.contestant), times.get(target.against)
-        is_floor = target.against == FLOOR
-        measured = None
-        if mine is not None and other is not None:
-            measured = mine / other if is_floor else other / mine
-        rows.append(
-            verdict(
-                record["title"], target.contestant, target.against, target.bound, measured, at_most=is_floor
-            )
-        )
-    return rows
-
-
-def verdict(
-    case: str, contestant: str, against: str, bound: float, measured: float | None, *, at_most: bool
-) -> dict[str, Any]:
-    """A target beside what was measured, if anything was."""
-    reached = None
-    if measured is not None:
-        reached = measured <= bound if at_most else measured >= bound
-    return {
-        "case": case,
-        "contestant": contestant,
-        "against": against,
-        "target": f"at {'most' if at_most else 'least'} {bound:g}x",
-        "measured": measured,
-        "reached": reached,
-    }
-
-
-def target_table(targets: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [
-            *(row[column] for column in ("case", "contestant", "against", "target")),
-            "" if row["measured"] is None else f"{row['measured']:.2f}x",
-            REACHED[row["reached"]],
-        ]
-        for row in targets
-    ]
-    return markdown_table(["case", "contestant", "against", "target", "measured", "reached"], rows)
-
-
-def case_section(record: Mapping[str, Any], contestant: str = OURS) -> str:
-    """One case: every contestant with its ratio to ours and to the floors, and the floors themselves."""
-    timings: Mapping[str, Timing] = record["timings_ms"]
-    floors: Mapping[str, float] = record["floor_ms"]
-    ours = timings[contestant].median
-
-    def row(name: str, median: float, quartiles: str) -> list[str]:
-        return [
-            name,
-            f"{median:.3f}",
-            quartiles,
-            *(f"{median / base:.2f}" for base in (ours, *floors.values())),
-        ]
-
-    rows = [
-        row(name, timing.median, f"{timing.lower_quartile:.3f} to {timing.upper_quartile:.3f}")
-        for name, timing in timings.items()
-    ]
-    rows += [row(name, median, "") for name, median in floors.items()]
-    header = ["contestant", "median, ms", "quartiles, ms", "/ ours", *(f"/ {floor}" for floor in floors)]
-    giga = record["operations"] / 1e9
-    lines = [
-        f"## {record['title']}",
-        f"{giga:.3g} GFLOP; square GEMM at {record['square_gemm_gflops']:.0f} GFLOP/s; "
-        f"{timings[contestant].rounds} interleaved rounds.",
-        markdown_table(header, rows),
-    ]
-    if record["notes"]:
-        lines.append("\n".join(f"- {name}: {note}" for name, note in record["notes"].items()))
-    return "\n\n".join(lines)
 
 
 def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -136,7 +36,7 @@ def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
         recompute = row["memory"] == "recompute"
         growth = "" if row["growth"] is None else f"{row['growth']:.2f}x"
         sizes = [f"{size / 2**20:.1f}" for size in row["bytes"].values()]
-        bound = [f"at most {MEMORY_BOUND}x", REACHED[row["reached"]]] if recompute else ["", ""]
+        bound = [f"at most {MEMORY_BOUND}x", report.REACHED[row["reached"]]] if recompute else ["", ""]
         cells.append([row["case"], row["memory"], *sizes, growth, *bound])
     sizes = [f"K = {steps}, MiB" for steps in rows[0]["bytes"]]
     return markdown_table(["case", "memory", *sizes, "growth", "target", "reached"], cells)
@@ -145,7 +45,7 @@ def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def memory_targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of "recompute": its peak at the larger K against that at the smaller."""
     return [
-        verdict(
+        report.verdict(
             row["case"],
             f"recompute, memory at K = {max(row['bytes'])}",
             f"K = {min(row['bytes'])}",
@@ -156,8 +56,3 @@ def memory_targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if row["memory"] == "recompute"
     ]
-
-
-def environment_table(environment: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    rows = [[name, str(value)] for name, value in (*environment.items(), *settings.items())]
-    return markdown_table(["", "value"], rows)

@@ -36,7 +36,7 @@ sys.path.append(str(HERE.parent))
 import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
-import flow_report as report  # noqa: E402
+import report  # noqa: E402
 
 from fastvae import ops  # noqa: E402
 from fastvae.architectures import jacobian_l1_decoder  # noqa: E402

@@ -35,7 +35,7 @@ sys.path.append(str(HERE.parent))
 import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
-import flow_report as report  # noqa: E402
+import report  # noqa: E402
 
 import fastvae  # noqa: E402
 from fastvae.architectures import dcgan_decoder, dcgan_encoder  # noqa: E402

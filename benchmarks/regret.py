@@ -38,7 +38,7 @@ sys.path.append(str(HERE.parent))
 import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
-import flow_report as report  # noqa: E402
+import report  # noqa: E402
 
 from fastvae.architectures import dcgan_decoder, dcgan_encoder  # noqa: E402
 from fastvae.models import VAE  # noqa: E402
@@ -185,7 +185,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
         CAREFUL: torch.cat(single.encode(one), 1),
         VMAP: vmapped_steps(detector, x)[:1],
     }
-    errors = {name: float((output - expected).abs().max()) for name, output in outputs.items()}
+    errors = {name: (output - expected).abs().max().item() for name, output in outputs.items()}
     if not errors[OURS] <= TOLERANCE:
         raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}, over {TOLERANCE:.1e}")
 

@@ -33,7 +33,7 @@ sys.path.append(
 
 import command  # noqa: E402
 import common  # noqa: E402
-import flow_report as report  # noqa: E402
+import report  # noqa: E402
 
 import fastvae  # noqa: E402
 from fastvae import architectures  # noqa: E402

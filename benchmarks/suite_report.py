@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-import flow_report
+import report
 from suite_problem import COMPILED, CONTESTANTS, EAGER, FAIR, JAX, OURS
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -138,7 +138,7 @@ def markdown(record: Mapping[str, Any], figures: Sequence[str]) -> str:
     parts += [
         "## Sizes",
         size_table(record["timings"]),
-        flow_report.environment_table(record["environment"], record["settings"]),
+        report.environment_table(record["environment"], record["settings"]),
     ]
     return "\n\n".join(parts)
 

@@ -23,7 +23,7 @@ sys.path.append(
 )  # a checkout that is not installed, but never in place of an installed fastvae
 
 import common  # noqa: E402
-import flow_report as report  # noqa: E402
+import report  # noqa: E402
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
 import log_likelihood  # noqa: E402
 import regret  # noqa: E402
+import report  # noqa: E402
 import suite_problem  # noqa: E402
 import suite_problems  # noqa: E402
 import suite_report  # noqa: E402
@@ -83,7 +84,7 @@ def test_quick_run_times_every_contestant_and_writes_its_results(tmp_path: Path)
         assert names <= set(case["timings_ms"]) and case["notes"] == {}
         for timing in case["timings_ms"].values():
             assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
-        assert set(case["floor_ms"]) == {flow_report.FLOOR, flow_report.STACKED, flow_report.FLOPS}
+        assert set(case["floor_ms"]) == {report.FLOOR, report.STACKED, report.FLOPS}
         assert max(case["relative_error"].values()) <= flow.TOLERANCE
 
 
@@ -153,14 +154,17 @@ def test_targets_are_judged_on_the_right_side() -> None:
             flow_report.EAGER: timing(20),
             flow_report.EAGER_2K: timing(20),
         },
-        "floor_ms": {flow_report.FLOOR: 9.0},
+        "floor_ms": {report.FLOOR: 9.0},
     }
-    judged = {row["against"]: (row["measured"], row["reached"]) for row in flow_report.judge([record], "cpu")}
+    judged = {
+        row["against"]: (row["measured"], row["reached"])
+        for row in report.judge([record], "cpu", flow_report.TARGETS)
+    }
     assert judged == {
         flow_report.EAGER_2K: (2.0, False),
         flow_report.EAGER: (2.0, True),
         flow_report.JAX: (None, None),
-        flow_report.FLOOR: (pytest.approx(10 / 9), True),
+        report.FLOOR: (pytest.approx(10 / 9), True),
     }
 
 
@@ -257,9 +261,9 @@ def test_quick_run_of_scale_extrapolates_every_task(tmp_path: Path) -> None:
 def test_targets_of_all_results_are_on_one_page(tmp_path: Path) -> None:
     environment = {"device": "CPU", "commit": "abc", "torch, running": "2.13", "date": "today"}
     verdicts = [
-        flow_report.verdict("one", "ours", "theirs", 2, 3.0, at_most=False),
-        flow_report.verdict("two", "ours", "floor", 1.1, 1.2, at_most=True),
-        flow_report.verdict("three", "ours", "theirs", 2, None, at_most=False),
+        report.verdict("one", "ours", "theirs", 2, 3.0, at_most=False),
+        report.verdict("two", "ours", "floor", 1.1, 1.2, at_most=True),
+        report.verdict("three", "ours", "theirs", 2, None, at_most=False),
     ]
     assert [row["reached"] for row in verdicts] == [True, False, None]
     common.write_json(tmp_path / "it-cpu.json", {"environment": environment, "targets": verdicts})
@@ -297,7 +301,7 @@ def test_quick_run_of_tracin_times_every_contestant(tmp_path: Path) -> None:
         assert set(case["timings_ms"]) == names, case["notes"]
         assert set(case["relative_error"]) == names - {tracin.FAST}
         assert max(case["relative_error"].values()) <= tracin.TOLERANCE
-        assert case["ours_over_floor"][flow_report.FLOPS] > 1
+        assert case["ours_over_floor"][report.FLOPS] > 1
     assert (tmp_path / "tracin-cpu-quick.md").read_text().strip() == printed.strip()
     assert (tmp_path / "tracin-cpu-quick.png").stat().st_size > 0
 
