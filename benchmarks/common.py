@@ -116,6 +116,27 @@ def gemm(m: int, k: int, n: int, device: torch.device) -> Contestant:
     return lambda: torch.mm(a, b, out=out)
 
 
+def interleave_with_gemm(
+    contestants: Mapping[str, Contestant],
+    device: torch.device,
+    *,
+    seconds: float,
+    quick: bool,
+    clocks: Mapping[str, Clock] | None = None,
+) -> tuple[dict[str, Timing], float]:
+    """Times of all contestants, and in the same rounds the rate of a large square product in GFLOP/s.
+
+    Args:
+        clocks: of contestants that the device's clock does not see.
+    """
+    side = 64 if quick else 1024 if device.type == "cpu" else 4096
+    square = "square GEMM"
+    everyone = {**contestants, square: gemm(side, side, side, device)}
+    found = {**dict.fromkeys(everyone, clock_of(device)), **(clocks or {})}
+    timings = interleave(everyone, found, seconds=seconds, min_rounds=2 if quick else 5)
+    return timings, 2 * side**3 / timings.pop(square).median / 1e6
+
+
 def gemm_rate(shapes: Sequence[tuple[int, int, int]], device: torch.device) -> dict[str, float]:
     """GFLOP/s of float32 matrix products (m, k, n), medians."""
     clock = clock_of(device)
@@ -297,6 +318,11 @@ def device_slug(device: torch.device) -> str:
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=1, allow_nan=False, default=_plain)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def why(error: Exception) -> str:
+    """The note on a contestant that could not run."""
+    return f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def publish(path: Path, record: Mapping[str, Any], sections: Sequence[str]) -> None:

@@ -188,44 +188,26 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
             # A rival that this machine lacks leaves a note; one of ours that fails is a fault.
             if name.startswith("ours"):
                 raise
-            notes[name] = (
-                f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            )
+            notes[name] = common.why(error)
             continue
         contestants[name] = contestant
 
     layers, forces = floors.products(problem.decoder, problem.z), case.num_steps + 1
     for name, stacked in ((report.FLOOR, False), (report.STACKED, True)):
         contestants[name] = floors.second_order_floor(layers, forces, device, stacked=stacked)
-    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
-    contestants[square] = common.gemm(side, side, side, device)
-    clocks = dict.fromkeys(contestants, common.clock_of(device))
-    # JAX runs on a stream of its own, which events on PyTorch's do not see.
-    clocks[JAX] = common.wall_clock
     command.progress(f"{case.title}: timing")
-    timings = common.interleave(
-        contestants, clocks, seconds=case.seconds, min_rounds=2 if options.quick else 5
+    # JAX runs on a stream of its own, which events on PyTorch's do not see.
+    timings, gflops = common.interleave_with_gemm(
+        contestants, device, seconds=case.seconds, quick=options.quick, clocks={JAX: common.wall_clock}
     )
-
-    gflops = 2 * side**3 / timings.pop(square).median / 1e6
     operations = floors.second_order_operations(layers, forces)
     floor_timings = {name: timings.pop(name) for name in (report.FLOOR, report.STACKED)}
     floor_ms = {name: timing.median for name, timing in floor_timings.items()}
     floor_ms[report.FLOPS] = operations / gflops / 1e6
-    ours = timings[OURS].median
-    return {
-        "case": case.key,
-        "title": case.title,
-        "operations": operations,
-        "square_gemm_gflops": gflops,
-        "timings_ms": timings,
-        "floor_timings_ms": floor_timings,
-        "floor_ms": floor_ms,
-        "ratio_to_ours": {name: timing.median / ours for name, timing in timings.items()},
-        "ours_over_floor": {name: ours / floor for name, floor in floor_ms.items()},
-        "relative_error": errors,
-        "notes": notes,
-    }
+    record = report.case_record(
+        case, OURS, timings, floor_ms, operations=operations, gflops=gflops, errors=errors, notes=notes
+    )
+    return {**record, "floor_timings_ms": floor_timings}
 
 
 def memory_probe(key: str, memory: str, num_steps: int, quick: bool, device: str) -> Callable[[], object]:

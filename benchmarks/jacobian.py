@@ -193,9 +193,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         except Exception as error:
             if name == OURS:
                 raise
-            notes[name] = (
-                f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            )
+            notes[name] = common.why(error)
             continue
         errors[name] = error_of(result, exact)
         contestants[name] = run
@@ -205,33 +203,17 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
 
     layers = floors.products(decoder, z.repeat_interleave(case.latent_dim, 0))
     contestants[report.FLOOR] = floors.tangent_floor(layers, device)
-    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
-    contestants[square] = common.gemm(side, side, side, device)
     command.progress(f"{case.title}: timing")
-    timings = common.interleave(
-        contestants,
-        dict.fromkeys(contestants, common.clock_of(device)),
-        seconds=case.seconds,
-        min_rounds=2 if options.quick else 5,
+    timings, gflops = common.interleave_with_gemm(
+        contestants, device, seconds=case.seconds, quick=options.quick
     )
-    gflops = 2 * side**3 / timings.pop(square).median / 1e6
     operations = floors.tangent_operations(layers)
     floor = timings.pop(report.FLOOR)
     floor_ms = {report.FLOOR: floor.median, report.FLOPS: operations / gflops / 1e6}
-    mine = timings[OURS].median
-    return {
-        "case": case.key,
-        "title": case.title,
-        "operations": operations,
-        "square_gemm_gflops": gflops,
-        "timings_ms": timings,
-        "floor_timings_ms": {report.FLOOR: floor},
-        "floor_ms": floor_ms,
-        "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
-        "ours_over_floor": {name: mine / value for name, value in floor_ms.items()},
-        "relative_error": errors,
-        "notes": notes,
-    }
+    record = report.case_record(
+        case, OURS, timings, floor_ms, operations=operations, gflops=gflops, errors=errors, notes=notes
+    )
+    return {**record, "floor_timings_ms": {report.FLOOR: floor}}
 
 
 def memory_probe(name: str, quick: bool, device: str) -> Callable[[], object]:

@@ -156,30 +156,14 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
     layers = floors.products(model.decoder, torch.randn(case.images * case.samples, 100, device=device))
     operations = sum(layer.operations for layer in layers)
-    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
     command.progress(f"{case.title}: timing")
-    contestants[square] = common.gemm(side, side, side, device)
-    timings = common.interleave(
-        contestants,
-        dict.fromkeys(contestants, common.clock_of(device)),
-        seconds=case.seconds,
-        min_rounds=2 if options.quick else 5,
+    timings, gflops = common.interleave_with_gemm(
+        contestants, device, seconds=case.seconds, quick=options.quick
     )
-    gflops = 2 * side**3 / timings.pop(square).median / 1e6
     floor_ms = {report.FLOPS: operations / gflops / 1e6}
-    mine = timings[OURS].median
-    return {
-        "case": case.key,
-        "title": case.title,
-        "operations": operations,
-        "square_gemm_gflops": gflops,
-        "timings_ms": timings,
-        "floor_ms": floor_ms,
-        "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
-        "ours_over_floor": {name: mine / value for name, value in floor_ms.items()},
-        "relative_error": errors,
-        "notes": {},
-    }
+    return report.case_record(
+        case, OURS, timings, floor_ms, operations=operations, gflops=gflops, errors=errors, notes={}
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

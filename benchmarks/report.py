@@ -77,6 +77,33 @@ def target_table(targets: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["case", "contestant", "against", "target", "measured", "reached"], rows)
 
 
+def case_record(
+    case: Any,
+    contestant: str,
+    timings: Mapping[str, Timing],
+    floor_ms: Mapping[str, float],
+    *,
+    operations: int,
+    gflops: float,
+    errors: Mapping[str, float],
+    notes: Mapping[str, str],
+) -> dict[str, Any]:
+    """What is written down of a case (with ``key`` and ``title``), all beside the time of ``contestant``."""
+    mine = timings[contestant].median
+    return {
+        "case": case.key,
+        "title": case.title,
+        "operations": operations,
+        "square_gemm_gflops": gflops,
+        "timings_ms": timings,
+        "floor_ms": floor_ms,
+        "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
+        "ours_over_floor": {name: mine / floor for name, floor in floor_ms.items()},
+        "relative_error": errors,
+        "notes": notes,
+    }
+
+
 def case_section(record: Mapping[str, Any], contestant: str) -> str:
     """One case: every contestant with its ratio to ours and to the floors, and the floors themselves."""
     timings: Mapping[str, Timing] = record["timings_ms"]

@@ -174,21 +174,13 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         except Exception as error:
             if name == OURS:
                 raise
-            notes[name] = (
-                f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            )
+            notes[name] = common.why(error)
             continue
         contestants[name] = contestant
-    square, side = "square GEMM", 64 if options.quick else 1024 if device.type == "cpu" else 4096
-    contestants[square] = common.gemm(side, side, side, device)
     command.progress(f"{case.title}: timing")
-    timings = common.interleave(
-        contestants,
-        dict.fromkeys(contestants, common.clock_of(device)),
-        seconds=case.seconds,
-        min_rounds=2 if options.quick else 5,
+    timings, gflops = common.interleave_with_gemm(
+        contestants, device, seconds=case.seconds, quick=options.quick
     )
-    gflops = 2 * side**3 / timings.pop(square).median / 1e6
     if LOOP in timings:
         # The queries' passes are made once, those of training images and the pairs for each of them.
         scale = (case.train + case.queries) / (part + case.queries)
@@ -207,19 +199,10 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         (problem.queries[:1], problem.queries.new_zeros(1, case.latent_dim)),
     )
     operations = floors.influence_operations(layers, case.train, case.queries)
-    mine, floor = timings[OURS].median, operations / gflops / 1e6
-    return {
-        "case": case.key,
-        "title": case.title,
-        "operations": operations,
-        "square_gemm_gflops": gflops,
-        "timings_ms": timings,
-        "floor_ms": {report.FLOPS: floor},
-        "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
-        "ours_over_floor": {report.FLOPS: mine / floor},
-        "relative_error": errors,
-        "notes": notes,
-    }
+    floor_ms = {report.FLOPS: operations / gflops / 1e6}
+    return report.case_record(
+        case, OURS, timings, floor_ms, operations=operations, gflops=gflops, errors=errors, notes=notes
+    )
 
 
 def memory_probe(train: int, queries: int, draws: int, device: str) -> Callable[[], object]:
