@@ -7,7 +7,8 @@ Setting of Kong, Chaudhuri, Understanding Instance-based Interpretability of Var
 their MNIST model of 3.0M parameters, beta 4, S = 16 draws, several checkpoints of a run of ``fastvae.fit``. Three
 figures of theirs:
 
-1. training images that are their own strongest proponent among all, with independent noise on both sides;
+1. training images that are their own strongest proponent among all, with independent noise on both sides, and with
+   common noise;
 2. strongest proponents of test images that have the test image's label;
 3. images of another kind (--foreign) hidden in the training set of a second run, found by their self-influence.
 

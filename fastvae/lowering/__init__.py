@@ -40,19 +40,18 @@ class LoweredNetwork(NamedTuple):
     tensors: the module's own parameters and buffers, and what its parametrisations compute from theirs;
         gradients flow to both.
     names: where in the module each tensor is, for example ``"2.weight"``.
+    ends_in_sigmoid: whether the output is a sigmoid's, reshaped or not: probabilities and not natural parameters.
     """
 
     spec: str
     tensors: list[Tensor]
     names: tuple[str, ...]
+    ends_in_sigmoid: bool
 
-    @property
-    def ends_in_sigmoid(self) -> bool:
-        """Whether the output is a sigmoid's, reshaped or not: probabilities and not natural parameters."""
-        for layer in reversed(self.spec.split(";")):
-            if not layer.startswith("reshape"):
-                return layer == "sigmoid"
-        return False
+
+def _network(spec: str, tensors: list[Tensor], names: tuple[str, ...]) -> LoweredNetwork:
+    layers = [layer for layer in spec.split(";") if not layer.startswith("reshape")]
+    return LoweredNetwork(spec, tensors, names, len(layers) > 0 and layers[-1] == "sigmoid")
 
 
 def lower(module: nn.Module, *, strip_sigmoid: bool = False) -> LoweredNetwork:
@@ -78,10 +77,10 @@ def lower(module: nn.Module, *, strip_sigmoid: bool = False) -> LoweredNetwork:
         TypeError: ``module`` is not an ``nn.Module``.
     """
     if torch.compiler.is_dynamo_compiling():
-        return LoweredNetwork(*lower_traced(module, strip_sigmoid))
+        return _network(*lower_traced(module, strip_sigmoid))
     if not isinstance(module, nn.Module):
         raise TypeError(f"lower: module must be an nn.Module, got {type(module).__name__}")
     check_global_hooks()
     known, collected = current(module)
     tensors = evaluate(known, collected)
-    return LoweredNetwork(known.spec_for(strip_sigmoid), tensors, known.names)
+    return _network(known.spec_for(strip_sigmoid), tensors, known.names)

@@ -39,9 +39,13 @@ def trained(x: Tensor, folder: Path, arguments: argparse.Namespace) -> tuple[fas
 
 
 def tracin_of(
-    model: fastvae.VAE, x: Tensor, history: fastvae.History, arguments: argparse.Namespace
+    model: fastvae.VAE,
+    x: Tensor,
+    history: fastvae.History,
+    arguments: argparse.Namespace,
+    query_seed: int | None = QUERY_SEED,
 ) -> TracIn:
-    return TracIn(model, x, history.checkpoints, num_samples=arguments.num_samples, query_seed=QUERY_SEED)
+    return TracIn(model, x, history.checkpoints, num_samples=arguments.num_samples, query_seed=query_seed)
 
 
 def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Namespace) -> Row:
@@ -58,9 +62,12 @@ def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Names
         tracin = tracin_of(model, x, history, arguments)
         indices, _ = tracin.influence(queries, k=10, show_progress=True)
         mine, theirs = indices.split([len(own), len(others)])
+        # How much of what is missing is the error of S draws: with common noise an image's own is left out.
+        common, _ = tracin_of(model, x, history, arguments, query_seed=None).influence(x[own], k=1)
         scores: Row = {
             "queries": len(own),
             "own_strongest": float((mine[:, 0] == own).double().mean()),
+            "own_strongest_common_noise": float((common[:, 0] == own).double().mean()),
             "not_own": own[mine[:, 0] != own].tolist(),
         }
         if labels is not None and test.labels is not None:

@@ -18,7 +18,11 @@ def as_text(results: Row, settings: Row) -> str:
             "what": "training images that are their own strongest proponent",
             "found": f"{retrieval['own_strongest']:.1%} of {retrieval['queries']}",
             "paper": PUBLISHED["own_strongest"],
-        }
+        },
+        {
+            "what": "the same with common noise on both sides",
+            "found": f"{retrieval['own_strongest_common_noise']:.1%}",
+        },
     ]
     if "same_label" in retrieval:
         rows += [
@@ -51,7 +55,8 @@ def as_text(results: Row, settings: Row) -> str:
         f"VAE-TracIn on {settings['data']}: {settings['train_images']} training images, width {settings['width']}, "
         f"{settings['latent_dim']} latents, beta {settings['beta']:g}, {settings['epochs']} epochs of "
         f"{settings['optimizer']} {settings['lr']:g}, {settings['checkpoints']} checkpoints, S = "
-        f"{settings['num_samples']}, independent noise on both sides. Paper: Kong, Chaudhuri, NeurIPS 2021.\n\n"
+        f"{settings['num_samples']}, independent noise on both sides unless said. Paper: Kong, "
+        "Chaudhuri, NeurIPS 2021.\n\n"
         + table(
             [{"paper": None, **row} for row in rows],
             [("what", "", ""), ("found", "found", ""), ("paper", "paper", "")],
