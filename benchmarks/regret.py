@@ -1,6 +1,7 @@
 """Likelihood regret of a batch against one image at a time.
 
     python benchmarks/regret.py             times and errors, a few minutes on 2 cores
+    python benchmarks/regret.py --case mlp  one case, written as regret-mlp-<device>
     python benchmarks/regret.py --quick     tiny sizes: does everything run?
 
 All numbers are milliseconds an image, float32, 100 steps of Adam and 1,000 importance samples before and after (Xiao,
@@ -284,7 +285,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    device, path = command.begin(options, "regret")
+    # A part does not overwrite the whole.
+    device, path = command.begin(options, "-".join(["regret", *(options.case or ())]))
     environment = common.environment(device)
     chosen = [case for case in cases(options.quick) if not options.case or case.key in options.case]
     records = [record for case in chosen for record in run_case(case, device, options)]

@@ -63,7 +63,8 @@ def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Names
         indices, _ = tracin.influence(queries, k=10, show_progress=True)
         mine, theirs = indices.split([len(own), len(others)])
         # How much of what is missing is the error of S draws: with common noise an image's own is left out.
-        common, _ = tracin_of(model, x, history, arguments, query_seed=None).influence(x[own], k=1)
+        same_noise = tracin_of(model, x, history, arguments, query_seed=None)
+        common, _ = same_noise.influence(x[own], k=1, show_progress=True)
         scores: Row = {
             "queries": len(own),
             "own_strongest": float((mine[:, 0] == own).double().mean()),
