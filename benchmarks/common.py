@@ -116,6 +116,11 @@ def gemm(m: int, k: int, n: int, device: torch.device) -> Contestant:
     return lambda: torch.mm(a, b, out=out)
 
 
+def square_side(device: torch.device, *, quick: bool = False) -> int:
+    """Of a product that runs at the device's full rate."""
+    return 64 if quick else 1024 if device.type == "cpu" else 4096
+
+
 def interleave_with_gemm(
     contestants: Mapping[str, Contestant],
     device: torch.device,
@@ -129,8 +134,7 @@ def interleave_with_gemm(
     Args:
         clocks: of contestants that the device's clock does not see.
     """
-    side = 64 if quick else 1024 if device.type == "cpu" else 4096
-    square = "square GEMM"
+    side, square = square_side(device, quick=quick), "square GEMM"
     everyone = {**contestants, square: gemm(side, side, side, device)}
     found = {**dict.fromkeys(everyone, clock_of(device)), **(clocks or {})}
     timings = interleave(everyone, found, seconds=seconds, min_rounds=2 if quick else 5)
@@ -321,8 +325,8 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def why(error: Exception) -> str:
-    """The note on a contestant that could not run."""
-    return f"not timed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    """Why a contestant could not run, in a line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def publish(path: Path, record: Mapping[str, Any], sections: Sequence[str]) -> None:

@@ -49,7 +49,7 @@ def rates(pytestconfig: pytest.Config, steadiness: common.Steadiness) -> Callabl
     """The machine's rates, measured anew for every operator: floors are work at these."""
     device = torch.device(pytestconfig.getoption("device"))
     megabytes = 128 if pytestconfig.getoption("quick") else 256
-    side = 1024 if device.type == "cpu" else 4096
+    side = common.square_side(device)
 
     @functools.lru_cache(maxsize=1)
     def measured(operator: str) -> Rates:

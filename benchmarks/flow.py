@@ -188,7 +188,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
             # A rival that this machine lacks leaves a note; one of ours that fails is a fault.
             if name.startswith("ours"):
                 raise
-            notes[name] = common.why(error)
+            notes[name] = f"not timed: {common.why(error)}"
             continue
         contestants[name] = contestant
 
@@ -281,10 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables = [report.case_section(case, OURS) for case in record["cases"]]
         if record["targets"]:
             tables.insert(0, report.target_table(record["targets"]))
-        panels = {
-            case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
-            for case in record["cases"]
-        }
+        panels = report.panels(record["cases"], OURS)
         if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours (store), medians"):
             command.progress("no figure: matplotlib is not installed")
     sections = ["# The Hamiltonian flow", *tables, report.environment_table(environment, record["settings"])]

@@ -193,7 +193,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         except Exception as error:
             if name == OURS:
                 raise
-            notes[name] = common.why(error)
+            notes[name] = f"not timed: {common.why(error)}"
             continue
         errors[name] = error_of(result, exact)
         contestants[name] = run
@@ -290,10 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory_section(memory_case(options.quick), record["memory"]),
         report.environment_table(environment, settings),
     ]
-    panels = {
-        case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
-        for case in records
-    }
+    panels = report.panels(records, OURS)
     if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
         command.progress("no figure: matplotlib is not installed")
     common.publish(path, record, sections)

@@ -188,10 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             common.markdown_table(["contestant", "error against float64"], errors),
         ]
     sections.append(report.environment_table(environment, settings))
-    panels = {
-        record["title"]: {name: ratio for name, ratio in record["ratio_to_ours"].items() if name != OURS}
-        for record in records
-    }
+    panels = report.panels(records, OURS)
     if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
         command.progress("no figure: matplotlib is not installed")
     record = {

@@ -201,7 +201,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
         PUBLISHED: lambda: published_score(model, one, case),
         CAREFUL: lambda: careful_score(model, one, case),
     }
-    side = 64 if options.quick else 1024 if device.type == "cpu" else 4096
+    side = common.square_side(device, quick=options.quick)
     gflops = next(iter(common.gemm_rate([(side, side, side)], device).values()))
     bandwidth = common.copy_rate(device, 1 if options.quick else 256)
     operations = case.steps * operations_of(model, one)
@@ -306,10 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if case["case"].endswith("-steps"):
             sections.append(error_table(case))
     sections.append(report.environment_table(environment, settings))
-    panels = {
-        case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
-        for case in records
-    }
+    panels = report.panels(records, OURS)
     if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
         command.progress("no figure: matplotlib is not installed")
     common.publish(path, record, sections)

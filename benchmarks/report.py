@@ -104,6 +104,16 @@ def case_record(
     }
 
 
+def panels(records: Sequence[Mapping[str, Any]], contestant: str) -> dict[str, dict[str, float]]:
+    """For ``common.plot_ratios``: every other contestant's time over that of ``contestant``, by the case's title."""
+    return {
+        record["title"]: {
+            name: ratio for name, ratio in record["ratio_to_ours"].items() if name != contestant
+        }
+        for record in records
+    }
+
+
 def case_section(record: Mapping[str, Any], contestant: str) -> str:
     """One case: every contestant with its ratio to ours and to the floors, and the floors themselves."""
     timings: Mapping[str, Timing] = record["timings_ms"]

@@ -107,7 +107,7 @@ def test_operator(
     except Exception as failure:
         if case.contestant == OURS:
             raise
-        reason = f"{type(failure).__name__}: {(str(failure).strip() or 'no message').splitlines()[0]}"
+        reason = common.why(failure)
         notes.append({**vars(case), "note": reason})
         pytest.skip(reason)
     cost, machine = problem.costs[case.direction], rates(case.operator)

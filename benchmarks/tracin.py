@@ -174,7 +174,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         except Exception as error:
             if name == OURS:
                 raise
-            notes[name] = common.why(error)
+            notes[name] = f"not timed: {common.why(error)}"
             continue
         contestants[name] = contestant
     command.progress(f"{case.title}: timing")
@@ -278,10 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if record["targets"]:
             sections.append(report.target_table(record["targets"]))
         sections += [report.case_section(case, OURS) for case in records]
-        panels = {
-            case["title"]: {name: ratio for name, ratio in case["ratio_to_ours"].items() if name != OURS}
-            for case in records
-        }
+        panels = report.panels(records, OURS)
         if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
             command.progress("no figure: matplotlib is not installed")
     sections.append(report.environment_table(environment, settings))
