@@ -7,7 +7,7 @@
 
 Every contestant computes the same losses with the same noise, one draw a sample, in float32, and is timed only if its
 scores agree with those of materialised gradients in float64. Rivals: the loop of the paper's authors, timed on a part
-of the training images and scaled up by the number of backward passes (a lower bound); vmap(grad); per-sample gradients
+of the training images and with none, from which the time with all follows; vmap(grad); per-sample gradients
 from hooks and one product; Gram matrices of the factors from hooks; captum's TracInCP; kronfluence with its identity
 strategy. captum's fast mode, which knows only the last layer, computes less than the others. Written are
 tracin-<device>.json, .md and .png.
@@ -51,7 +51,8 @@ GRAM, DENSE = "Gram matrices from hooks", "gradients from hooks, one product"
 CAPTUM, KRONFLUENCE = "captum TracInCP", "kronfluence, identity"
 FAST = "captum TracInCPFast, last layer only"
 LOOPED = 16
-"""Training images that the loop is timed on."""
+"""Training images that the loop is timed on; it does the same for each of them."""
+BEFORE_LOOP = "loop, its queries alone"
 
 TARGETS = [
     report.Target("cpu", "mlp", VMAP, 150, OURS),
@@ -148,6 +149,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         DENSE: lambda: problem.rival(rivals.dense),
         VMAP: lambda: problem.rival(rivals.vmap_grad),
         LOOP: lambda: problem.rival(rivals.loop, part),
+        BEFORE_LOOP: lambda: problem.rival(rivals.loop, 0),
     }
     if case.key == "mlp":
         # These leave out transposed convolutions.
@@ -166,7 +168,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         try:
             contestant = make()
             scores = contestant()
-            if name != FAST:
+            if name not in (FAST, BEFORE_LOOP):
                 wanted = expected[:, :part] if name == LOOP else expected
                 errors[name] = common.relative_error([scores], [wanted])  # type: ignore[list-item]
                 if not errors[name] <= TOLERANCE:
@@ -182,17 +184,9 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         contestants, device, seconds=case.seconds, quick=options.quick
     )
     if LOOP in timings:
-        # The queries' passes are made once, those of training images and the pairs for each of them.
-        scale = (case.train + case.queries) / (part + case.queries)
-        timing = timings[LOOP]
-        timings[LOOP] = dataclasses.replace(
-            timing,
-            median=scale * timing.median,
-            lower_quartile=scale * timing.lower_quartile,
-            upper_quartile=scale * timing.upper_quartile,
-        )
+        timings[LOOP] = extrapolated(timings[LOOP], timings.pop(BEFORE_LOOP).median, case.train / part)
         notes[LOOP] = (
-            f"timed on {part} training images, scaled by the number of backward passes (a lower bound)"
+            f"from the time for {part} training images, each of which costs the same, and that without any"
         )
     layers = floors.influence_layers(
         (problem.losses.encoder, problem.losses.decoder),
@@ -203,6 +197,13 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     return report.case_record(
         case, OURS, timings, floor_ms, operations=operations, gflops=gflops, errors=errors, notes=notes
     )
+
+
+def extrapolated(timing: common.Timing, fixed: float, factor: float) -> common.Timing:
+    """Of a contestant all of whose time but ``fixed`` grows with the part it was timed on, as if on the whole."""
+    quantiles = ("median", "lower_quartile", "upper_quartile")
+    whole = {name: fixed + factor * (getattr(timing, name) - fixed) for name in quantiles}
+    return dataclasses.replace(timing, **whole)
 
 
 def memory_probe(train: int, queries: int, draws: int, device: str) -> Callable[[], object]:

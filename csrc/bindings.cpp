@@ -2,6 +2,7 @@
 // bound with the GIL released.
 #include <torch/extension.h>
 
+#include "common/recycling.h"
 #include "kernels/kernels.h"
 #include "network/copies.h"
 #include "ops/ops.h"
@@ -186,6 +187,13 @@ PYBIND11_MODULE(_C, m) {
       },
       arg("x"), arg("noise"), arg("beta"), arg("encoder_parameters"), arg("encoder"), arg("decoder_parameters"),
       arg("decoder"), arg("likelihood"));
+  pybind11::class_<fastvae::Recycling>(m, "Recycling", "Inside, large results take the memory of those that died.")
+      .def(pybind11::init<>())
+      .def("__enter__", &fastvae::Recycling::enter)
+      .def("__exit__", [](fastvae::Recycling& self, const pybind11::args&) { self.leave(); });
+  m.def("sample_keys", &fastvae::sample_keys, unlocked, arg("x"));
+  m.def("keyed_bits", &fastvae::keyed_bits, unlocked, arg("keys"), arg("first"), arg("count"));
+  m.def("keyed_normal", &fastvae::keyed_normal, unlocked, arg("keys"), arg("first"), arg("count"));
   m.def(
       "convolution_gradients",
       [](const at::Tensor& larger, const at::Tensor& smaller, const std::vector<int64_t>& kernel,

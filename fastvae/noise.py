@@ -8,62 +8,30 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastvae._extension import raw
+
 __all__ = ["SampleNoise", "Stream", "draws_of", "keys_of"]
-
-# As signed integers: int64 arithmetic wraps around like that of uint64.
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-
-
-def _shifted(bits: Tensor, places: int) -> Tensor:
-    """A right shift that fills with zeros."""
-    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """The output function of SplitMix64: a bijection of 64 bits that leaves no pattern."""
-    bits = _shifted(bits, 30).bitwise_xor_(bits).mul_(_FIRST)
-    bits = _shifted(bits, 27).bitwise_xor_(bits).mul_(_SECOND)
-    return _shifted(bits, 31).bitwise_xor_(bits)
-
-
-@functools.lru_cache(maxsize=32)
-def _counters(first: int, count: int, device: torch.device) -> Tensor:
-    return torch.arange(first + 1, first + count + 1, device=device) * _GAMMA
-
-
-@functools.lru_cache(maxsize=8)
-def _multipliers(count: int, device: torch.device) -> Tensor:
-    return _mixed(_counters(0, count, device)) | 1
 
 
 @functools.lru_cache(maxsize=8)
 def _of_seed(seed: int, device: torch.device) -> Tensor:
-    return _mixed(torch.tensor(seed, device=device) + _GAMMA)
+    return raw.keyed_bits(torch.tensor([seed], device=device), 0, 1)[0]
 
 
 def keys_of(x: Tensor) -> Tensor:
     """A hash of each sample's bytes: int64 [B]."""
-    rows = x.detach().reshape(len(x), math.prod(x.shape[1:])).contiguous()
-    rows = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
-    octets = rows.view(torch.uint8)
-    if octets.shape[1] % 8:
-        octets = torch.nn.functional.pad(octets, (0, 8 - octets.shape[1] % 8))
-    words = octets.view(torch.int64)
-    # A sum of products with odd numbers, in which every bit of every word counts.
-    folded = _shifted(words, 32).bitwise_xor_(words)
-    return _mixed(folded.mul_(_multipliers(words.shape[1], x.device)).sum(1) + octets.shape[1])
+    return raw.sample_keys(x.detach())
 
 
 def draws_of(keys: Tensor, seed: int, draws: int, first: int = 0) -> Tensor:
     """The key of each draw from ``first`` on of each sample, a sample's side by side: int64 [B * draws]."""
-    mine = _mixed(keys ^ _of_seed(seed, keys.device))
-    return _mixed(mine[:, None] + _counters(first, draws, keys.device)).flatten()
+    mine = raw.keyed_bits(keys ^ _of_seed(seed, keys.device), -1, 1).flatten()
+    return raw.keyed_bits(mine, first, draws).flatten()
 
 
 class Stream:
@@ -77,26 +45,18 @@ class Stream:
         self.keys, self._used = keys, 0
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
-        """[rows, *shape] in (0, 1)."""
-        return _unit(_shifted(self._bits(shape), 11), 53)
+        """[rows, *shape] in (0, 1), the middles of 2^53 equal parts."""
+        bits = self._next(raw.keyed_bits, shape)
+        return (bits >> 11).bitwise_and_((1 << 53) - 1).double().add_(0.5).mul_(2.0**-53)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """[rows, *shape], standard normal (Box and Muller, from the two halves of 64 bits)."""
-        bits = self._bits(shape)
-        radius = _unit(_shifted(bits, 32), 32).log_().mul_(-2).sqrt_()
-        angle = _unit(bits.bitwise_and_((1 << 32) - 1), 32).mul_(2 * math.pi)
-        return angle.cos_().mul_(radius)
+        return self._next(raw.keyed_normal, shape)
 
-    def _bits(self, shape: Sequence[int]) -> Tensor:
+    def _next(self, numbers: Callable[[Tensor, int, int], Tensor], shape: Sequence[int]) -> Tensor:
         count = math.prod(shape)
-        counters = _counters(self._used, count, self.keys.device)
-        self._used += count
-        return _mixed(self.keys[:, None] + counters).reshape(len(self.keys), *shape)
-
-
-def _unit(bits: Tensor, count: int) -> Tensor:
-    """Numbers of so many bits as the middles of equal parts of (0, 1), in float64."""
-    return bits.double().add_(0.5).mul_(2.0**-count)
+        first, self._used = self._used, self._used + count
+        return numbers(self.keys, first, count).reshape(len(self.keys), *shape)
 
 
 class SampleNoise:

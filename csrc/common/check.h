@@ -21,10 +21,8 @@ inline std::string describe(const at::Tensor& tensor) {
 #define FASTVAE_CHECK_TYPE(CONDITION, OP, ARGUMENT, EXPECTED, GOT) \
   TORCH_CHECK_TYPE(CONDITION, "fastvae::", OP, ": ", ARGUMENT, ": expected ", EXPECTED, ", got ", GOT)
 
-// A float32 or float64 tensor on a device that this build has kernels for.
-inline void check_floating(const char* op, const char* argument, const at::Tensor& tensor) {
-  FASTVAE_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, op, argument,
-                     "float32 or float64", describe(tensor));
+// A dense tensor on a device that this build has kernels for.
+inline void check_device(const char* op, const char* argument, const at::Tensor& tensor) {
   FASTVAE_CHECK_VALUE(tensor.layout() == at::kStrided, op, argument, "a dense tensor", tensor.layout());
 #ifdef FASTVAE_WITH_CUDA
   const bool supported = tensor.is_cpu() || tensor.is_cuda();
@@ -36,6 +34,13 @@ inline void check_floating(const char* op, const char* argument, const at::Tenso
       "run: FASTVAE_CUDA=1 pip install --no-binary fastvae fastvae)";
 #endif
   FASTVAE_CHECK_VALUE(supported, op, argument, expected, describe(tensor));
+}
+
+// A float32 or float64 one.
+inline void check_floating(const char* op, const char* argument, const at::Tensor& tensor) {
+  FASTVAE_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, op, argument,
+                     "float32 or float64", describe(tensor));
+  check_device(op, argument, tensor);
 }
 
 inline void check_like(const char* op, const char* argument, const at::Tensor& tensor, const at::Tensor& model,

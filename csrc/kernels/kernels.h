@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "copies.h"
+#include "keyed_noise.h"
 #include "math/activations.h"
 #include "math/likelihoods.h"
 
@@ -552,6 +553,8 @@ FASTVAE_DECLARE_CPU(conv_transpose_log_prob, ConvTransposeLogProb)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
 #undef FASTVAE_DECLARE_CPU
+void sample_keys(const SampleKeys& args, int64_t begin, int64_t end);
+void keyed_numbers(const KeyedNumbers& args, int64_t begin, int64_t end);
 }  // namespace cpu
 
 namespace cuda {
@@ -563,6 +566,8 @@ FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DECLARE_CUDA)
 FASTVAE_DECLARE_CUDA(small_flow_sum, SmallFlowSum)
 FASTVAE_DECLARE_CUDA(grad_dot, GradDot)
 #undef FASTVAE_DECLARE_CUDA
+void sample_keys(const SampleKeys& args, Stream stream);
+void keyed_numbers(const KeyedNumbers& args, Stream stream);
 
 // Whether small_flow and small_flow_backward find room for this network in the shared memory of the device's blocks.
 bool small_flow_fits(const SmallNetwork<float>& network, int64_t dim, int device);

@@ -1,9 +1,8 @@
 // Per-sample weight gradients of a convolution, for the tiles of TracIn: each sample is a task of the kernel that sums
 // a transposed convolution's gradient over samples, so that nothing but the gradients is written to memory.
-#include <ATen/ops/empty.h>
-
 #include "../common/guard.h"
 #include "../common/launch.h"
+#include "../common/recycling.h"
 #include "ops.h"
 
 namespace fastvae {
@@ -29,7 +28,7 @@ at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& sma
   const ConvolutionWindow window{
       larger.size(1), smaller.size(2), smaller.size(3), larger.size(2), larger.size(3), kernel[0], kernel[1],
       stride[0],      stride[1],       padding[0],      padding[1],     /*dilation*/ 1, 1};
-  at::Tensor out = at::empty({samples, kernel[0] * kernel[1], larger.size(1), smaller.size(1)}, larger.options());
+  at::Tensor out = recycled({samples, kernel[0] * kernel[1], larger.size(1), smaller.size(1)}, larger.options());
   FASTVAE_DISPATCH(larger, {
     const DirectConvTransposeGradient<scalar_t> args{images.const_data_ptr<scalar_t>(),
                                                      positions.const_data_ptr<scalar_t>(),

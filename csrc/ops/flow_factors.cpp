@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "../common/guard.h"
+#include "../common/recycling.h"
 #include "flow.h"
 #include "ops.h"
 
@@ -38,7 +39,7 @@ FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const Optiona
 namespace {
 
 Tape one_point(const Network& network, int64_t samples) {
-  const at::Tensor storage = at::empty({samples * network.program().tape_numel()}, network.options());
+  const at::Tensor storage = recycled({samples * network.program().tape_numel()}, network.options());
   return network.tape(storage, 1, samples, 0, 1);
 }
 

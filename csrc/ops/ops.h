@@ -79,6 +79,12 @@ std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
     const at::Tensor& x, const at::Tensor& noise, double beta, at::TensorList encoder_parameters,
     std::string_view encoder, at::TensorList decoder_parameters, std::string_view decoder, std::string_view likelihood);
 
+// Noise keyed by sample (kernels/keyed_noise.h): int64 keys [B] of x [B, ...]'s bytes; numbers first .. first + count -
+// 1 of each of int64 keys [rows], [rows, count], as bits (int64) or standard normal (float64).
+at::Tensor sample_keys(const at::Tensor& x);
+at::Tensor keyed_bits(const at::Tensor& keys, int64_t first, int64_t count);
+at::Tensor keyed_normal(const at::Tensor& keys, int64_t first, int64_t count);
+
 // Gradients of each sample to a convolution's weight, CPU: [samples, kh kw, C of larger, C of smaller]; `larger` is
 // what the window moves over (a convolution's input, a transposed one's output gradient).
 at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& smaller, at::IntArrayRef kernel,

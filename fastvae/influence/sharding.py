@@ -35,6 +35,8 @@ class Share:
         parts = [part for of_process in self._gathered(list(parts)) for part in of_process]
         if not parts:
             return torch.zeros(rows, columns)
+        if len(parts) == 1 and parts[0][1].shape == (rows, columns):
+            return parts[0][1]
         whole = parts[0][1].new_zeros(rows, columns)
         for first, part in parts:
             whole[:, first : first + part.shape[1]] = part

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvae._extension import raw
 from fastvae.influence.batches import count_of, tiles_of
 from fastvae.influence.cache import FactorCache, fingerprint
 from fastvae.influence.coverage import Coverage
@@ -32,7 +33,8 @@ _GRADIENT_BYTES = 2**26
 the next, where pages that are touched for the first time cost as much as the products."""
 
 _FEW = 64
-"""Samples in a tile at least, if _ROWS allows: products with fewer run at a lower rate."""
+"""Samples in a tile at least, if _ROWS allows, and a divisor of its size: products with fewer run at a lower rate, and
+with a few more, too."""
 
 _QUERY_BYTES = 2**29
 """Factors of queries held at once; beyond that the training set is gone through again for the rest."""
@@ -124,6 +126,7 @@ class TracIn:
             seed if query_seed is None else query_seed,
         )
         self._share = Share(process_group)
+        self._memory = raw.Recycling()
         self._cache = FactorCache(cache_dir)
         self._settings = f"{num_samples} {seed} {layers} {uncovered}"
 
@@ -240,7 +243,7 @@ class TracIn:
     @contextmanager
     def _borrowed(self) -> Iterator[None]:
         """The model in eval mode, and known to be covered."""
-        with self._snapshots.borrowed():
+        with self._snapshots.borrowed(), self._memory:
             if self.train_dataset is not None:
                 self._audit(self._train, self.train_dataset)
             yield
@@ -264,7 +267,8 @@ class TracIn:
         """Samples to work on at once."""
         element = next(self.model.parameters()).element_size()
         each = max(1, self._engine.gradient_numel(routes) * element)
-        return max(1, min(_ROWS // evaluation.draws, max(_FEW, _GRADIENT_BYTES // each)))
+        fitting = max(_FEW, _GRADIENT_BYTES // each // _FEW * _FEW)
+        return max(1, min(_ROWS // evaluation.draws, fitting))
 
     def _tiles(
         self, routes: dict[str, str], show_progress: bool, data: Any = None
@@ -340,8 +344,8 @@ class TracIn:
             total: Tensor | None = None
             for index, factors in enumerate(of_queries):
                 weight = self._snapshots.enter(index)
-                scores = dot(factors, self._train_factors(batch, routes)) * weight
-                total = scores if total is None else total + scores
+                scores = dot(factors, self._train_factors(batch, routes)).mul_(weight)
+                total = scores if total is None else total.add_(scores)
             assert total is not None
             yield first, total.cpu()
 
@@ -354,7 +358,9 @@ class TracIn:
                 for first, scores in self._stream(part, show_progress)
             ]
             found.append(self._share.assembled(tiles, 1 if aggregate else len(part[0]), self._count()))
-        return torch.stack(found).sum(0) if aggregate else torch.cat(found)
+        if aggregate:
+            return torch.stack(found).sum(0)
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def _self_scores(self, evaluation: Evaluation, batch: Batch, unbiased: bool) -> Tensor:
         """[n] weighted squared norms."""

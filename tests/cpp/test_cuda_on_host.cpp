@@ -1,6 +1,7 @@
 // Each CUDA kernel, executed on the CPU by host_cuda.h, against its CPU twin.
 #include "copies_cases.h"
 #include "flow_cases.h"
+#include "noise_cases.h"
 
 namespace cases {
 namespace {
@@ -135,6 +136,29 @@ void test_grad_dot(const char* type) {
   }
 }
 
+void test_noise() {
+  struct OnCpu {
+    void operator()(const SampleKeys& args) const { fastvae::cpu::sample_keys(args, 0, args.samples); }
+    void operator()(const KeyedNumbers& args) const { fastvae::cpu::keyed_numbers(args, 0, args.rows); }
+  };
+  struct OnHostCuda {
+    void operator()(const SampleKeys& args) const { fastvae::cuda::sample_keys(args, nullptr); }
+    void operator()(const KeyedNumbers& args) const { fastvae::cuda::keyed_numbers(args, nullptr); }
+  };
+  for_each_noise(true, [](int64_t samples, int64_t row_bytes, int64_t count, uint64_t first) {
+    Noise expected = noise_case(samples, row_bytes, count), found = expected;
+    fill(expected, samples, row_bytes, count, first, OnCpu{});
+    fill(found, samples, row_bytes, count, first, OnHostCuda{});
+    CHECK(found.keys == expected.keys && found.bits == expected.bits, "keyed noise: other bits of %d samples",
+          static_cast<int>(samples));
+    for (size_t i = 0; i < found.normal.size(); ++i) {
+      // The same formula, but for fused multiply-adds.
+      const double error = std::abs(found.normal[i] - expected.normal[i]) / std::abs(expected.normal[i]);
+      CHECK(error < 1e-14, "keyed noise: %g where %g was expected", found.normal[i], expected.normal[i]);
+    }
+  });
+}
+
 struct OnCuda {
 #define FASTVAE_TEST_BY_TYPE(NAME, ARGS)       \
   template <typename T>                        \
@@ -156,6 +180,7 @@ int main() {
   cases::test_kernels<double>("double");
   cases::test_grad_dot<float>("float");
   cases::test_grad_dot<double>("double");
+  cases::test_noise();
   cases::check_all_copies<float>("float", cases::OnCuda{});
   cases::check_all_copies<double>("double", cases::OnCuda{});
   return check::finish("test_cuda_on_host");

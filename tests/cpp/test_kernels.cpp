@@ -4,6 +4,8 @@
 #include <type_traits>
 
 #include "cases.h"
+#include "math/splitmix.h"
+#include "noise_cases.h"
 
 namespace cases {
 namespace {
@@ -498,6 +500,48 @@ void test_gram_product(const char* type) {
   }
 }
 
+// Byte by byte, and in ranges of one row.
+void test_noise() {
+  struct InRanges {
+    void operator()(const SampleKeys& args) const {
+      for (int64_t i = 0; i < args.samples; ++i) {
+        fastvae::cpu::sample_keys(args, i, i + 1);
+      }
+    }
+    void operator()(const KeyedNumbers& args) const {
+      for (int64_t i = 0; i < args.rows; ++i) {
+        fastvae::cpu::keyed_numbers(args, i, i + 1);
+      }
+    }
+  };
+  for_each_noise(false, [](int64_t samples, int64_t row_bytes, int64_t count, uint64_t first) {
+    Noise found = noise_case(samples, row_bytes, count);
+    fill(found, samples, row_bytes, count, first, InRanges{});
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t words = (row_bytes + 7) / 8;
+      uint64_t sum = 8 * static_cast<uint64_t>(words);
+      for (int64_t w = 0; w < words; ++w) {
+        uint64_t word = 0;
+        for (int64_t byte = std::min<int64_t>(8, row_bytes - 8 * w) - 1; byte >= 0; --byte) {
+          word = word << 8 | found.bytes[static_cast<size_t>(i * row_bytes + 8 * w + byte)];
+        }
+        const auto number = static_cast<uint64_t>(w) + 1;
+        sum += (word ^ word >> 32) * (math::mix(number * 0x9E3779B97F4A7C15) | 1);
+      }
+      CHECK(found.keys[static_cast<size_t>(i)] == math::mix(sum), "sample_keys: row %d of %d bytes",
+            static_cast<int>(i), static_cast<int>(row_bytes));
+      for (int64_t j = 0; j < count; ++j) {
+        const auto place = static_cast<size_t>(i * count + j);
+        const uint64_t number = first + static_cast<uint64_t>(j) + 1;
+        const uint64_t bits = math::mix(found.keys[static_cast<size_t>(i)] + number * 0x9E3779B97F4A7C15);
+        CHECK(found.bits[place] == bits, "keyed_numbers: bits %d of row %d", static_cast<int>(j), static_cast<int>(i));
+        const double error = std::abs(found.normal[place] - math::normal(bits)) / std::abs(math::normal(bits));
+        CHECK(error < 1e-14, "keyed_numbers: normal %d of row %d", static_cast<int>(j), static_cast<int>(i));
+      }
+    }
+  });
+}
+
 }  // namespace
 }  // namespace cases
 
@@ -506,6 +550,7 @@ int main() {
   cases::test_kernels<double>("double");
   cases::test_gram_product<float>("float");
   cases::test_gram_product<double>("double");
+  cases::test_noise();
   cases::test_direct_convolutions<float>("float");
   cases::test_direct_convolutions<double>("double");
   return check::finish("test_kernels");

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "math/activations.h"
 #include "math/likelihoods.h"
+#include "math/splitmix.h"
 
 using fastvae::Activation;
 using fastvae::ActivationSpec;
@@ -243,6 +244,46 @@ void test_activations(const char* type) {
   test_activation<Activation::kSoftplusSharp, T>({Activation::kSoftplusSharp, 2.5, 1.5}, type);
 }
 
+// --- normal numbers
+// ---------------------------------------------------------------------------------------------------
+
+// cos(2 pi v), exact where it is small: the quarter turn is taken off before the multiplication.
+long double exact_cos_turns(long double v) {
+  const long double quarters = roundl(4.0L * v), angle = 6.283185307179586476925286766559L * (v - quarters / 4.0L);
+  switch (static_cast<int>(quarters) % 4) {
+    case 0:
+      return cosl(angle);
+    case 1:
+      return -sinl(angle);
+    case 2:
+      return -cosl(angle);
+    default:
+      return sinl(angle);
+  }
+}
+
+void test_normal() {
+  // The published first outputs of the generator with seed 0.
+  CHECK(math::keyed_bits(0, 0) == 0xE220A8397B1DCDAF && math::keyed_bits(0, 1) == 0x6E789E6AA1B965F4, "%s",
+        "keyed_bits: not SplitMix64");
+  std::vector<uint64_t> bits = {0, ~uint64_t{0}, 0x3FFFFFFF, 0x40000000, 0xBFFFFFFF, 0xFFFFFFFF00000000};
+  while (bits.size() < 200000) {
+    bits.push_back(math::keyed_bits(3, bits.size()));
+  }
+  std::vector<double> found(bits.size());
+  for (size_t i = 0; i < bits.size(); ++i) {
+    found[i] = math::normal(bits[i]);
+  }
+  double worst = 0.0;
+  for (size_t i = 0; i < bits.size(); ++i) {
+    const auto unit = [](uint64_t half) { return (static_cast<long double>(half) + 0.5L) / 4294967296.0L; };
+    const long double u = unit(bits[i] >> 32), v = unit(bits[i] & 0xFFFFFFFF);
+    worst = std::max(worst, ulps_between(found[i], sqrtl(-2.0L * logl(u)) * exact_cos_turns(v)));
+  }
+  std::printf("%-10s %-6s %s: at most %.2f ulp\n", "normal", "double", kSet, worst);
+  CHECK(worst <= 4.0, "normal %s: %.3f ulp", kSet, worst);
+}
+
 // --- classes
 // ----------------------------------------------------------------------------------------------------------
 
@@ -272,6 +313,7 @@ int main() {
   test_elementary<double>("double");
   test_activations<float>("float");
   test_activations<double>("double");
+  test_normal();
   test_classes<float>("float");
   test_classes<double>("double");
   return check::finish("test_math");
