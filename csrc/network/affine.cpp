@@ -135,6 +135,15 @@ at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const 
   }
 }
 
+bool affine_in_blocks(const Stage& stage, const at::Tensor& weight) {
+  if (!is_convolution(stage)) {
+    return false;
+  }
+  const Stage transposed = stage.affine == Affine::kConv2d ? mirrored(stage) : stage;
+  const ConvTransposeRoute route = conv_transpose_route(transposed, weight);
+  return route == ConvTransposeRoute::kDirect || route == ConvTransposeRoute::kNarrow;
+}
+
 void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
                                 const at::Tensor& h, at::Tensor& gradient) {
   if (stage.affine == Affine::kLinear) {

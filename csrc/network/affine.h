@@ -17,6 +17,9 @@ at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::
 at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
                             const at::Tensor& out);
 
+// Whether both products are as fast by a few samples at a time.
+bool affine_in_blocks(const Stage& stage, const at::Tensor& weight);
+
 // gradient += delta (x) h summed over rows, in the layout of the weight tensor.
 void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
                                 const at::Tensor& h, at::Tensor& gradient);

@@ -18,6 +18,29 @@ int64_t rows_of(const at::Tensor& flat, const SampleShape& shape) { return flat.
 
 bool is_plain(const Stage& stage) { return stage.activation.kind == Activation::kIdentity; }
 
+// Some samples of a flat tensor, or none of an undefined one.
+at::Tensor part(const at::Tensor& flat, int64_t first, int64_t count, const SampleShape& shape) {
+  return flat.defined() ? flat.narrow(0, first * shape.numel(), count * shape.numel()) : flat;
+}
+
+// Bytes of a stage's input and output that a core works on at a time, so that the activation finds in its cache what
+// the convolution wrote.
+constexpr int64_t kBlockBytes = int64_t{1} << 19;
+
+// Calls body(first, count) for blocks of samples: of a convolution by our kernels, so many as stay in the caches of the
+// cores that share them; of all else, whose products want many rows, all samples at once.
+template <typename Body>
+void for_each_block(const Stage& stage, const at::Tensor& weight, int64_t samples, const Body& body) {
+  int64_t block = samples;
+  if (affine_in_blocks(stage, weight)) {
+    const int64_t each = (stage.in.numel() + stage.out.numel()) * static_cast<int64_t>(weight.element_size());
+    block = std::max<int64_t>(1, kBlockBytes / each) * at::get_num_threads();
+  }
+  for (int64_t first = 0; first < samples; first += block) {
+    body(first, std::min(block, samples - first));
+  }
+}
+
 // result = delta [B, n] -> sum over rows, added to gradient.
 void add_column_sums(const at::Tensor& rows, int64_t channels, at::Tensor& gradient) {
   gradient.add_(rows.view({-1, channels}).sum(0));
@@ -114,18 +137,22 @@ at::Tensor Network::apply_transpose(size_t l, const at::Tensor& delta, const at:
 
 void Network::forward_stage(size_t l, const at::Tensor& in, const at::Tensor& h, const at::Tensor& kept) const {
   const Stage& stage = program_.stages[l];
-  const at::Tensor raw = apply(l, in, h);
-  FASTVAE_DISPATCH(raw, {
-    const BiasActivation<scalar_t> args{raw.const_data_ptr<scalar_t>(),
-                                        data_or_null<scalar_t>(bias_[l]),
-                                        h.mutable_data_ptr<scalar_t>(),
-                                        mutable_data_or_null<scalar_t>(kept),
-                                        rows_of(raw, stage.out),
-                                        stage.out.channels,
-                                        stage.activation};
-    if (args.a != args.h || args.bias != nullptr || !is_plain(stage)) {
-      FASTVAE_LAUNCH(bias_activation, raw.device(), args, args.rows, args.channels);
-    }
+  for_each_block(stage, weight_[l], in.numel() / stage.in.numel(), [&](int64_t first, int64_t count) {
+    const at::Tensor to = part(h, first, count, stage.out);
+    const at::Tensor raw = apply(l, part(in, first, count, stage.in), to);
+    const at::Tensor kept_part = part(kept, first, count, stage.out);
+    FASTVAE_DISPATCH(raw, {
+      const BiasActivation<scalar_t> args{raw.const_data_ptr<scalar_t>(),
+                                          data_or_null<scalar_t>(bias_[l]),
+                                          to.mutable_data_ptr<scalar_t>(),
+                                          mutable_data_or_null<scalar_t>(kept_part),
+                                          rows_of(raw, stage.out),
+                                          stage.out.channels,
+                                          stage.activation};
+      if (args.a != args.h || args.bias != nullptr || !is_plain(stage)) {
+        FASTVAE_LAUNCH(bias_activation, raw.device(), args, args.rows, args.channels);
+      }
+    });
   });
 }
 
@@ -171,19 +198,23 @@ at::Tensor Network::forward(const at::Tensor& in, const Tape& tape) const {
 
 void Network::reverse(const Tape& tape) const {
   for (size_t l = depth() - 1; l > 0; --l) {
-    const Stage& below = program_.stages[l - 1];
+    const Stage &stage = program_.stages[l], &below = program_.stages[l - 1];
     const bool keeps = tape.kept_g[l - 1].defined();
-    at::Tensor g = apply_transpose(l, tape.delta[l], keeps ? tape.kept_g[l - 1] : tape.delta[l - 1]);
-    if (keeps && !g.is_same(tape.kept_g[l - 1])) {
-      tape.kept_g[l - 1].copy_(g);
-    }
-    FASTVAE_DISPATCH(g, {
-      const ActivationReverse<scalar_t> args{
-          g.const_data_ptr<scalar_t>(), kept_slope(l - 1, tape).const_data_ptr<scalar_t>(),
-          tape.delta[l - 1].mutable_data_ptr<scalar_t>(), g.numel(), below.activation};
-      if (args.g != args.delta || !is_plain(below)) {
-        FASTVAE_LAUNCH(activation_reverse, g.device(), args, args.size, 1);
+    for_each_block(stage, weight_[l], tape.delta[l].numel() / stage.out.numel(), [&](int64_t first, int64_t count) {
+      const at::Tensor delta = part(tape.delta[l - 1], first, count, stage.in);
+      const at::Tensor slope = part(kept_slope(l - 1, tape), first, count, stage.in);
+      const at::Tensor place = keeps ? part(tape.kept_g[l - 1], first, count, stage.in) : delta;
+      at::Tensor g = apply_transpose(l, part(tape.delta[l], first, count, stage.out), place);
+      if (keeps && !g.is_same(place)) {
+        place.copy_(g);
       }
+      FASTVAE_DISPATCH(g, {
+        const ActivationReverse<scalar_t> args{g.const_data_ptr<scalar_t>(), slope.const_data_ptr<scalar_t>(),
+                                               delta.mutable_data_ptr<scalar_t>(), g.numel(), below.activation};
+        if (args.g != args.delta || !is_plain(below)) {
+          FASTVAE_LAUNCH(activation_reverse, g.device(), args, args.size, 1);
+        }
+      });
     });
   }
 }
