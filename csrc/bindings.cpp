@@ -189,6 +189,10 @@ PYBIND11_MODULE(_C, m) {
       arg("decoder"), arg("likelihood"));
   pybind11::class_<fastvae::Recycling>(m, "Recycling", "Inside, large results take the memory of those that died.")
       .def(pybind11::init<>())
+      .def("__reduce__",
+           [](const pybind11::object& self) {
+             return pybind11::make_tuple(self.attr("__class__"), pybind11::tuple());  // a copy begins without memory
+           })
       .def("__enter__", &fastvae::Recycling::enter)
       .def("__exit__", [](fastvae::Recycling& self, const pybind11::args&) { self.leave(); });
   m.def("sample_keys", &fastvae::sample_keys, unlocked, arg("x"));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import torch
@@ -43,3 +45,14 @@ def test_results_outlive_their_pool_and_threads_have_their_own() -> None:
         assert torch.equal(inner, 4 * gradients(1.0))
     del memory
     assert torch.equal(2 * kept, elsewhere[0]) and torch.equal(kept, gradients(1.0))
+
+
+def test_copies_begin_without_memory() -> None:
+    memory = raw.Recycling()
+    with memory:
+        place = gradients(1.0).data_ptr()
+        with pickle.loads(pickle.dumps(memory)), copy.deepcopy(memory):
+            kept = gradients(2.0)
+        assert kept.data_ptr() != place
+    memory.__exit__()  # once too often
+    assert torch.equal(kept, gradients(2.0))

@@ -11,37 +11,23 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 namespace fastvae {
 
-// Between enter and leave, recycled() on this thread takes the memory of tensors of recycled() that have died; the
-// system gets it back with the end of the object.
-class Recycling {
+// Blocks of CPU memory that nobody uses. Tensors may die on any thread, and after the pool.
+class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  Recycling() = default;
-  Recycling(const Recycling&) = delete;
-  Recycling& operator=(const Recycling&) = delete;
-
-  void enter() {
-    before_ = current();
-    current() = this;
-  }
-  void leave() { current() = before_; }
-
-  static Recycling*& current() {
-    static thread_local Recycling* innermost = nullptr;
-    return innermost;
-  }
-
-  at::Tensor tensor(at::IntArrayRef sizes, const at::TensorOptions& options) const {
+  // Uninitialised, in the smallest free block that is not much too large, or in a new one.
+  at::Tensor tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
     const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-    const auto block = std::make_shared<Block>(pool_->take(bytes));
-    const std::weak_ptr<Pool> pool = pool_;
-    const auto give_back = [block, pool](void*) {
+    const auto block = std::make_shared<Block>(take(bytes));
+    const auto give_back = [block, pool = weak_from_this()](void*) {
       if (const std::shared_ptr<Pool> alive = pool.lock()) {
         alive->give(std::move(*block));
       }
@@ -55,54 +41,70 @@ class Recycling {
     c10::DataPtr memory;
   };
 
-  class Pool {
-   public:
-    // The smallest free block that holds so many bytes and is not much too large, or a new one.
-    Block take(size_t bytes) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = free_.lower_bound(bytes);
-      if (found == free_.end() || found->first > 2 * bytes) {
-        return {bytes, fresh(bytes)};
-      }
-      Block block{found->first, std::move(found->second)};
-      free_.erase(found);
-      return block;
+  Block take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = free_.lower_bound(bytes);
+    if (found == free_.end() || found->first > 2 * bytes) {
+      return {bytes, fresh(bytes)};
     }
+    Block block{found->first, std::move(found->second)};
+    free_.erase(found);
+    return block;
+  }
 
-    // A tensor may die on any thread.
-    void give(Block block) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      free_.emplace(block.bytes, std::move(block.memory));
-    }
+  void give(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.emplace(block.bytes, std::move(block.memory));
+  }
 
-   private:
-    static c10::DataPtr fresh(size_t bytes) {
-      c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
+  static c10::DataPtr fresh(size_t bytes) {
+    c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
 #ifdef __linux__
-      // Large pages where the system has them for the asking; where it has none, nothing is lost.
-      constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-      const auto first = (reinterpret_cast<uintptr_t>(memory.get()) + kHuge - 1) / kHuge * kHuge;
-      const auto last = (reinterpret_cast<uintptr_t>(memory.get()) + bytes) / kHuge * kHuge;
-      if (first < last) {
-        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-      }
-#endif
-      return memory;
+    // Large pages where the system has them for the asking; where it has none, nothing is lost.
+    constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+    const auto begin = reinterpret_cast<uintptr_t>(memory.get());
+    const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + bytes) / kHuge * kHuge;
+    if (first < last) {
+      madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
     }
+#endif
+    return memory;
+  }
 
-    std::mutex mutex_;
-    std::multimap<size_t, c10::DataPtr> free_;
-  };
+  std::mutex mutex_;
+  std::multimap<size_t, c10::DataPtr> free_;
+};
 
+// Between enter and leave, recycled() on this thread takes the memory of tensors of recycled() that have died; the
+// system gets it back with the end of the object.
+class Recycling {
+ public:
+  void enter() const { pools().push_back(pool_); }
+
+  void leave() const {
+    std::vector<std::shared_ptr<Pool>>& all = pools();
+    const auto mine = std::find(all.rbegin(), all.rend(), pool_);
+    if (mine != all.rend()) {
+      all.erase(std::prev(mine.base()));
+    }
+  }
+
+  // Of this thread, the innermost last.
+  static std::vector<std::shared_ptr<Pool>>& pools() {
+    static thread_local std::vector<std::shared_ptr<Pool>> entered;
+    return entered;
+  }
+
+ private:
   std::shared_ptr<Pool> pool_ = std::make_shared<Pool>();
-  Recycling* before_ = nullptr;
 };
 
 // Uninitialised, as of at::empty.
 inline at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const bool on_cpu = options.device().is_cpu();
-  const Recycling* const pool = on_cpu ? Recycling::current() : nullptr;
-  return pool == nullptr ? at::empty(sizes, options) : pool->tensor(sizes, options);
+  if (!options.device().is_cpu() || Recycling::pools().empty()) {
+    return at::empty(sizes, options);
+  }
+  return Recycling::pools().back()->tensor(sizes, options);
 }
 
 }  // namespace fastvae
