@@ -195,6 +195,10 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("__enter__", &fastvae::Recycling::enter)
       .def("__exit__", [](fastvae::Recycling& self, const pybind11::args&) { self.leave(); });
+  m.def(
+      "same_bits",
+      [](const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { return fastvae::same_bits(a, b); },
+      unlocked, arg("a"), arg("b"));
   m.def("sample_keys", &fastvae::sample_keys, unlocked, arg("x"));
   m.def("keyed_bits", &fastvae::keyed_bits, unlocked, arg("keys"), arg("first"), arg("count"));
   m.def("keyed_normal", &fastvae::keyed_normal, unlocked, arg("keys"), arg("first"), arg("count"));

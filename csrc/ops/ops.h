@@ -85,6 +85,9 @@ at::Tensor sample_keys(const at::Tensor& x);
 at::Tensor keyed_bits(const at::Tensor& keys, int64_t first, int64_t count);
 at::Tensor keyed_normal(const at::Tensor& keys, int64_t first, int64_t count);
 
+// Whether the tensors of two lists are pairwise the same, on a CPU bit by bit.
+bool same_bits(at::TensorList a, at::TensorList b);
+
 // Gradients of each sample to a convolution's weight, CPU: [samples, kh kw, C of larger, C of smaller]; `larger` is
 // what the window moves over (a convolution's input, a transposed one's output gradient).
 at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& smaller, at::IntArrayRef kernel,
