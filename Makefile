@@ -130,7 +130,8 @@ test-sanitizers: build/cpp/asan/.built build/cpp/tsan/.built
 
 lint: $(VENV)/.packages build/cpp/default/.built
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
-	$(VENV)/bin/clang-tidy --quiet -p build/cpp/default $(wildcard csrc/kernels/cpu/*.cpp)
+	printf '%s\n' $(wildcard csrc/kernels/cpu/*.cpp) | \
+	  xargs -P "$$(getconf _NPROCESSORS_ONLN)" -n 1 $(VENV)/bin/clang-tidy --quiet -p build/cpp/default
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

@@ -23,6 +23,8 @@ if [ "${1:-}" = --wheel ]; then
   exec "$PYTHON" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 fi
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
+# The CPU kernels are those of every other build: one instruction set will do, in a third of the time.
+export CFLAGS="${CFLAGS:-} -DFASTVAE_NO_CLONES"
 
 "$PYTHON" setup.py --quiet build_py --build-lib "$BUILD/lib"
 "$PYTHON" setup.py --quiet build_ext --force --build-lib "$BUILD/lib" --build-temp "$BUILD/temp"
