@@ -35,6 +35,9 @@ Stage mirrored(const Stage& stage) {
   return mirror;
 }
 
+// A convolution as the transposed one that stands for it; a transposed one is itself.
+Stage as_transposed(const Stage& stage) { return stage.affine == Affine::kConv2d ? mirrored(stage) : stage; }
+
 // Whether the kernels for transposed convolutions take a convolution in their stead.
 bool is_mirrored(const Stage& stage, const at::Tensor& weight) {
   return stage.affine == Affine::kConv2d &&
@@ -64,7 +67,7 @@ at::Tensor transpose_blocks(const at::Tensor& in, const at::Tensor& out, int64_t
 
 at::Tensor affine_pack(const Stage& stage, const at::Tensor& weight) {
   if (is_convolution(stage)) {
-    return conv_transpose_pack(stage.affine == Affine::kConv2d ? mirrored(stage) : stage, weight);
+    return conv_transpose_pack(as_transposed(stage), weight);
   }
   return weight.contiguous();
 }
@@ -139,8 +142,7 @@ bool affine_in_blocks(const Stage& stage, const at::Tensor& weight) {
   if (!is_convolution(stage)) {
     return false;
   }
-  const Stage transposed = stage.affine == Affine::kConv2d ? mirrored(stage) : stage;
-  const ConvTransposeRoute route = conv_transpose_route(transposed, weight);
+  const ConvTransposeRoute route = conv_transpose_route(as_transposed(stage), weight);
   return route == ConvTransposeRoute::kDirect || route == ConvTransposeRoute::kNarrow;
 }
 

@@ -130,8 +130,8 @@ FASTVAE_HOST_DEVICE float log1p_unit(float t) {
   return 2.0F * (s * p + s);
 }
 
-FASTVAE_HOST_DEVICE double log1p_unit(double t) {
-  const double s = t / (2.0 + t);
+// 2 atanh(s) = log((1 + s) / (1 - s)) for |s| <= 1/3.
+FASTVAE_HOST_DEVICE double twice_atanh(double s) {
   const double s2 = s * s;
   double p = 1.0 / 33.0;
   p = p * s2 + 1.0 / 31.0;
@@ -152,6 +152,8 @@ FASTVAE_HOST_DEVICE double log1p_unit(double t) {
   p = p * s2;
   return 2.0 * (s * p + s);
 }
+
+FASTVAE_HOST_DEVICE double log1p_unit(double t) { return twice_atanh(t / (2.0 + t)); }
 
 template <typename T>
 FASTVAE_HOST_DEVICE T absolute(T x) {
