@@ -97,8 +97,12 @@ demo: build/.extension
 
 test: test-cpp test-py
 
+# Tests run side by side, so a thread that has nothing to do must not spin.
+test-py test-slow test-asan: export OMP_WAIT_POLICY := PASSIVE
+PYTEST_ARGS := -q -n auto --maxprocesses 4 --dist worksteal
+
 test-py: build/.extension
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow" $(ARGS)
 
 test-cpp: build/cpp/default/.built
 	ctest --preset default
@@ -106,7 +110,7 @@ test-cpp: build/cpp/default/.built
 test-all: test test-slow test-sanitizers test-asan
 
 test-slow: build/.extension
-	$(PY) -m pytest -q -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
+	$(PY) -m pytest $(PYTEST_ARGS) -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 # The extension under AddressSanitizer, in a folder of its own. CPython's own allocations that live to its end would be
 # reported as leaks.
@@ -122,7 +126,7 @@ ASAN_TESTS := $(wildcard tests/test_flow_contract.py tests/test_flow_decoders.py
 test-asan: build/asan/.built
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/lib \
-	  $(VENV)/bin/pytest -q -m "not slow" -k "not compile and not inductor" $(ASAN_TESTS) $(ARGS)
+	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" -k "not compile and not inductor" $(ASAN_TESTS) $(ARGS)
 
 test-sanitizers: build/cpp/asan/.built build/cpp/tsan/.built
 	ctest --preset asan

@@ -89,13 +89,14 @@ def extension():
     if "x86_64" in os.uname().machine:
         compile_args.append("-mprefer-vector-width=512")
     link_args = ["-Wl,-s"]
-    macros: list[tuple[str, str | None]] = []
+    # torch/csrc/autograd's headers then bring the operators that they use and no others.
+    macros: list[tuple[str, str | None]] = [("AT_PER_OPERATOR_HEADERS", None)]
     if sanitizers := os.environ.get("FASTVAE_SANITIZE"):
         # A sanitizer's runtime is not up yet when the loader asks which clone of a kernel to take.
         macros.append(("FASTVAE_NO_CLONES", None))
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
         link_args = [f"-fsanitize={sanitizers}"]
-    files = sources("csrc/*.cpp", "csrc/ops/*.cpp", "csrc/network/*.cpp", "csrc/kernels/cpu/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/common/*.cpp", "csrc/ops/*.cpp", "csrc/network/*.cpp", "csrc/kernels/cpu/*.cpp")
     options = {"cxx": compile_args}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")

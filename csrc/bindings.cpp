@@ -1,6 +1,7 @@
 // fastvae._C: what this build is, and the raw functions of the operators (no autograd, no autocast, no dispatcher),
 // bound with the GIL released.
-#include <torch/extension.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "common/recycling.h"
 #include "kernels/kernels.h"
@@ -23,7 +24,6 @@ std::string cpu_instruction_set() {
 
 pybind11::dict build_info() {
   pybind11::dict info;
-  info["torch"] = TORCH_VERSION;
 #ifdef FASTVAE_WITH_CUDA
   info["cuda"] = true;
   info["cuda_architectures"] = FASTVAE_CUDA_ARCHITECTURES;

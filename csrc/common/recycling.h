@@ -3,108 +3,26 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <c10/core/CPUAllocator.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include <algorithm>
-#include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
-#include <vector>
 
 namespace fastvae {
 
-// Blocks of CPU memory that nobody uses. Tensors may die on any thread, and after the pool.
-class Pool : public std::enable_shared_from_this<Pool> {
- public:
-  // Uninitialised, in the smallest free block that is not much too large, or in a new one.
-  at::Tensor tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
-    const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-    const auto block = std::make_shared<Block>(take(bytes));
-    const auto give_back = [block, pool = weak_from_this()](void*) {
-      if (const std::shared_ptr<Pool> alive = pool.lock()) {
-        alive->give(std::move(*block));
-      }
-    };
-    return at::from_blob(block->memory.get(), sizes, give_back, options);
-  }
-
- private:
-  struct Block {
-    size_t bytes;
-    c10::DataPtr memory;
-  };
-
-  Block take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = free_.lower_bound(bytes);
-    if (found == free_.end() || found->first > 2 * bytes) {
-      return {bytes, fresh(bytes)};
-    }
-    Block block{found->first, std::move(found->second)};
-    free_.erase(found);
-    return block;
-  }
-
-  void give(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    free_.emplace(block.bytes, std::move(block.memory));
-  }
-
-  static c10::DataPtr fresh(size_t bytes) {
-    c10::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
-#ifdef __linux__
-    // Large pages where the system has them for the asking; where it has none, nothing is lost.
-    constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-    const auto begin = reinterpret_cast<uintptr_t>(memory.get());
-    const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + bytes) / kHuge * kHuge;
-    if (first < last) {
-      madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-    }
-#endif
-    return memory;
-  }
-
-  std::mutex mutex_;
-  std::multimap<size_t, c10::DataPtr> free_;
-};
+class Pool;
 
 // Between enter and leave, recycled() on this thread takes the memory of tensors of recycled() that have died; the
 // system gets it back with the end of the object.
 class Recycling {
  public:
-  void enter() const { pools().push_back(pool_); }
-
-  void leave() const {
-    std::vector<std::shared_ptr<Pool>>& all = pools();
-    const auto mine = std::find(all.rbegin(), all.rend(), pool_);
-    if (mine != all.rend()) {
-      all.erase(std::prev(mine.base()));
-    }
-  }
-
-  // Of this thread, the innermost last.
-  static std::vector<std::shared_ptr<Pool>>& pools() {
-    static thread_local std::vector<std::shared_ptr<Pool>> entered;
-    return entered;
-  }
+  Recycling();
+  void enter() const;
+  void leave() const;
 
  private:
-  std::shared_ptr<Pool> pool_ = std::make_shared<Pool>();
+  std::shared_ptr<Pool> pool_;
 };
 
 // Uninitialised, as of at::empty.
-inline at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  if (!options.device().is_cpu() || Recycling::pools().empty()) {
-    return at::empty(sizes, options);
-  }
-  return Recycling::pools().back()->tensor(sizes, options);
-}
+at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace fastvae

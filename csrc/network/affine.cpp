@@ -2,12 +2,10 @@
 
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 
 #include <utility>
 
+#include "../common/aten.h"
 #include "conv_transpose.h"
 
 namespace fastvae {
@@ -78,12 +76,12 @@ at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::
       return in;
     case Affine::kLinear: {
       at::Tensor result = out.view({-1, stage.out.channels});
-      at::mm_out(result, in.view({-1, stage.in.channels}), weight.t());
+      aten::mm_out(result, in.view({-1, stage.in.channels}), weight.t());
       return out;
     }
     case Affine::kBatchNorm: {
       at::Tensor result = out.view({-1, stage.out.channels});
-      at::mul_out(result, in.view({-1, stage.in.channels}), weight);
+      aten::mul_out(result, in.view({-1, stage.in.channels}), weight);
       return out;
     }
     case Affine::kToFlat:
@@ -110,12 +108,12 @@ at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const 
       return delta;
     case Affine::kLinear: {
       at::Tensor result = out.view({-1, stage.in.channels});
-      at::mm_out(result, delta.view({-1, stage.out.channels}), weight);
+      aten::mm_out(result, delta.view({-1, stage.out.channels}), weight);
       return out;
     }
     case Affine::kBatchNorm: {
       at::Tensor result = out.view({-1, stage.in.channels});
-      at::mul_out(result, delta.view({-1, stage.out.channels}), weight);
+      aten::mul_out(result, delta.view({-1, stage.out.channels}), weight);
       return out;
     }
     case Affine::kToFlat:

@@ -1,11 +1,8 @@
 #include "conv_transpose.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 
+#include "../common/aten.h"
 #include "../common/launch.h"
 
 namespace fastvae {
@@ -30,7 +27,7 @@ void for_each_tile(const Stage& stage, const at::Tensor& packed, const at::Tenso
   const int64_t width = packed.numel() / packed.size(0);
   const int64_t positions = stage.in.positions();
   const int64_t tile = std::clamp<int64_t>(kTileBytes / (positions * width * like.element_size()), 1, samples);
-  const at::Tensor columns = at::empty({tile * positions, width}, like.options());
+  const at::Tensor columns = aten::empty({tile * positions, width}, like.options());
   for (int64_t first = 0; first < samples; first += tile) {
     const int64_t count = std::min(tile, samples - first);
     at::Tensor part = columns.narrow(0, 0, count * positions);
@@ -55,7 +52,7 @@ void folded_conv_transpose(const Stage& stage, const at::Tensor& packed, const a
   const at::Tensor matrix = packed.view({packed.size(0), -1});
   for_each_tile(stage, packed, in, in.numel() / stage.in.numel(),
                 [&](int64_t first, int64_t count, at::Tensor& columns) {
-                  at::mm_out(columns, rows_of_samples(in, stage.in, first, count), matrix);
+                  aten::mm_out(columns, rows_of_samples(in, stage.in, first, count), matrix);
                   FASTVAE_DISPATCH(in, {
                     const Fold<scalar_t> args{columns.const_data_ptr<scalar_t>(),
                                               out.mutable_data_ptr<scalar_t>() + first * stage.out.numel(),
@@ -72,13 +69,13 @@ void folded_conv_transpose_reverse(const Stage& stage, const at::Tensor& packed,
                 [&](int64_t first, int64_t count, at::Tensor& columns) {
                   unfold_tile(stage, packed, delta, first, count, columns);
                   at::Tensor rows = rows_of_samples(out, stage.in, first, count);
-                  at::mm_out(rows, columns, matrix);
+                  aten::mm_out(rows, columns, matrix);
                 });
 }
 
 void folded_conv_transpose_add_weight_gradient(const Stage& stage, const at::Tensor& packed, const at::Tensor& delta,
                                                const at::Tensor& h, at::Tensor& gradient) {
-  at::Tensor sum = at::zeros({packed.size(0), packed.numel() / packed.size(0)}, packed.options());
+  at::Tensor sum = aten::zeros({packed.size(0), packed.numel() / packed.size(0)}, packed.options());
   for_each_tile(stage, packed, delta, delta.numel() / stage.out.numel(),
                 [&](int64_t first, int64_t count, at::Tensor& columns) {
                   unfold_tile(stage, packed, delta, first, count, columns);
@@ -121,7 +118,7 @@ void direct_conv_transpose_add_weight_gradient(const Stage& stage, const at::Ten
   const int64_t samples = delta.numel() / stage.out.numel();
   const int64_t tasks = std::clamp<int64_t>(at::get_num_threads(), 1, samples);
   const at::Tensor partial =
-      at::empty({tasks, packed.size(1), packed.size(2), stage.out.channels, stage.in.channels}, packed.options());
+      aten::empty({tasks, packed.size(1), packed.size(2), stage.out.channels, stage.in.channels}, packed.options());
   FASTVAE_DISPATCH(delta, {
     const DirectConvTransposeGradient<scalar_t> args{delta.const_data_ptr<scalar_t>(),
                                                      h.const_data_ptr<scalar_t>(),
@@ -161,7 +158,7 @@ at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight) {
       break;
   }
   const int64_t inputs = weight.size(0), outputs = weight.size(1), height = weight.size(2), width = weight.size(3);
-  const at::Tensor packed = at::empty({2, height, width, inputs * outputs}, weight.options());
+  const at::Tensor packed = aten::empty({2, height, width, inputs * outputs}, weight.options());
   packed[1].view({height, width, outputs, inputs}).copy_(weight.permute({2, 3, 1, 0}));
   if (conv_transpose_route(stage, weight) == ConvTransposeRoute::kNarrow) {
     packed[0].view({inputs, height, width, outputs}).copy_(weight.permute({0, 2, 3, 1}));

@@ -1,19 +1,8 @@
 #include "copies.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/baddbmm.h>
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-
 #include <cmath>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "affine.h"
@@ -42,7 +31,7 @@ bool sees_all(const Stage& stage, const ConvolutionWindow& window) {
 at::Tensor for_each_sample(const at::Tensor& tensor, int64_t samples) {
   std::vector<int64_t> sizes = tensor.sizes().vec();
   sizes.insert(sizes.begin(), samples);
-  return at::empty(sizes, tensor.options())
+  return aten::empty(sizes, tensor.options())
       .copy_(tensor);  // a dense expansion to one sample would be the tensor itself
 }
 
@@ -63,7 +52,7 @@ NetworkCopies::NetworkCopies(const std::string& network, const std::vector<at::T
   // Of the likelihoods, only the categorical one asks something of a network.
   program_ = find_program(kOp, network, parameters, x.size(1), {});
   layers_.resize(depth());
-  rates_ = at::empty({steps, 2}, at::TensorOptions().dtype(at::kDouble));
+  rates_ = aten::empty({steps, 2}, at::TensorOptions().dtype(at::kDouble));
   for (int64_t step = 0; step < steps; ++step) {
     const math::AdamRate<double> of_step = rate(step);
     rates_.mutable_data_ptr<double>()[2 * step] = of_step.step;
@@ -102,10 +91,11 @@ math::Adam<T> NetworkCopies::adam() const {
 void NetworkCopies::prepare(size_t l, const std::vector<at::Tensor>& parameters, const at::TensorOptions& options) {
   const Stage& stage = this->stage(l);
   Layer& layer = layers_[l];
-  const auto room = [&](const SampleShape& shape) { return at::empty({samples_ * shape.numel()}, options); };
+  const auto room = [&](const SampleShape& shape) { return aten::empty({samples_ * shape.numel()}, options); };
   const auto trained = [&](const at::Tensor& value, bool stores_gradient) {
     const at::Tensor own = for_each_sample(value, samples_);
-    return Trained{own, at::zeros_like(own), at::zeros_like(own), stores_gradient ? at::zeros_like(own) : at::Tensor()};
+    return Trained{own, aten::zeros_like(own), aten::zeros_like(own),
+                   stores_gradient ? aten::zeros_like(own) : at::Tensor()};
   };
   layer.a = room(stage.out);
   layer.h = keeps_input(stage.activation.kind) ? room(stage.out) : layer.a;
@@ -117,11 +107,11 @@ void NetworkCopies::prepare(size_t l, const std::vector<at::Tensor>& parameters,
     case Affine::kToFlat:
       return;
     case Affine::kBatchNorm: {
-      const at::Tensor one = at::ones({stage.in.channels}, options);
+      const at::Tensor one = aten::ones({stage.in.channels}, options);
       layer.mean = parameters[stage.running_mean].contiguous();
-      layer.rstd = (parameters[stage.running_var] + stage.eps).rsqrt();
-      layer.weight = trained(at::stack({stage.weight >= 0 ? parameters[stage.weight] : one,
-                                        stage.bias >= 0 ? parameters[stage.bias] : at::zeros_like(one)}),
+      layer.rstd = parameters[stage.running_var].add(stage.eps).rsqrt();
+      layer.weight = trained(aten::stack({stage.weight >= 0 ? parameters[stage.weight] : one,
+                                          stage.bias >= 0 ? parameters[stage.bias] : aten::zeros_like(one)}),
                              true);
       return;
     }
@@ -143,9 +133,9 @@ void NetworkCopies::prepare(size_t l, const std::vector<at::Tensor>& parameters,
   at::Tensor value = (weight.dim() == 2 ? weight.t() : weight.permute({2, 3, 1, 0})).reshape({-1, weight.size(0)});
   if (layer.dense) {
     if (stage.bias >= 0) {
-      value = at::cat({value, parameters[stage.bias].unsqueeze(0)});
+      value = aten::cat({value, parameters[stage.bias].unsqueeze(0)});
     }
-    layer.seen = at::zeros({samples_, value.size(0)}, options.dtype(at::kInt));
+    layer.seen = aten::zeros({samples_, value.size(0)}, options.dtype(at::kInt));
     // Where the input's own slope is zero at zero, nobody reads the gradient to it.
     size_t below = l;
     while (below > first_ && is_plain(this->stage(below - 1)) && only_moves(this->stage(below - 1))) {
@@ -153,8 +143,8 @@ void NetworkCopies::prepare(size_t l, const std::vector<at::Tensor>& parameters,
     }
     layer.flat_at_zero = below > first_ && this->stage(below - 1).activation.kind == Activation::kRelu;
   } else {
-    layer.columns = at::empty({samples_, stage.out.positions(), value.size(0)}, options);
-    layer.grad_columns = l > first_ ? at::empty_like(layer.columns) : at::Tensor();
+    layer.columns = aten::empty({samples_, stage.out.positions(), value.size(0)}, options);
+    layer.grad_columns = l > first_ ? aten::empty_like(layer.columns) : at::Tensor();
     if (stage.bias >= 0) {
       layer.bias = trained(parameters[stage.bias].unsqueeze(0), true);
     }
@@ -221,9 +211,9 @@ at::Tensor NetworkCopies::affine(size_t l) {
     }
     at::Tensor out = layer.a.view({samples_, stage.out.positions(), stage.out.channels});
     if (layer.bias.value.defined()) {
-      at::baddbmm_out(out, layer.bias.value, layer.columns, layer.weight.value);
+      aten::baddbmm_out(out, layer.bias.value, layer.columns, layer.weight.value);
     } else {
-      at::bmm_out(out, layer.columns, layer.weight.value);
+      aten::bmm_out(out, layer.columns, layer.weight.value);
     }
   }
   return layer.a;
@@ -320,9 +310,9 @@ at::Tensor NetworkCopies::convolution_reverse(size_t l, const at::Tensor& delta)
   const Stage& stage = this->stage(l);
   Layer& layer = layers_[l];
   const at::Tensor rows = delta.view({samples_, stage.out.positions(), stage.out.channels});
-  at::bmm_out(layer.weight.grad, layer.columns.transpose(1, 2), rows);
+  aten::bmm_out(layer.weight.grad, layer.columns.transpose(1, 2), rows);
   if (layer.grad_in.defined()) {
-    at::bmm_out(layer.grad_columns, rows, layer.weight.value.transpose(1, 2));
+    aten::bmm_out(layer.grad_columns, rows, layer.weight.value.transpose(1, 2));
     FASTVAE_DISPATCH(delta, {
       const Fold<scalar_t> args{layer.grad_columns.const_data_ptr<scalar_t>(),
                                 layer.grad_in.mutable_data_ptr<scalar_t>(), layer.window, samples_};
@@ -331,7 +321,7 @@ at::Tensor NetworkCopies::convolution_reverse(size_t l, const at::Tensor& delta)
   }
   step(layer.weight);
   if (layer.bias.value.defined()) {
-    at::sum_out(layer.bias.grad, rows, /*dim=*/{1}, /*keepdim=*/true);
+    aten::sum_out(layer.bias.grad, rows, /*dim=*/1, /*keepdim=*/true);
     step(layer.bias);
   }
   return layer.grad_in;

@@ -1,14 +1,8 @@
 #include "jacobian.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/eye.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 
+#include "../common/aten.h"
 #include "../common/launch.h"
 #include "affine.h"
 
@@ -38,7 +32,7 @@ at::Tensor select_rows(const at::Tensor& matrix, at::IntArrayRef latents) {
   for (const int64_t latent : latents) {
     rows.push_back(matrix.select(0, latent));
   }
-  return at::stack(rows);
+  return aten::stack(rows);
 }
 
 }  // namespace
@@ -84,12 +78,12 @@ JacobianSweep::JacobianSweep(const Network& network, at::IntArrayRef latents, bo
     const int64_t numel = stage(l).out.numel();
     const bool keeps = keeps_input(stage(l).activation.kind);
     if (l < last || stage(l).activation.kind != Activation::kIdentity) {
-      h_[l] = at::empty({samples * numel}, options);
-      a_[l] = keeps ? at::empty({samples * numel}, options) : at::Tensor();
+      h_[l] = aten::empty({samples * numel}, options);
+      a_[l] = keeps ? aten::empty({samples * numel}, options) : at::Tensor();
     }
     if (l < last) {
-      hdot_[l] = at::empty({rows * numel}, options);
-      adot_[l] = keeps && l > 0 ? at::empty({rows * numel}, options) : at::Tensor();
+      hdot_[l] = aten::empty({rows * numel}, options);
+      adot_[l] = keeps && l > 0 ? aten::empty({rows * numel}, options) : at::Tensor();
       widest = std::max(widest, numel);
     }
   }
@@ -103,16 +97,16 @@ JacobianSweep::JacobianSweep(const Network& network, at::IntArrayRef latents, bo
     const int64_t even = (columns_ + blocks - 1) / blocks;
     columns_ = std::min(columns_, (even + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple);
   }
-  bars_[0] = at::empty({rows * (with_gradient() ? std::max(widest, columns_) : columns_)}, options);
-  bars_[1] = at::empty({with_gradient() ? rows * widest : 0}, options);
+  bars_[0] = aten::empty({rows * (with_gradient() ? std::max(widest, columns_) : columns_)}, options);
+  bars_[1] = aten::empty({with_gradient() ? rows * widest : 0}, options);
 
   const int64_t d = network.program().in_features();
-  seeds_ = select_rows(at::eye(d, options), latents);
+  seeds_ = select_rows(aten::eye(d, options), latents);
   first_ = stage(0).affine == Affine::kLinear
                ? select_rows(network.weight(0).t(), latents)
-               : network.apply(0, seeds_.view({-1}), at::empty({latents_ * stage(0).out.numel()}, options));
+               : network.apply(0, seeds_.view({-1}), aten::empty({latents_ * stage(0).out.numel()}, options));
   if (lowest_ == 0) {
-    first_bar_ = at::zeros({latents_, stage(0).out.numel()}, options);
+    first_bar_ = aten::zeros({latents_, stage(0).out.numel()}, options);
   }
 }
 
@@ -187,7 +181,7 @@ void JacobianSweep::launch_head(const at::Tensor& adot, int64_t first, const at:
                                 const at::Tensor& terms, const at::Tensor& abar) const {
   const int64_t numel = adot.numel() / (count_ * latents_);
   const int64_t chunks = jacobian_chunks(numel);
-  const at::Tensor partial = at::empty({count_, chunks}, adot.options());
+  const at::Tensor partial = aten::empty({count_, chunks}, adot.options());
   const at::Tensor s = kept(depth_ - 1);
   FASTVAE_DISPATCH(adot, {
     JacobianHead<scalar_t> args{};
@@ -251,7 +245,7 @@ at::Tensor JacobianSweep::head_by_columns(const at::Tensor& weight, const at::Te
     }
     if (hdotbar.defined()) {
       const at::Tensor adotbar = adot.view({-1, width});
-      first == 0 ? at::mm_out(hdotbar, adotbar, matrix) : hdotbar.addmm_(adotbar, matrix);
+      first == 0 ? aten::mm_out(hdotbar, adotbar, matrix) : hdotbar.addmm_(adotbar, matrix);
     }
   }
   return hdotbar.defined() ? hdotbar.view({-1}) : hdotbar;
@@ -266,7 +260,7 @@ at::Tensor JacobianSweep::bend(size_t l, const at::Tensor& hdotbar, const at::Te
   if (curved(l)) {
     e = shared ? first_ : of_rows(keeps ? adot_[l] : hdot_[l], numel);
   }
-  const at::Tensor abar = hbar.defined() || !e.defined() ? hbar : at::empty({count_ * numel}, hdotbar.options());
+  const at::Tensor abar = hbar.defined() || !e.defined() ? hbar : aten::empty({count_ * numel}, hdotbar.options());
   FASTVAE_DISPATCH(hdotbar, {
     const JacobianAdjoint<scalar_t> args{hdotbar.const_data_ptr<scalar_t>(),
                                          data_or_null<scalar_t>(s),
@@ -310,14 +304,14 @@ void JacobianSweep::run(const at::Tensor& z, const at::Tensor& weight, const at:
   tangents();
   const size_t last = depth_ - 1;
   at::Tensor abar =
-      with_gradient() && curved(last) ? at::empty({count_ * stage(last).out.numel()}, z.options()) : at::Tensor();
+      with_gradient() && curved(last) ? aten::empty({count_ * stage(last).out.numel()}, z.options()) : at::Tensor();
   at::Tensor hdotbar = last > 0 && stage(last).affine == Affine::kLinear ? head_by_columns(weight, terms, abar)
                                                                          : head(weight, terms, abar);
   if (!with_gradient()) {
     return;
   }
   const auto transpose_shared = [&](size_t l) {
-    return abar.defined() ? network_.apply_transpose(l, abar, at::empty({count_ * stage(l).in.numel()}, z.options()))
+    return abar.defined() ? network_.apply_transpose(l, abar, aten::empty({count_ * stage(l).in.numel()}, z.options()))
                           : abar;
   };
   if (abar.defined()) {

@@ -1,6 +1,6 @@
 // The forward sweep of a network to log p(x | z), with nothing kept for another sweep.
-#include <ATen/ops/empty.h>
 
+#include "../common/aten.h"
 #include "conv_transpose.h"
 #include "network.h"
 
@@ -17,7 +17,7 @@ std::vector<at::Tensor> Network::make_forward_room(int64_t samples) const {
   std::vector<at::Tensor> room;
   for (size_t l = 0; l < depth(); ++l) {
     const bool stored = l + 1 < depth() || !hands_over(program_.stages[l], weight_[l]);
-    room.push_back(at::empty({stored ? samples * program_.stages[l].out.numel() : 0}, options_));
+    room.push_back(aten::empty({stored ? samples * program_.stages[l].out.numel() : 0}, options_));
   }
   return room;
 }

@@ -1,9 +1,6 @@
 #include "network.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "affine.h"
@@ -71,9 +68,10 @@ Network::Network(const char* op, const Program& program, const LikelihoodSpec& l
     }
     if (stage.affine == Affine::kBatchNorm) {
       mean_[l] = tensors[stage.running_mean];
-      rstd_[l] = (tensors[stage.running_var] + stage.eps).rsqrt();
-      weight_[l] = stage.weight >= 0 ? weight_[l] * rstd_[l] : rstd_[l];
-      bias_[l] = stage.bias >= 0 ? bias_[l] - mean_[l] * weight_[l] : -mean_[l] * weight_[l];
+      rstd_[l] = tensors[stage.running_var].add(stage.eps).rsqrt();
+      weight_[l] = stage.weight >= 0 ? weight_[l].mul(rstd_[l]) : rstd_[l];
+      const at::Tensor of_mean = mean_[l].mul(weight_[l]);
+      bias_[l] = stage.bias >= 0 ? bias_[l].sub(of_mean) : of_mean.neg();
     }
   }
 }
@@ -103,8 +101,8 @@ TangentTape Network::make_tangent_tape(int64_t rows) const {
   TangentTape tape;
   for (size_t l = 0; l < depth(); ++l) {
     const int64_t numel = rows * program_.stages[l].out.numel();
-    tape.delta_dot.push_back(at::empty({numel}, options_));
-    tape.hdot.push_back(l + 1 == depth() ? at::Tensor() : at::empty({numel}, options_));
+    tape.delta_dot.push_back(aten::empty({numel}, options_));
+    tape.hdot.push_back(l + 1 == depth() ? at::Tensor() : aten::empty({numel}, options_));
   }
   return tape;
 }
@@ -228,7 +226,7 @@ at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, co
     tape.delta[last].mul_(scale);
   }
   reverse(tape);
-  const at::Tensor grad_z = at::empty({samples, program_.in_features()}, options_);
+  const at::Tensor grad_z = aten::empty({samples, program_.in_features()}, options_);
   return apply_transpose(0, tape.delta[0], grad_z.view({-1})).view(grad_z.sizes());
 }
 
@@ -273,7 +271,7 @@ at::Tensor Network::tangent_adjoint(const at::Tensor& u, const at::Tensor& x, co
     const Stage& below = program_.stages[l - 1];
     // The curvature term waits in delta_dot of the stage below, so the product needs a place of its own.
     const bool curved = !is_piecewise_linear(below.activation.kind);
-    const at::Tensor place = curved ? at::empty_like(out.delta_dot[l - 1]) : out.delta_dot[l - 1];
+    const at::Tensor place = curved ? aten::empty_like(out.delta_dot[l - 1]) : out.delta_dot[l - 1];
     const at::Tensor g = apply_transpose(l, out.delta_dot[l], place);
     FASTVAE_DISPATCH(g, {
       scalar_t* delta_dot = out.delta_dot[l - 1].mutable_data_ptr<scalar_t>();
@@ -288,7 +286,7 @@ at::Tensor Network::tangent_adjoint(const at::Tensor& u, const at::Tensor& x, co
       }
     });
   }
-  const at::Tensor grad_z = at::empty({samples, program_.in_features()}, options_);
+  const at::Tensor grad_z = aten::empty({samples, program_.in_features()}, options_);
   return apply_transpose(0, out.delta_dot[0], grad_z.view({-1})).view(grad_z.sizes());
 }
 
@@ -308,8 +306,8 @@ void Network::add_affine_gradient(size_t l, const at::Tensor& delta, const at::T
     at::Tensor& gradient = gradients[stage.weight];
     if (stage.affine == Affine::kBatchNorm) {
       // a = weight xhat + bias with xhat = (h - mean) rstd, channel by channel.
-      const at::Tensor xhat = (h.view({-1, channels}) - mean_[l]) * rstd_[l];
-      gradient.add_((delta.view({-1, channels}) * xhat).sum(0));
+      const at::Tensor xhat = h.view({-1, channels}).sub(mean_[l]).mul(rstd_[l]);
+      gradient.add_(delta.view({-1, channels}).mul(xhat).sum(0));
     } else {
       affine_add_weight_gradient(stage, weight_[l], delta, h, gradient);
     }
@@ -328,7 +326,7 @@ void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::T
   at::Tensor& gradient = gradients[stage.weight];
   if (stage.affine == Affine::kBatchNorm) {
     const int64_t channels = stage.out.channels;
-    gradient.add_((delta.view({-1, channels}) * hdot.view({-1, channels})).sum(0) * rstd_[l]);
+    gradient.addcmul_(delta.view({-1, channels}).mul(hdot.view({-1, channels})).sum(0), rstd_[l]);
   } else {
     affine_add_weight_gradient(stage, weight_[l], delta, hdot, gradient);
   }
@@ -336,7 +334,7 @@ void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::T
 
 at::Tensor Network::with_bias(const at::Tensor& raw) const {
   const at::Tensor rows = raw.view({-1, program_.output().channels});
-  return bias_.back().defined() ? rows + bias_.back() : rows;
+  return bias_.back().defined() ? rows.add(bias_.back()) : rows;
 }
 
 std::vector<StageFactors> Network::factors(const at::Tensor& z, const at::Tensor& u, const Tape& tape,
@@ -373,14 +371,14 @@ void Network::add_observed_gradient(const at::Tensor& z, const Tape& tape, const
   const at::Tensor gradient = grad_x.view({z.size(0), -1});
   const size_t last = depth() - 1;
   if (likelihood_.kind == Likelihood::kGaussian) {
-    gradient.sub_(weight * tape.delta[last].view({z.size(0), -1}));
+    gradient.addcmul_(weight, tape.delta[last].view({z.size(0), -1}), -1);
     return;
   }
   // Bernoulli: d ll/d x = a_L, which the tape does not keep; one pass of the last layer gives it back.
   const at::Tensor in = last == 0 ? z.view({-1}) : tape.h[last - 1];
-  const at::Tensor raw = apply(last, in, at::empty_like(tape.delta[last])).view({-1, program_.output().channels});
-  const at::Tensor a = bias_[last].defined() ? raw + bias_[last] : raw;
-  gradient.add_(weight * a.view({z.size(0), -1}));
+  const at::Tensor raw = apply(last, in, aten::empty_like(tape.delta[last])).view({-1, program_.output().channels});
+  const at::Tensor a = bias_[last].defined() ? raw.add(bias_[last]) : raw;
+  gradient.addcmul_(weight, a.view({z.size(0), -1}));
 }
 
 TangentTape TangentTape::rows(int64_t first, int64_t count, int64_t slots) const {

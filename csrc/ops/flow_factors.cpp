@@ -1,9 +1,7 @@
 // What TracIn asks of a model: the factors of per-sample gradients to its parameters, from one sweep of a decoder with
 // its likelihood, from one of a whole VAE, or from a Hamiltonian flow. Not ops: nothing differentiates them.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/recycling.h"
 #include "flow.h"
@@ -24,7 +22,7 @@ FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const Optiona
   check_sizes(op, "rho_steps", rho_steps, {K + 1, B, d});
   FASTVAE_CHECK_VALUE(B > 0, op, "z", "at least one sample", describe(z));
   const FlowCotangents cotangents = flow.cotangents(grad_z, grad_rho, grad_log_px);
-  const auto room = [&](at::IntArrayRef sizes) { return at::empty(sizes, z.options()); };
+  const auto room = [&](at::IntArrayRef sizes) { return aten::empty(sizes, z.options()); };
   FlowFactors factors;
   FlowResult out{room({B, d}), room({B, d}), false, {}, room({K, d}), room({K}), {}};
   out.parameters.resize(parameters.size());
@@ -48,7 +46,7 @@ class DecoderSweep {
  public:
   DecoderSweep(const char* op, const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
                std::string_view network_text, std::string_view likelihood)
-      : no_step_(at::zeros({1}, z.options())),
+      : no_step_(aten::zeros({1}, z.options())),
         flow_(op, z, z, x, no_step_, no_step_, parameters, network_text, likelihood),
         network_(op, *flow_.program, flow_.likelihood, flow_.parameters, flow_.z),
         tape_(one_point(network_, flow_.samples)) {}
@@ -76,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(co
   constexpr const char* op = "decoder_factors";
   const EntryGuard guard(op, {z, x});
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
-  const at::Tensor log_px = at::empty({z.size(0)}, z.options());
+  const at::Tensor log_px = aten::empty({z.size(0)}, z.options());
   at::Tensor grad_z = sweep.run(log_px);
   return {log_px, std::move(grad_z), sweep.factors()};
 }
@@ -86,7 +84,7 @@ std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const a
   constexpr const char* op = "decoder_gradient";
   const EntryGuard guard(op, {z, x});
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
-  const at::Tensor log_px = at::empty({z.size(0)}, z.options());
+  const at::Tensor log_px = aten::empty({z.size(0)}, z.options());
   return {log_px, sweep.run(log_px)};
 }
 
@@ -113,8 +111,8 @@ std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
   const at::Tensor out = encoder.with_bias(encoder.forward(images, encoded)).view({samples, 2, d});
   const at::Tensor mu = out.select(1, 0), logvar = out.select(1, 1);
   const at::Tensor eps = noise.contiguous().view({samples, draws, d});
-  const at::Tensor spread = (logvar * 0.5).exp().unsqueeze(1) * eps;  // sigma eps
-  const at::Tensor z = (spread + mu.unsqueeze(1)).view({samples * draws, d});
+  const at::Tensor spread = logvar.mul(0.5).exp().unsqueeze(1).mul(eps);  // sigma eps
+  const at::Tensor z = spread.add(mu.unsqueeze(1)).view({samples * draws, d});
 
   const at::Tensor rows = draws == 1 ? images : images.repeat_interleave(draws, 0);
   const DecoderSweep decoder(op, z, rows, decoder_parameters, decoder_text, likelihood);
@@ -123,7 +121,7 @@ std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
   const at::Tensor of_draws = of_z.view({samples, draws, d});
   at::Tensor delta = encoded.delta.back().view({samples, 2, d});
   delta.select(1, 0).copy_(of_draws.sum(1).add_(mu, beta));
-  delta.select(1, 1).copy_((of_draws * spread).sum(1).add_(logvar.exp().sub_(1), beta).mul_(0.5));
+  delta.select(1, 1).copy_(of_draws.mul(spread).sum(1).add_(logvar.exp().sub_(1), beta).mul_(0.5));
   encoder.reverse(encoded);
   return {encoder.factors(images, {}, encoded, {}, 0), decoder.factors()};
 }

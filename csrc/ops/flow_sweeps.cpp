@@ -2,10 +2,8 @@
 //
 // FLOPs: with G those of one GEMM pass over the weights at batch B, forward 2 (K + 1) G, backward 4 (K + 1) G, and
 // 2 (K + 1) G more where the activations are recomputed instead of stored.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sub.h>
-#include <ATen/ops/zeros.h>
 
+#include "../common/aten.h"
 #include "../common/launch.h"
 #include "../network/network.h"
 #include "flow.h"
@@ -19,7 +17,9 @@ namespace {
 constexpr int64_t kStackedSteps = 4;
 
 // F = grad_z ll - z, written where forces are kept.
-void write_force(at::Tensor force, const at::Tensor& gradient, const at::Tensor& z) { at::sub_out(force, gradient, z); }
+void write_force(at::Tensor force, const at::Tensor& gradient, const at::Tensor& z) {
+  aten::sub_out(force, gradient, z);
+}
 
 // The stash: the tapes of all steps, then the forces [K + 1, B, d].
 at::Tensor stashed_forces(const Flow& flow, const at::Tensor& stash) {
@@ -40,9 +40,9 @@ void sweep_flow(const Flow& flow, const FlowPath& path) {
   z_steps[0].copy_(flow.z);
   rho_steps[0].copy_(flow.rho);
 
-  const at::Tensor scratch = store ? at::Tensor() : at::empty({flow.samples * flow.program->tape_numel()}, options);
-  const at::Tensor forces = store ? stashed_forces(flow, stash) : at::empty({2, flow.samples, flow.dim}, options);
-  const at::Tensor rho_half = at::empty({flow.samples, flow.dim}, options);
+  const at::Tensor scratch = store ? at::Tensor() : aten::empty({flow.samples * flow.program->tape_numel()}, options);
+  const at::Tensor forces = store ? stashed_forces(flow, stash) : aten::empty({2, flow.samples, flow.dim}, options);
+  const at::Tensor rho_half = aten::empty({flow.samples, flow.dim}, options);
   const auto force_at = [&](int64_t k) { return forces[store ? k : k % 2]; };
   const auto gradient_at = [&](int64_t k) {
     const Tape tape =
@@ -93,14 +93,14 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
   const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
   const bool store = path.stash.numel() > 0;
   const at::Tensor &z_steps = path.z_steps, &rho_steps = path.rho_steps, &stash = path.stash;
-  const at::Tensor grad_x = out.wants_x ? at::zeros({x.numel()}, options) : at::Tensor();
+  const at::Tensor grad_x = out.wants_x ? aten::zeros({x.numel()}, options) : at::Tensor();
   const bool any_parameter = out.wants_parameters();
 
   const int64_t slots = out.factors != nullptr ? K + 1 : std::min(K + 1, kStackedSteps);
-  const at::Tensor workspace = store ? at::Tensor() : at::empty({slots * B * flow.program->tape_numel()}, options);
-  const at::Tensor forces = store ? stashed_forces(flow, stash) : at::empty({2, B, d}, options);
+  const at::Tensor workspace = store ? at::Tensor() : aten::empty({slots * B * flow.program->tape_numel()}, options);
+  const at::Tensor forces = store ? stashed_forces(flow, stash) : aten::empty({2, B, d}, options);
   const TangentTape tangents = network.make_tangent_tape(slots * B);
-  const at::Tensor us = at::empty({slots, B, d}, options);
+  const at::Tensor us = aten::empty({slots, B, d}, options);
   const auto slot_of = [&](int64_t k) { return k % slots; };
   const auto force_at = [&](int64_t k) { return forces[store ? k : k % 2]; };
   const auto tape_at = [&](int64_t k, int64_t count) {
@@ -132,11 +132,11 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
   if (out.wants_x && cotangents.log_px.defined()) {
     network.add_observed_gradient(z_steps[K], tape_at(K, 1), cotangents.log_px, grad_x);
   }
-  const at::Tensor grad_momentum = at::empty({B, d}, options);
+  const at::Tensor grad_momentum = aten::empty({B, d}, options);
   // The terms of one step, or, handed out, of all.
   const int64_t kept = out.factors != nullptr ? K : 1;
-  const at::Tensor all_step_terms = out.step_size.defined() ? at::empty({kept, B, d}, options) : at::Tensor();
-  const at::Tensor all_alpha_terms = out.alpha.defined() ? at::empty({kept, B, d}, options) : at::Tensor();
+  const at::Tensor all_step_terms = out.step_size.defined() ? aten::empty({kept, B, d}, options) : at::Tensor();
+  const at::Tensor all_alpha_terms = out.alpha.defined() ? aten::empty({kept, B, d}, options) : at::Tensor();
   for (int64_t k = K - 1; k >= 0; --k) {
     const at::Tensor step_terms = all_step_terms.defined() ? all_step_terms[k % kept] : at::Tensor();
     const at::Tensor alpha_terms = all_alpha_terms.defined() ? all_alpha_terms[k % kept] : at::Tensor();

@@ -1,6 +1,6 @@
 // gaussian_kl: check, allocate, launch.
-#include <ATen/ops/empty.h>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "ops.h"
@@ -38,7 +38,7 @@ at::Tensor gaussian_kl(const at::Tensor& mu_q, const at::Tensor& logvar_q, const
   const EntryGuard guard(op, {mu_q, logvar_q, mean, logvar});
   check_gaussians(op, mu_q, logvar_q, mean, logvar);
   const at::Tensor mu_q_ = dense(mu_q), logvar_q_ = dense(logvar_q), mu_p_ = dense(mean), logvar_p_ = dense(logvar);
-  at::Tensor kl = at::empty({mu_q.size(0)}, mu_q.options());
+  at::Tensor kl = aten::empty({mu_q.size(0)}, mu_q.options());
   FASTVAE_DISPATCH(mu_q, {
     GaussianKl<scalar_t> args{};
     args.mu_q = mu_q_.const_data_ptr<scalar_t>();
@@ -68,10 +68,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_backward(
   const at::Tensor mu_q_ = dense(mu_q), logvar_q_ = dense(logvar_q), mu_p_ = dense(mean), logvar_p_ = dense(logvar);
   const std::vector<int64_t> none{0};
   const at::IntArrayRef of_p = mean.defined() ? mu_q.sizes() : at::IntArrayRef(none);
-  at::Tensor grad_mu_q = at::empty(mu_q.sizes(), mu_q.options());
-  at::Tensor grad_logvar_q = at::empty(mu_q.sizes(), mu_q.options());
-  at::Tensor grad_mu_p = at::empty(of_p, mu_q.options());
-  at::Tensor grad_logvar_p = at::empty(of_p, mu_q.options());
+  at::Tensor grad_mu_q = aten::empty(mu_q.sizes(), mu_q.options());
+  at::Tensor grad_logvar_q = aten::empty(mu_q.sizes(), mu_q.options());
+  at::Tensor grad_mu_p = aten::empty(of_p, mu_q.options());
+  at::Tensor grad_logvar_p = aten::empty(of_p, mu_q.options());
   FASTVAE_DISPATCH(mu_q, {
     GaussianKlBackward<scalar_t> args{};
     args.grad = grad_.const_data_ptr<scalar_t>();

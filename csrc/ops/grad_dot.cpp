@@ -5,13 +5,10 @@
 //
 // summed over the layers of the call. On a CPU the two Gram matrices are formed in tiles that stay in a core's L2 and
 // multiplied there; a GPU has one kernel that keeps them in registers.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "ops.h"
@@ -105,10 +102,10 @@ void add_tile(const Layer& layer, int64_t first_a, int64_t count_a, int64_t firs
       const int64_t length_b = std::min(step_u, u - tb), rows_b = count_b * length_b;
       at::Tensor of_inputs = gram.narrow(0, 0, rows_a * rows_b).view({rows_a, rows_b});
       at::Tensor of_grads = gram.narrow(0, gram.numel() / 2, rows_a * rows_b).view({rows_a, rows_b});
-      at::mm_out(of_inputs, part(layer.inputs_a, first_a, t, ta, count_a, length_a),
-                 part(layer.inputs_b, first_b, u, tb, count_b, length_b).t());
-      at::mm_out(of_grads, part(layer.grads_a, first_a, t, ta, count_a, length_a),
-                 part(layer.grads_b, first_b, u, tb, count_b, length_b).t());
+      aten::mm_out(of_inputs, part(layer.inputs_a, first_a, t, ta, count_a, length_a),
+                   part(layer.inputs_b, first_b, u, tb, count_b, length_b).t());
+      aten::mm_out(of_grads, part(layer.grads_a, first_a, t, ta, count_a, length_a),
+                   part(layer.grads_b, first_b, u, tb, count_b, length_b).t());
       FASTVAE_DISPATCH(out, {
         const GramProduct<scalar_t> args{of_inputs.const_data_ptr<scalar_t>(),
                                          of_grads.const_data_ptr<scalar_t>(),
@@ -146,7 +143,7 @@ void grad_dot_cpu(const std::vector<Layer>& layers, at::Tensor& out) {
   const int64_t tiles_a = (samples_a + step_a - 1) / step_a, tiles_b = (samples_b + step_b - 1) / step_b;
   const auto run = [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below;  // a worker thread has not entered by the entry guard
-    const at::Tensor gram = at::empty({2 * step_a * widest_a * step_b * widest_b}, out.options());
+    const at::Tensor gram = aten::empty({2 * step_a * widest_a * step_b * widest_b}, out.options());
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first_a = tile / tiles_b * step_a, first_b = tile % tiles_b * step_b;
       for (size_t l = 0; l < layers.size(); ++l) {
@@ -193,8 +190,8 @@ void grad_dot_cuda(const std::vector<Layer>& layers, at::Tensor& out) {
 
 // g [n, m] beside every pair of terms: [n, t, m, u] as rows and columns.
 at::Tensor spread(const at::Tensor& g, const at::Tensor& gram, int64_t t, int64_t u) {
-  const at::Tensor product = gram.view({g.size(0), t, g.size(1), u}) * g.view({g.size(0), 1, g.size(1), 1});
-  return product.view(gram.sizes());
+  const at::Tensor pairs = gram.view({g.size(0), t, g.size(1), u});
+  return pairs.mul(g.view({g.size(0), 1, g.size(1), 1})).view(gram.sizes());
 }
 
 }  // namespace
@@ -205,7 +202,7 @@ at::Tensor grad_dot(at::TensorList inputs_a, at::TensorList output_grads_a, at::
   check_lists(op, inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
   const EntryGuard guard(op, {inputs_a[0]});
   std::vector<Layer> layers = check_layers(op, inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
-  at::Tensor out = at::empty({inputs_a[0].size(0), inputs_b[0].size(0)}, inputs_a[0].options());
+  at::Tensor out = aten::empty({inputs_a[0].size(0), inputs_b[0].size(0)}, inputs_a[0].options());
   if (out.numel() == 0) {
     return out;
   }
@@ -240,7 +237,7 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
   std::vector<at::Tensor> found(4 * depth);
   for (size_t i = 0; i < found.size(); ++i) {
     const at::Tensor& like = given[i / depth][i % depth];
-    found[i] = needs[i] != 0 ? at::zeros(like.sizes(), like.options()) : at::empty({0}, like.options());
+    found[i] = needs[i] != 0 ? aten::zeros(like.sizes(), like.options()) : aten::empty({0}, like.options());
   }
   const at::Tensor g = grad.contiguous();
   for (size_t l = 0; l < depth; ++l) {
@@ -260,7 +257,7 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
       const at::Tensor h = as_rows(layer.inputs_a).narrow(0, first * t, count * t);
       const at::Tensor delta = as_rows(layer.grads_a).narrow(0, first * t, count * t);
       if (needed(0) || needed(2)) {
-        const at::Tensor weights = spread(g_tile, at::mm(delta, grads_b_rows.t()), t, u);
+        const at::Tensor weights = spread(g_tile, delta.mm(grads_b_rows.t()), t, u);
         if (needed(0)) {
           to[0].narrow(0, first * t, count * t).addmm_(weights, inputs_b_rows);
         }
@@ -269,7 +266,7 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
         }
       }
       if (needed(1) || needed(3)) {
-        const at::Tensor gram = at::mm(h, inputs_b_rows.t());
+        const at::Tensor gram = h.mm(inputs_b_rows.t());
         const at::Tensor weights = spread(g_tile, layer.bias ? gram.add_(1) : gram, t, u);
         if (needed(1)) {
           to[1].narrow(0, first * t, count * t).addmm_(weights, grads_b_rows);

@@ -2,12 +2,10 @@
 //
 // Forward: K + 1 forward and reverse sweeps. Backward: K + 1 tangent and adjoint sweeps, walking the steps from the
 // last to the first; ll(z_K) enters as a cotangent of the last force, so the final decode costs nothing.
-#include <ATen/ExpandUtils.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "flow.h"
 #include "ops.h"
@@ -102,9 +100,9 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
   const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
   const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
   const at::TensorOptions options = z.options();
-  const FlowPath path{at::empty({K + 1, B, d}, options), at::empty({K + 1, B, d}, options), at::empty({B}, options),
-                      at::empty({trajectory ? K + 1 : 0, B}, options),
-                      at::empty({store ? flow.stash_numel() : 0}, options)};
+  const FlowPath path{aten::empty({K + 1, B, d}, options), aten::empty({K + 1, B, d}, options),
+                      aten::empty({B}, options), aten::empty({trajectory ? K + 1 : 0, B}, options),
+                      aten::empty({store ? flow.stash_numel() : 0}, options)};
   if (B > 0) {
     const bool small = store && takes_small_flow(*flow.program, flow.likelihood, d, z.element_size(), z.device());
     (small ? run_small_flow : sweep_flow)(flow, path);
@@ -134,7 +132,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   const FlowCotangents cotangents = flow.cotangents(grad_z_in, grad_rho_in, grad_log_px_in);
 
   const auto room = [&](bool wanted, at::IntArrayRef sizes) {
-    return wanted ? at::empty(sizes, options) : at::Tensor();
+    return wanted ? aten::empty(sizes, options) : at::Tensor();
   };
   FlowResult out{room(true, {B, d}),
                  room(true, {B, d}),
@@ -144,7 +142,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
                  room(needs[4] != 0, {K}),
                  {}};
   for (size_t i = 0; i < parameters.size(); ++i) {
-    out.parameters.push_back(needs[5 + i] != 0 ? at::zeros(parameters[i].sizes(), options) : at::Tensor());
+    out.parameters.push_back(needs[5 + i] != 0 ? aten::zeros(parameters[i].sizes(), options) : at::Tensor());
   }
   if (B > 0) {
     const FlowPath path{z_steps, rho_steps, {}, {}, stash};
@@ -158,14 +156,16 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
     }
   }
   // Each its own tensor, also where nothing is wanted: outputs of an op must not alias.
-  const auto wanted = [&](bool need, const at::Tensor& gradient) { return need ? gradient : at::empty({0}, options); };
+  const auto wanted = [&](bool need, const at::Tensor& gradient) {
+    return need ? gradient : aten::empty({0}, options);
+  };
   for (at::Tensor& gradient : out.parameters) {
     gradient = wanted(gradient.defined(), gradient);
   }
   return {wanted(needs[0] != 0, out.z),
           wanted(needs[1] != 0, out.rho),
           wanted(needs[2] != 0, out.x),
-          needs[3] != 0 ? at::sum_to(out.step_size, step_size.sizes()) : at::empty({0}, options),
+          needs[3] != 0 ? out.step_size.sum_to_size(step_size.sizes()) : aten::empty({0}, options),
           wanted(needs[4] != 0, out.alpha),
           std::move(out.parameters)};
 }

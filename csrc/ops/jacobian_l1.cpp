@@ -3,13 +3,10 @@
 // FLOPs: with G those of one pass over the weights for all B samples, B forward, and n latents: G + n G for the value;
 // with the gradient 2 n G more (adjoint and weight gradients), and 2 G where an activation is curved. The Jacobian is
 // never stored: tiles of (sample, latent) and, of a last Linear layer, blocks of columns.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../network/jacobian.h"
 #include "ops.h"
@@ -88,7 +85,7 @@ struct Jacobian {
   }
 
   // A sample whose code is not finite is NaN, though the slopes of a ReLU would not show it.
-  void mark(const at::Tensor& terms) const { terms.add_((z - z).sum(1)); }
+  void mark(const at::Tensor& terms) const { terms.add_(z.sub(z).sum(1)); }
 
   Reduction reduction;
   Program program;
@@ -105,7 +102,7 @@ at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::stri
   constexpr const char* op = "jacobian_l1";
   const EntryGuard guard(op, {z});
   const Jacobian jacobian(op, z, parameters, network, latents, p, reduction);
-  const at::Tensor terms = at::zeros({z.size(0)}, z.options());
+  const at::Tensor terms = aten::zeros({z.size(0)}, z.options());
   std::vector<at::Tensor> none(parameters.size());
   jacobian.run({}, terms, {}, none);
   jacobian.mark(terms);
@@ -132,22 +129,22 @@ JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent_in, 
     check_sizes(op, "cotangent", *cotangent_in, {B});
     weight = cotangent_in->contiguous();
   } else if (jacobian.reduction == Reduction::kMean) {
-    weight = at::full({B}, 1.0 / static_cast<double>(std::max<int64_t>(1, B)), options);
+    weight = z.new_full({B}, 1.0 / static_cast<double>(std::max<int64_t>(1, B)), options);
   }
   std::vector<at::Tensor> gradients(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (needs[1 + i]) {
-      gradients[i] = at::zeros(parameters[i].sizes(), options);
+      gradients[i] = aten::zeros(parameters[i].sizes(), options);
     }
   }
-  const at::Tensor grad_z = needs[0] ? at::zeros(z.sizes(), options) : at::Tensor();
-  const at::Tensor terms = at::zeros({B}, options);
+  const at::Tensor grad_z = needs[0] ? aten::zeros(z.sizes(), options) : at::Tensor();
+  const at::Tensor terms = aten::zeros({B}, options);
   jacobian.run(weight, terms, grad_z, gradients);
   jacobian.mark(terms);
   for (at::Tensor& gradient : gradients) {
-    gradient = gradient.defined() ? gradient : at::empty({0}, options);
+    gradient = gradient.defined() ? gradient : aten::empty({0}, options);
   }
-  return {reduce(terms, jacobian.reduction), needs[0] ? grad_z : at::empty({0}, options), gradients};
+  return {reduce(terms, jacobian.reduction), needs[0] ? grad_z : aten::empty({0}, options), gradients};
 }
 
 }  // namespace fastvae

@@ -1,8 +1,6 @@
 // Noise keyed by sample: check, allocate, launch. Not ops: nothing differentiates them.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "ops.h"
@@ -26,7 +24,7 @@ at::Tensor keyed_numbers(const char* op, const at::Tensor& keys, int64_t first, 
   check_keys(op, keys);
   FASTVAE_CHECK_VALUE(count >= 0, op, "count", "at least 0", count);
   const at::Tensor dense = keys.contiguous();
-  at::Tensor out = at::empty({keys.size(0), count}, keys.options().dtype(normal ? at::kDouble : at::kLong));
+  at::Tensor out = aten::empty({keys.size(0), count}, keys.options().dtype(normal ? at::kDouble : at::kLong));
   KeyedNumbers args{};
   args.keys = words_of(dense);
   args.bits = normal ? nullptr : reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>());
@@ -50,9 +48,11 @@ at::Tensor sample_keys(const at::Tensor& x) {
   const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
   if (rows.is_cuda() && (rows.size(1) % kWord != 0 || address % kWord != 0)) {
     // A new tensor, and so an aligned one.
-    rows = at::constant_pad_nd(rows, {0, (kWord - rows.size(1) % kWord) % kWord}).clone();
+    at::Tensor padded = aten::zeros({rows.size(0), (rows.size(1) + kWord - 1) / kWord * kWord}, rows.options());
+    padded.narrow(1, 0, rows.size(1)).copy_(rows);
+    rows = padded;
   }
-  at::Tensor keys = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  at::Tensor keys = aten::empty({x.size(0)}, x.options().dtype(at::kLong));
   SampleKeys args{};
   args.bytes = rows.const_data_ptr<uint8_t>();
   args.keys = reinterpret_cast<uint64_t*>(keys.mutable_data_ptr<int64_t>());

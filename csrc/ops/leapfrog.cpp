@@ -1,9 +1,8 @@
 // leapfrog_kick_drift and leapfrog_kick_temper for any potential: check, allocate, launch.
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "ops.h"
-
-#include <ATen/ops/empty.h>
 
 namespace fastvae {
 namespace {
@@ -44,8 +43,8 @@ std::tuple<at::Tensor, at::Tensor> leapfrog_kick_drift(const at::Tensor& z, cons
   check_step(op, step_size, z, "z");
   const at::Tensor z_ = z.contiguous(), rho_ = rho.contiguous(), force_ = force.contiguous();
   const at::Tensor step_ = step_size.contiguous();
-  at::Tensor z_next = at::empty(z.sizes(), z.options());
-  at::Tensor rho_half = at::empty(z.sizes(), z.options());
+  at::Tensor z_next = aten::empty(z.sizes(), z.options());
+  at::Tensor rho_half = aten::empty(z.sizes(), z.options());
   FASTVAE_DISPATCH(z, {
     const KickDrift<scalar_t> args{z_.const_data_ptr<scalar_t>(),
                                    rho_.const_data_ptr<scalar_t>(),
@@ -74,10 +73,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_drift_b
   check_step(op, step_size, z, "z");
   const at::Tensor grad_z_ = grad_z_next.contiguous(), grad_rho_ = grad_rho_half.contiguous();
   const at::Tensor rho_ = rho.contiguous(), force_ = force.contiguous(), step_ = step_size.contiguous();
-  at::Tensor grad_z = at::empty(z.sizes(), z.options());
-  at::Tensor grad_rho = at::empty(z.sizes(), z.options());
-  at::Tensor grad_force = at::empty(z.sizes(), z.options());
-  at::Tensor step_terms = at::empty(z.sizes(), z.options());
+  at::Tensor grad_z = aten::empty(z.sizes(), z.options());
+  at::Tensor grad_rho = aten::empty(z.sizes(), z.options());
+  at::Tensor grad_force = aten::empty(z.sizes(), z.options());
+  at::Tensor step_terms = aten::empty(z.sizes(), z.options());
   FASTVAE_DISPATCH(z, {
     KickDriftBackward<scalar_t> args{};
     args.grad_z = grad_z_.const_data_ptr<scalar_t>();
@@ -108,7 +107,7 @@ at::Tensor leapfrog_kick_temper(const at::Tensor& rho_half, const at::Tensor& fo
   FASTVAE_CHECK_VALUE(alpha.numel() == 1, op, "alpha", "one number", describe(alpha));
   const at::Tensor rho_ = rho_half.contiguous(), force_ = force.contiguous();
   const at::Tensor step_ = step_size.contiguous(), alpha_ = alpha.contiguous();
-  at::Tensor rho_next = at::empty(rho_half.sizes(), rho_half.options());
+  at::Tensor rho_next = aten::empty(rho_half.sizes(), rho_half.options());
   FASTVAE_DISPATCH(rho_half, {
     KickTemper<scalar_t> args{};
     args.rho_half = rho_.const_data_ptr<scalar_t>();
@@ -137,10 +136,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
   FASTVAE_CHECK_VALUE(alpha.numel() == 1, op, "alpha", "one number", describe(alpha));
   const at::Tensor grad_ = grad_rho_next.contiguous(), rho_ = rho_half.contiguous(), force_ = force.contiguous();
   const at::Tensor step_ = step_size.contiguous(), alpha_ = alpha.contiguous();
-  at::Tensor grad_rho = at::empty(rho_half.sizes(), rho_half.options());
-  at::Tensor grad_force = at::empty(rho_half.sizes(), rho_half.options());
-  at::Tensor step_terms = at::empty(rho_half.sizes(), rho_half.options());
-  at::Tensor alpha_terms = at::empty(rho_half.sizes(), rho_half.options());
+  at::Tensor grad_rho = aten::empty(rho_half.sizes(), rho_half.options());
+  at::Tensor grad_force = aten::empty(rho_half.sizes(), rho_half.options());
+  at::Tensor step_terms = aten::empty(rho_half.sizes(), rho_half.options());
+  at::Tensor alpha_terms = aten::empty(rho_half.sizes(), rho_half.options());
   FASTVAE_DISPATCH(rho_half, {
     KickTemperBackward<scalar_t> args{};
     args.grad = grad_.const_data_ptr<scalar_t>();

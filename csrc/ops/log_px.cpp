@@ -2,10 +2,10 @@
 //
 // FLOPs: one pass over the weights for each code. Tiles of codes keep the activations in a core's caches; x is shared
 // by the codes of a sample and never copied for them (but for a tile of more codes than there are samples).
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
+#include "../common/aten.h"
 #include "../common/guard.h"
 #include "ops.h"
 
@@ -39,7 +39,7 @@ at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList
   const Network network(op, *program, likelihood, parameters, z_in);
   check_like(op, "x", x_in, z_in, "z");
   check_sizes(op, "x", x_in, {samples, observed_numel(op, *program, likelihood)});
-  const at::Tensor log_prob = at::empty({draws, samples}, z_in.options());
+  const at::Tensor log_prob = aten::empty({draws, samples}, z_in.options());
   if (log_prob.numel() == 0) {
     return log_prob;
   }

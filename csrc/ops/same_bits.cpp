@@ -1,6 +1,5 @@
 // Whether weights are what they were: TracIn asks at every call, so every core compares its share.
 #include <ATen/Parallel.h>
-#include <ATen/ops/equal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -35,7 +34,7 @@ bool same_bits(at::TensorList a, at::TensorList b) {
       return false;
     }
     if (!in_memory(a[i]) || !in_memory(b[i])) {
-      if (!at::equal(a[i], b[i])) {
+      if (!a[i].equal(b[i])) {
         return false;
       }
       continue;

@@ -1,11 +1,9 @@
 // The route of hamiltonian_flow for networks whose weights fit in a core's cache, or in the shared memory of a GPU's
 // blocks: one kernel for the whole trajectory.
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
-
 #include <algorithm>
 
+#include "../common/aten.h"
 #include "../common/launch.h"
 #include "flow.h"
 
@@ -85,7 +83,7 @@ void sum_tasks(const Program& program, const SmallFlowBackward<T>& args, const s
 template <typename T>
 void sum_samples(const at::Tensor& terms, const at::Tensor& out) {
   if (!terms.is_cpu()) {
-    at::sum_out(const_cast<at::Tensor&>(out), terms, {1});
+    aten::sum_out(out, terms, /*dim=*/1);
     return;
   }
   const int64_t steps = terms.size(0), samples = terms.size(1), width = terms.size(2);
@@ -172,10 +170,10 @@ void run_small_flow_backward(const Flow& flow, const FlowPath& path, const FlowC
   const at::TensorOptions options = flow.z.options();
   const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
   if (out.wants_x) {
-    out.x = at::empty(flow.x.sizes(), options);
+    out.x = aten::empty(flow.x.sizes(), options);
   }
-  const at::Tensor step_terms = out.step_size.defined() ? at::empty({K, B, d}, options) : at::Tensor();
-  const at::Tensor alpha_terms = out.alpha.defined() ? at::empty({K, B, 1}, options) : at::Tensor();
+  const at::Tensor step_terms = out.step_size.defined() ? aten::empty({K, B, d}, options) : at::Tensor();
+  const at::Tensor alpha_terms = out.alpha.defined() ? aten::empty({K, B, 1}, options) : at::Tensor();
   FASTVAE_DISPATCH(flow.z, {
     const std::vector<at::Tensor> parameters = dense(flow.parameters);
     SmallFlowBackward<scalar_t> args{};
@@ -201,12 +199,12 @@ void run_small_flow_backward(const Flow& flow, const FlowPath& path, const FlowC
     at::Tensor partial, tangents;
     const bool wants_parameters = out.wants_parameters();
     if (wants_parameters) {
-      partial = at::empty({args.tasks, small_flow_parameter_numel(args.network)}, options);
+      partial = aten::empty({args.tasks, small_flow_parameter_numel(args.network)}, options);
       args.grad_parameters = partial.mutable_data_ptr<scalar_t>();
     }
     if (!on_cpu) {
       const int64_t numel = small_tangent_layout(args.network, args.dim).numel;
-      tangents = at::empty({args.tasks * (args.steps + 1) * numel * lanes}, options);
+      tangents = aten::empty({args.tasks * (args.steps + 1) * numel * lanes}, options);
       args.tangents = tangents.mutable_data_ptr<scalar_t>();
     }
     FASTVAE_LAUNCH(small_flow_backward, flow.z.device(), args, args.tasks, kGrain);
