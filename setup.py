@@ -96,7 +96,9 @@ def extension():
         macros.append(("FASTVAE_NO_CLONES", None))
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
         link_args = [f"-fsanitize={sanitizers}"]
-    files = sources("csrc/*.cpp", "csrc/common/*.cpp", "csrc/ops/*.cpp", "csrc/network/*.cpp", "csrc/kernels/cpu/*.cpp")
+    files = sources(
+        "csrc/*.cpp", "csrc/common/*.cpp", "csrc/ops/*.cpp", "csrc/network/*.cpp", "csrc/kernels/cpu/*.cpp"
+    )
     options = {"cxx": compile_args}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")

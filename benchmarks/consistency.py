@@ -29,6 +29,7 @@ sys.path.append(str(HERE.parent))
 
 import command  # noqa: E402
 import common  # noqa: E402
+import networks  # noqa: E402
 import report  # noqa: E402
 
 import fastvae  # noqa: E402
@@ -54,17 +55,6 @@ class Case:
     """of the images, in pixels either way"""
 
 
-def dense(size: int, hidden: int, latents: int) -> tuple[nn.Module, nn.Module]:
-    numel = size * size
-    encoder = nn.Sequential(
-        nn.Flatten(), nn.Linear(numel, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
-    )
-    encoder.append(nn.Linear(hidden, 2 * latents))
-    decoder = nn.Sequential(nn.Linear(latents, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-    decoder.append(nn.Linear(hidden, numel))
-    return encoder, decoder
-
-
 def convolutional(width: int) -> tuple[nn.Module, nn.Module]:
     return hvae_encoder(width), hvae_decoder(width)
 
@@ -72,7 +62,7 @@ def convolutional(width: int) -> tuple[nn.Module, nn.Module]:
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [
-            Case("vae-mlp", "VAE, 16-8-8-8, B = 5", lambda: dense(4, 8, 4), fastvae.VAE, {}, 5, 4),
+            Case("vae-mlp", "VAE, 16-8-8-8, B = 5", lambda: networks.dense(4, 8, 4), fastvae.VAE, {}, 5, 4),
             Case(
                 "hvae-conv",
                 "HVAE, width 2, B = 2",
@@ -86,17 +76,25 @@ def cases(quick: bool) -> list[Case]:
     title = "784-512-512-64, 32-512-512-784, B = 100"
     steps = {"num_steps": 3}
     return [
-        Case("vae-mlp", f"VAE, {title}", lambda: dense(28, 512, 32), fastvae.VAE, {}, 100, 28),
+        Case("vae-mlp", f"VAE, {title}", lambda: networks.dense(28, 512, 32), fastvae.VAE, {}, 100, 28),
         Case(
             "iwae-mlp",
             f"IWAE, K = 5, {title}",
-            lambda: dense(28, 512, 32),
+            lambda: networks.dense(28, 512, 32),
             fastvae.IWAE,
             {"num_samples": 5},
             100,
             28,
         ),
-        Case("hvae-mlp", f"HVAE, K = 3, {title}", lambda: dense(28, 512, 32), fastvae.HVAE, steps, 100, 28),
+        Case(
+            "hvae-mlp",
+            f"HVAE, K = 3, {title}",
+            lambda: networks.dense(28, 512, 32),
+            fastvae.HVAE,
+            steps,
+            100,
+            28,
+        ),
         Case(
             "vae-conv",
             "VAE, the HVAE paper's convolutional, B = 100",

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ from flow_report import (  # noqa: E402
     memory_targets,
 )
 from flow_rivals import JaxFlow, functional_flow  # noqa: E402
+from networks import softplus_mlp  # noqa: E402
 
 from fastvae import ops, reference  # noqa: E402
 from fastvae.architectures import hvae_decoder  # noqa: E402
@@ -81,22 +81,23 @@ class Case:
     """how long its contestants are timed"""
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.Softplus()]
-    return nn.Sequential(*layers[:-1])
-
-
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [
-            Case("mlp", "4-8-8-12, batch 5, K = 2", lambda: mlp(4, 8, 8, 12), 4, 5, 2, 0.1),
+            Case("mlp", "4-8-8-12, batch 5, K = 2", lambda: softplus_mlp(4, 8, 8, 12), 4, 5, 2, 0.1),
             Case("conv", "convolutional, width 2, batch 3, K = 2", lambda: hvae_decoder(2), 64, 3, 2, 0.1),
         ]
     return [
-        Case("mlp", "32-512-512-784, batch 128, K = 10", lambda: mlp(32, 512, 512, 784), 32, 128, 10, 25),
-        Case("small", "2-64-64-64, batch 16, K = 10", lambda: mlp(2, 64, 64, 64), 2, 16, 10, 8),
+        Case(
+            "mlp",
+            "32-512-512-784, batch 128, K = 10",
+            lambda: softplus_mlp(32, 512, 512, 784),
+            32,
+            128,
+            10,
+            25,
+        ),
+        Case("small", "2-64-64-64, batch 16, K = 10", lambda: softplus_mlp(2, 64, 64, 64), 2, 16, 10, 8),
         Case("conv", "the paper's convolutional, batch 100, K = 10", hvae_decoder, 64, 100, 10, 35),
     ]
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import report  # noqa: E402
+from networks import mlp  # noqa: E402
 
 from fastvae import ops  # noqa: E402
 from fastvae.architectures import jacobian_l1_decoder  # noqa: E402
@@ -74,13 +74,6 @@ class Case:
     batch: int
     seconds: float
     """how long its contestants are timed"""
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def cases(quick: bool) -> list[Case]:

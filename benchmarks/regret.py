@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import report  # noqa: E402
+from networks import mlp  # noqa: E402
 
 from fastvae.architectures import dcgan_decoder, dcgan_encoder  # noqa: E402
 from fastvae.models import VAE  # noqa: E402
@@ -80,13 +80,6 @@ class Case:
     steps: int
     samples: int
     seconds: float
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def dcgan(channels: int, width: int = 32, latent_dim: int = 100) -> VAE:
@@ -206,10 +199,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
     bandwidth = common.copy_rate(device, 1 if options.quick else 256)
     operations = case.steps * operations_of(model, one)
     parameters = sum(parameter.numel() for parameter in model.encoder.parameters())
-    floor_ms = {
-        STATE: case.steps * 24 * parameters / bandwidth / 1e6,
-        FLOPS: operations / gflops / 1e6,
-    }
+    floor_ms = {STATE: case.steps * 24 * parameters / bandwidth / 1e6, FLOPS: operations / gflops / 1e6}
     records = []
     for part, contestants, floor in (("steps", steps, floor_ms), ("score", scores, {})):
         command.progress(f"{case.title}: timing the {part}")

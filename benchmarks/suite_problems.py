@@ -14,6 +14,7 @@ import flow_rivals
 import jacobian
 import suite_rivals as rivals
 import torch
+from networks import mlp, softplus_mlp
 from suite_problem import BACKWARD, COMPILED, EAGER, FAIR, FORWARD, OURS, Cost, Problem
 from suite_rivals import Function
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ FLOWS = {
     "large": flow.Case(
         "large",
         "64-1024-1024-3072, batch 256, K = 10",
-        lambda: flow.mlp(64, 1024, 1024, 3072),
+        lambda: softplus_mlp(64, 1024, 1024, 3072),
         64,
         256,
         10,
@@ -133,11 +134,7 @@ def gaussian_kl(size: str, device: torch.device) -> Problem:
         f"[{shape[0]}, {shape[1]}] to the standard normal",
         nn.Identity(),
         differentiable(device, shape, shape),
-        {
-            OURS: bare(ops.gaussian_kl),
-            EAGER: rivals.distributions_kl,
-            FAIR: bare(reference.gaussian_kl),
-        },
+        {OURS: bare(ops.gaussian_kl), EAGER: rivals.distributions_kl, FAIR: bare(reference.gaussian_kl)},
         bare(reference.gaussian_kl),
         {FORWARD: Cost(bytes=2 * tensor), BACKWARD: Cost(bytes=(2 + 4) * tensor)},
         jax=rivals.jax_kl,
@@ -145,7 +142,7 @@ def gaussian_kl(size: str, device: torch.device) -> Problem:
 
 
 DECODERS: dict[str, tuple[str, Callable[[], nn.Sequential], int]] = {
-    "small": ("10-64-64-64, batch 16", lambda: jacobian.mlp(10, 64, 64, 64), 16),
+    "small": ("10-64-64-64, batch 16", lambda: mlp(10, 64, 64, 64), 16),
     "paper": ("the paper's convolutional, 1x64x64, batch 64", jacobian_l1_decoder, 64),
     "large": ("the paper's convolutional, 3x64x64, batch 128", lambda: jacobian_l1_decoder(3), 128),
 }
@@ -223,11 +220,7 @@ def log_px(size: str, device: torch.device) -> Problem:
         f"DCGAN {channels}x32x32 of width {width}, 256 classes, {images} x {draws}",
         network,
         (z, classes),
-        {
-            OURS: of_floats(ops.log_px),
-            EAGER: rivals.log_px_of_copies,
-            FAIR: rivals.log_px_in_tiles,
-        },
+        {OURS: of_floats(ops.log_px), EAGER: rivals.log_px_of_copies, FAIR: rivals.log_px_in_tiles},
         of_floats(reference.log_px),
         {FORWARD: Cost(operations)},
     )
@@ -273,7 +266,7 @@ def swept(sweep: str, value: int, device: torch.device) -> Problem:
         return grad_dot_problem(value, 128, 1, 784, 400, device)
     field = {"B": "batch", "K": "num_steps", "d": "latent_dim"}[sweep[-1]]
     case = replace(SWEPT, **{field: value})  # type: ignore[arg-type]
-    return flow_problem(replace(case, decoder=lambda: flow.mlp(case.latent_dim, 256, 256, 784)), device)
+    return flow_problem(replace(case, decoder=lambda: softplus_mlp(case.latent_dim, 256, 256, 784)), device)
 
 
 def memory_probe(operator: str, size: str, name: str, device: str) -> common.Contestant:

@@ -30,6 +30,8 @@ import flow_report  # noqa: E402
 import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
 import log_likelihood  # noqa: E402
+import models  # noqa: E402
+import networks  # noqa: E402
 import regret  # noqa: E402
 import report  # noqa: E402
 import suite_problem  # noqa: E402
@@ -228,7 +230,7 @@ def test_quick_run_of_the_regret_times_every_contestant(tmp_path: Path) -> None:
 
 
 def test_operations_of_a_step_count_three_products_of_the_encoder_and_two_of_the_decoder() -> None:
-    model = regret.VAE(regret.mlp(5, 4, 6), regret.mlp(3, 7, 5))
+    model = regret.VAE(networks.mlp(5, 4, 6), networks.mlp(3, 7, 5))
     assert regret.operations_of(model, torch.zeros(1, 5)) == 6 * (5 * 4 + 4 * 6) + 4 * (3 * 7 + 7 * 5)
 
 
@@ -246,6 +248,18 @@ def test_quick_run_of_consistency_times_every_contestant(tmp_path: Path) -> None
     assert [list(case["timings_ms"]) for case in record["cases"]] == [names] * 2
     assert all(case["ratio_to_plain"][consistency.PLAIN] == 1 for case in record["cases"])
     assert (tmp_path / "consistency-cpu-quick.md").read_text().strip() == printed.strip()
+
+
+def test_quick_run_of_the_models_times_every_contestant(tmp_path: Path) -> None:
+    peer("pythae")
+    printed = run_quick(tmp_path, script="models")
+    record = read(tmp_path / "models-cpu-quick.json")
+    assert [case["case"] for case in record["cases"]] == ["vae-mlp", "iwae-mlp", "hvae-mlp", "hvae-conv"]
+    for case in record["cases"]:
+        assert list(case["timings_ms"]) == [models.OURS, models.EAGER, models.PYTHAE], case["notes"]
+        assert max(case["relative_error"].values()) <= models.TOLERANCE
+        assert (models.PYTHAE in case["relative_error"]) != case["case"].startswith("hvae")
+    assert (tmp_path / "models-cpu-quick.md").read_text().strip() == printed.strip()
 
 
 def test_quick_run_of_scale_extrapolates_every_task(tmp_path: Path) -> None:
@@ -280,7 +294,7 @@ def test_targets_of_all_results_are_on_one_page(tmp_path: Path) -> None:
 
 def test_two_batches_are_the_same_objective() -> None:
     torch.manual_seed(0)
-    model = fastvae.VAE(*consistency.dense(4, 8, 4))
+    model = fastvae.VAE(*networks.dense(4, 8, 4))
     x, view = torch.rand(2, 5, 1, 4, 4)
     penalised = fastvae.VAE(
         model.encoder, model.decoder, penalties=[fastvae.penalties.Consistency(lambda _: view, 0.3)]
