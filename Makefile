@@ -7,20 +7,20 @@
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
 #   make bench       every operator at every size, JAX among the rivals    (ARGS=--quick: under 5 minutes)
-#   make bench-flow  one thing in depth: flow, jacobian, consistency, log_likelihood, regret, tracin, scale
+#   make bench-flow  one thing in depth: flow, models, jacobian, consistency, log_likelihood, regret, tracin, scale
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
 #   make docs        the API reference, build/docs/index.html
 #   make wheel       dist/*.whl for the torch of .venv                     (with CUDA kernels, for that of .venv-cuda: wheel-cuda)
-#   make test-wheel  that wheel in a new environment: every public name, README, an operator
+#   make test-wheel  that wheel in a new environment: every public name, the README (CUDA's: test-wheel-cuda)
 #   make sdist       dist/*.tar.gz, to build from
 #   make clean       removes what was built, not the environments
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-BENCHMARKS := $(addprefix bench-,flow jacobian consistency log_likelihood regret tracin scale)
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel clean build
+BENCHMARKS := $(addprefix bench-,flow models jacobian consistency log_likelihood regret tracin scale)
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -56,6 +56,7 @@ $(VENV)/.torch-$(TORCH):
 	@$(CHECK_TOOLS)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet torch==$(TORCH)
+	rm -f $(VENV)/.torch-*  # of the version that was here before
 	touch $@
 
 $(VENV)/.packages: pyproject.toml $(VENV)/.torch-$(TORCH)
@@ -74,6 +75,7 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.packages
 	$(CUDA_PY) -m pip install --quiet torch==$(TORCH_CUDA)
 	$(CUDA_PY) scripts/requirements.py > .venv-cuda/requirements.txt
 	$(CUDA_PY) -m pip install --quiet torch==$(TORCH_CUDA) -r .venv-cuda/requirements.txt
+	rm -f .venv-cuda/.torch-*
 	touch $@
 
 # --- build ----------------------------------------------------------------------------------------------------------
@@ -183,6 +185,9 @@ sdist: $(VENV)/.packages
 
 test-wheel: wheel
 	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/test_wheel.sh dist/*torch$(basename $(TORCH)).cpu*.whl
+
+test-wheel-cuda: wheel-cuda
+	PYTHON=$(PYTHON) TORCH=$(TORCH_CUDA) scripts/test_wheel.sh dist/*torch$(basename $(TORCH_CUDA)).cu*.whl
 
 clean:
 	rm -rf build dist *.egg-info fastvae/_C*.so fastvae/_build.py

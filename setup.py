@@ -72,6 +72,9 @@ def sources(*patterns: str) -> list[str]:
     return [os.path.relpath(path, ROOT) for path in found]
 
 
+FOLDERS = ("autograd", "common", "ops", "network", "kernels/cpu")
+
+
 def extension():
     cuda = cuda_wanted()
     # -ffp-contract stays at its default: fused multiply-adds where the instruction set has them.
@@ -96,9 +99,7 @@ def extension():
         macros.append(("FASTVAE_NO_CLONES", None))
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
         link_args = [f"-fsanitize={sanitizers}"]
-    files = sources(
-        "csrc/*.cpp", "csrc/common/*.cpp", "csrc/ops/*.cpp", "csrc/network/*.cpp", "csrc/kernels/cpu/*.cpp"
-    )
+    files = sources("csrc/*.cpp", *(f"csrc/{folder}/*.cpp" for folder in FOLDERS))
     options = {"cxx": compile_args}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")

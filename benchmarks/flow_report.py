@@ -33,13 +33,11 @@ MEMORY_BOUND = 1.1
 def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = []
     for row in rows:
-        recompute = row["memory"] == "recompute"
         growth = "" if row["growth"] is None else f"{row['growth']:.2f}x"
         sizes = [f"{size / 2**20:.1f}" for size in row["bytes"].values()]
-        bound = [f"at most {MEMORY_BOUND}x", report.REACHED[row["reached"]]] if recompute else ["", ""]
-        cells.append([row["case"], row["memory"], *sizes, growth, *bound])
+        cells.append([row["case"], row["memory"], *sizes, growth])
     sizes = [f"K = {steps}, MiB" for steps in rows[0]["bytes"]]
-    return markdown_table(["case", "memory", *sizes, "growth", "target", "reached"], cells)
+    return markdown_table(["case", "memory", *sizes, "growth"], cells)
 
 
 def memory_targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Every target that the benchmarks set themselves, beside what the results in a folder say.
 
-    python benchmarks/targets.py                 prints the table, and writes results/README.md
+    python benchmarks/targets.py                 prints the table, writes results/README.md and draws headline-cpu.png
     python benchmarks/targets.py --output F      of the results in another folder
 
 A result's own page has all contestants, quartiles and floors. Targets of other devices are on pages of their own.
@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,66 @@ sys.path.append(
 
 import common  # noqa: E402
 import report  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A bar pair of the figure: what is in use today, and the quickest rival that computes the same."""
+
+    label: str
+    result: str
+    case: str
+    usual: str
+
+
+HEADLINES = (
+    Headline("Hamiltonian flow, MLP", "flow", "mlp", "eager, 2K forces"),
+    Headline("Hamiltonian flow, convolutional", "flow", "conv", "eager, 2K forces"),
+    Headline("Jacobian L1, MLP", "jacobian", "mlp", "differences, looped"),
+    Headline("Jacobian L1, convolutional", "jacobian", "conv", "differences, looped"),
+    Headline("TracIn, MLP", "tracin", "mlp", "captum TracInCP"),
+    Headline("TracIn, convolutional", "tracin", "conv", "loop, one backward a sample"),
+    Headline("likelihood regret, MLP", "regret-mlp", "mlp-score", "one image, as published"),
+    Headline("likelihood regret, DCGAN", "regret", "dcgan-score", "one image, as published"),
+    Headline("log-likelihood, DCGAN", "log_likelihood", "dcgan", "eager, copies"),
+)
+
+
+def draw(folder: Path, slug: str) -> bool:
+    """headline-<slug>.png from the results of a device; False, and no file, where there are none or no matplotlib."""
+    rows = []
+    for headline in HEADLINES:
+        path = folder / f"{headline.result}-{slug}.json"
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
+        for case in cases:
+            if case["case"] == headline.case:
+                ratios = case["ratio_to_ours"]
+                same = case.get("relative_error", ratios)  # what computes another thing has no error
+                rivals = [name for name in ratios if name in same and "ours" not in name]
+                best = min(rivals, key=ratios.__getitem__)
+                rows.append((headline.label, headline.usual, ratios[headline.usual], best, ratios[best]))
+    pyplot = common.plotter()
+    if pyplot is None or not rows:
+        return False
+    figure, axis = pyplot.subplots(figsize=(9, 0.62 * len(rows) + 0.9), layout="constrained")
+    for index, (_, usual, usual_ratio, best, best_ratio) in enumerate(rows):
+        for name, ratio, shift, color in (
+            (usual, usual_ratio, -0.2, "#b8c4d0"),
+            (best, best_ratio, 0.2, "#2f6f9f"),
+        ):
+            axis.barh(index + shift, ratio, height=0.38, color=color)
+            axis.text(ratio * 1.05, index + shift, f"{ratio:.3g}x  {name}", va="center", fontsize=8)
+    axis.set(xscale="log", yticks=range(len(rows)), yticklabels=[row[0] for row in rows])
+    axis.set_xlim(0.8, 8 * max(row[2] for row in rows))
+    axis.set_xlabel(
+        f"time / fastvae's ({slug}): light, what is in use; dark, the quickest rival of the same run"
+    )
+    axis.axvline(1, color="black", linewidth=1)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / f"headline-{slug}.png", dpi=120)
+    pyplot.close(figure)
+    return True
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -64,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not records:
         parser.error(f"--output: {folder} holds no result with targets")
     text = page(records)
+    draw(folder, "cpu")
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

@@ -1,4 +1,4 @@
-// Every operator of fastvae, on one screen. Autograd is registered in autograd.cpp; autocast and fake kernels, in
+// Every operator of fastvae, on one screen. Autograd is registered in autograd/; autocast and fake kernels, in
 // fastvae/ops.
 #include <torch/library.h>
 

@@ -326,7 +326,7 @@ def test_quick_run_of_tracin_times_every_contestant(tmp_path: Path) -> None:
 def test_quick_memory_run_of_tracin(tmp_path: Path) -> None:
     run_quick(tmp_path, "--memory", script="tracin")
     row = read(tmp_path / "tracin-memory-cpu-quick.json")["memory"]
-    assert 0 <= row["bytes"] < tracin.MEMORY_BOUND and row["reached"] and row["microseconds_a_pair"] > 0
+    assert 0 <= row["bytes"] < tracin.MEMORY_BOUND and row["microseconds_a_pair"] > 0
 
 
 def test_influence_floor_takes_the_cheaper_exact_route_of_each_layer() -> None:

@@ -28,7 +28,10 @@ def test_against_reference(
         assert_near(a, e, tolerance)
 
 
-@pytest.mark.parametrize("batch, dim", [(1, 1), (1, 7), (33, 1), (257, 65), (5, 4099)], ids=str)
+# Up to 64 samples share a row of terms.
+@pytest.mark.parametrize(
+    "batch, dim", [(1, 1), (1, 7), (33, 1), (257, 65), (5, 4099), (1003, 5), (20003, 2)], ids=str
+)
 @each_op
 def test_odd_sizes(name: str, batch: int, dim: int, device: torch.device) -> None:
     """Sizes that no vector divides, and enough elements for several threads."""

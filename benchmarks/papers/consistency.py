@@ -195,9 +195,35 @@ def as_text(lines: Sequence[Row], settings: Row) -> str:
         f"Consistency regularisation: {settings['data']}, {settings['train_images']} training images, "
         f"{settings['epochs']} epochs of batches of {settings['batch_size']}, {LATENTS} latents, lambda 1e-3; NLL in "
         f"nats on {settings['test_images']} test images with {settings['num_samples']} importance samples. Means "
-        f"over seeds ± standard deviation over seeds. NVAE is not covered; networks and epochs are far below the "
-        f"paper's.\n\n{table(rows, columns)}\n"
+        f"over seeds ± standard deviation over seeds. The paper finds every model improved, and 76.93 nats on "
+        f"binarised MNIST for its NVAE, which is not covered; networks and epochs are far below the paper's.\n\n"
+        f"{table(rows, columns)}\n"
     )
+
+
+def draw(lines: Sequence[Row], path: Path) -> None:
+    """NLL of every model with and without, a panel a network."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    networks = list(dict.fromkeys(line["network"] for line in lines))
+    figure = Figure(figsize=(5 * len(networks), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(networks), squeeze=False)[0]
+    for axis, network in zip(axes, networks, strict=True):
+        here = [line for line in lines if line["network"] == network]
+        for consistent, label, color in (
+            (False, "without", "#b8c4d0"),
+            (True, "with consistency", "#2f6f9f"),
+        ):
+            group = [line for line in here if line["consistent"] == consistent]
+            places = [index + (0.2 if consistent else -0.2) for index in range(len(group))]
+            values, spread = ([line[key] or 0 for line in group] for key in ("nll", "nll_sd"))
+            axis.bar(places, values, 0.38, yerr=spread, capsize=3, color=color, label=label)
+            axis.set_xticks(range(len(group)), [line["model"].replace(", ", "\n") for line in group])
+        axis.set(title=network, ylabel="test NLL, nats", ylim=(0.9 * min(line["nll"] for line in here), None))
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -233,8 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             results = {"settings": settings, "summary": lines, "runs": rows}
             write(arguments.out / "consistency.json", json.dumps(results, indent=1) + "\n")
             write(arguments.out / "consistency.md", as_text(lines, settings))
+            draw(lines, arguments.out / "consistency.png")
     print(as_text(summary(rows), settings))
-    print(f"Written: {arguments.out}/consistency.json and .md")
+    print(f"Written: {arguments.out}/consistency.json, .md and .png")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

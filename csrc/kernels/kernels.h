@@ -8,10 +8,12 @@
 
 #include <cstdint>
 
+#include "convolution.h"
 #include "copies.h"
 #include "keyed_noise.h"
 #include "math/activations.h"
 #include "math/likelihoods.h"
+#include "small_network.h"
 
 namespace fastvae {
 
@@ -121,7 +123,8 @@ struct KickTemper {
   int64_t dim;
 };
 
-// Gradient of KickTemper. Index: samples. The terms are summed by the glue (over samples, and for alpha over dim).
+// Gradient of KickTemper. The terms are summed by the glue (over their rows, and for alpha over dim). On a CPU a row
+// can hold the sum of `share` samples, which saves writing and reading an array. Index: rows.
 template <typename T>
 struct KickTemperBackward {
   const T* grad;
@@ -133,15 +136,16 @@ struct KickTemperBackward {
   const T* pending;  // what the next step left for F(z'), or null
   T* grad_momentum;  // of rho~ + eps/2 F(z')
   T* grad_force;     // pending included; may be pending
-  T* alpha_terms;    // [samples, dim] or null
-  T* step_terms;     // [samples, dim] or null
+  T* alpha_terms;    // [rows, dim] or null
+  T* step_terms;     // [rows, dim] or null
   int64_t samples;
   int64_t dim;
+  int64_t share = 1;  // samples of a row, the last one's as many as are left; CUDA: 1
 };
 
-// Gradient of KickDrift. Index: samples. In a flow, grad_z first receives the cotangent of F(z') through the network
-// and the prior, grad_z += hessian - through_force, and the terms of alpha wait until rho~ is known: alpha_terms =
-// grad_rho_next (rho~ + eps/2 force_next).
+// Gradient of KickDrift. Rows of terms and index as above. In a flow, grad_z first receives the cotangent of F(z')
+// through the network and the prior, grad_z += hessian - through_force, and the terms of alpha wait until rho~ is
+// known: alpha_terms = grad_rho_next (rho~ + eps/2 force_next).
 template <typename T>
 struct KickDriftBackward {
   const T* grad_z;
@@ -162,6 +166,7 @@ struct KickDriftBackward {
   bool accumulate_step;  // add to step_terms, which KickTemperBackward of the same step has written
   int64_t samples;
   int64_t dim;
+  int64_t share = 1;
 };
 
 // kl = KL(N(mu_q, e^logvar_q) || N(mu_p, e^logvar_p)) with diagonal covariances; arrays are [samples, dim]. Index:
@@ -191,228 +196,6 @@ struct GaussianKlBackward {
   T* grad_logvar_p;  // null where mu_p is
   int64_t samples;
   int64_t dim;
-};
-
-// How the kernel of a convolution walks over the larger of its two images.
-struct ConvolutionWindow {
-  int64_t channels;               // of the larger image
-  int64_t height, width;          // of the smaller image
-  int64_t big_height, big_width;  // of the larger one
-  int64_t kernel_height, kernel_width;
-  int64_t stride_height, stride_width;
-  int64_t padding_height, padding_width;
-  int64_t dilation_height, dilation_width;
-};
-
-// columns [samples, height, width, kernel_height, kernel_width, channels]: the patch of the larger image (zero outside
-// it) that each position of the smaller one meets. Index: samples.
-template <typename T>
-struct Unfold {
-  const T* image;
-  T* columns;
-  ConvolutionWindow window;
-  int64_t samples;
-};
-
-// The adjoint of Unfold: image = sum of the patches. Index: samples.
-template <typename T>
-struct Fold {
-  const T* columns;
-  T* image;
-  ConvolutionWindow window;
-  int64_t samples;
-};
-
-// A transposed convolution to few channels, [samples, height, width, in_channels] to [samples, big_height, big_width,
-// channels], without bias and dilation. CPU only. Index: samples.
-template <typename T>
-struct NarrowConvTranspose {
-  const T* in;
-  const T* weight;  // [in_channels, kernel_height, kernel_width, channels]
-  T* out;
-  int64_t in_channels;
-  ConvolutionWindow window;
-};
-
-// A transposed convolution without bias and without dilation: in [samples, height, width, in_channels] to out [samples,
-// big_height, big_width, channels]. CPU only. Index: samples.
-template <typename T>
-struct DirectConvTranspose {
-  const T* in;
-  const T* weight;  // [kernel_height, by phase: taps in descending order, in_channels, channels]
-  T* out;
-  int64_t in_channels;
-  ConvolutionWindow window;
-};
-
-// log p(x | a) [samples] of a = its result + bias, without writing a. CPU only. Index: samples.
-template <typename T>
-struct ConvTransposeLogProb {
-  DirectConvTranspose<T> layer;  // its `out` is not used
-  const T* bias;                 // [channels] or null
-  const T* x;                    // [samples, big_height, big_width, channels or channels / classes]
-  T* log_prob;
-  LikelihoodSpec likelihood;
-};
-
-// The transpose of DirectConvTranspose, delta -> out [samples, height, width, in_channels]. CPU only. Index: samples.
-template <typename T>
-struct DirectConvTransposeReverse {
-  const T* delta;
-  const T* weight;  // [kernel_height, kernel_width, channels, in_channels]
-  T* out;
-  int64_t in_channels;
-  ConvolutionWindow window;
-};
-
-// gradient [tasks, kernel_height, kernel_width, channels, in_channels]: the sum over each task's share of the samples
-// of delta (x) in. CPU only. Index: tasks.
-template <typename T>
-struct DirectConvTransposeGradient {
-  const T* delta;
-  const T* in;
-  T* gradient;
-  int64_t in_channels;
-  int64_t samples;
-  int64_t tasks;
-  ConvolutionWindow window;
-};
-
-// A Hamiltonian flow through a multilayer perceptron whose weights stay in a core's cache: the whole trajectory of a
-// block of kSmallFlowLanes samples in one go. A block's tape and tangents have the same parts on every device, but a
-// CPU keeps a part as [samples, features], for products with rows of the weights, and CUDA as [feature, lane].
-constexpr int kSmallFlowDepth = 8;  // layers at most
-
-template <typename T>
-constexpr int kSmallFlowLanes = 32 / static_cast<int>(sizeof(T));
-
-template <typename T>
-struct SmallNetwork {
-  int depth;
-  const T* weight[kSmallFlowDepth];  // [out, in]
-  const T* bias[kSmallFlowDepth];    // [out] or null
-  int64_t in[kSmallFlowDepth];
-  int64_t out[kSmallFlowDepth];
-  ActivationSpec activation[kSmallFlowDepth];  // of the last layer: identity
-  LikelihoodSpec likelihood;                   // not categorical
-};
-
-// Index: blocks of lanes.
-template <typename T>
-struct SmallFlow {
-  SmallNetwork<T> network;
-  const T* z;       // [samples, dim]
-  const T* rho;     // [samples, dim]
-  const T* x;       // [samples, outputs]
-  const T* step;    // [steps, dim]
-  const T* alpha;   // [steps]
-  T* z_steps;       // [steps + 1, samples, dim]
-  T* rho_steps;     // [steps + 1, samples, dim]
-  T* log_px;        // [samples]
-  T* log_px_steps;  // [steps + 1, samples] or null
-  T* tape;          // [blocks, steps + 1, SmallPointLayout::numel * lanes]
-  int64_t samples;
-  int64_t dim;
-  int64_t steps;
-};
-
-// Index: tasks; each does its share of the blocks and has its own part of the parameters' gradients.
-template <typename T>
-struct SmallFlowBackward {
-  SmallNetwork<T> network;
-  const T* x;
-  const T* step;
-  const T* alpha;
-  const T* tape;
-  const T* grad_z_in;    // or null
-  const T* grad_rho_in;  // or null
-  const T* grad_log_px;  // or null
-  T* grad_z;             // [samples, dim]
-  T* grad_rho;           // [samples, dim]
-  T* grad_x;             // [samples, outputs] or null
-  T* step_terms;         // [steps, samples, dim] or null
-  T* alpha_terms;        // [steps, samples] or null
-  T* grad_parameters;    // [tasks, for each layer: weight, then bias] or null
-  T* tangents;           // CUDA: workspace [tasks, steps + 1, SmallTangentLayout::numel, lanes]
-  int64_t samples;
-  int64_t dim;
-  int64_t steps;
-  int64_t tasks;
-};
-
-// Where the parts of one point of the trajectory lie in its tape, in features.
-struct SmallPointLayout {
-  int64_t z;
-  int64_t rho;
-  int64_t force;
-  int64_t delta[kSmallFlowDepth];  // all layers
-  int64_t h[kSmallFlowDepth];      // all but the last layer
-  int64_t slope[kSmallFlowDepth];  // what Phi::slope reads: h, or a where keeps_input
-  int64_t error[kSmallFlowDepth];  // what Phi::curvature reads: delta, or A^T delta where keeps_input
-  int64_t numel;
-};
-
-template <typename T>
-SmallPointLayout small_point_layout(const SmallNetwork<T>& network, int64_t dim) {
-  SmallPointLayout at{0, dim, 2 * dim, {}, {}, {}, {}, 3 * dim};
-  const auto next = [&](int l) {
-    const int64_t place = at.numel;
-    at.numel += network.out[l];
-    return place;
-  };
-  for (int l = 0; l < network.depth; ++l) {
-    at.delta[l] = next(l);
-    if (l + 1 < network.depth) {
-      const bool keeps = keeps_input(network.activation[l].kind);
-      at.h[l] = next(l);
-      at.slope[l] = keeps ? next(l) : at.h[l];
-      at.error[l] = keeps ? next(l) : at.delta[l];
-    }
-  }
-  return at;
-}
-
-// The same for the tangent and adjoint of one point.
-struct SmallTangentLayout {
-  int64_t u;
-  int64_t delta_dot[kSmallFlowDepth];  // all layers
-  int64_t hdot[kSmallFlowDepth];       // all but the last layer
-  int64_t numel;
-};
-
-template <typename T>
-SmallTangentLayout small_tangent_layout(const SmallNetwork<T>& network, int64_t dim) {
-  SmallTangentLayout at{0, {}, {}, dim};
-  for (int l = 0; l < network.depth; ++l) {
-    at.delta_dot[l] = at.numel;
-    at.numel += network.out[l];
-    if (l + 1 < network.depth) {
-      at.hdot[l] = at.numel;
-      at.numel += network.out[l];
-    }
-  }
-  return at;
-}
-
-template <typename T>
-int64_t small_flow_parameter_numel(const SmallNetwork<T>& network) {
-  int64_t numel = 0;
-  for (int l = 0; l < network.depth; ++l) {
-    numel += network.out[l] * (network.in[l] + 1);
-  }
-  return numel;
-}
-
-// Sums the tasks' parts of the parameters' gradients in their order. CUDA only.
-template <typename T>
-struct SmallFlowSum {
-  const T* grad_parameters;  // as in SmallFlowBackward
-  int64_t tasks;
-  int depth;
-  int64_t in[kSmallFlowDepth];
-  int64_t out[kSmallFlowDepth];
-  T* weight[kSmallFlowDepth];  // += [out, in], or null
-  T* bias[kSmallFlowDepth];    // += [out], or null
 };
 
 // The Jacobian sweeps: `latents` tangents of each sample share that sample's activations. In the three of them s is

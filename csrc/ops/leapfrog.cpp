@@ -1,4 +1,6 @@
 // leapfrog_kick_drift and leapfrog_kick_temper for any potential: check, allocate, launch.
+#include <algorithm>
+
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
@@ -27,6 +29,17 @@ void check_step(const char* op, const at::Tensor& step_size, const at::Tensor& f
 
 at::Tensor sum_to_step(const at::Tensor& terms, const at::Tensor& step_size) {
   return step_size.numel() == 1 ? terms.sum().view(step_size.sizes()) : terms.sum(0);
+}
+
+// How many samples share a row of terms: a row is at most what a core does at a time, and sums few enough numbers.
+int64_t samples_of_row(const at::Tensor& first) {
+  constexpr int64_t kMost = 64;
+  return first.is_cpu() ? std::clamp<int64_t>(kGrain / std::max<int64_t>(1, first.size(1)), 1, kMost) : 1;
+}
+
+// Room for the terms of one kind, [rows, d].
+at::Tensor rows_of_terms(const at::Tensor& first, int64_t share) {
+  return aten::empty({(first.size(0) + share - 1) / share, first.size(1)}, first.options());
 }
 
 int64_t stride_of(const at::Tensor& step_size) { return step_size.numel() == 1 ? 0 : 1; }
@@ -76,7 +89,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_drift_b
   at::Tensor grad_z = aten::empty(z.sizes(), z.options());
   at::Tensor grad_rho = aten::empty(z.sizes(), z.options());
   at::Tensor grad_force = aten::empty(z.sizes(), z.options());
-  at::Tensor step_terms = aten::empty(z.sizes(), z.options());
+  const int64_t share = samples_of_row(z);
+  at::Tensor step_terms = rows_of_terms(z, share);
   FASTVAE_DISPATCH(z, {
     KickDriftBackward<scalar_t> args{};
     args.grad_z = grad_z_.const_data_ptr<scalar_t>();
@@ -91,7 +105,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_drift_b
     args.step_terms = step_terms.mutable_data_ptr<scalar_t>();
     args.samples = z.size(0);
     args.dim = z.size(1);
-    FASTVAE_LAUNCH(kick_drift_backward, z.device(), args, args.samples, args.dim);
+    args.share = share;
+    FASTVAE_LAUNCH(kick_drift_backward, z.device(), args, step_terms.size(0), share * args.dim);
   });
   return {grad_z, grad_rho, grad_force, sum_to_step(step_terms, step_size)};
 }
@@ -138,8 +153,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
   const at::Tensor step_ = step_size.contiguous(), alpha_ = alpha.contiguous();
   at::Tensor grad_rho = aten::empty(rho_half.sizes(), rho_half.options());
   at::Tensor grad_force = aten::empty(rho_half.sizes(), rho_half.options());
-  at::Tensor step_terms = aten::empty(rho_half.sizes(), rho_half.options());
-  at::Tensor alpha_terms = aten::empty(rho_half.sizes(), rho_half.options());
+  const int64_t share = samples_of_row(rho_half);
+  at::Tensor step_terms = rows_of_terms(rho_half, share), alpha_terms = rows_of_terms(rho_half, share);
   FASTVAE_DISPATCH(rho_half, {
     KickTemperBackward<scalar_t> args{};
     args.grad = grad_.const_data_ptr<scalar_t>();
@@ -154,7 +169,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
     args.step_terms = step_terms.mutable_data_ptr<scalar_t>();
     args.samples = rho_half.size(0);
     args.dim = rho_half.size(1);
-    FASTVAE_LAUNCH(kick_temper_backward, rho_half.device(), args, args.samples, args.dim);
+    args.share = share;
+    FASTVAE_LAUNCH(kick_temper_backward, rho_half.device(), args, step_terms.size(0), share * args.dim);
   });
   return {grad_rho, grad_force, sum_to_step(step_terms, step_size), alpha_terms.sum().view(alpha.sizes())};
 }

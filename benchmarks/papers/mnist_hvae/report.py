@@ -59,8 +59,10 @@ def draw(seeds: Sequence[dict[str, Row]], paired: Sequence[Row], path: Path) -> 
         for seed, rows in enumerate(seeds):
             for name, color, text in ((HVAE, "tab:blue", "HVAE"), (EQUAL_TIME, "tab:orange", "VAE")):
                 curve = rows[name]["curve"]
+                # A run's pace is the median of its epochs, and known best at its end.
+                unit = curve[-1][key] / curve[-1]["steps"] if curve else 1
                 axes.plot(
-                    [point[key] for point in curve],
+                    [point["steps"] * unit for point in curve],
                     [point["test_loss"] for point in curve],
                     color=color,
                     linewidth=1,
