@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-python3}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$PYTHON" -m venv "$folder/env"
-cp "$root/README.md" "$folder"
+cp "$root/README.md" "$root/docs/tour.md" "$folder"
 # Nothing of the source tree is in reach from here on.
 cd "$folder"
 env/bin/python -m pip install --quiet "torch==$TORCH" "$wheel[train,influence,ood]"
@@ -34,10 +34,12 @@ for info in pkgutil.walk_packages(fastvae.__path__, "fastvae."):
     for name in getattr(module, "__all__", ()):
         getattr(module, name)
         count += 1
-blocks = re.findall(r"^```python\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
-names = {"__name__": "__main__"}
-for block in blocks:
-    exec(compile(block, "README.md", "exec"), names)
+done = 0
+for page in ("README.md", "tour.md"):
+    names = {"__name__": "__main__"}
+    for block in re.findall(r"^```python\n(.*?)^```", Path(page).read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(block, page, "exec"), names)
+        done += 1
 print(f"test-wheel: fastvae {fastvae.__version__} under torch {torch.__version__}: {count} names, "
-      f"{len(blocks)} blocks of the README")
+      f"{done} blocks of the README and the tour")
 EOF

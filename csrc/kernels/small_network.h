@@ -1,5 +1,5 @@
-// Kernels of a whole trajectory through a small network: arguments, as in kernels.h, which includes this file, and where
-// the parts of a block's tape lie.
+// Kernels of a whole trajectory through a small network: arguments, as in kernels.h, which includes this file, and
+// where the parts of a block's tape lie.
 #pragma once
 
 #include <cstdint>
