@@ -3,7 +3,7 @@
     python -m benchmarks.suite                  long: torch.compile of a convolutional flow takes many minutes
     python -m benchmarks.suite --quick          under 5 minutes on 2 cores: no peak memory; compilers and large sizes
                                                 only of operators where they are cheap
-    python -m benchmarks.suite --ops log_px     one operator; more by commas
+    python -m benchmarks.suite --ops log_px     one operator; more by commas; written as suite-log_px-<device>
 
 Each contestant is checked against float64 before it is timed (test_suite.py); suite_problems.py says what is computed,
 suite_report.py who the rivals are. The benchmarks of single operators beside this file go deeper. Written are
@@ -99,7 +99,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    device, path = command.begin(options, "suite")
+    # A part does not overwrite the whole.
+    chosen = options.ops.split(",")
+    part = [] if set(chosen) == set(problems.OPERATORS) else chosen
+    device, path = command.begin(options, "-".join(["suite", *part]))
     settings = {
         "threads": options.threads,
         "precision": "float32, TF32 off",

@@ -354,7 +354,7 @@ def test_quick_run_of_the_suite_writes_its_report(tmp_path: Path) -> None:
         "--no-compile",
         script="suite",
     )
-    record = read(tmp_path / "suite-cpu-quick.json")
+    record = read(tmp_path / "suite-grad_dot-cpu-quick.json")
     names = [suite_problem.OURS, suite_problem.EAGER, suite_problem.FAIR]
     assert [(row["direction"], row["contestant"]) for row in record["timings"]] == [
         (direction, name) for direction in (suite_problem.FORWARD, suite_problem.BACKWARD) for name in names
@@ -365,8 +365,8 @@ def test_quick_run_of_the_suite_writes_its_report(tmp_path: Path) -> None:
     assert all(row["floor_ms"] > 0 and row["relative_error"] < 1e-4 for row in record["timings"])
     assert {point["sweep"] for point in record["scaling"]} == {"grad_dot, N"}
     assert record["notes"] == [] and record["environment"]["device"] == "CPU"
-    assert (tmp_path / "suite-cpu-quick.md").read_text().strip() == printed.strip()
-    for figure in ("suite-cpu-quick.png", "suite-scaling-cpu-quick.png"):
+    assert (tmp_path / "suite-grad_dot-cpu-quick.md").read_text().strip() == printed.strip()
+    for figure in ("suite-grad_dot-cpu-quick.png", "suite-scaling-grad_dot-cpu-quick.png"):
         assert figure in printed and (tmp_path / figure).stat().st_size > 0
 
 
