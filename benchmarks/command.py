@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import common
@@ -34,6 +34,17 @@ def parse(options_of: argparse.ArgumentParser, arguments: Sequence[str] | None) 
     return options
 
 
+def parse_with_compilers(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The same of a benchmark with ``--no-compile``; ``compile`` is False under ``--quick``, too."""
+    options_of = parser(description, "tiny sizes, no torch.compile: does it run?")
+    options_of.add_argument(
+        "--no-compile", action="store_false", dest="compile", help="leave torch.compile out"
+    )
+    options = parse(options_of, arguments)
+    options.compile = options.compile and not options.quick
+    return options
+
+
 def begin(options: argparse.Namespace, name: str) -> tuple[torch.device, Path]:
     """Set threads and float32 that is float32; the device, and the path of the results but for its suffix."""
     torch.set_num_threads(options.threads)
@@ -43,6 +54,12 @@ def begin(options: argparse.Namespace, name: str) -> tuple[torch.device, Path]:
     options.output.mkdir(parents=True, exist_ok=True)
     quick = "-quick" if options.quick else ""
     return device, options.output / f"{name}-{common.device_slug(device)}{quick}"
+
+
+def draw(path: Path, panels: Mapping[str, Mapping[str, float]], label: str) -> None:
+    """The figure of the results at ``path``, or a line that says why there is none."""
+    if not common.plot_ratios(path.with_suffix(".png"), panels, label):
+        progress("no figure: matplotlib is not installed")
 
 
 def progress(message: str) -> None:

@@ -277,8 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record["targets"] = [] if options.quick else report.judge(record["cases"], device.type, TARGETS)
         tables = [report.case_section(case, OURS) for case in record["cases"]]
         panels = report.panels(record["cases"], OURS)
-        if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours (store), medians"):
-            command.progress("no figure: matplotlib is not installed")
+        command.draw(path, panels, "time / ours (store), medians")
     if record["targets"]:
         tables.insert(0, report.target_table(record["targets"]))
     sections = ["# The Hamiltonian flow", *tables, report.environment_table(environment, record["settings"])]

@@ -238,17 +238,8 @@ def memory_section(case: Case, rows: Sequence[dict[str, Any]]) -> str:
     return f"## Peak extra memory, {case.title}\n\n{table}"
 
 
-def error_table(record: dict[str, Any]) -> str:
-    rows = [[name, f"{error:.1e}"] for name, error in record["relative_error"].items()]
-    return common.markdown_table(["contestant", "error against float64"], rows)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__, "tiny sizes, no torch.compile: does it run?")
-    parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
-    options = command.parse(parser, arguments)
-    options.compile = options.compile and not options.quick
-    return options
+    return command.parse_with_compilers(__doc__, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -278,14 +269,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if record["targets"]:
         sections.append(report.target_table(record["targets"]))
     for case in records:
-        sections += [report.case_section(case, OURS), error_table(case)]
+        sections += [report.case_section(case, OURS), report.error_table(case)]
     sections += [
         memory_section(memory_case(options.quick), record["memory"]),
         report.environment_table(environment, settings),
     ]
     panels = report.panels(records, OURS)
-    if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-        command.progress("no figure: matplotlib is not installed")
+    command.draw(path, panels, "time / ours, medians")
     common.publish(path, record, sections)
 
 

@@ -167,11 +167,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__, "tiny sizes, no torch.compile: does it run?")
-    parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
-    options = command.parse(parser, arguments)
-    options.compile = options.compile and not options.quick
-    return options
+    return command.parse_with_compilers(__doc__, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -182,15 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
     sections = ["# Importance-sampled log-likelihood"]
     for record in records:
-        errors = [[name, f"{error:.1e}"] for name, error in record["relative_error"].items()]
-        sections += [
-            report.case_section(record, OURS),
-            common.markdown_table(["contestant", "error against float64"], errors),
-        ]
+        sections += [report.case_section(record, OURS), report.error_table(record)]
     sections.append(report.environment_table(environment, settings))
     panels = report.panels(records, OURS)
-    if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-        command.progress("no figure: matplotlib is not installed")
+    command.draw(path, panels, "time / ours, medians")
     record = {
         "benchmark": "log_likelihood",
         "environment": environment,

@@ -127,14 +127,14 @@ def cases(quick: bool) -> list[Case]:
     def convolutional() -> Pair:
         return hvae_encoder(width), hvae_decoder(width)
 
-    def hvae(key: str, title: str, networks: Callable[[], Pair], num_steps: int, pixels: int) -> Case:
+    def hvae(key: str, title: str, pair: Callable[[], Pair], num_steps: int, pixels: int) -> Case:
         theirs = {"n_lf": num_steps, "eps_lf": 0.01, "learn_eps_lf": True, "learn_beta_zero": True}
         ours = {"num_steps": num_steps, "step_size": 0.01, "on_divergence": "ignore"}
         losses = hvae_loss(reference.hamiltonian_flow), hvae_loss(flow_rivals.functional_flow)
         return Case(
             key,
             f"HVAE, K = {num_steps}, {title}",
-            networks,
+            pair,
             fastvae.HVAE,
             ours,
             *losses,
@@ -243,37 +243,32 @@ class Problem:
     def plain(self, loss: Loss) -> Callable[[], Tensor]:
         return lambda: loss(self.model, self.x, self.draw())
 
-    def pythae(self) -> Callable[[], Tensor]:
-        model = pythae_model(self.case, self._pair).to(self.x.device)
-        # The learnt numbers of the trajectory are theirs; our contestants' are the model's.
-        self._theirs = [p for p in model.parameters() if not any(p is q for q in self.shared)]
-        return lambda: model({"data": self.x}).loss  # type: ignore[no-any-return]
-
     def step(self, loss: Callable[[], Tensor], own: Sequence[nn.Parameter]) -> common.Contestant:
         parameters = [*self.shared, *own]
         return lambda: torch.autograd.grad(loss(), parameters, allow_unused=True)
 
-    def own(self) -> list[nn.Parameter]:
-        """Parameters of our model that are not its networks'."""
-        return [p for p in self.model.parameters() if not any(p is q for q in self.shared)]
+    def own(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters of a model that are not its networks'."""
+        return [p for p in model.parameters() if not any(p is q for q in self.shared)]
 
     def contestants(self, compile_too: bool) -> tuple[dict[str, common.Contestant], dict[str, str]]:
         """Everybody who can run, and why the others cannot."""
         case, notes = self.case, {}
         found = {
-            OURS: self.step(self.ours(), self.own()),
-            EAGER: self.step(self.plain(case.loss), self.own()),
+            OURS: self.step(self.ours(), self.own(self.model)),
+            EAGER: self.step(self.plain(case.loss), self.own(self.model)),
         }
         for name, loss in ((OURS, objective), (EAGER, case.compiled_loss)) if compile_too else ():
-            compiled = self.step(self.plain(torch.compile(loss)), self.own())
+            compiled = self.step(self.plain(torch.compile(loss)), self.own(self.model))
             try:
                 compiled()
                 found[name + COMPILED] = compiled
             except Exception as error:  # whatever Dynamo, AOTAutograd or a C++ compiler raises
                 notes[name + COMPILED] = common.why(error)
         try:
-            theirs = self.pythae()
-            found[PYTHAE] = self.step(theirs, self._theirs)
+            theirs = pythae_model(case, self._pair).to(self.x.device)
+            # The learnt numbers of its trajectory are its own.
+            found[PYTHAE] = self.step(lambda: theirs({"data": self.x}).loss, self.own(theirs))
         except ImportError as error:
             notes[PYTHAE] = common.why(error)
         return found, notes
@@ -283,13 +278,8 @@ class Problem:
         torch.manual_seed(1)
         noise = self.draw().double()
         exact = copy.deepcopy(self.model).double()
-        own = {id(p) for p in self.own()}
-        names = [name for name, p in self.model.named_parameters() if id(p) not in own]
-        parameters = dict(exact.named_parameters())
-        loss = self.case.loss(exact, self.x.double(), noise)
-        wanted = dict(zip(names, torch.autograd.grad(loss, [parameters[n] for n in names]), strict=True))
-        by_id = {id(p): name for name, p in self.model.named_parameters()}
-        expected = [wanted[by_id[id(p)]] for p in self.shared]
+        parameters = [*exact.encoder.parameters(), *exact.decoder.parameters()]
+        expected = torch.autograd.grad(self.case.loss(exact, self.x.double(), noise), parameters)
         errors = {}
         for name, contestant in contestants.items():
             if (name, self.case.pythae) == (PYTHAE, "HVAE"):
@@ -323,11 +313,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__, "tiny sizes, no torch.compile: does it run?")
-    parser.add_argument("--no-compile", action="store_false", dest="compile", help="leave torch.compile out")
-    options = command.parse(parser, arguments)
-    options.compile = options.compile and not options.quick
-    return options
+    return command.parse_with_compilers(__doc__, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -342,15 +328,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     sections = ["# A training step"]
     for record in records:
-        errors = [[name, f"{error:.1e}"] for name, error in record["relative_error"].items()]
         sections += [
             report.case_section(record, OURS),
-            common.markdown_table(["contestant", "gradient's error against float64"], errors),
+            report.error_table(record, "gradient's error against float64"),
         ]
     sections.append(report.environment_table(environment, settings))
     panels = report.panels(records, OURS)
-    if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-        command.progress("no figure: matplotlib is not installed")
+    command.draw(path, panels, "time / ours, medians")
     record = {"benchmark": "models", "environment": environment, "settings": settings, "cases": records}
     common.publish(path, record, sections)
 

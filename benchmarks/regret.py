@@ -297,8 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sections.append(error_table(case))
     sections.append(report.environment_table(environment, settings))
     panels = report.panels(records, OURS)
-    if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-        command.progress("no figure: matplotlib is not installed")
+    command.draw(path, panels, "time / ours, medians")
     common.publish(path, record, sections)
 
 

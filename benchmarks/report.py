@@ -146,6 +146,11 @@ def case_section(record: Mapping[str, Any], contestant: str) -> str:
     return "\n\n".join(lines)
 
 
+def error_table(record: Mapping[str, Any], heading: str = "error against float64") -> str:
+    rows = [[name, f"{error:.1e}"] for name, error in record["relative_error"].items()]
+    return markdown_table(["contestant", heading], rows)
+
+
 def environment_table(environment: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     rows = [[name, str(value)] for name, value in (*environment.items(), *settings.items())]
     return markdown_table(["", "value"], rows)

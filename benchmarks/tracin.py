@@ -37,6 +37,7 @@ sys.path.append(str(HERE.parent))
 import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
+import networks  # noqa: E402
 import report  # noqa: E402
 import tracin_rivals as rivals  # noqa: E402
 
@@ -79,8 +80,7 @@ class Case:
 
 
 def mlp(size: int, hidden: int, latent: int) -> tuple[nn.Module, nn.Module]:
-    encoder = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
-    return encoder, nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, size))
+    return networks.mlp(size, hidden, 2 * latent), networks.mlp(latent, hidden, size)
 
 
 def convolutional(width: int) -> tuple[nn.Module, nn.Module]:
@@ -274,8 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record["targets"] = [] if options.quick else report.judge(records, device.type, TARGETS)
         sections = [report.case_section(case, OURS) for case in records]
         panels = report.panels(records, OURS)
-        if not common.plot_ratios(path.with_suffix(".png"), panels, "time / ours, medians"):
-            command.progress("no figure: matplotlib is not installed")
+        command.draw(path, panels, "time / ours, medians")
     if record["targets"]:
         sections.insert(0, report.target_table(record["targets"]))
     title = "# TracIn: memory" if options.memory else "# TracIn"
