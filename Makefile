@@ -4,6 +4,7 @@
 #   make test        Python tests and C++ kernel tests                     (ARGS="-k leapfrog")
 #   make test-all    the slow tests too, and all under sanitizers
 #   make test-asan   the operators' Python tests with the extension under AddressSanitizer
+#   make fuzz        one fuzzer, as long as you like                      (ARGS="raw_entries --seconds 600"; all: the lot)
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
 #   make bench       every operator at every size, JAX among the rivals    (ARGS=--quick: under 5 minutes)
@@ -20,7 +21,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 BENCHMARKS := $(addprefix bench-,flow models jacobian consistency log_likelihood regret tracin scale)
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda clean build
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -133,6 +134,9 @@ test-asan: build/asan/.built
 test-sanitizers: build/cpp/asan/.built build/cpp/tsan/.built
 	ctest --preset asan
 	ctest --preset tsan
+
+fuzz: build/.extension
+	$(PY) tests/fuzz.py $(or $(ARGS),all)
 
 lint: $(VENV)/.packages build/cpp/default/.built
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
