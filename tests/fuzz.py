@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # `tests` itself Python has put first
 
-from fuzzing import fuzzer_names  # noqa: E402
-from fuzzing.harness import Report, fuzz  # noqa: E402
+from fuzzing import fuzzer_names
+from fuzzing.harness import Report, fuzz
 
 
 def main() -> int:
