@@ -1,4 +1,4 @@
-"""One good value for every argument of every raw entry, by its name."""
+"""One good value for every argument of every entry, by its name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fastvae.lowering import LoweredNetwork, lower
 
 raw: Any = torch.ops.fastvae
@@ -68,9 +69,22 @@ ENCODERS: list[Any] = [
 ]
 
 
-def lowered(layers: tuple[nn.Module, ...], dtype: torch.dtype, inputs: int) -> tuple[LoweredNetwork, int]:
+def likelihood_of(text: str) -> Likelihood:
+    """The likelihood that the C++ parser reads from a text; ValueError where there is none."""
+    kind, *numbers = text.split(" ")
+    if kind == "bernoulli":
+        return Bernoulli()
+    return Gaussian(float(numbers[0])) if kind == "gaussian" else Categorical(int(numbers[0]))
+
+
+@functools.cache
+def decoder_module(which: int, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(which)
+    return nn.Sequential(*DECODERS[which][1]()).to(dtype).eval()
+
+
+def lowered(module: nn.Module, dtype: torch.dtype, inputs: int) -> tuple[LoweredNetwork, int]:
     """A network and the number of its outputs."""
-    module = nn.Sequential(*layers).to(dtype).eval()
     with torch.no_grad():
         outputs = module(torch.zeros(1, inputs, dtype=dtype)).numel()
     network = lower(module)
@@ -79,22 +93,22 @@ def lowered(layers: tuple[nn.Module, ...], dtype: torch.dtype, inputs: int) -> t
 
 @functools.cache
 def decoder_of(which: int, dtype: torch.dtype) -> tuple[LoweredNetwork, int]:
-    torch.manual_seed(which)
-    return lowered(DECODERS[which][1](), dtype, D)
+    return lowered(decoder_module(which, dtype), dtype, D)
 
 
 @functools.cache
 def encoder_of(which: int, inputs: int, dtype: torch.dtype) -> LoweredNetwork:
     torch.manual_seed(which)
-    return lowered(ENCODERS[which](inputs), dtype, inputs)[0]
+    return lowered(nn.Sequential(*ENCODERS[which](inputs)).to(dtype).eval(), dtype, inputs)[0]
 
 
 class Arguments:
-    """Values that fit together, drawn anew. ``of(entry, name)`` is that of an argument."""
+    """Values that fit together, drawn anew. ``of`` gives that of an argument."""
 
     def __init__(self) -> None:
         self.dtype = dtype = random.choice((torch.float32, torch.float64))
         which = random.randrange(len(DECODERS))
+        self.decoder = decoder_module(which, dtype)
         self.likelihood = DECODERS[which][0]
         self.network, outputs = decoder_of(which, dtype)
         kind, *classes = self.likelihood.split()
@@ -103,9 +117,9 @@ class Arguments:
         self.reduction = random.choice(("none", "mean", "sum"))
         self.store = random.random() < 0.5
 
-    def of(self, entry: str, name: str) -> Any:
+    def of(self, place: str, entry: str, name: str) -> Any:
         """A good value; KeyError for an argument that nobody has thought of."""
-        for key in (f"{entry}.{name}", name):
+        for key in (f"{place}.{name}", f"{entry}.{name}", name):
             if key in _VALUES:
                 return _VALUES[key](self)
         raise KeyError(f"raw_arguments.py has no value for argument {name!r} of {entry}")
@@ -126,7 +140,7 @@ class Arguments:
     def flow(self) -> dict[str, Any]:
         """A flow's arguments with what its forward pass keeps."""
         names = ("z", "rho", "x", "step_size", "alpha", "parameters", "network", "likelihood")
-        given = {name: self.of("hamiltonian_flow", name) for name in names}
+        given = {name: self.of("torch.ops", "hamiltonian_flow", name) for name in names}
         *_, z_steps, rho_steps, _, stash = raw.hamiltonian_flow(*given.values(), self.store, False)
         return {**given, "z_steps": z_steps, "rho_steps": rho_steps, "stash": stash, "store": self.store}
 
@@ -188,6 +202,9 @@ _VALUES: dict[str, Any] = {
     "reduction": lambda a: a.reduction,
     "cotangent": lambda a: a.normal(B) if a.reduction == "none" else None,
     "jacobian_l1_with_gradient.needs": lambda a: a.needs(1),
+    # --- those of fastvae.ops alone
+    "ops.decoder": lambda a: a.decoder,
+    "ops.likelihood": lambda a: likelihood_of(a.likelihood),
     # --- those of fastvae._C alone
     "shapes": lambda a: [list(tensor.shape) for tensor in a.network.tensors],
     "latent_dim": lambda a: D,

@@ -1,13 +1,14 @@
 """Calls of every raw entry, generated from the registered schemas, with arguments that are good, nearly or not at all.
 
-``torch.ops.fastvae.*`` on real and on meta tensors, and all that ``fastvae._C`` binds. A call may be refused with a
-documented error of ours or PyTorch's. One that is taken gives what the same call gives with dense copies of its
-tensors, what the fake kernel announces and, of a network's text, what PyTorch gives.
+``torch.ops.fastvae.*`` on real and on meta tensors, all that ``fastvae._C`` binds, and ``fastvae.ops``. A call may be
+refused with a documented error of ours or PyTorch's. One that is taken gives what the same call gives with dense copies
+of its tensors, what the fake kernel announces and, of a network's text, what PyTorch gives.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import random
 import re
@@ -21,8 +22,8 @@ from lowered import run_spec
 from torch import Tensor
 
 import fastvae
-from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from fuzzing.raw_arguments import Arguments
+from fastvae import ops
+from fuzzing.raw_arguments import Arguments, likelihood_of
 from fuzzing.spoiling import spoil
 
 CASES = 3000
@@ -53,7 +54,7 @@ def copies(*arguments: Any) -> list[Any]:
 
 @functools.cache
 def entries() -> list[Entry]:
-    """Every operator that is registered, and everything that is bound."""
+    """Every operator that is registered, everything that is bound, and every public operator."""
     found = []
     for schema in torch._C._jit_get_all_schemas():
         space, _, name = schema.name.partition("::")
@@ -71,6 +72,11 @@ def entries() -> list[Entry]:
             found.append(Entry("_C", name, {"NetworkCopies": copies}[name], arguments[1:]))
         else:
             found.append(Entry("_C", name, bound, arguments))
+    for name in ops.__all__:
+        function = getattr(ops, name)
+        parameters = inspect.signature(function).parameters.values()
+        arguments = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        found.append(Entry("ops", name, function, arguments))
     return sorted(found, key=lambda entry: (entry.place, entry.name))
 
 
@@ -129,7 +135,7 @@ def run_case(seed: int) -> str:
     torch.manual_seed(seed)
     entry = entries()[seed % len(entries())]
     drawn = Arguments()
-    arguments = [drawn.of(entry.name, name) for name in entry.arguments]
+    arguments = [drawn.of(entry.place, entry.name, name) for name in entry.arguments]
     changes = random.choice((0, 1, 1, 1, 2, 3)) if arguments else 0
     for _ in range(changes):
         at = random.randrange(len(arguments))
@@ -146,7 +152,7 @@ def run_case(seed: int) -> str:
 def _judge(entry: Entry, arguments: list[Any], changes: int) -> str:
     if entry.place == "meta":
         return _judge_meta(entry, arguments)
-    if entry.place == "torch.ops" and random.random() < 0.3:
+    if entry.place in ("torch.ops", "ops") and random.random() < 0.3:
         return _judge_gradient(entry, arguments)
     try:
         result = attempt(entry.function, arguments)
@@ -218,14 +224,14 @@ def _judge_gradient(entry: Entry, arguments: list[Any]) -> str:
 
 def _compare_network(entry: Entry, arguments: list[Any], result: Any) -> str | None:
     """log p of what PyTorch makes of the network's text; where it raises, we should have raised."""
-    if entry.name not in ("log_px", "decoder_gradient", "decoder_factors"):
+    if entry.place == "ops" or entry.name not in ("log_px", "decoder_gradient", "decoder_factors"):
         return None
     z, x, tensors, spec, text = arguments
     layers = ";".join(layer for layer in spec.split(";") if layer)
-    likelihood = _likelihood(text)
+    likelihood = likelihood_of(text)
     outputs = run_spec(layers, tensors, z.flatten(0, -2)) if layers else z.flatten(0, -2)
     rows = x.repeat(len(outputs) // len(x), 1) if len(x) else x
-    wanted = likelihood.log_prob(outputs.flatten(1), rows)
+    wanted = likelihood.log_prob(outputs, rows)
     found = (result if entry.name == "log_px" else result[0]).flatten()
     tolerance = 1e-3 if found.dtype == torch.float32 else 1e-9
     scale = float(outputs.abs().max()) if outputs.numel() else 0.0
@@ -233,13 +239,6 @@ def _compare_network(entry: Entry, arguments: list[Any], result: Any) -> str | N
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
         return "agreed"
     return None
-
-
-def _likelihood(text: str) -> Likelihood:
-    kind, *numbers = text.split(" ")
-    if kind == "bernoulli":
-        return Bernoulli()
-    return Gaussian(float(numbers[0])) if kind == "gaussian" else Categorical(int(numbers[0]))
 
 
 def _brief(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WORDS = [
     *("linear", "conv2d", "conv_transpose2d", "batch_norm", "reshape", "relu", "elu", "softplus", "nonsense"),
@@ -91,6 +91,21 @@ CHANGES: list[Callable[[Tensor], Any]] = [
 ]
 
 
+MODULES: list[Callable[[], Any]] = [
+    nn.Identity,
+    nn.Sequential,
+    lambda: nn.Linear(3, 3),
+    lambda: nn.Linear(2, 3).double(),
+    lambda: nn.Sequential(nn.Linear(3, 4), nn.Sigmoid()),
+    lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
+    lambda: nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 1, 1, stride=0)),
+    lambda: nn.LSTM(2, 3),
+    lambda: nn.Embedding(3, 3),
+    lambda: lambda z: z,
+    lambda: None,
+]
+
+
 def spoil_tensor(t: Tensor) -> Any:
     try:
         return random.choice(LAYOUTS if random.random() < 0.5 else CHANGES)(t)
@@ -119,4 +134,6 @@ def spoil(value: Any) -> Any:
         at = random.randrange(len(changed))
         changed[at] = spoil(changed[at])
         return changed
+    if isinstance(value, nn.Module):
+        return random.choice(MODULES)()
     return random.choice([torch.randn(4, 2), 3, "text"])
