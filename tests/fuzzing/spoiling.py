@@ -36,12 +36,6 @@ def spoil_text(text: str) -> str:
     return " ".join(words).replace(" ; ", ";")
 
 
-def emptied(t: Tensor) -> Tensor:
-    t = t.clone()
-    t.untyped_storage().resize_(0)
-    return t
-
-
 def negated(t: Tensor) -> Tensor:
     return torch.imag(torch.complex(torch.zeros_like(t), -t).conj())
 
@@ -71,7 +65,7 @@ CHANGES: list[Callable[[Tensor], Any]] = [
     lambda t: t[:0],
     lambda t: t[..., :0],
     lambda t: t[:1],
-    lambda t: t.repeat(*[2] * t.dim()),
+    lambda t: t.repeat([2] * t.dim()),
     lambda t: t.mT,
     lambda t: t.expand(3, *t.shape),
     lambda t: t[:1].expand(2**40, *t.shape[1:]),
@@ -80,7 +74,6 @@ CHANGES: list[Callable[[Tensor], Any]] = [
     lambda t: torch.full_like(t, float("inf")),
     lambda t: t * 1e38,
     lambda t: torch.randn(1024).as_strided((256, 2), (0, 0)),
-    emptied,
     lambda t: torch.empty(0),
     lambda t: torch.tensor(1.0),
     lambda t: None,
@@ -104,6 +97,20 @@ MODULES: list[Callable[[], Any]] = [
     lambda: lambda z: z,
     lambda: None,
 ]
+
+
+def empty_one(value: Any) -> Any:
+    """A tensor, or one of a list, as sharded training leaves it: with its sizes and without its memory.
+
+    Nothing else may be wrong with the call, or PyTorch reads such a tensor itself to print it, and crashes.
+    """
+    if isinstance(value, list) and value:
+        at = random.randrange(len(value))
+        return [*value[:at], empty_one(value[at]), *value[at + 1 :]]
+    if isinstance(value, Tensor):
+        value = value.clone()
+        value.untyped_storage().resize_(0)
+    return value
 
 
 def spoil_tensor(t: Tensor) -> Any:
