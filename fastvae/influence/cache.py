@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.influence.factors import Factors
-from fastvae.training.checkpoints import write_atomically
+from fastvae.training.atomic import write_atomically
 
 __all__ = ["FactorCache", "fingerprint"]
 
