@@ -18,7 +18,8 @@ class DamagedFileError(ValueError):
     """A checkpoint that cannot be read: damaged, cut short, or no checkpoint at all; names the file."""
 
     def __init__(self, path: Path, found: object) -> None:
-        super().__init__(f"{path}: expected a checkpoint, found a damaged or foreign file ({found})")
+        reason = " ".join(str(found).removeprefix(f"{path}: ").split())
+        super().__init__(f"{path}: expected a checkpoint, found a damaged or foreign file ({reason})")
 
 
 def read_archive(path: Path) -> Any:

@@ -104,9 +104,7 @@ class FolderLock:
                     self._close(descriptor)
                     return None
                 if self._is_current(descriptor):
-                    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+                    _sign(descriptor)
                     return descriptor
                 self._close(descriptor)
             except BaseException:
@@ -152,8 +150,12 @@ class FolderLock:
             return False
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+def _sign(descriptor: int) -> None:
+    since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    with contextlib.suppress(OSError):  # a full disk: it holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
 
 def _holder(descriptor: int) -> str:
