@@ -84,8 +84,11 @@ def _storages(data: bytes) -> list[tuple[str, int]]:
     return unpickler.found
 
 
-class _Sizes(pickle.Unpickler):
-    """Goes through a pickle without importing or calling anything that it names."""
+class _Sizes(pickle._Unpickler):
+    """Goes through a pickle without importing or calling anything that it names.
+
+    In Python, because the one in C allocates a table as long as the largest number in it says.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)

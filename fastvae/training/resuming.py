@@ -176,6 +176,9 @@ def _check_optimizer(saved: Saved, optimizer: Optimizer) -> None:
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
         raise DamagedFileError(saved.path, "an optimizer without param_groups")
+    numbers = [number for group in groups for number in group["params"]]
+    if numbers != list(range(len(numbers))):
+        raise DamagedFileError(saved.path, "an optimizer whose parameters are not numbered")
     found, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
     if found != expected:
         raise ValueError(
@@ -188,11 +191,21 @@ def _check_optimizer(saved: Saved, optimizer: Optimizer) -> None:
         if "lr" in now and not isinstance(group.get("lr"), (float, int, Tensor)):
             raise DamagedFileError(saved.path, "an optimizer without a learning rate")
         _check_like(saved.path, "optimizer", group, {k: v for k, v in now.items() if k != "params"})
+        kept: set[frozenset[str]] = set()
         for key, parameter in zip(group["params"], now["params"], strict=True):
-            for name, value in state.get(key, {}).items():
+            values = state.get(key, {})
+            for name, value in values.items():
                 shape = value.shape if isinstance(value, Tensor) else None
                 if name in _LIKE_PARAMETERS and value is not None and shape != parameter.shape:
                     raise DamagedFileError(saved.path, f"optimizer state {name!r} of another shape")
+                if name == "step" and _kind(value) is not float:
+                    raise DamagedFileError(saved.path, "optimizer state 'step' that is no number")
+            kept.add(frozenset(values.keys() & {*_LIKE_PARAMETERS, "step"}) if values else frozenset())
+        # A parameter that has had no gradient has none.
+        if len(kept - {frozenset()}) > 1:
+            raise DamagedFileError(
+                saved.path, "an optimizer with other state for some parameters than for others"
+            )
 
 
 def _load_optimizer(saved: Saved, optimizer: Optimizer) -> None:
