@@ -306,6 +306,17 @@ def test_npz_with_more_than_an_array_or_of_a_later_format(tmp_path: Path) -> Non
             load(npz_with(tmp_path / "set.npz", damaged))
 
 
+def test_npz_whose_directory_hides_an_array(tmp_path: Path) -> None:
+    """One bit of a name that has no checksum: the labels would be gone without a word."""
+    path = tmp_path / "set.npz"
+    np.savez(path, images=pixels(4, 3, 3), labels=np.arange(4))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"labels.npy")] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"set\.npz: expected plain arrays.*differ"):
+        load(path)
+
+
 def test_npy_is_not_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", pixels(4, 3, 3))
     with pytest.raises(ValueError, match=r"images.npy: expected an .npz file"):
