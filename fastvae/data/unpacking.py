@@ -92,9 +92,9 @@ def read_npz(path: Path, names: Sequence[str], max_unpacked: int) -> dict[str, _
             held = os.stat(path).st_size
             entries = {entry.filename: entry for entry in archive.infolist()}
             keys = sorted(name.removesuffix(".npy") for name in entries)
-            for entry in entries.values():
+            for listed in entries.values():
                 # Compares its name with that in the directory, or a damaged directory would hide the labels.
-                archive.open(entry).close()
+                archive.open(listed).close()
             for name in names:
                 entry = entries.get(f"{name}.npy")
                 if entry is not None:

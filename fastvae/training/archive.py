@@ -18,8 +18,11 @@ class DamagedFileError(ValueError):
     """A checkpoint that cannot be read: damaged, cut short, or no checkpoint at all; names the file."""
 
     def __init__(self, path: Path, found: object) -> None:
-        reason = " ".join(str(found).removeprefix(f"{path}: ").split())
-        super().__init__(f"{path}: expected a checkpoint, found a damaged or foreign file ({reason})")
+        self.path, self.found = path, " ".join(str(found).removeprefix(f"{path}: ").split())
+        super().__init__(f"{path}: expected a checkpoint, found a damaged or foreign file ({self.found})")
+
+    def __reduce__(self) -> tuple[type[DamagedFileError], tuple[Path, str]]:
+        return type(self), (self.path, self.found)
 
 
 def read_archive(path: Path) -> Any:
@@ -35,7 +38,7 @@ def read_archive(path: Path) -> Any:
             _check(file)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise anything, from zlib.error to KeyError
         raise DamagedFileError(path, f"{type(error).__name__}: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -26,7 +25,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     # Random and opened exclusively: neither another process nor a link planted in advance can be there.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    handled = sys.exc_info()[1]
+    unchanged = "not written, and what was there before is unchanged"
     try:
         with open(temporary, "xb", opener=_open_no_link) as file:
             write(file)
@@ -35,11 +34,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = _cause(error, handled)
-        unchanged = "not written, and what was there before is unchanged"
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, f"{unchanged}: {cause.strerror}", str(path)) from error
-        if isinstance(cause, KeyboardInterrupt):
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{unchanged}: {error.strerror}", str(path)) from error
+        if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"{path}: interrupted; {unchanged}") from error
         raise
     # The rename itself must reach the disk; Windows has no descriptors of folders.
@@ -61,20 +58,3 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
 
 def _open_no_link(name: str, flags: int) -> int:
     return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-def _cause(error: BaseException, handled: BaseException | None) -> BaseException:
-    """What the error began with: torch.save turns an OSError or a KeyboardInterrupt into a RuntimeError.
-
-    ``handled``: the exception that a caller was handling before, which has nothing to do with it.
-    """
-    causes: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link is not handled and link not in causes:
-        causes.append(link)
-        link = link.__cause__ or link.__context__
-    for kind in (KeyboardInterrupt, OSError):
-        for cause in causes:
-            if isinstance(cause, kind):
-                return cause
-    return error

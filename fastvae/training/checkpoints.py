@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,17 +71,18 @@ def save_checkpoint(
         "state": state,
     }
 
-    def write(file: IO[bytes]) -> None:
-        torch.save(content, file)
-        file.flush()
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
-        if unsafe:
-            raise TypeError(
-                f"save_checkpoint: {path}: expected states of tensors, numbers, strings, lists and dicts, "
-                f"got {', '.join(unsafe)}; allow them with torch.serialization.add_safe_globals"
-            )
-
-    write_atomically(Path(path), write)
+    # In memory first: torch's writer lives on after Ctrl-C or on a full disk, and when it is collected writes its end,
+    # to a file that is closed by then, which aborts the process.
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    memory.seek(0)
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(memory)
+    if unsafe:
+        raise TypeError(
+            f"save_checkpoint: {path}: expected states of tensors, numbers, strings, lists and dicts, "
+            f"got {', '.join(unsafe)}; allow them with torch.serialization.add_safe_globals"
+        )
+    write_atomically(Path(path), lambda file: file.write(memory.getbuffer()))
     return Path(path)
 
 

@@ -61,7 +61,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, what: str) -> None:
-        self._folder, self._path, self._what = folder, folder / _NAME, what
+        self.folder, self._path, self._what = folder, folder / _NAME, what
         self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = None if fcntl is None else self._acquire()
@@ -82,7 +82,7 @@ class FolderLock:
         self._descriptor = None
         if self._made:
             with contextlib.suppress(OSError):  # in use, as it should be
-                self._folder.rmdir()
+                self.folder.rmdir()
 
     def _acquire(self) -> int | None:
         while True:
@@ -91,7 +91,7 @@ class FolderLock:
                     self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666
                 )
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EROFS) and not os.access(self._folder, os.W_OK):
+                if error.errno in (errno.EACCES, errno.EROFS) and not os.access(self.folder, os.W_OK):
                     return None
                 raise OSError(
                     error.errno,
@@ -126,13 +126,13 @@ class FolderLock:
                 error.errno,
                 f"{self._what}: expected a folder that no other run writes to, found it held by "
                 f"{_holder(descriptor)}; wait for that run to end or choose another folder",
-                str(self._folder),
+                str(self.folder),
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             warnings.warn(
-                f"{self._what}: the file system of {self._folder} has no locks ({error.strerror}); "
+                f"{self._what}: the file system of {self.folder} has no locks ({error.strerror}); "
                 "make sure that no other run writes to it",
                 stacklevel=2,
             )
@@ -169,19 +169,14 @@ def _holder(descriptor: int) -> str:
 @contextlib.contextmanager
 def run_folder_held(folder: Path | None, team: Team) -> Iterator[None]:
     """Keep other runs out of a run's folder, None for none; all processes of a team raise if the first cannot."""
-    lock: FolderLock | None = None
-    problem: OSError | None = None
-    if folder is not None and team.rank == 0:
-        try:
-            lock = FolderLock(folder, "fit: run_dir")
-        except OSError as error:
-            problem = error
-    if first := team.gathered(problem)[0]:
-        raise first
+    locks: list[FolderLock] = []
+    if folder is not None:
+        team.by_first(lambda: locks.append(FolderLock(folder, "fit: run_dir")))
     try:
-        if lock is not None and lock.held and folder is not None:
-            remove_leftovers(folder, _FILES)
+        for lock in locks:
+            if lock.held:
+                remove_leftovers(lock.folder, _FILES)
         yield
     finally:
-        if lock is not None:
+        for lock in locks:
             lock.release()

@@ -99,9 +99,9 @@ class Run:
             self._restore(saved)
         if self.run_dir is None:
             return
-        if not anew and self.team.rank == 0:
-            copy_into(self.run_dir, self.history.checkpoints)
-        self.history.checkpoints = [self.run_dir / path.name for path in self.history.checkpoints]
+        folder, checkpoints = self.run_dir, self.history.checkpoints
+        self.team.by_first(lambda: copy_into(folder, checkpoints))
+        self.history.checkpoints = [folder / path.name for path in checkpoints]
         if self.interval is not None and anew:
             self._save(complete=True)
 
@@ -128,8 +128,8 @@ class Run:
                 due = bool(self.history.stopped) or self.epoch % (self.interval or 1) == 0
                 if self.interval is not None and due:
                     self._save(complete)
-                if self.team.rank == 0:
-                    self.history.save(self.run_dir / "history.json")
+                path = self.run_dir / "history.json"
+                self.team.by_first(lambda path=path: self.history.save(path))  # type: ignore[misc]
             # No process reads a checkpoint before the first has written it.
             self.team.wait()
         finally:
@@ -279,10 +279,11 @@ class Run:
             "best": self.best,
             "definition": self.definition.at(self._define()).to_dict(),
         }
-        if self.team.rank == 0:
-            save_checkpoint(
+        self.team.by_first(
+            lambda: save_checkpoint(
                 self.model, path, weight=self.pending_weight, optimizer=self.optimizer, state=state
             )
+        )
         self.pending_weight = 0.0
         self.last_checkpoint = path
 
