@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _WrappedHook  # type: ignore[attr-defined]
+from torch.nn.modules.module import _WrappedHook
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["PrivateCopies", "private_copy", "twin_of"]
@@ -91,20 +91,24 @@ class PrivateCopies:
     def borrowed(self, model: _Module) -> Iterator[_Module]:
         """A copy of the module as it is now, for the caller alone."""
         facts = _facts(model)
-        mine = None
-        while mine is None:
-            try:
-                known, idle = self._idle.pop()
-            except IndexError:
-                mine = private_copy(model)
-            else:
-                if facts is not None and known == facts:
-                    _refresh(idle, model)
-                    mine = idle
-        yield mine  # type: ignore[misc]
+        mine = self._kept(facts, model) or private_copy(model)
+        yield mine
         # What a forward changed in the copy must not reach the next call.
         if facts is not None and _facts(mine) == facts:
             self._idle.append((facts, mine))
+
+    def _kept(self, facts: Any, model: _Module) -> _Module | None:
+        """A copy that is still right, with the tensors' values of now; those that are not are let go."""
+        # Popping is atomic: no two threads get the same one.
+        while self._idle:
+            try:
+                known, kept = self._idle.pop()
+            except IndexError:
+                break
+            if facts is not None and known == facts:
+                _refresh(kept, model)
+                return cast(_Module, kept)
+        return None
 
 
 @torch.inference_mode(False)
@@ -130,7 +134,7 @@ class OptimizedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module inside."""
-        return self._orig_mod(*args, **kwargs)
+        return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
 
 
 class DataParallelModule(nn.Module):
@@ -138,7 +142,7 @@ class DataParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module inside, on the device where it is."""
-        return self.module(*args, **kwargs)
+        return self._modules["module"](*args, **kwargs)  # type: ignore[misc]
 
 
 def _stand_in(module: nn.Module) -> nn.Module | None:
