@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
@@ -31,10 +31,10 @@ _SCALARS = frozenset(
 )
 
 
-def twin_of(model: _Module, **methods: Callable[..., Any]) -> _Module:
-    """A second object around the same parts, parameters and submodules, with some methods of its own."""
+def twin_of(model: _Module, **own: Any) -> _Module:
+    """A second object around the same parts, parameters and submodules, with some methods and attributes of its own."""
     twin = copy.copy(model)
-    vars(twin).update(methods)
+    vars(twin).update(own)
     return twin
 
 

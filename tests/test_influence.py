@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
-from fastvae.influence import TracIn, UncoveredParameter, engine, evaluation
+from fastvae.influence import TracIn, UncoveredParameter, engine, evaluation, noise
 from fastvae.influence.factors import GRAM, TILES
 from fastvae.influence.topk import TopK
 from fastvae.models import HVAE, VAE, BaseVAE
@@ -309,6 +309,70 @@ def test_a_foreign_vae_gets_noise_keyed_by_sample() -> None:
     g = torch.stack(rows)
     assert close(found.influence(x), g @ g.T, 1e-10)
     assert close(found.influence(x[[2]]), found.influence(x)[[2]], 1e-12)
+
+
+class Attending(nn.Module):
+    """Attention and a recurrent layer in front of one that rules cover; both are marked as random for their dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.rows, self.out = nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rows(self.layer(x.reshape(len(x), 5, 4)))[0].flatten(1))
+
+
+def test_attention_and_recurrent_layers() -> None:
+    torch.manual_seed(0)
+    model, x, labels = Attending().double(), images(6, 20), torch.randint(3, (6,))
+    loss = nn.CrossEntropyLoss(reduction="none")
+    with pytest.raises(UncoveredParameter, match=r"no rule for (MultiheadAttention|LSTM)"):
+        tracin(model, (x, labels), loss_fn=loss)
+    found = tracin(model, (x, labels), loss_fn=loss, uncovered="materialise")
+    g = classifier_gradients(model.eval(), x, labels)
+    assert close(found.influence((x[:3], labels[:3])), g[:3] @ g.T, 1e-10)
+    with pytest.raises(ValueError, match="model that draws noise"):
+        found.influence_with_error((x[:3], labels[:3]))
+
+
+def test_noise_is_not_drawn_from_torchs_generators() -> None:
+    """In every form that is covered: the numbers are the stream's, and the generator stays where it is."""
+    keys = draws_of(keys_of(images(3, 4)), 0, 2)
+    mean, std = torch.full((6, 4), 2.0), torch.full((6, 4), 3.0)
+    draws: dict[str, Callable[[], Tensor]] = {
+        "randn": lambda: torch.randn(6, 4, dtype=torch.float64),
+        "randn generator": lambda: torch.randn(6, 4, generator=torch.Generator()),
+        "randn_like": lambda: torch.randn_like(mean),
+        "normal_": lambda: torch.empty(6, 4).normal_(2, 3),
+        "normal tensors": lambda: torch.normal(mean, std),
+        "normal mean": lambda: torch.normal(mean, 3.0),
+        "normal std": lambda: torch.normal(2.0, std),
+        "normal numbers": lambda: torch.normal(2.0, 3.0, (6, 4)),
+        "rand": lambda: torch.rand(6, 4),
+        "rand_like": lambda: torch.rand_like(mean, dtype=torch.float64),
+        "uniform_": lambda: torch.empty(6, 4).uniform_(-1, 1),
+    }
+    state = torch.get_rng_state()
+    for name, draw in draws.items():
+        with noise.KeyedNoise(Stream(keys)):
+            found = draw()
+        normal, uniform = Stream(keys).normal((4,)), Stream(keys).uniform((4,))
+        expected = normal if name.startswith(("randn", "normal")) else uniform
+        expected = 2 + 3 * expected if name.startswith("normal") else expected
+        expected = 2 * expected - 1 if name == "uniform_" else expected
+        assert found.dtype == (torch.float64 if name in ("randn", "rand_like") else torch.float32)
+        assert close(found.double(), expected, 1e-6), name
+        assert noise.draws_noise(draw), name
+    with noise.KeyedNoise(Stream(keys)), pytest.raises(NotImplementedError, match="noise by bernoulli"):
+        torch.bernoulli(torch.full((6, 4), 0.5))
+    assert noise.draws_noise(lambda: nn.functional.dropout(mean)) and not noise.draws_noise(lambda: mean + 1)
+    assert not noise.draws_noise(lambda: nn.functional.dropout(mean, training=False))
+    assert torch.equal(torch.get_rng_state(), state)
+    found = tracin(ForeignVAE().double(), images(6, 6))
+    state = torch.get_rng_state()
+    found.influence(images(2, 6))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---- what is not covered ----

@@ -25,7 +25,7 @@ class SeesRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the operator run if it is not random."""
-        if _is_random(func):
+        if _is_random(func, args, kwargs):
             raise _Drawn
         return func(*args, **(kwargs or {}))
 
@@ -56,7 +56,7 @@ class KeyedNoise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the operator run, or do what it would with the stream's numbers."""
-        if not _is_random(func):
+        if not _is_random(func, args, kwargs):
             return func(*args, **(kwargs or {}))
         name, rows = func._schema.name.removeprefix("aten::"), len(self.stream.keys)
         if name not in _NORMAL and name not in _UNIFORM:
@@ -96,12 +96,18 @@ def _room(name: str, func: Any, args: Any, kwargs: Any) -> Tensor:
     return torch.empty(size, **options)
 
 
-def _is_random(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
+def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this call draws: attention and recurrent layers are marked as random for a dropout that may be 0."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    of_call = _arguments(func, args, kwargs, train=True, training=True, dropout=1.0, dropout_p=1.0)
+    return all(bool(value) for value in of_call)
 
 
 def _arguments(func: Any, args: Any, kwargs: Any, **defaults: Any) -> list[Any]:
-    """The values of the named arguments of an operator call."""
-    names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+    """The values of the named arguments of an operator call; what the operator does not have is as in ``defaults``."""
+    schema = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given |= dict(zip([argument.name for argument in schema], args, strict=False))
+    given |= kwargs or {}
     return [given.get(name, default) for name, default in defaults.items()]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvae.influence.noise import draws_noise
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
 from fastvae.noise import SampleNoise, keys_of
@@ -21,10 +22,10 @@ from fastvae.ood.copies import (
     Copies,
     LoweredCopies,
     PosteriorCopies,
-    VmappedCopies,
     lower_encoder,
     numel_of,
 )
+from fastvae.ood.differentiated import differentiated_copies
 from fastvae.ood.objective import PosteriorObjective
 from fastvae.private import PrivateCopies
 from fastvae.training.parallel import unwrap
@@ -66,7 +67,8 @@ class LikelihoodRegret(Detector):
     objective (with beta = 1, without penalties) and its own importance-sampled likelihood.
 
     An encoder that ``fastvae.lowering`` can read (Linear, Conv2d, BatchNorm, activations) is trained by fused
-    kernels; any other by ``torch.vmap`` and autograd, with the same result, after one warning. A private copy
+    kernels; any other by ``torch.vmap`` and autograd, and what that cannot run (LSTM, GRU, a transformer's layers) one
+    image after the other, with the same result, after one warning that names the way. A private copy
     of the model is worked on, in eval mode (BatchNorm's statistics stay, its weight and bias are trained): the
     model itself is not touched. All parameters of the encoder are trained, frozen ones too.
 
@@ -138,7 +140,8 @@ class LikelihoodRegret(Detector):
 
         Raises:
             ValueError: x that is not finite, out of the likelihood's range, or of a shape that the model does
-                not take; an encoder whose samples depend on each other.
+                not take; an encoder whose samples depend on each other, that draws random numbers in eval mode, or
+                that autograd cannot differentiate.
         """
         with self._borrowed() as model:
             scores = []
@@ -200,14 +203,14 @@ class LikelihoodRegret(Detector):
         try:
             return LoweredCopies(model, x, self.adam, self.num_steps)
         except UnsupportedLayer as error:
+            copies, way = differentiated_copies(model, x, self.adam)
             if self.model.encoder not in _warned:
                 _warned.add(self.model.encoder)
                 warnings.warn(
-                    f"LikelihoodRegret: the encoder's copies are trained by torch.vmap and autograd, which is "
-                    f"slower: {error}",
+                    f"LikelihoodRegret: the encoder's copies are trained {way}, which is slower: {error}",
                     stacklevel=4,
                 )
-            return VmappedCopies(model, x, self.adam)
+            return copies
 
     def _empty(self, parameters: bool) -> Refit:
         like = next(self.model.parameters())
@@ -249,6 +252,11 @@ class LikelihoodRegret(Detector):
         model.likelihood.check(x)
         if len(x):
             try:
+                if self.target == "encoder" and draws_noise(model.encode, x[:1]):
+                    raise ValueError(
+                        "LikelihoodRegret: encoder: expected the same output for the same image, so that each can "
+                        "be optimised for its own; it draws random numbers in eval mode"
+                    )
                 mu, _ = model.encode(x[:1])
                 model.log_px(mu, x[:1])
             except RuntimeError as error:
