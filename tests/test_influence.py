@@ -20,7 +20,17 @@ from influence_problems import (
 )
 from peers import peer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import fastvae
 from fastvae.influence import TracIn, UncoveredParameter, engine, evaluation, noise
@@ -516,6 +526,83 @@ def test_a_batch_norm_without_running_statistics_couples_samples() -> None:
         tracin(model, images(5, 4).float(), loss_fn=lambda a, b: a.square().sum(1))
 
 
+def cancelling() -> nn.Module:
+    """Biases whose true gradient is zero: what comes after them takes the mean away, of channels or of all there is."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4, 5)),
+        nn.Conv2d(1, 3, 3),
+        nn.InstanceNorm2d(3),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, 2),
+        nn.GroupNorm(4, 4),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+        nn.LogSoftmax(1),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_that_cancels_to_zero_is_compared_absolutely(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x, labels = cancelling().to(dtype), images(9, 20).to(dtype), torch.randint(3, (9,))
+    found = tracin(model, (x, labels), loss_fn=nn.NLLLoss(reduction="none")).influence((x[:4], labels[:4]))
+    rows = []
+    for image, label in zip(x.split(1), labels.split(1), strict=True):
+        loss = nn.functional.nll_loss(model(image), label)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    g = torch.stack(rows)
+    assert close(found, g[:4] @ g.T, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_more_than_two_samples_are_compared() -> None:
+    """Each sample depends on the one two places before it: any two that follow each other do not."""
+
+    class Distant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return (h + torch.cat((torch.zeros_like(h[:2]), h[:-2]))).square().sum(1)
+
+    with pytest.raises(UncoveredParameter, match="samples of a batch depend on each other"):
+        tracin(Distant().double(), images(5, 4)).influence(images(2, 4))
+
+
+def test_loaders_that_do_not_keep_the_order_are_refused() -> None:
+    x, model = images(6, 20), build(dense_vae)
+    data = TensorDataset(x)
+    orders = {
+        "RandomSampler": DataLoader(data, 2, shuffle=True),
+        "SubsetRandomSampler": DataLoader(data, 2, sampler=SubsetRandomSampler(range(6))),
+        "WeightedRandomSampler": DataLoader(data, 2, sampler=WeightedRandomSampler([1.0] * 6, 6)),
+        "list": DataLoader(data, 2, sampler=[5, 4, 3, 2, 1, 0]),
+        "DistributedSampler": DataLoader(data, 2, sampler=DistributedSampler(data, 2, 0, shuffle=False)),
+        "Batches": DataLoader(data, batch_sampler=type("Batches", (BatchSampler,), {})(range(6), 2, False)),
+    }
+    orders["a RandomSampler"] = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 2, False))
+    orders["with a RandomSampler"] = DataLoader(data, batch_size=None, sampler=RandomSampler(data))
+    for name, loader in orders.items():
+        with pytest.raises(
+            ValueError, match=f"TracIn: train_dataset: expected a DataLoader in the order.*{name}"
+        ):
+            tracin(model, loader)
+        for call in (tracin(model, data).influence, tracin(model, data).self_influence):
+            with pytest.raises(
+                ValueError, match=f"TracIn: inputs: expected a DataLoader in the order.*{name}"
+            ):
+                call(loader)
+    expected = tracin(model, x).influence(x)
+    sequential = BatchSampler(SequentialSampler(data), 4, False)
+    for loader in (
+        DataLoader(data, 4),
+        DataLoader(data, batch_sampler=sequential),
+        DataLoader(Subset(data, range(6)), 2),
+    ):
+        assert close(tracin(model, loader).influence(loader), expected, 1e-12)
+
+
 ERRORS = {
     "scalar": (lambda a, b: a.square().sum(), ValueError, "one loss a sample, .*got a scalar"),
     "elements": (lambda a, b: a.square(), ValueError, r"one loss a sample, \[\d\], got \[\d, 4\]"),
@@ -553,7 +640,17 @@ def test_arguments_out_of_range() -> None:
 CAPTUM_SCRIPT = """
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 LINE
 
 torch.manual_seed(0)

@@ -40,7 +40,7 @@ class Evaluation:
 
     def bind(self, snapshot: Snapshot) -> None:
         """Work on the model of this checkpoint."""
-        self.model, self._encoders = snapshot.model, snapshot.encoders
+        self.snapshot, self.model, self._encoders = snapshot, snapshot.model, snapshot.encoders
 
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._extension import raw
+from fastvae.influence.audit import AUDITED
 from fastvae.influence.batches import check_order, count_of, tiles_of
 from fastvae.influence.cache import FactorCache, fingerprint
 from fastvae.influence.coverage import Coverage
@@ -265,9 +266,7 @@ class TracIn:
 
     def _audit(self, evaluation: Evaluation, data: Any) -> None:
         if not self._engine.audited(evaluation):
-            few = next(
-                tiles_of(data, self._engine.audited_count, self.batch_size, evaluation.loss_fn is not None)
-            )
+            few = next(tiles_of(data, AUDITED, self.batch_size, evaluation.loss_fn is not None))
             self._engine.audit(evaluation, self._here(few))
 
     # ---- samples ----
