@@ -19,6 +19,7 @@ from fastvae import metrics
 from fastvae.data import FactorSpace
 from fastvae.influence import TracIn
 from fastvae.likelihoods import Categorical
+from fastvae.lowering import lower
 from fastvae.models import HVAE, IWAE, VAE, BaseVAE
 from fastvae.ood import (
     InputComplexity,
@@ -274,3 +275,35 @@ def test_categorical_models_too() -> None:
     for name in ("regret", "nll", "self_influence", "tracin"):
         SCORES[name](model, x)
     assert facts(model) == before
+
+
+def test_reading_a_module_does_not_disturb_what_other_threads_do() -> None:
+    """torch.fx replaces methods of nn.Module while it traces: others run, and are read, as if it did not."""
+    inside, go = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            go.wait(60)
+            return torch.tanh(self.layer(x))
+
+    found: dict[str, Any] = {}
+    plain, x = mlp(4, 5, 4), torch.rand(3, 4)
+    expected = plain(x)
+    reader = threading.Thread(target=lambda: found.update(slow=lower(Slow())))
+    other = threading.Thread(target=lambda: found.update(plain=lower(plain)))
+    reader.start()
+    assert inside.wait(60)
+    try:
+        assert torch.equal(plain(x), expected)
+        other.start()
+        other.join(0.5)
+    finally:
+        go.set()
+    reader.join()
+    other.join()
+    assert found["slow"].spec == "linear 0 1;tanh" and found["plain"].spec == "linear 0 1;relu;linear 2 3"

@@ -40,8 +40,8 @@ class _Leaves(Tracer):
         return super().call_module(m, forward, args, kwargs) if inner is None else inner(*args, **kwargs)
 
 
-# Tracing patches torch.nn.Module for the time it runs.
-_lock = threading.RLock()
+# Tracing patches torch.nn.Module for the time it runs: nothing is traced meanwhile, and no module is looked at.
+lock = threading.RLock()
 _GONE = object()
 
 
@@ -71,7 +71,7 @@ def trace(reading: Reading, module: nn.Module) -> Graph:
     if required:
         raise reading.refuse(f"its forward needs {', '.join(required)} beside the first argument")
     try:
-        with _lock, _unchanged(module) as assigned:
+        with lock, _unchanged(module) as assigned:
             graph = _Leaves().trace(module, {p.name: p.default for p in plain[1:]} or None)
     except Exception as error:
         text = str(error).strip().splitlines()

@@ -40,7 +40,7 @@ class DifferentiatedCopies(Copies):
         """The outputs [B, 2 d], with their graph."""
 
     @abstractmethod
-    def of_first(self, tensors: list[Tensor]) -> list[Tensor]:
+    def of_first(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """The part of the first image in tensors like those that are trained."""
 
     def forward(self) -> Tensor:
@@ -56,6 +56,9 @@ class DifferentiatedCopies(Copies):
         adam = self._adam
         with torch.no_grad():
             for parameter, own, moments in zip(self._trained, grads, self._moments, strict=True):
+                if own is None:
+                    # torch.optim.Adam leaves alone, decay and all, what has no gradient.
+                    continue
                 adam_step(
                     parameter,
                     own,
@@ -67,12 +70,12 @@ class DifferentiatedCopies(Copies):
                     weight_decay=adam.weight_decay,
                 )
 
-    def gradients(self, grad: Tensor, *, retain_graph: bool) -> list[Tensor]:
-        """Of the last outputs to what is trained, given theirs [B, 2 d]."""
+    def gradients(self, grad: Tensor, *, retain_graph: bool) -> list[Tensor | None]:
+        """Of the last outputs to what is trained, given theirs [B, 2 d]; None for what they do not depend on."""
         assert self._output is not None
         return list(
             torch.autograd.grad(
-                self._output, self._trained, grad, retain_graph=retain_graph, materialize_grads=True
+                self._output, self._trained, grad, retain_graph=retain_graph, allow_unused=True
             )
         )
 
@@ -107,9 +110,9 @@ class VmappedCopies(DifferentiatedCopies):
         encoded: Tensor = torch.func.functional_call(self._encoding, own, (x[None],), tie_weights=False)
         return encoded[0]
 
-    def of_first(self, tensors: list[Tensor]) -> list[Tensor]:
+    def of_first(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """See ``DifferentiatedCopies``."""
-        return [tensor[0] for tensor in tensors]
+        return [None if tensor is None else tensor[0] for tensor in tensors]
 
     def parameters(self) -> dict[str, Tensor]:
         """See ``Copies``."""
@@ -132,7 +135,7 @@ class LoopedCopies(DifferentiatedCopies):
     def _encode(self) -> Tensor:
         return torch.cat([model(x) for model, x in zip(self._models, self._x.split(1), strict=True)])
 
-    def of_first(self, tensors: list[Tensor]) -> list[Tensor]:
+    def of_first(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """See ``DifferentiatedCopies``."""
         return tensors[: len(tensors) // len(self._x)]
 
@@ -181,8 +184,10 @@ def differentiated_copies(model: BaseVAE, x: Tensor, adam: Adam) -> tuple[Differ
     return LoopedCopies(model, x, adam), f"by autograd, one image after the other, because {reason}"
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """To half the digits: by another order of sums, not by another formula."""
+    if a is None or b is None:
+        return a is b
     error, size = float((a - b).norm()), float(b.norm())
     eps = torch.finfo(b.dtype).eps
     # Sums that cancel to zero are off by the round-off of their terms.

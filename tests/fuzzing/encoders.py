@@ -46,6 +46,8 @@ class Heads(nn.Module):
         self.trunk = trunk
         self.mu, self.logvar = nn.Linear(width, _LATENT), nn.Linear(width, _LATENT, bias=draw.random() < 0.5)
         self.skip = draw.random() < 0.3
+        if draw.random() < 0.3:
+            self.unused = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.trunk(x)
@@ -178,7 +180,8 @@ def _encoder(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     return (Traced(whole) if kind < 0.3 else whole), shape
 
 
-def _model(draw: random.Random) -> tuple[BaseVAE, tuple[int, ...]]:
+def random_model(draw: random.Random) -> tuple[BaseVAE, tuple[int, ...]]:
+    """A model with such an encoder, and the shape of its images."""
     encoder, shape = _encoder(draw)
     likelihood = draw.choice(["bernoulli", "bernoulli", "gaussian", Categorical(3)])
     outputs = math.prod(shape) * (3 if isinstance(likelihood, Categorical) else 1)
@@ -201,7 +204,7 @@ def run_case(seed: int) -> str:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     with torch.no_grad():
-        model, shape = _model(draw)
+        model, shape = random_model(draw)
     model = model.double().eval() if draw.random() < 0.5 else model.double()
     x = torch.rand(draw.randint(1, 3), *shape).float()
     if isinstance(model.likelihood, Categorical):
