@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["PrivateCopies", "private_copy", "twin_of"]
+__all__ = ["PrivateCopies", "Turns", "private_copy", "twin_of"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -71,6 +72,23 @@ def private_copy(model: _Module) -> _Module:
                 f"it; the copy of {type(model).__name__} has the same {name or 'object'} as the module itself"
             )
     return made.eval()
+
+
+class Turns:
+    """A lock that may be pickled and copied, as a new one that nobody holds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        """See above."""
+        return Turns, ()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class PrivateCopies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -307,3 +308,17 @@ def test_reading_a_module_does_not_disturb_what_other_threads_do() -> None:
     reader.join()
     other.join()
     assert found["slow"].spec == "linear 0 1;tanh" and found["plain"].spec == "linear 0 1;relu;linear 2 3"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda detector: pickle.loads(pickle.dumps(detector))])
+def test_detectors_can_be_copied_and_pickled(copied: Callable[[Any], Any]) -> None:
+    model, x = build(lowered), images(4, 20).float()
+    for detector in (
+        NegativeLogLikelihood(model, num_samples=4),
+        LikelihoodRegret(model, num_steps=2, num_samples=4),
+        LikelihoodRatio(model, build(lowered), num_samples=4),
+        SelfInfluence(model, num_samples=2),
+        SelfInfluence(model, [0.5, 2.0], load, num_samples=2),
+    ):
+        expected = detector.predict(x)
+        assert torch.equal(copied(detector).predict(x), expected)

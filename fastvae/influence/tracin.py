@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from fastvae.influence.factors import Factors, concatenate, dot, self_dot
 from fastvae.influence.sharding import Share
 from fastvae.influence.snapshots import Snapshot, Snapshots
 from fastvae.influence.topk import KMostInfluentialResults, TopK
-from fastvae.private import private_copy
+from fastvae.private import Turns, private_copy
 from fastvae.training import load_checkpoint
 from fastvae.training.parallel import unwrap
 
@@ -133,7 +132,7 @@ class TracIn:
             seed if query_seed is None else query_seed,
         )
         self._share = Share(process_group)
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._memory = raw.Recycling()
         self._cache = FactorCache(cache_dir)
         self._settings = f"{num_samples} {seed} {layers} {uncovered}"
@@ -242,7 +241,7 @@ class TracIn:
 
     def forget_checkpoints(self) -> None:
         """Load them anew at the next call."""
-        with self._lock:
+        with self._turns:
             self._snapshots.forget()
 
     def coverage(self, num_queries: int = 100) -> Coverage:
@@ -259,7 +258,7 @@ class TracIn:
     @contextmanager
     def _borrowed(self) -> Iterator[None]:
         """All checkpoints loaded, every parameter known to be covered, and no other thread here."""
-        with self._lock, self._snapshots.borrowed(), self._memory:
+        with self._turns, self._snapshots.borrowed(), self._memory:
             if self.train_dataset is not None:
                 self._audit(self._train, self.train_dataset)
             yield
