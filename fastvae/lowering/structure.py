@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from . import tracing
 from .checks import PLAIN, check_module, check_readable, check_tensor, named
 from .errors import ImpossibleLayer, UnsupportedLayer, join
 from .graph import read
@@ -65,7 +65,6 @@ def _text(layer: Layer, index: dict[str, int]) -> str:
 
 
 _cache: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def current(module: nn.Module) -> tuple[Structure, Collected]:
@@ -79,8 +78,8 @@ def current(module: nn.Module) -> tuple[Structure, Collected]:
             collected = None
         if collected is not None:
             return known, collected
-    fresh = Structure(module)
-    with _lock:
+    with tracing.lock:
+        fresh = Structure(module)
         _cache[module] = fresh
     collected = visit(module, fresh.program)
     if collected is None:

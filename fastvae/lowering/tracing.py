@@ -15,18 +15,33 @@ from .reading import Reading, stock_base
 
 
 class _Leaves(Tracer):
-    """Keeps stock modules whole, subclasses that do not change their forward included."""
+    """Keeps stock modules whole, subclasses that do not change their forward included.
+
+    Tracing replaces methods of nn.Module itself for the time it runs: what other threads run meanwhile comes by here,
+    too, and goes on as it would have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return stock_base(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         inner = m._modules.get("_orig_mod") if type(m).__name__ == "OptimizedModule" else None
         return super().call_module(m, forward, args, kwargs) if inner is None else inner(*args, **kwargs)
 
 
-# Tracing patches torch.nn.Module for the time it runs.
-_lock = threading.RLock()
+# Tracing patches torch.nn.Module for the time it runs: nothing is traced meanwhile, and no module is looked at.
+lock = threading.RLock()
 _GONE = object()
 
 
@@ -56,7 +71,7 @@ def trace(reading: Reading, module: nn.Module) -> Graph:
     if required:
         raise reading.refuse(f"its forward needs {', '.join(required)} beside the first argument")
     try:
-        with _lock, _unchanged(module) as assigned:
+        with lock, _unchanged(module) as assigned:
             graph = _Leaves().trace(module, {p.name: p.default for p in plain[1:]} or None)
     except Exception as error:
         text = str(error).strip().splitlines()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvae.likelihoods import Likelihood, check_decoder, resolve
 from fastvae.lowering import LoweredNetwork
+from fastvae.private import twin_of
 
 __all__ = [
     "BaseVAE",
@@ -29,6 +30,8 @@ Noise = Tensor | Callable[[Tensor], Tensor]
 
 NoiseSource = Callable[[int, int, Tensor], Tensor]
 """(first, count, mu [B, d]) -> standard normal [weight_draws, count, B, d], the same for the same first + i."""
+
+_Model = TypeVar("_Model", bound="BaseVAE")
 
 # Decoder outputs held at once while importance sampling: 16 MiB of float32.
 _LOG_LIKELIHOOD_OUTPUTS = 2**22
@@ -461,19 +464,13 @@ class BaseVAE(nn.Module, ABC):
         return mu, logvar
 
 
-@contextmanager
-def encoded_already(model: BaseVAE, x: Tensor, encoded: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """``model.encode`` of this very x gives what is known; of anything else what it always gives."""
-    encode = model.encode
+def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) -> _Model:
+    """A twin of the model whose ``encode`` of this very x is known; of anything else it is the model's own."""
 
-    def known(other: Tensor) -> tuple[Tensor, Tensor]:
-        return encoded if other is x else encode(other)
+    def encode(other: Tensor) -> tuple[Tensor, Tensor]:
+        return encoded if other is x else model.encode(other)
 
-    vars(model)["encode"] = known
-    try:
-        yield
-    finally:
-        del vars(model)["encode"]
+    return twin_of(model, encode=encode)
 
 
 def _capturing(x: Tensor) -> bool:
