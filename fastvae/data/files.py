@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastvae.arguments import expect_numbers
 from fastvae.data.images import ImageDataset
 
 __all__ = ["load"]
@@ -54,6 +55,7 @@ def load(
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f'load: split: expected "train", "test" or "all", got {split!r}')
+    expect_numbers("load", test_fraction=test_fraction, seed=seed)
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(f"load: test_fraction: expected a number between 0 and 1, got {test_fraction!r}")
     if source is None:

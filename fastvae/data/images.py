@@ -77,7 +77,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
                 f"ImageDataset.split: expected sizes of at least 1 that sum to at most {len(self)} "
                 f"(the images of {self.name}), got {sizes}"
             )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(int(seed)))
         return tuple(self.subset(part) for part in order[: sum(sizes)].split(list(sizes)))
 
 

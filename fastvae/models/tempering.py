@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvae.arguments import expect_numbers
+
 __all__ = ["BoundedStepSize", "Tempering", "fixed_alpha", "fixed_temperature_alpha"]
 
 KINDS = ("free", "fixed", "fixed-temperature", "none")
@@ -61,6 +63,7 @@ class Tempering(nn.Module):
 
     def __init__(self, kind: str, num_steps: int, beta_0: float, learn: bool) -> None:
         super().__init__()
+        expect_numbers("tempering", num_steps=num_steps, beta_0=beta_0)
         if kind not in KINDS:
             raise ValueError(f"tempering: expected one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "none" and not 0 < beta_0 < 1:
@@ -120,6 +123,13 @@ class BoundedStepSize(nn.Module):
         learn: bool,
     ) -> None:
         super().__init__()
+        expect_numbers("step_size", max_step_size=maximum)
+        if isinstance(initial, Tensor) and initial.requires_grad:
+            raise TypeError(
+                f"step_size: expected values, got a {type(initial).__name__} that requires a gradient, which it would "
+                "not get: the model has a parameter of its own (learn_step_size), and these are where it starts; pass "
+                "step_size.detach()"
+            )
         if not (math.isfinite(maximum) and maximum > 0):
             raise ValueError(f"max_step_size: expected a finite number above 0, got {maximum}")
         value = torch.as_tensor(initial, dtype=torch.float64).detach().cpu()

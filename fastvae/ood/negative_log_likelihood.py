@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
 from fastvae.models.base import BaseVAE
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
@@ -29,6 +30,7 @@ class LikelihoodScore(Detector):
 
     def __init__(self, model: BaseVAE, *, num_samples: int = 1000, seed: int = 0) -> None:
         self._check_model("model", model)
+        expect_numbers(type(self).__name__, num_samples=num_samples, seed=seed)
         if num_samples < 1:
             raise ValueError(f"{type(self).__name__}: num_samples: expected at least 1, got {num_samples}")
         super().__init__(model)

@@ -74,6 +74,7 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 
 
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
+_warned_of_likelihood: dict[str, weakref.WeakSet[type[Likelihood]]] = {}
 
 
 def lower_or_warn(
@@ -81,8 +82,9 @@ def lower_or_warn(
 ) -> LoweredNetwork | None:
     """The decoder's layers, down to the likelihood's natural parameters where one is given.
 
-    None where they cannot be read: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning says so and
-    why, once for a decoder. While compiling it raises.
+    None where they cannot be read, or where the likelihood has no kernel: ``fastvae.ops.<name>`` then runs PyTorch's
+    ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises.
+    TypeError for a decoder in half precision, outside of autocast.
     """
     try:
         network = lower(decoder, strip_sigmoid=likelihood is not None and likelihood.probs)
@@ -91,6 +93,7 @@ def lower_or_warn(
     except UnsupportedLayer as error:
         if torch.compiler.is_compiling():
             raise
+        _refuse_half(name, [p for p in decoder.parameters() if p.is_floating_point()])
         seen = _warned.setdefault(name, weakref.WeakSet())
         if decoder not in seen:
             seen.add(decoder)
@@ -101,9 +104,36 @@ def lower_or_warn(
                 stacklevel=3,
             )
         return None
+    _refuse_half(name, network.tensors)
+    if likelihood is not None and not likelihood.has_kernel:
+        kind = type(likelihood)
+        reason = f"{kind.__name__} is a likelihood of its own, without a kernel"
+        if torch.compiler.is_compiling():
+            raise UnsupportedLayer(f"fastvae.ops.{name}: {reason}")
+        known = _warned_of_likelihood.setdefault(name, weakref.WeakSet())
+        if kind not in known:
+            known.add(kind)
+            warnings.warn(
+                f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",
+                UserWarning,
+                stacklevel=3,
+            )
+        return None
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
             "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     return network
+
+
+def _refuse_half(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise TypeError where all of the decoder is in half precision, which autocast alone turns into float32."""
+    half = (torch.float16, torch.bfloat16)
+    if tensors and all(tensor.dtype in half for tensor in tensors):
+        if torch.is_autocast_enabled(tensors[0].device.type):
+            return
+        raise TypeError(
+            f"fastvae::{name}: decoder: expected parameters in float32 or float64, got {tensors[0].dtype}; to mend it: "
+            "decoder.float(), with torch.autocast around it for speed"
+        )
