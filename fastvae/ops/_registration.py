@@ -74,7 +74,7 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 
 
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
-_warned_of_likelihood: dict[str, weakref.WeakSet[type[Likelihood]]] = {}
+_warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
 
 
 def lower_or_warn(
@@ -86,11 +86,16 @@ def lower_or_warn(
     ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises.
     TypeError for a decoder in half precision, outside of autocast.
     """
+    without_kernel = likelihood is not None and not likelihood.has_kernel
+    if without_kernel:
+        _warn_of_likelihood(name, type(likelihood), instead)
     try:
         network = lower(decoder, strip_sigmoid=likelihood is not None and likelihood.probs)
     except CoupledSamples:
         raise
     except UnsupportedLayer as error:
+        if without_kernel:
+            return None
         if torch.compiler.is_compiling():
             raise
         _refuse_half(name, [p for p in decoder.parameters() if p.is_floating_point()])
@@ -104,27 +109,30 @@ def lower_or_warn(
                 stacklevel=3,
             )
         return None
-    _refuse_half(name, network.tensors)
-    if likelihood is not None and not likelihood.has_kernel:
-        kind = type(likelihood)
-        reason = f"{kind.__name__} is a likelihood of its own, without a kernel"
-        if torch.compiler.is_compiling():
-            raise UnsupportedLayer(f"fastvae.ops.{name}: {reason}")
-        known = _warned_of_likelihood.setdefault(name, weakref.WeakSet())
-        if kind not in known:
-            known.add(kind)
-            warnings.warn(
-                f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",
-                UserWarning,
-                stacklevel=3,
-            )
+    if without_kernel:
         return None
+    _refuse_half(name, network.tensors)
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
             "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     return network
+
+
+def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
+    """Say once that a likelihood has no kernel; while compiling, raise."""
+    reason = f"{kind.__name__} is a likelihood of its own, without a kernel"
+    if torch.compiler.is_compiling():
+        raise UnsupportedLayer(f"fastvae.ops.{name}: {reason}")
+    known = _warned_of_likelihood.setdefault(name, weakref.WeakSet())
+    if kind not in known:
+        known.add(kind)
+        warnings.warn(
+            f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _refuse_half(name: str, tensors: Sequence[Tensor]) -> None:
