@@ -192,7 +192,7 @@ class Bernoulli(Likelihood):
             ``torch.compile``, of a decoder that does more to them than reshape), logits are as good as these
             numbers: they end at the smallest normal number and at 1 - eps / 2 (float32: logits of -87 and
             16.6), beyond which there is no gradient, and near 1 they are rounded (float32: by 0.01 at a logit
-            of 13, by 0.5 at 17).
+            of 13, by 0.6 at 16.5).
     """
 
     of_logits: ClassVar[bool] = True

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 __all__ = ["check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
 
 
-def check_is_tensor(model: nn.Module, x: object) -> None:
+def check_is_tensor(owner: object, x: object) -> None:
     """TypeError, with the way to one, for an x that is no tensor."""
     if isinstance(x, Tensor):
         return
-    name, kind = type(model).__name__, type(x).__name__
+    name, kind = type(owner).__name__, type(x).__name__
     batch = isinstance(x, (tuple, list, dict))
     remedy = (
         "of a loader's batch pass the images, fastvae.data.images_of(batch)"

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastvae.arguments import expect_numbers
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import check_is_tensor
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
 from fastvae.training.randomness import modes_kept
@@ -43,6 +44,7 @@ class LikelihoodScore(Detector):
 
     def _log_likelihood(self, model: BaseVAE, x: Tensor) -> Tensor:
         """log p(x) [B] in nats, on the model's device."""
+        check_is_tensor(self, x)
         x = x.to(next(model.parameters()).device)
         noise = SampleNoise(keys_of(x), self.seed, model.weight_draws)
         with modes_kept(model):
