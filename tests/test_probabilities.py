@@ -71,7 +71,9 @@ SIGMOIDS: dict[str, Callable[[], nn.Module]] = {
 def test_a_sigmoid_at_the_end_is_found_in_the_layers(build: Callable[[], nn.Module]) -> None:
     decoder = build()
     assert ending_of_module(decoder) == "sigmoid"
-    with pytest.raises(ValueError, match=r"Bernoulli\(probs=False\) expects a decoder that returns logits, and this"):
+    with pytest.raises(
+        ValueError, match=r"Bernoulli\(probs=False\) expects a decoder that returns logits, and this"
+    ):
         VAE(nn.Linear(PIXELS, 4), decoder)
     check_decoder(decoder, Bernoulli(probs=True))
     check_decoder(decoder, Gaussian())
@@ -102,7 +104,9 @@ def test_operators_refuse_it_where_the_decoder_is_not_lowered(op: str) -> None:
 def test_a_warning_once_where_nothing_tells() -> None:
     decoder = Branching(Scaled.apply)
     model = VAE(nn.Linear(PIXELS, 4), decoder)
-    with pytest.warns(UserWarning, match=r"the first ones of this Branching are all in \[0, 1\]; if they are"):
+    with pytest.warns(
+        UserWarning, match=r"the first ones of this Branching are all in \[0, 1\]; if they are"
+    ):
         model(torch.rand(3, PIXELS))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -131,7 +135,7 @@ def test_logits_pass_without_a_word(build: Callable[[], nn.Module]) -> None:
 
 
 def test_outputs_that_are_no_probabilities_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expects a decoder that returns probabilities, and this Last returned values"):
+    with pytest.raises(ValueError, match="decoder that returns probabilities, and this Last returned values"):
         VAE(nn.Linear(PIXELS, 4), Last(lambda h: 9 * h), Bernoulli(probs=True))(torch.rand(3, PIXELS))
 
 
@@ -194,7 +198,8 @@ def test_probabilities_alone_are_as_good_as_their_rounding(logit: float, x: floa
     likelihood, decoder = Bernoulli(probs=True), Logits(recoverable=False)
     data = torch.tensor([[x]])
     found = derivatives(
-        lambda a: likelihood.log_prob(natural_parameters(decoder, a, likelihood), data), torch.tensor([[logit]])
+        lambda a: likelihood.log_prob(natural_parameters(decoder, a, likelihood), data),
+        torch.tensor([[logit]]),
     )
     for mine, exact in zip(found, exactly(torch.tensor([[logit]]), x), strict=True):
         # 1 - p is a multiple of 6e-8 where p is near 1.
@@ -261,7 +266,15 @@ def test_what_is_done_to_a_sigmoid_afterwards_counts() -> None:
     def in_place(a: Tensor) -> Tensor:
         return F.relu(torch.sigmoid(a), inplace=True)
 
-    for call in (halved, cut, through_a_view, after_reading, in_place, lambda a: torch.sigmoid(a) * 1, torch.sigmoid_):
+    for call in (
+        halved,
+        cut,
+        through_a_view,
+        after_reading,
+        in_place,
+        lambda a: torch.sigmoid(a) * 1,
+        torch.sigmoid_,
+    ):
         assert seen(call) is None
     for call in (torch.sigmoid, F.sigmoid, nn.Sigmoid(), lambda a: (torch.sigmoid(a), torch.relu(a))[0]):
         found = seen(call)
@@ -279,6 +292,8 @@ def test_the_logits_are_also_found_under_torch_func_and_without_gradients() -> N
 
     expected = torch.tensor([-17.5 - math.log1p(math.exp(-17.5)), 0.0])
     torch.testing.assert_close(torch.func.vmap(log_px)(a), expected)
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(log_px))(a).flatten(), -torch.sigmoid(a).flatten())
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(log_px))(a).flatten(), -torch.sigmoid(a).flatten()
+    )
     with torch.inference_mode():
         torch.testing.assert_close(torch.stack([log_px(row) for row in a]), expected)
