@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from fastvae import data as fastvae_data
 from fastvae.influence import TracIn
 from fastvae.likelihoods import Categorical, Gaussian
 from fastvae.models.tempering import BoundedStepSize, Tempering
-from fastvae.penalties import AnnealedPenalty, BetaAnnealing, Consistency, JacobianL1
+from fastvae.penalties import BetaAnnealing, Consistency, JacobianL1
 
 
 def _same(x: Tensor) -> Tensor:
@@ -164,17 +163,26 @@ def test_a_step_size_that_requires_a_gradient_is_refused() -> None:
     # Its values are only where the model's own parameter starts.
     with pytest.raises(TypeError, match=r"step_size: expected values, got a Parameter .*learn_step_size"):
         make(HVAE, step_size=nn.Parameter(torch.tensor([0.1, 0.2])))
+    with pytest.raises(TypeError, match=r"step_size: expected values, got a Parameter"):
+        make(HVAE, step_size=[nn.Parameter(torch.tensor(0.1)), 0.2])
     assert torch.allclose(make(HVAE, step_size=torch.tensor([0.1, 0.2])).step_size, torch.tensor([0.1, 0.2]))
 
 
-def test_betas_of_adam_and_the_rate_of_lightning(tmp_path: Path) -> None:
+def test_each_of_adams_betas_is_a_number() -> None:
     with pytest.raises(TypeError, match=r"LikelihoodRegret: betas: expected a number, got Tensor"):
         ood.LikelihoodRegret(make(VAE), betas=(torch.tensor(0.9), 0.999))  # type: ignore[arg-type]
+
+
+def test_the_rate_of_lightning_is_a_number() -> None:
+    pytest.importorskip("lightning")
+    from fastvae.integrations.lightning import LitVAE
+
+    with pytest.raises(TypeError, match=r"LitVAE: lr: expected a number, got Tensor"):
+        LitVAE(make(VAE), lr=torch.tensor(0.1))  # type: ignore[arg-type]
 
 
 def test_counts_are_python_integers_afterwards() -> None:
     assert type(Categorical(np.int64(5)).num_classes) is int  # type: ignore[arg-type]
     assert type(Gaussian(np.float32(0.5)).scale) is float  # type: ignore[arg-type]
     assert Gaussian(np.float32(0.5)) == Gaussian(0.5)  # type: ignore[arg-type]
-    assert type(AnnealedPenalty.__init__) is not None
     assert type(JacobianL1(anneal_steps=np.int64(3)).anneal_steps) is int  # type: ignore[arg-type]

@@ -112,6 +112,7 @@ class BoundedStepSize(nn.Module):
 
     Raises:
         ValueError: values outside (0, maximum), or a shape that does not fit.
+        TypeError: a maximum that is a tensor, or an initial value that requires a gradient.
     """
 
     def __init__(
@@ -124,12 +125,12 @@ class BoundedStepSize(nn.Module):
     ) -> None:
         super().__init__()
         expect_numbers("step_size", max_step_size=maximum)
-        if isinstance(initial, Tensor) and initial.requires_grad:
-            raise TypeError(
-                f"step_size: expected values, got a {type(initial).__name__} that requires a gradient, which it would "
-                "not get: the model has a parameter of its own (learn_step_size), and these are where it starts; pass "
-                "step_size.detach()"
-            )
+        for given in initial if isinstance(initial, (list, tuple)) else (initial,):
+            if isinstance(given, Tensor) and given.requires_grad:
+                raise TypeError(
+                    f"step_size: expected values, got a {type(given).__name__} that requires a gradient, which it would "
+                    "not get: these are where a parameter of the model's own starts (learn_step_size); pass it detached"
+                )
         if not (math.isfinite(maximum) and maximum > 0):
             raise ValueError(f"max_step_size: expected a finite number above 0, got {maximum}")
         value = torch.as_tensor(initial, dtype=torch.float64).detach().cpu()
