@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from model_problems import data, make
+from peers import peer
 from torch import Tensor, nn
 
 import fastvae
@@ -174,7 +175,7 @@ def test_each_of_adams_betas_is_a_number() -> None:
 
 
 def test_the_rate_of_lightning_is_a_number() -> None:
-    pytest.importorskip("lightning")
+    peer("lightning")
     from fastvae.integrations.lightning import LitVAE
 
     with pytest.raises(TypeError, match=r"LitVAE: lr: expected a number, got Tensor"):

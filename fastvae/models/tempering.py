@@ -128,8 +128,8 @@ class BoundedStepSize(nn.Module):
         for given in initial if isinstance(initial, (list, tuple)) else (initial,):
             if isinstance(given, Tensor) and given.requires_grad:
                 raise TypeError(
-                    f"step_size: expected values, got a {type(given).__name__} that requires a gradient, which it would "
-                    "not get: these are where a parameter of the model's own starts (learn_step_size); pass it detached"
+                    f"step_size: expected values, got a {type(given).__name__} that requires a gradient, which it "
+                    "would not get: these are where the model's own parameter starts (learn_step_size); detach it"
                 )
         if not (math.isfinite(maximum) and maximum > 0):
             raise ValueError(f"max_step_size: expected a finite number above 0, got {maximum}")
