@@ -78,13 +78,13 @@ _warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
 
 
 def lower_or_warn(
-    name: str, decoder: nn.Module, instead: str, likelihood: Likelihood | None = None
+    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood | None = None
 ) -> LoweredNetwork | None:
-    """The decoder's layers, down to the likelihood's natural parameters where one is given.
+    """The decoder's layers for codes z, down to the likelihood's natural parameters where one is given.
 
     None where they cannot be read, or where the likelihood has no kernel: ``fastvae.ops.<name>`` then runs PyTorch's
     ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises.
-    TypeError for a decoder in half precision, outside of autocast.
+    TypeError for a decoder in half precision whose codes are not, outside of autocast.
     """
     without_kernel = likelihood is not None and not likelihood.has_kernel
     if without_kernel:
@@ -98,7 +98,7 @@ def lower_or_warn(
             return None
         if torch.compiler.is_compiling():
             raise
-        _refuse_half(name, [p for p in decoder.parameters() if p.is_floating_point()])
+        _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         seen = _warned.setdefault(name, weakref.WeakSet())
         if decoder not in seen:
             seen.add(decoder)
@@ -111,7 +111,7 @@ def lower_or_warn(
         return None
     if without_kernel:
         return None
-    _refuse_half(name, network.tensors)
+    _refuse_half(name, z, network.tensors)
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
@@ -135,11 +135,11 @@ def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
         )
 
 
-def _refuse_half(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise TypeError where all of the decoder is in half precision, which autocast alone turns into float32."""
+def _refuse_half(name: str, z: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Raise TypeError where the decoder alone is in half precision, which only autocast turns into float32."""
     half = (torch.float16, torch.bfloat16)
-    if tensors and all(tensor.dtype in half for tensor in tensors):
-        if torch.is_autocast_enabled(tensors[0].device.type):
+    if z.dtype not in half and tensors and all(tensor.dtype in half for tensor in tensors):
+        if torch.is_autocast_enabled(z.device.type):
             return
         raise TypeError(
             f"fastvae::{name}: decoder: expected parameters in float32 or float64, got {tensors[0].dtype}; to mend it: "
