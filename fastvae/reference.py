@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from fastvae.decoding import natural_parameters
 from fastvae.likelihoods import Likelihood, resolve
 
 __all__ = [
@@ -122,7 +123,7 @@ class _Force:
         self.decoder, self.x, self.likelihood, self.create_graph = decoder, x, likelihood, create_graph
 
     def log_px(self, z: Tensor) -> Tensor:
-        return self.likelihood.log_prob_of_output(self.decoder(z), self.x)
+        return self.likelihood.log_prob(natural_parameters(self.decoder, z, self.likelihood), self.x)
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -309,7 +310,8 @@ def log_px(decoder: Decoder, z: Tensor, x: Tensor, likelihood: str | Likelihood 
     def part(first: int, start: int) -> Tensor:
         codes, data = z[first : first + together, start : start + rows], x[start : start + rows]
         repeated = data.expand(len(codes), *data.shape).flatten(0, 1)
-        return like.log_prob_of_output(decoder(codes.flatten(0, 1)), repeated).reshape(codes.shape[:2])
+        params = natural_parameters(decoder, codes.flatten(0, 1), like)
+        return like.log_prob(params, repeated).reshape(codes.shape[:2])
 
     found = [
         torch.cat([part(first, start) for start in range(0, samples, rows)], 1)

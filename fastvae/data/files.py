@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastvae.arguments import expect_numbers
 from fastvae.data.images import ImageDataset
 from fastvae.data.unpacking import read_idx, read_npz
 
@@ -54,6 +55,7 @@ def load(
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f'load: split: expected "train", "test" or "all", got {split!r}')
+    expect_numbers("load", test_fraction=test_fraction, seed=seed)
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(f"load: test_fraction: expected a number between 0 and 1, got {test_fraction!r}")
     if isinstance(max_unpacked, bool) or not isinstance(max_unpacked, int) or max_unpacked < 0:

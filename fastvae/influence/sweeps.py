@@ -46,6 +46,8 @@ def is_swept(model: Any) -> bool:
         stock = isinstance(model, VAE) and type(model).objective is VAE.objective
     if not stock or model.penalties or type(model).log_px is not BaseVAE.log_px:
         return False
+    if not model.likelihood.has_kernel:
+        return False
     try:
         _lowered(model)
     except (UnsupportedLayer, ValueError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._extension import raw
+from fastvae.arguments import expect_numbers
 from fastvae.influence.audit import AUDITED
 from fastvae.influence.batches import check_order, count_of, tiles_of
 from fastvae.influence.cache import FactorCache, fingerprint
@@ -114,6 +115,9 @@ class TracIn:
         process_group: Any = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        expect_numbers(
+            "TracIn", num_samples=num_samples, batch_size=batch_size, seed=seed, query_seed=query_seed
+        )
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"TracIn: {name}: expected at least 1, got {value}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import FactorSpace
 from fastvae.metrics.disentanglement import mig, modularity
 from fastvae.models import BaseVAE
@@ -89,6 +90,7 @@ def local_codes(
     Raises:
         ValueError: numbers out of range, a rho that lets no factor vary, or codes that do not fit.
     """
+    expect_numbers("local_codes", rho=rho, num_points=num_points, num_clusters=num_clusters, seed=seed)
     for name, count in (("num_points", num_points), ("num_clusters", num_clusters)):
         if count < 1:
             raise ValueError(f"local_codes: {name}: expected at least 1, got {count}")
@@ -105,7 +107,7 @@ def local_codes(
 def _clusters(
     model: Encoder, space: FactorSpace, reach: Tensor, num_points: int, num_clusters: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     last = torch.tensor(space.sizes) - 1
     for _ in range(num_clusters):
         centre = space.sample(1, generator)[0]

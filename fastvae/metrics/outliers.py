@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
+
 __all__ = ["OODMetrics", "ood_metrics"]
 
 
@@ -41,6 +43,7 @@ def ood_metrics(
         ImportError: scikit-learn is not installed.
     """
     inside, outside = _scores("scores_in", scores_in), _scores("scores_out", scores_out)
+    expect_numbers("ood_metrics", confidence=confidence, resamples=resamples, seed=seed)
     if not 0 < confidence < 1:
         raise ValueError(f"ood_metrics: confidence: expected a number between 0 and 1, got {confidence}")
     if resamples < 1:

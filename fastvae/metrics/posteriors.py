@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import images_of
 from fastvae.models import BaseVAE
 from fastvae.private import private_copy
@@ -64,7 +65,8 @@ def negative_log_likelihood(
     Raises:
         ValueError: fewer than two images, or num_samples below 1.
     """
-    generator = torch.Generator().manual_seed(seed)
+    expect_numbers("negative_log_likelihood", num_samples=num_samples, seed=seed)
+    generator = torch.Generator().manual_seed(int(seed))
     found = _of_batches(
         "negative_log_likelihood",
         model,
@@ -97,18 +99,19 @@ def mutual_information(
     Raises:
         ValueError: no images, num_samples or chunk_size below 1.
     """
+    expect_numbers("mutual_information", num_samples=num_samples, chunk_size=chunk_size, seed=seed)
     for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
         if count is not None and count < 1:
             raise ValueError(f"mutual_information: {name}: expected at least 1, got {count}")
     mu, logvar = (part.double() for part in posteriors(model, images))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     noise = torch.randn(num_samples, *mu.shape, generator=generator, dtype=torch.float64)
     codes = (mu + torch.exp(logvar / 2) * noise).flatten(0, 1)
     # log q(z | x_n) = z^2 . a_n + z . b_n + c_n: two products of matrices for all pairs.
     precision = torch.exp(-logvar)
     a, b = -0.5 * precision.T, (mu * precision).T
     c = -0.5 * (mu.square() * precision + logvar).sum(1)
-    chunk = chunk_size if chunk_size is not None else max(1, _PAIRS // len(mu))
+    chunk = int(chunk_size) if chunk_size is not None else max(1, _PAIRS // len(mu))
     log_q = torch.cat(
         [torch.logsumexp(z.square() @ a + z @ b + c, 1) - math.log(len(mu)) for z in codes.split(chunk)]
     )
@@ -130,6 +133,7 @@ def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int
     Raises:
         ValueError: fewer than two images.
     """
+    expect_numbers("active_units", threshold=threshold)
     means = posteriors(model, images)[0].double()
     if len(means) < 2:
         raise ValueError(f"active_units: images: expected at least 2, got {len(means)}")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
+
 __all__ = ["knn_accuracy", "linear_probe"]
 
 
@@ -29,6 +31,7 @@ def knn_accuracy(
         ImportError: scikit-learn is not installed.
     """
     _check("knn_accuracy", codes, labels, test_codes, test_labels)
+    expect_numbers("knn_accuracy", k=k)
     if not 1 <= k <= len(codes):
         raise ValueError(f"knn_accuracy: k: expected 1 to {len(codes)}, got {k}")
     from sklearn.neighbors import KNeighborsClassifier
@@ -59,6 +62,7 @@ def linear_probe(
         ValueError, ImportError: see :func:`knn_accuracy`; penalty not above 0.
     """
     _check("linear_probe", codes, labels, test_codes, test_labels)
+    expect_numbers("linear_probe", penalty=penalty, max_iter=max_iter)
     if not penalty > 0:
         raise ValueError(f"linear_probe: penalty: expected a number above 0, got {penalty}")
     from sklearn.linear_model import LogisticRegression

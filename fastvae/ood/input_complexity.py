@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvae.data import images_of
 from fastvae.likelihoods import Bernoulli, Categorical
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import check_is_tensor
 from fastvae.ood.negative_log_likelihood import LikelihoodScore
 
 __all__ = ["InputComplexity", "compressed_bits"]
@@ -74,6 +75,7 @@ class InputComplexity(LikelihoodScore):
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device."""
+        check_is_tensor(self, x)
         bits = compressed_bits(self._values(x), self.compressor, binary=self._binary)
         log_px = self._log_likelihood(self.model, self._copies, x)
         return -log_px - (bits * math.log(2)).to(log_px)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import images_of
 from fastvae.likelihoods import Categorical
 from fastvae.models.base import BaseVAE
@@ -35,6 +36,7 @@ def mutate(
     Raises:
         ValueError: another dtype, or a probability or levels out of range.
     """
+    expect_numbers("mutate", probability=probability, levels=levels)
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"mutate: x: expected uint8 or a floating dtype, got {x.dtype}")
     if not 0 <= probability <= 1:
@@ -108,6 +110,7 @@ class LikelihoodRatio(LikelihoodScore):
         super().__init__(model, num_samples=num_samples, seed=seed)
         if background is not None:
             background = self._checked_model("background", background)
+        expect_numbers("LikelihoodRatio", mutation=mutation, levels=levels, epochs=epochs)
         if not 0 <= mutation <= 1:
             raise ValueError(f"LikelihoodRatio: mutation: expected a number in [0, 1], got {mutation}")
         if epochs < 1:

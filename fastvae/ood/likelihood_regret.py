@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.influence.noise import draws_noise
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
@@ -110,6 +111,10 @@ class LikelihoodRegret(Detector):
             raise TypeError(f"LikelihoodRegret: model: expected a fastvae model, got {type(inner).__name__}")
         if target not in TARGETS:
             raise ValueError(f"LikelihoodRegret: target: expected one of {TARGETS}, got {target!r}")
+        expect_numbers("LikelihoodRegret", num_steps=num_steps, lr=lr, num_samples=num_samples, seed=seed)
+        expect_numbers("LikelihoodRegret", weight_decay=weight_decay, memory_budget=memory_budget)
+        for beta in betas:
+            expect_numbers("LikelihoodRegret", betas=beta)
         for name, count in (
             ("num_steps", num_steps),
             ("num_samples", num_samples),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import check_is_tensor
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
 from fastvae.private import PrivateCopies
@@ -30,6 +32,7 @@ class LikelihoodScore(Detector):
 
     def __init__(self, model: BaseVAE, *, num_samples: int = 1000, seed: int = 0) -> None:
         model = self._checked_model("model", model)
+        expect_numbers(type(self).__name__, num_samples=num_samples, seed=seed)
         if num_samples < 1:
             raise ValueError(f"{type(self).__name__}: num_samples: expected at least 1, got {num_samples}")
         super().__init__(model)
@@ -46,6 +49,7 @@ class LikelihoodScore(Detector):
 
     def _log_likelihood(self, model: BaseVAE, copies: PrivateCopies, x: Tensor) -> Tensor:
         """log p(x) [B] in nats, on the model's device, by one of its ``copies``."""
+        check_is_tensor(self, x)
         x = x.to(next(model.parameters()).device)
         with copies.borrowed(model) as private:
             noise = SampleNoise(keys_of(x), self.seed, private.weight_draws)

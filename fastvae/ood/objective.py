@@ -64,7 +64,7 @@ class PosteriorObjective:
 def _swept_decoder(model: Any) -> LoweredNetwork | None:
     """The decoder's layers, where the model's objective is a VAE's own."""
     stock = isinstance(model, VAE) and type(model).objective is VAE.objective
-    if not stock or type(model).log_px is not BaseVAE.log_px:
+    if not stock or type(model).log_px is not BaseVAE.log_px or not model.likelihood.has_kernel:
         return None
     try:
         return lower(model.decoder, strip_sigmoid=model.likelihood.probs)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvae.influence import TracIn
+from fastvae.models.inputs import check_is_tensor
 from fastvae.ood.base import Detector
 from fastvae.training import load_checkpoint
 
@@ -57,4 +58,5 @@ class SelfInfluence(Detector):
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B] of samples x [B, ...], higher = more foreign; on x's device, detached."""
+        check_is_tensor(self, x)
         return self._tracin.self_influence(x, unbiased=self.unbiased).to(x.device)

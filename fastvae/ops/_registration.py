@@ -91,23 +91,31 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 
 
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
+_warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
 
 
 def lower_or_warn(
-    name: str, decoder: nn.Module, instead: str, likelihood: Likelihood | None = None
+    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood | None = None
 ) -> LoweredNetwork | None:
-    """The decoder's layers, down to the likelihood's natural parameters where one is given.
+    """The decoder's layers for codes z, down to the likelihood's natural parameters where one is given.
 
-    None where they cannot be read: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning says so and
-    why, once for a decoder. While compiling it raises.
+    None where they cannot be read, or where the likelihood has no kernel: ``fastvae.ops.<name>`` then runs PyTorch's
+    ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises.
+    TypeError for a decoder in half precision whose codes are not, outside of autocast.
     """
+    without_kernel = likelihood is not None and not likelihood.has_kernel
+    if without_kernel:
+        _warn_of_likelihood(name, type(likelihood), instead)
     try:
         network = lower(decoder, strip_sigmoid=likelihood is not None and likelihood.probs)
     except CoupledSamples:
         raise
     except UnsupportedLayer as error:
+        if without_kernel:
+            return None
         if torch.compiler.is_compiling():
             raise
+        _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         seen = _warned.setdefault(name, weakref.WeakSet())
         if decoder not in seen:
             seen.add(decoder)
@@ -118,9 +126,39 @@ def lower_or_warn(
                 stacklevel=3,
             )
         return None
+    if without_kernel:
+        return None
+    _refuse_half(name, z, network.tensors)
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
             "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     return network
+
+
+def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
+    """Say once that a likelihood has no kernel; while compiling, raise."""
+    reason = f"{kind.__name__} is a likelihood of its own, without a kernel"
+    if torch.compiler.is_compiling():
+        raise UnsupportedLayer(f"fastvae.ops.{name}: {reason}")
+    known = _warned_of_likelihood.setdefault(name, weakref.WeakSet())
+    if kind not in known:
+        known.add(kind)
+        warnings.warn(
+            f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _refuse_half(name: str, z: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Raise TypeError where the decoder alone is in half precision, which only autocast turns into float32."""
+    half = (torch.float16, torch.bfloat16)
+    if z.dtype not in half and tensors and all(tensor.dtype in half for tensor in tensors):
+        if torch.is_autocast_enabled(z.device.type):
+            return
+        raise TypeError(
+            f"fastvae::{name}: decoder: expected parameters in float32 or float64, got {tensors[0].dtype}; to mend it: "
+            "decoder.float(), with torch.autocast around it for speed"
+        )

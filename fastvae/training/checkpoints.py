@@ -97,7 +97,13 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
     Raises:
         ValueError: a damaged file or weights of another model; the message names the file, and the model is unchanged.
     """
-    content = read_checkpoint(Path(path))
+    try:
+        content = read_checkpoint(Path(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; for files that fastvae.fit did not write, TracIn and SelfInfluence take the function that reads "
+            "them, checkpoints_load_func (model, path) -> weight"
+        ) from error
     restore_model(model, content, Path(path))
     return float(content["weight"])
 

@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastvae.arguments import expect_numbers, is_integer
 from fastvae.training.history import History
+from fastvae.training.loaders import check_loader
 from fastvae.training.locking import run_folder_held
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_generators_kept, modes_kept
@@ -61,7 +63,8 @@ def fit(
         model: ``model(x)`` is the loss of each sample, [B]. Objects in ``model.penalties`` with a ``step()``
             are stepped after each optimisation step, and stored if they have ``state_dict``.
         loader: any iterable that can be iterated once an epoch. A batch is a tensor, a tuple or list whose
-            first entry is a tensor, or a mapping with "data". A sampler's ``set_epoch`` is called.
+            first entry is a tensor, or a mapping with "data". A sampler's ``set_epoch`` is called. A Dataset
+            or a tensor is none: TypeError, which says how to make one of it.
         epochs: in all, those of a resumed run included.
         optimizer: an instance, or a callable from the list of trainable parameters (an optimiser class, a
             ``functools.partial``). None: Adam, 1e-3. Any ``torch.optim.Optimizer`` for dense gradients
@@ -102,14 +105,20 @@ def fit(
         :class:`History`. The model keeps the mode (train or eval) it came with; training is in train mode.
 
     Raises:
-        FloatingPointError: with epoch and step; the checkpoints so far stay.
+        FloatingPointError: with epoch, step and the terms of the loss (of a fastvae model) or the gradients that are
+            not finite; the checkpoints so far stay.
         ValueError: empty loader, losses not [B], arguments or a checkpoint that do not fit together.
+        TypeError: a loader that is a data set, a batch without images, a number that is none.
         FileNotFoundError, FileExistsError: by ``resume``.
         BlockingIOError: another run writes to ``run_dir``; says which process, on which host, since when.
         OSError: a checkpoint cannot be written, because the disk is full, say; names the file. The one before stays.
     """
+    check_loader("loader", loader)
+    check_loader("val_loader", val_loader)
+    expect_numbers("fit", epochs=epochs, patience=patience, max_steps=max_steps, seed=seed)
+    expect_numbers("fit", clip_grad_norm=clip_grad_norm)
     for name, count in (("epochs", epochs), ("patience", patience), ("max_steps", max_steps)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and not (is_integer(count) and count >= 1):
             raise ValueError(f"fit: {name}: expected an int of at least 1, got {count!r}")
     for name, choice, choices in (
         ("schedule_by", schedule_by, ("epoch", "step")),
@@ -132,7 +141,7 @@ def fit(
         scheduler=_build_scheduler(chosen_optimizer, scheduler),
         run_dir=None if run_dir is None else Path(run_dir),
         interval=_interval(checkpoint_every),
-        seed=seed,
+        seed=int(seed),
         schedule_by=schedule_by,
         patience=patience,
         on_nonfinite=on_nonfinite,
@@ -158,8 +167,10 @@ def _interval(checkpoint_every: int | str | None) -> int | None:
         return None
     if checkpoint_every == "epoch":
         return 1
-    if isinstance(checkpoint_every, int) and checkpoint_every >= 1:
-        return checkpoint_every
+    if not isinstance(checkpoint_every, str):
+        expect_numbers("fit", checkpoint_every=checkpoint_every)
+    if is_integer(checkpoint_every) and checkpoint_every >= 1:
+        return int(checkpoint_every)
     raise ValueError(
         f'fit: checkpoint_every: expected "epoch", "never" or an int of at least 1, got {checkpoint_every!r}'
     )

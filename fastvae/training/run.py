@@ -224,9 +224,11 @@ class Run:
             return None
 
     def _not_finite(self, what: str) -> FloatingPointError:
+        skipping = self.on_nonfinite == "skip"
+        remedies = "or clip_grad_norm" if skipping else 'clip_grad_norm or on_nonfinite="skip"'
         return FloatingPointError(
             f"fit: {what}; last good checkpoint: {self.last_checkpoint or 'none was written'}. "
-            'A lower learning rate, clip_grad_norm or on_nonfinite="skip" may help'
+            f"A lower learning rate{' ' if skipping else ', '}{remedies} may help"
         )
 
     @torch.no_grad()
@@ -237,20 +239,22 @@ class Run:
         seed_globals(self.seed, "validation", 0, self.team.rank)
         total, samples = 0.0, 0.0
         cause: DivergenceError | None = None
+        problem = ""
         with modes_kept(self.model):
             self.model.eval()
             for batch in self.val_loader:
                 x = self.stepper.images(batch)
                 samples += x.shape[0]
                 try:
-                    total += float(self.stepper.losses(x, self.team.replica).sum(dtype=torch.float64))
+                    part, why = self.stepper.validation_loss(x)
+                    total, problem = total + part, problem or why
                 except DivergenceError as error:
                     total, cause = math.inf, error
         total, samples = self.team.sums(total, samples)
         if not samples:
             raise ValueError(f"fit: val_loader: expected at least one batch, got none in epoch {number}")
         if not math.isfinite(total) and self.on_nonfinite == "raise":
-            found = cause or f"loss {total / samples}"
+            found = cause or f"loss {total / samples}{problem}"
             raise self._not_finite(f"epoch {number}, validation: {found}") from cause
         return total / samples
 
