@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs a wheel into a new environment and uses it there as a reader of the README would.
 #
-#   TORCH=2.13.0 scripts/test_wheel.sh dist/fastvae-...whl
+#   TORCH=2.13.0 scripts/test_wheel.sh dist/fastvae_ops-...whl
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 wheel=$(realpath "$1")

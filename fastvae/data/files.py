@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastvae._distribution import to_mend
 from fastvae.data.images import ImageDataset
 
 __all__ = ["load"]
@@ -97,7 +98,7 @@ def _load_digits() -> ImageDataset:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ImportError(
-            'load: source "digits" needs scikit-learn; to mend it: pip install "fastvae[demo]"'
+            f'load: source "digits" needs scikit-learn; {to_mend("scikit-learn", "demo")}'
         ) from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
