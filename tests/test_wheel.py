@@ -59,7 +59,10 @@ def test_a_wheel_in_order(
         ({"fastvae/py.typed": None}, "py.typed is missing"),
         ({"tests/test_it.py": ""}, "folders: expected fastvae and its dist-info, got also"),
         ({f"fastvae_ops-{VERSION}.dist-info/WHEEL": "Tag: py3-none-any\n"}, "the metadata py3-none-any"),
-        ({f"fastvae_ops-{VERSION}.dist-info/METADATA": "Requires-Dist: torch>=2.10\n"}, "expected torch==2.13.*"),
+        (
+            {f"fastvae_ops-{VERSION}.dist-info/METADATA": "Requires-Dist: torch>=2.10\n"},
+            "expected torch==2.13.*",
+        ),
         ({f"fastvae_ops-{VERSION}.dist-info/licenses/LICENSE": None}, "LICENSE is missing"),
     ],
 )
