@@ -31,13 +31,12 @@ def setup(
     *arguments: str,
     before: str = "",
     python: Path | str = sys.executable,
-    flags: tuple[str, ...] = (),
     **variables: str,
 ) -> Run:
     """setup.py, after some lines that make the interpreter look like another one's."""
     code = f"{before}\nimport runpy, sys\nsys.argv = {['setup.py', *arguments]!r}\nrunpy.run_path({str(SETUP)!r})"
     return subprocess.run(
-        [python, *flags, "-c", code],
+        [python, "-c", code],
         cwd=ROOT,
         env={**os.environ, **variables},
         capture_output=True,
@@ -77,10 +76,11 @@ def test_isolation_is_not_absence(bare: Environment, tmp_path: Path) -> None:
 
 
 def test_pips_isolation_finds_the_torch_of_the_target(tmp_path: Path) -> None:
-    """pip runs the target's Python and hides its packages; here -S does."""
+    """pip runs the target's Python and hides its packages."""
     for name in ("setuptools", "_distutils_hack"):
         (tmp_path / name).symlink_to(Path(importlib.import_module(name).__file__ or "").parent)
-    result = setup("--version", flags=("-S",), PYTHONPATH=str(tmp_path))
+    hide = "import sys\nsys.path = [entry for entry in sys.path if 'site-packages' not in entry]"
+    result = setup("--version", before=hide, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert f"+torch{'.'.join(torch.__version__.split('.')[:2])}." in result.stdout
 
