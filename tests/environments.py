@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import os
 import site
 import subprocess
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fastvae
 
@@ -17,18 +21,30 @@ PACKAGE = Path(fastvae.__file__).parent
 
 
 class Environment:
-    """A virtual environment with all that is installed where the tests run, but for fastvae and some packages."""
+    """A virtual environment with what is installed where the tests run, but for fastvae.
 
-    def __init__(self, folder: Path, *missing: str) -> None:
+    Args:
+        folder: a new one.
+        missing: packages that it does not have.
+        only: it has these and what they need, and nothing else (None: everything).
+    """
+
+    def __init__(self, folder: Path, *missing: str, only: Iterable[str] | None = None) -> None:
         venv.create(folder, symlinks=True, with_pip=False)
         self.python = folder / "bin" / "python"
         self.packages = next(folder.glob("lib/python*/site-packages"))
         hidden = tuple(name.lower().replace("-", "_") for name in (*missing, "fastvae"))
+        wanted = None if only is None else _entries(closure(only))
         for packages in map(Path, site.getsitepackages()):
             for entry in packages.iterdir() if packages.is_dir() else ():
                 name = entry.name.lower().replace("-", "_").split(".")[0]
-                if not any(name == package or name.startswith(f"{package}_") for package in hidden):
+                is_hidden = any(name == package or name.startswith(f"{package}_") for package in hidden)
+                if not is_hidden and (wanted is None or entry.name in wanted):
                     (self.packages / entry.name).symlink_to(entry)
+        # torchrun is the one command that a page calls.
+        command = self.python.with_name("torchrun")
+        command.write_text(f"#!{self.python}\nfrom torch.distributed.run import main\n\nmain()\n")
+        command.chmod(0o755)
 
     def run(self, *arguments: str, cwd: Path, path: str | Path = "") -> subprocess.CompletedProcess[str]:
         """Its Python, with PYTHONPATH."""
@@ -36,6 +52,29 @@ class Environment:
         return subprocess.run(
             [self.python, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
         )
+
+
+def closure(names: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
+    """Distributions by name: these, and what they require, with their extras."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [Requirement(name) for name in names]
+    while waiting:
+        requirement = waiting.pop()
+        for extra in ("", *requirement.extras):
+            key = canonicalize_name(requirement.name), extra
+            if key in seen:
+                continue
+            seen.add(key)
+            distribution = found[key[0]] = importlib.metadata.distribution(requirement.name)
+            further = map(Requirement, distribution.requires or ())
+            waiting += [one for one in further if one.marker is None or one.marker.evaluate({"extra": extra})]
+    return found
+
+
+def _entries(distributions: dict[str, importlib.metadata.Distribution]) -> set[str]:
+    """What they have written into site-packages, at its top."""
+    return {file.parts[0] for found in distributions.values() for file in found.files or ()}
 
 
 def install(folder: Path, *, distribution: str = "fastvae_ops", name: str = "fastvae-ops") -> Path:

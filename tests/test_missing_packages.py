@@ -70,3 +70,23 @@ def test_the_demo_without_its_images(tmp_path: Path) -> None:
     result = environment.run("-m", "fastvae", "demo", path=PACKAGE.parent, cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "fastvae demo: error: " in result.stderr and 'pip install ".[demo]"' in result.stderr
+
+
+def test_a_torchvision_that_does_not_fit(tmp_path: Path) -> None:
+    """What import does in Lightning and pytorch-ood when torchvision is built for CUDA and torch is not."""
+    environment = Environment(tmp_path / "env", "lightning", "pytorch-ood")
+    for name in ("lightning", "pytorch_ood"):
+        (environment.packages / f"{name}.py").write_text(
+            "raise RuntimeError('operator torchvision::nms does not exist')"
+        )
+    script = """
+from fastvae.integrations import pytorch_ood
+for use in (pytorch_ood.register, lambda: __import__("fastvae.integrations.lightning")):
+    try:
+        use()
+    except ImportError as error:
+        print(error)
+"""
+    result = environment.run("-c", script, path=PACKAGE.parent, cwd=tmp_path)
+    said = result.stdout.splitlines()
+    assert len(said) == 2 and all("install both from one index" in line for line in said), result.stderr
