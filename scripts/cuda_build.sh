@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the extension with its CUDA kernels against a CUDA build of torch, imports it and runs every operator on the CPU.
+# Builds the extension with its CUDA kernels against a CUDA build of torch, imports it, runs every operator on the CPU and
+# pytorch-ood's loops, whose torchvision is built for CUDA.
 # Needs nvcc and a torch for CUDA, no GPU. Nothing is written into the source tree outside build/cuda.
 #
 #   PYTHON=.venv-cuda/bin/python scripts/cuda_build.sh
@@ -48,3 +49,6 @@ print(
 EOF
 )
 "$PYTHON" scripts/gpu_smoke.py --device cpu
+# pytest and not python -m pytest, which would find the package of this folder first. A skipped test would not do.
+"$(dirname "$PYTHON")/pytest" -q tests/test_pytorch_ood.py | tee "$BUILD/pytorch-ood.txt"
+grep -q "passed" "$BUILD/pytorch-ood.txt"

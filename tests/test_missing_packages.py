@@ -76,9 +76,8 @@ def test_a_torchvision_that_does_not_fit(tmp_path: Path) -> None:
     """What import does in Lightning and pytorch-ood when torchvision is built for CUDA and torch is not."""
     environment = Environment(tmp_path / "env", "lightning", "pytorch-ood")
     for name in ("lightning", "pytorch_ood"):
-        (environment.packages / f"{name}.py").write_text(
-            "raise RuntimeError('operator torchvision::nms does not exist')"
-        )
+        module = environment.packages / f"{name}.py"
+        module.write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     script = """
 from fastvae.integrations import pytorch_ood
 for use in (pytorch_ood.register, lambda: __import__("fastvae.integrations.lightning")):

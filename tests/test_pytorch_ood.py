@@ -1,7 +1,7 @@
 """The outlier scores under pytorch-ood's users' loops, with the library itself.
 
-It imports torchvision, so it runs where torchvision fits torch: ``make cuda-build`` runs it in .venv-cuda. The environment
-of ``make test`` has neither.
+It imports torchvision, so it runs where torchvision fits torch: ``make cuda-build`` runs it in .venv-cuda. The
+environment of ``make test`` has neither.
 """
 
 from __future__ import annotations
