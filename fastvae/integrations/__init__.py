@@ -9,6 +9,7 @@ __all__ = ["TORCHVISION"]
 
 TORCHVISION = (
     "imports torchvision, whose build does not fit this torch ({error}). To mend it: install both from one index (a "
-    "CPU build of torch needs a CPU build of torchvision), or, for Lightning, which does without: pip uninstall torchvision"
+    "CPU build of torch needs a CPU build of torchvision), or, for Lightning, which does without it: "
+    "pip uninstall torchvision"
 )
 """What to do where ``import torchvision`` raises RuntimeError."""
