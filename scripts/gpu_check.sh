@@ -45,7 +45,7 @@ if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
   CUDA_HOME=$(nvcc --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
 fi
 [ -n "${CUDA_HOME:-}" ] || CUDA_HOME=$(ls -d /usr/local/cuda 2>/dev/null || true)
-export CUDA_HOME
+[ -z "$CUDA_HOME" ] || export CUDA_HOME
 
 failed=()
 note() { echo "gpu-check: $*" | tee -a "$work/$call/summary.txt"; }
@@ -78,12 +78,12 @@ stage() {
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 imports() { "$PYTHON" -c "from fastvae._extension import raw; assert raw.build_info()['cuda'] or '$dry', 'no CUDA kernels'"; }
 machine() {
-  nvidia-smi
+  nvidia-smi || echo "nvidia-smi: exit status $?"
   "$PYTHON" - <<'PY'
 import importlib.metadata, os, pathlib, platform, sys, sysconfig
 print("Python", platform.python_version(), sys.executable)
 print("Python.h", (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file())
-print("CUDA_HOME", os.environ["CUDA_HOME"])
+print("CUDA_HOME", os.environ.get("CUDA_HOME", "none"))
 for name in ("torch", "setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "pytest-benchmark", "jax", "tqdm",
              "triton", "captum", "matplotlib", "scikit-learn", "safetensors"):
     try:
