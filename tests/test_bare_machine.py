@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh, every stage of its three calls, on this machine: the CPU build and stand-ins for CUDA's tools."""
+"""scripts/gpu_check.sh, every stage of its calls, on this machine: the CPU build and stand-ins for CUDA's tools."""
 
 from __future__ import annotations
 
