@@ -13,7 +13,8 @@
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
 #   make docs        the API reference, build/docs/index.html
 #   make wheel       dist/*.whl for the torch of .venv                     (with CUDA kernels, for that of .venv-cuda: wheel-cuda)
-#   make test-wheel  that wheel in a new environment: every public name, the README (CUDA's: test-wheel-cuda)
+#   make test-wheel  that wheel in a new environment: every public name, every page (CUDA's: test-wheel-cuda)
+#   make test-install  the README's Install block as it stands, and with uv
 #   make sdist       dist/*.tar.gz, to build from
 #   make clean       removes what was built, not the environments
 
@@ -21,7 +22,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 BENCHMARKS := $(addprefix bench-,flow models jacobian consistency log_likelihood regret tracin scale)
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda clean build
+.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -53,30 +54,30 @@ endef
 
 # --- environments ---------------------------------------------------------------------------------------------------
 
-$(VENV)/.torch-$(TORCH):
+# Other pins make a new environment: pip would leave behind what is pinned no more.
+$(VENV)/.torch-$(TORCH): constraints.txt
 	@$(CHECK_TOOLS)
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet torch==$(TORCH)
-	rm -f $(VENV)/.torch-*  # of the version that was here before
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH)
 	touch $@
 
 $(VENV)/.packages: pyproject.toml $(VENV)/.torch-$(TORCH)
 	$(PY) scripts/requirements.py train demo test lint docs > $(VENV)/requirements.txt
-	$(PY) -m pip install --quiet torch==$(TORCH) -r $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH) -r $(VENV)/requirements.txt
 	touch $@
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.packages
 	$(PY) scripts/requirements.py bench > $(VENV)/requirements-bench.txt
-	$(PY) -m pip install --quiet torch==$(TORCH) -r $(VENV)/requirements-bench.txt
+	$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH) -r $(VENV)/requirements-bench.txt
 	touch $@
 
-.venv-cuda/.torch-$(TORCH_CUDA): pyproject.toml
+# pytorch-ood imports torchvision, whose builds for CUDA fit this torch and not that of .venv.
+.venv-cuda/.torch-$(TORCH_CUDA): pyproject.toml constraints.txt
 	@$(CHECK_TOOLS)
-	$(PYTHON) -m venv .venv-cuda
-	$(CUDA_PY) -m pip install --quiet torch==$(TORCH_CUDA)
-	$(CUDA_PY) scripts/requirements.py > .venv-cuda/requirements.txt
-	$(CUDA_PY) -m pip install --quiet torch==$(TORCH_CUDA) -r .venv-cuda/requirements.txt
-	rm -f .venv-cuda/.torch-*
+	$(PYTHON) -m venv --clear .venv-cuda
+	$(CUDA_PY) -m pip install --quiet -c constraints.txt torch==$(TORCH_CUDA)
+	$(CUDA_PY) scripts/requirements.py pytorch-ood > .venv-cuda/requirements.txt
+	$(CUDA_PY) -m pip install --quiet -c constraints.txt torch==$(TORCH_CUDA) -r .venv-cuda/requirements.txt
 	touch $@
 
 # --- build ----------------------------------------------------------------------------------------------------------
@@ -192,6 +193,9 @@ test-wheel: wheel
 
 test-wheel-cuda: wheel-cuda
 	PYTHON=$(PYTHON) TORCH=$(TORCH_CUDA) scripts/test_wheel.sh dist/*torch$(basename $(TORCH_CUDA)).cu*.whl
+
+test-install:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) scripts/test_install.sh
 
 clean:
 	rm -rf build dist *.egg-info fastvae/_C*.so fastvae/_build.py

@@ -7,16 +7,91 @@ Environment variables:
     MAX_JOBS             parallel compiler processes
 """
 
+import os
+import sys
+
+
+def stop(text):
+    """End the build with one paragraph, which says what is missing and what to do."""
+    raise SystemExit("\nfastvae: " + text + "\n")
+
+
+# This file parses under Python 3.6, so that an older Python than fastvae's gets a sentence and no SyntaxError.
+if sys.version_info < (3, 10):
+    stop(
+        f"Python 3.10 or later is needed, and this is {sys.version.split()[0]} ({sys.executable}). Make an "
+        "environment with a newer one (python3.11 -m venv env), install torch there, then run its pip: pip install ."
+    )
+if os.name == "nt" or not hasattr(os, "uname"):
+    stop(
+        "it is compiled with g++ or clang++ on Linux and macOS, and this is Windows, where neither its sources nor "
+        "its flags have been tried. Use the Windows Subsystem for Linux: install Python, g++ and torch there, then "
+        "run: pip install ."
+    )
+
 import contextlib
 import glob
-import os
+import shlex
 import shutil
-import sys
+import site
+import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+LOWEST_TORCH = (2, 10)
+BUILD_PACKAGES = "'setuptools>=77' wheel ninja numpy pybind11 typing_extensions packaging"
+
+
+def is_isolated() -> bool:
+    """Whether this build runs in an environment that was made for it and does not show the one to install into.
+
+    pip's is not one of these: it hides the packages of the target, but runs its Python.
+    """
+    prefix = Path(sys.prefix)
+    return (
+        "UV_INTERNAL__BUILD_DIR" in os.environ or "builds-v0" in prefix.parts or "build-env-" in prefix.name
+    )
+
+
+def package_folders():
+    """Where the packages of this Python lie, also those that pip's isolation hides."""
+    yield from (sysconfig.get_path(key) for key in ("purelib", "platlib"))
+    config = Path(sys.prefix) / "pyvenv.cfg"
+    if config.is_file() and "include-system-site-packages = true" not in config.read_text().lower():
+        return
+    base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+    schemes = [None, *(name for name in sysconfig.get_scheme_names() if name.startswith("deb_"))]
+    for scheme in schemes:
+        for key in ("purelib", "platlib"):
+            yield sysconfig.get_path(key, **({"scheme": scheme} if scheme else {}), vars=base)
+    yield site.getusersitepackages()
+
+
+def imports_torch() -> bool:
+    """Import it; False if there is none, and a paragraph if there is one that does not import or is too old."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            return False
+        reason = error
+    except Exception as error:
+        reason = error
+    else:
+        found = str(getattr(torch, "__version__", "of unknown version"))
+        numbers = tuple(int(part) if part.isdigit() else 0 for part in found.split("+")[0].split(".")[:2])
+        if numbers < LOWEST_TORCH:
+            stop(
+                f"torch {'.'.join(map(str, LOWEST_TORCH))} or later is needed, and torch {found} is installed "
+                f"({Path(torch.__file__).parent}). Install a newer build of it, then run: pip install ."
+            )
+        return True
+    stop(
+        f"torch is installed in {sys.prefix}, but cannot be imported ({type(reason).__name__}: {reason}). Mend that "
+        f"first (python -c 'import torch' shows it), then run: pip install ."
+    )
 
 
 def find_torch() -> None:
@@ -25,28 +100,49 @@ def find_torch() -> None:
     pip builds in an isolated environment. A torch of its own there would be another build than the one that
     loads the shared object, so the one of the target environment is used.
     """
+    if imports_torch():
+        return
+    for folder in package_folders():
+        if folder not in sys.path and (Path(folder) / "torch").is_dir():
+            sys.path.append(folder)
+            if imports_torch():
+                return
+    if is_isolated():
+        stop(
+            "it is compiled against the torch that it will run with, and this build is isolated from the environment "
+            f"that holds it (it runs in {sys.prefix}; uv and `python -m build` do that). Whether torch is installed "
+            f"cannot be seen from here. Install torch and the build's packages into your environment, {BUILD_PACKAGES},"
+            " then build without isolation: uv pip install --no-build-isolation . (pip install . needs no option)"
+        )
+    stop(
+        "it is compiled against the torch that it will run with, and none is installed here "
+        f"({sys.prefix}). Install the build of torch that fits your machine first (the selector on PyTorch's home "
+        "page gives the command), then run: pip install ."
+    )
+
+
+def check_setuptools() -> None:
+    """What a build without isolation takes from the environment may be older than pyproject.toml asks for."""
     try:
-        import torch
+        import setuptools
     except ImportError:
-        for key in ("purelib", "platlib"):
-            path = sysconfig.get_path(key, vars={"base": sys.prefix, "platbase": sys.prefix})
-            if path not in sys.path and (Path(path) / "torch").is_dir():
-                sys.path.append(path)
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            raise SystemExit(
-                "fastvae is compiled against the torch that it will run with, and none is installed here. "
-                "Install the build of torch that fits your machine first (the selector on PyTorch's home page "
-                "gives the command), then run: pip install fastvae"
-            ) from None
+        found = "none"
+    else:
+        found = setuptools.__version__
+        if int(found.split(".")[0]) >= 77 or found.startswith("0."):  # it knows no version of its own
+            return
+    stop(
+        f"setuptools 77 or later is needed to build, and {found} is installed. Install the build's packages: "
+        f"pip install {BUILD_PACKAGES} (or build with isolation, which brings them: pip install .)"
+    )
 
 
+check_setuptools()
 find_torch()
 
-import torch  # noqa: E402
-from setuptools import setup  # noqa: E402
-from torch.utils import cpp_extension  # noqa: E402
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
 
 
 def cuda_wanted() -> bool:
@@ -89,12 +185,13 @@ def extension():
         "-Wextra",
     ]
     compile_args += ["-Wno-unused-parameter", "-Wno-psabi", "-fvisibility=hidden"]
-    if "x86_64" in os.uname().machine:
+    if os.uname().machine == "x86_64":
         compile_args.append("-mprefer-vector-width=512")
     link_args = ["-Wl,-s"]
     # torch/csrc/autograd's headers then bring the operators that they use and no others.
     macros: list[tuple[str, str | None]] = [("AT_PER_OPERATOR_HEADERS", None)]
-    if sanitizers := os.environ.get("FASTVAE_SANITIZE"):
+    sanitizers = os.environ.get("FASTVAE_SANITIZE")
+    if sanitizers:
         # A sanitizer's runtime is not up yet when the loader asks which clone of a kernel to take.
         macros.append(("FASTVAE_NO_CLONES", None))
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
@@ -127,6 +224,58 @@ def extension():
     )
 
 
+def refused(command, flags) -> str:
+    """What a compiler says of a small C++20 program under these flags; nothing if it takes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <concepts>\ntemplate <std::integral T> T same(T x) { return x; }\n")
+        result = subprocess.run(
+            [*command, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    return "" if result.returncode == 0 else result.stdout.strip() or f"exit status {result.returncode}"
+
+
+def check_compiler(flags):
+    """Those of the flags that the compiler takes; a paragraph if it is missing or has no C++20.
+
+    A compiler without OpenMP (Apple's clang) builds kernels for one thread, and -m flags are for some processors.
+    """
+    named = os.environ.get("CXX")
+    command = shlex.split(named or "c++")
+    if not command or shutil.which(command[0]) is None:
+        stop(
+            f"a C++20 compiler is needed, and {named or 'c++'} is not on the PATH"
+            f"{' (CXX names it)' if named else ''}. Install g++ 11 or later (apt-get install g++; on macOS "
+            "xcode-select --install), or name another: CXX=clang++ pip install ."
+        )
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").is_file():
+        stop(
+            f"Python's headers are needed, and {include} holds no Python.h. Install them (apt-get install "
+            "python3-dev, or the package of that name for your Python), then run: pip install ."
+        )
+    fault = refused(command, ["-std=c++20"])
+    if fault:
+        stop(
+            f"a C++20 compiler is needed, and {shlex.join(command)} does not compile a small C++20 program "
+            f"({fault[:500]}). Install g++ 11 or clang++ 14 or later, or name another: CXX=clang++-14 pip install ."
+        )
+    if not refused(command, flags):
+        return flags
+    taken = [flag for flag in flags if not refused(command, [flag])]
+    for flag in flags:
+        if flag not in taken:
+            print(
+                f"fastvae: {shlex.join(command)} does not take {flag}, so the build goes without it"
+                + ("; kernels will run on one thread each" if flag == "-fopenmp" else ""),
+                file=sys.stderr,
+            )
+    return taken
+
+
 @contextlib.contextmanager
 def silent_unless_failing():
     """Keep what this process and the compilers print, and show it only if something fails."""
@@ -154,6 +303,8 @@ class BuildExtension(cpp_extension.BuildExtension):
     """
 
     def run(self) -> None:
+        for extension in self.extensions:
+            extension.extra_compile_args["cxx"] = check_compiler(extension.extra_compile_args["cxx"])
         with contextlib.nullcontext() if self.verbose else silent_unless_failing():
             super().run()
         package = ROOT / "fastvae" if self.inplace else Path(self.build_lib) / "fastvae"

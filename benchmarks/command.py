@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -54,6 +55,23 @@ def begin(options: argparse.Namespace, name: str) -> tuple[torch.device, Path]:
     options.output.mkdir(parents=True, exist_ok=True)
     quick = "-quick" if options.quick else ""
     return device, options.output / f"{name}-{common.device_slug(device)}{quick}"
+
+
+def those_that_run(
+    contestants: Mapping[str, common.Contestant], ours: str, title: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What each contestant returns, and a note for each rival that fails: it is left out, and the others go on."""
+    results: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    for name, run in contestants.items():
+        progress(f"{title}: {name}")
+        try:
+            results[name] = run()
+        except Exception as error:
+            if name == ours:
+                raise
+            notes[name] = f"not timed: {common.why(error)}"
+    return results, notes
 
 
 def draw(path: Path, panels: Mapping[str, Mapping[str, float]], label: str) -> None:

@@ -260,28 +260,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device, path = command.begin(options, "flow-memory" if options.memory else "flow")
     environment = common.environment(device)
     record: dict[str, Any] = {"benchmark": "flow", "environment": environment}
+
+    def write(tables: list[str]) -> None:
+        if record["targets"]:
+            tables.insert(0, report.target_table(record["targets"]))
+        last = report.environment_table(environment, record["settings"])
+        common.publish(path, record, ["# The Hamiltonian flow", *tables, last])
+
     if options.memory:
         record["settings"] = {
             "peak": "VmHWM of a fresh process" if device.type == "cpu" else "PyTorch's allocator"
         }
         record["memory"] = run_memory(device, options)
         record["targets"] = [] if options.quick else memory_targets(record["memory"])
-        tables = [memory_table(record["memory"])]
-    else:
-        record["settings"] = {
-            "threads": options.threads,
-            "precision": "float32, TF32 off",
-            "copy rate, GB/s": round(common.copy_rate(device, 1 if options.quick else 256), 1),
-        }
-        record["cases"] = [run_case(case, device, options) for case in cases(options.quick)]
+        write([memory_table(record["memory"])])
+        return
+    record["settings"] = {
+        "threads": options.threads,
+        "precision": "float32, TF32 off",
+        "copy rate, GB/s": round(common.copy_rate(device, 1 if options.quick else 256), 1),
+    }
+    record["cases"] = []
+    for case in cases(options.quick):
+        record["cases"].append(run_case(case, device, options))
         record["targets"] = [] if options.quick else report.judge(record["cases"], device.type, TARGETS)
-        tables = [report.case_section(case, OURS) for case in record["cases"]]
-        panels = report.panels(record["cases"], OURS)
-        command.draw(path, panels, "time / ours (store), medians")
-    if record["targets"]:
-        tables.insert(0, report.target_table(record["targets"]))
-    sections = ["# The Hamiltonian flow", *tables, report.environment_table(environment, record["settings"])]
-    common.publish(path, record, sections)
+        command.draw(path, report.panels(record["cases"], OURS), "time / ours (store), medians")
+        write([report.case_section(found, OURS) for found in record["cases"]])
 
 
 if __name__ == "__main__":

@@ -246,37 +246,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     device, path = command.begin(options, "jacobian")
     environment = common.environment(device)
-    records = [run_case(case, device, options) for case in cases(options.quick)]
     settings = {
         "threads": options.threads,
         "precision": "float32, TF32 off",
         "peak memory": "VmHWM of a fresh process" if device.type == "cpu" else "PyTorch's allocator",
     }
-    memory = run_memory(device, options)
-    sizes = {row["contestant"]: row["bytes"] for row in memory}
-    share = sizes[OURS] / sizes[BATCHED] if sizes[BATCHED] else None
-    title = memory_case(options.quick).title
-    of_memory = report.verdict(title, "ours, peak memory", BATCHED, MEMORY_BOUND, share, at_most=True)
-    record = {
-        "benchmark": "jacobian",
-        "environment": environment,
-        "settings": settings,
-        "cases": records,
-        "memory": memory,
-        "targets": [] if options.quick else [*report.judge(records, device.type, TARGETS), of_memory],
-    }
-    sections = ["# The Jacobian L1 penalty"]
-    if record["targets"]:
-        sections.append(report.target_table(record["targets"]))
-    for case in records:
-        sections += [report.case_section(case, OURS), report.error_table(case)]
-    sections += [
-        memory_section(memory_case(options.quick), record["memory"]),
-        report.environment_table(environment, settings),
-    ]
-    panels = report.panels(records, OURS)
-    command.draw(path, panels, "time / ours, medians")
-    common.publish(path, record, sections)
+
+    def write(records: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
+        targets = report.judge(records, device.type, TARGETS)
+        sections = ["# The Jacobian L1 penalty"]
+        for case in records:
+            sections += [report.case_section(case, OURS), report.error_table(case)]
+        if memory:
+            sizes = {row["contestant"]: row["bytes"] for row in memory}
+            share = sizes[OURS] / sizes[BATCHED] if sizes[BATCHED] else None
+            title = memory_case(options.quick).title
+            bound = report.verdict(title, "ours, peak memory", BATCHED, MEMORY_BOUND, share, at_most=True)
+            targets.append(bound)
+            sections.append(memory_section(memory_case(options.quick), memory))
+        targets = [] if options.quick else targets
+        if targets:
+            sections.insert(1, report.target_table(targets))
+        sections.append(report.environment_table(environment, settings))
+        record = {
+            "benchmark": "jacobian",
+            "environment": environment,
+            "settings": settings,
+            "cases": records,
+            "memory": memory,
+            "targets": targets,
+        }
+        command.draw(path, report.panels(records, OURS), "time / ours, medians")
+        common.publish(path, record, sections)
+
+    records: list[dict[str, Any]] = []
+    for case in cases(options.quick):
+        records.append(run_case(case, device, options))
+        write(records, [])
+    write(records, run_memory(device, options))
 
 
 if __name__ == "__main__":

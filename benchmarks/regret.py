@@ -172,13 +172,17 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
         copy.deepcopy(model).double(), one, SampleNoise(keys_of(one), 0), num_steps=case.steps
     )
     expected = torch.cat(exact.encode(one), 1)
-    single, _ = refit_one(model, one, SampleNoise(keys_of(one), 0), num_steps=case.steps)
-    refit = detector.refit(x)
-    outputs = {
-        OURS: torch.cat((refit.mu, refit.logvar), 1)[:1],
-        CAREFUL: torch.cat(single.encode(one), 1),
-        VMAP: vmapped_steps(detector, x)[:1],
-    }
+
+    def ours() -> Tensor:
+        refit = detector.refit(x)
+        return torch.cat((refit.mu, refit.logvar), 1)[:1]
+
+    def careful() -> Tensor:
+        single, _ = refit_one(model, one, SampleNoise(keys_of(one), 0), num_steps=case.steps)
+        return torch.cat(single.encode(one), 1)
+
+    checked = {OURS: ours, CAREFUL: careful, VMAP: lambda: vmapped_steps(detector, x)[:1]}
+    outputs, failures = command.those_that_run(checked, OURS, case.title)
     errors = {name: (output - expected).abs().max().item() for name, output in outputs.items()}
     if not errors[OURS] <= TOLERANCE:
         raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}, over {TOLERANCE:.1e}")
@@ -202,6 +206,10 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
     floor_ms = {STATE: case.steps * 24 * parameters / bandwidth / 1e6, FLOPS: operations / gflops / 1e6}
     records = []
     for part, contestants, floor in (("steps", steps, floor_ms), ("score", scores, {})):
+        alive = {name: run for name, run in contestants.items() if name not in failures}
+        results, notes = command.those_that_run(alive, OURS, f"{case.title}, {part}")
+        contestants = {name: contestants[name] for name in results}
+        notes |= {name: note for name, note in failures.items() if name not in notes}
         command.progress(f"{case.title}: timing the {part}")
         timings = common.interleave(
             contestants,
@@ -227,7 +235,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
                 "floor_ms": floor,
                 "ratio_to_ours": {name: timing.median / mine for name, timing in timings.items()},
                 "largest_difference": errors,
-                "notes": {},
+                "notes": notes,
             }
         )
     return records
@@ -279,26 +287,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device, path = command.begin(options, "-".join(["regret", *(options.case or ())]))
     environment = common.environment(device)
     chosen = [case for case in cases(options.quick) if not options.case or case.key in options.case]
-    records = [record for case in chosen for record in run_case(case, device, options)]
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
-    record = {
-        "benchmark": "regret",
-        "environment": environment,
-        "settings": settings,
-        "cases": records,
-        "targets": [] if options.quick else report.judge(records, device.type, TARGETS),
-    }
-    sections = ["# Likelihood regret"]
-    if record["targets"]:
-        sections.append(report.target_table(record["targets"]))
-    for case in records:
-        sections.append(report.case_section(case, OURS))
-        if case["case"].endswith("-steps"):
-            sections.append(error_table(case))
-    sections.append(report.environment_table(environment, settings))
-    panels = report.panels(records, OURS)
-    command.draw(path, panels, "time / ours, medians")
-    common.publish(path, record, sections)
+    records: list[dict[str, Any]] = []
+    for case in chosen:
+        records += run_case(case, device, options)
+        record = {
+            "benchmark": "regret",
+            "environment": environment,
+            "settings": settings,
+            "cases": records,
+            "targets": [] if options.quick else report.judge(records, device.type, TARGETS),
+        }
+        sections = ["# Likelihood regret"]
+        if record["targets"]:
+            sections.append(report.target_table(record["targets"]))
+        for found in records:
+            sections.append(report.case_section(found, OURS))
+            if found["case"].endswith("-steps"):
+                sections.append(error_table(found))
+        sections.append(report.environment_table(environment, settings))
+        command.draw(path, report.panels(records, OURS), "time / ours, medians")
+        common.publish(path, record, sections)
 
 
 if __name__ == "__main__":

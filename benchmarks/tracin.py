@@ -262,24 +262,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment |= {name: common.version_of(name) for name in ("captum", "kronfluence")}
     settings: dict[str, Any] = {"threads": options.threads, "precision": "float32, TF32 off"}
     record: dict[str, Any] = {"benchmark": kind, "environment": environment, "settings": settings}
+
+    def write(sections: list[str]) -> None:
+        if record["targets"]:
+            sections.insert(0, report.target_table(record["targets"]))
+        title = "# TracIn: memory" if options.memory else "# TracIn"
+        common.publish(path, record, [title, *sections, report.environment_table(environment, settings)])
+
     if options.memory:
         record["memory"] = run_memory(device, options)
-        case, share = record["memory"]["title"], record["memory"]["bytes"] / MEMORY_BOUND
-        verdict = report.verdict(case, "ours, peak memory", "2 GiB", 1, share, at_most=True)
+        title, share = record["memory"]["title"], record["memory"]["bytes"] / MEMORY_BOUND
+        verdict = report.verdict(title, "ours, peak memory", "2 GiB", 1, share, at_most=True)
         record["targets"] = [] if options.quick else [verdict]
-        sections = [memory_section(record["memory"])]
-    else:
-        records = [run_case(case, device, options) for case in cases(options.quick)]
-        record["cases"] = records
-        record["targets"] = [] if options.quick else report.judge(records, device.type, TARGETS)
-        sections = [report.case_section(case, OURS) for case in records]
-        panels = report.panels(records, OURS)
-        command.draw(path, panels, "time / ours, medians")
-    if record["targets"]:
-        sections.insert(0, report.target_table(record["targets"]))
-    title = "# TracIn: memory" if options.memory else "# TracIn"
-    sections = [title, *sections, report.environment_table(environment, settings)]
-    common.publish(path, record, sections)
+        write([memory_section(record["memory"])])
+        return
+    record["cases"] = []
+    for case in cases(options.quick):
+        record["cases"].append(run_case(case, device, options))
+        record["targets"] = [] if options.quick else report.judge(record["cases"], device.type, TARGETS)
+        command.draw(path, report.panels(record["cases"], OURS), "time / ours, medians")
+        write([report.case_section(found, OURS) for found in record["cases"]])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastvae import demo, info
+from fastvae._distribution import faults
+
+try:
+    from fastvae import demo, info
+except Exception:
+    for fault in faults():  # files of another project among ours explain what no traceback does
+        print(fault, file=sys.stderr)
+    raise
 
 __all__ = ["main"]
 

@@ -7,18 +7,29 @@ the version written down by setup.py is compared first.
 from __future__ import annotations
 
 import importlib
+import platform
+import sys
+import warnings
+from pathlib import Path
 from types import ModuleType
+
+from fastvae._distribution import installed_elsewhere, other_project
+
+if _sentence := other_project():
+    warnings.warn(_sentence, stacklevel=2)
 
 try:
     import torch
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise  # torch is there, and what it needs is not: its own message says what
     raise ImportError(
         "fastvae needs PyTorch, and none is installed in this environment. Install the build that fits your "
-        "machine (the selector on PyTorch's home page gives the command), then reinstall fastvae so that it is "
-        "compiled against it: pip install --force-reinstall --no-deps fastvae"
+        "machine (the selector on PyTorch's home page gives the command), then compile fastvae against it, in a "
+        "checkout of fastvae: pip install ."
     ) from error
 
-_REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary fastvae fastvae"
+_REBUILD = "in a checkout of fastvae: pip install ."
 
 
 def _minor(version: str) -> tuple[str, ...]:
@@ -35,26 +46,58 @@ def check_torch(built: str, built_cuda: str | None, running: str, running_cuda: 
     if _minor(built) != _minor(running):
         raise ImportError(
             f"fastvae was compiled against torch {built}, but torch {running} is running. Compile it again "
-            f"against this torch: {_REBUILD} (in a source checkout: pip install .), or install the torch it was "
-            f"built for: pip install 'torch=={'.'.join(_minor(built))}.*'"
+            f"against this torch, {_REBUILD}; or install the torch it was built for: "
+            f"pip install 'torch=={'.'.join(_minor(built))}.*'"
         )
     if built_cuda is not None and running_cuda is None:
         raise ImportError(
             f"fastvae was compiled with CUDA kernels (torch {built}), but the torch that is running ({running}) "
-            f"is a CPU build. Compile fastvae again: {_REBUILD} (in a source checkout: pip install .)"
+            f"is a CPU build. Compile fastvae again, {_REBUILD}"
         )
 
 
-def _open() -> ModuleType:
-    try:
-        from fastvae._build import TORCH_CUDA, TORCH_VERSION
-    except ImportError as error:
+def _find_build() -> None:
+    """Make ``fastvae._build`` and ``fastvae._C`` be found, also from a checkout that is not built itself.
+
+    Python looks into the folder it runs in first, so inside a checkout the installed package is hidden by its own
+    sources. Where both have the same, the build of the installed one serves them.
+    """
+    here = Path(__file__).resolve().parent
+    if (here / "_build.py").is_file():
+        return
+    others = list(installed_elsewhere())
+    for folder, same in others:
+        if same:
+            sys.modules["fastvae"].__path__.append(str(folder))
+            return
+    if others:
         raise ImportError(
-            "fastvae is not built here: this looks like a source checkout. Build it with: pip install . (or, to "
-            "work on it: python setup.py build_ext --inplace), and do not run Python inside the checkout otherwise"
-        ) from error
+            f"fastvae is installed in {others[0][0]}, but Python runs in a checkout ({here.parent}) whose files "
+            "differ from the installed ones. Install it again, in the checkout: pip install . (or run Python in "
+            "another folder)"
+        )
+    raise ImportError(
+        f"fastvae is not built: {here.parent} is a checkout, and nothing is installed in this environment "
+        f"({sys.prefix}). Install it, in the checkout: pip install . (or, to work on it: "
+        "python setup.py build_ext --inplace)"
+    )
+
+
+def _open() -> ModuleType:
+    _find_build()
+    from fastvae._build import TORCH_CUDA, TORCH_VERSION
+
     check_torch(TORCH_VERSION, TORCH_CUDA, torch.__version__, torch.version.cuda)
-    return importlib.import_module("fastvae._C")
+    try:
+        return importlib.import_module("fastvae._C")
+    except ModuleNotFoundError as error:
+        if error.name != "fastvae._C":
+            raise
+        found = sorted(path.name for path in Path(__file__).resolve().parent.glob("_C.*"))
+        raise ImportError(
+            f"fastvae was not compiled for this Python ({platform.python_version()}): expected a shared object "
+            f"_C for {sys.implementation.cache_tag}, got {', '.join(found) or 'none'}. Compile it again, {_REBUILD}"
+        ) from error
 
 
 raw = _open()

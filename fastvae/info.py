@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 
 from fastvae import _build
+from fastvae._distribution import faults, to_mend
 from fastvae._extension import raw
 from fastvae._version import __version__
 
@@ -26,6 +28,8 @@ def describe() -> list[tuple[str, str]]:
     openmp = "with OpenMP" if build["openmp"] else "without OpenMP"
     return [
         ("fastvae", __version__),
+        ("installed in", str(Path(_build.__file__).parent)),
+        ("installed files", " ".join(faults()) or "in order"),
         ("torch, built against", _build.TORCH_VERSION),
         ("torch, running", f"{torch.__version__} ({running_cuda})"),
         ("CUDA kernels", cuda),
@@ -49,4 +53,4 @@ def _version(name: str, extra: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f'not installed; pip install "fastvae[{extra}]"'
+        return f"not installed; {to_mend(name, extra)}"

@@ -20,14 +20,14 @@ BUDGET = {"cpu": 8, "cuda": 64}
 """MiB of a wheel"""
 FOREIGN = re.compile(r"lib(torch|c10|caffe2|cudart|cublas|cudnn|nvrtc|gomp|mkl)\b", re.IGNORECASE)
 VERSION = re.compile(r"[\d.]+(?:(?:a|b|rc|\.dev)\d+)?\+torch(?P<torch>\d+\.\d+)\.(?P<kind>cpu|cu\d+)")
-NAME = re.compile(r"fastvae-(?P<version>[^-]+)-(?P<python>cp3\d+)-(?P<abi>cp3\d+)-(?P<platform>\w+)\.whl")
+NAME = re.compile(r"fastvae_ops-(?P<version>[^-]+)-(?P<python>cp3\d+)-(?P<abi>cp3\d+)-(?P<platform>\w+)\.whl")
 
 
 def faults_of(path: Path) -> list[str]:
     """What is wrong with a wheel, a line each."""
     named = NAME.fullmatch(path.name)
     if named is None:
-        return ["name: expected fastvae-VERSION-cp3X-cp3X-PLATFORM.whl"]
+        return ["name: expected fastvae_ops-VERSION-cp3X-cp3X-PLATFORM.whl"]
     version = VERSION.fullmatch(named["version"])
     if version is None:
         return [f"version: expected X.Y.Z+torchA.B.cpu or .cuNNN, got {named['version']}"]
@@ -58,7 +58,7 @@ def _faults_inside(wheel: zipfile.ZipFile, named: re.Match[str], version: re.Mat
         if name not in names:
             faults.append(f"file: {name} is missing")
     outside = {name.split("/")[0] for name in names} - {"fastvae"}
-    if outside != {f"fastvae-{named['version']}.dist-info"}:
+    if outside != {f"fastvae_ops-{named['version']}.dist-info"}:
         faults.append(f"folders: expected fastvae and its dist-info, got also {', '.join(sorted(outside))}")
         return faults
     folder = outside.pop()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the extension with its CUDA kernels against a CUDA build of torch, imports it and runs every operator on the CPU.
+# Builds the extension with its CUDA kernels against a CUDA build of torch, imports it, runs every operator on the CPU and
+# pytorch-ood's loops, whose torchvision is built for CUDA.
 # Needs nvcc and a torch for CUDA, no GPU. Nothing is written into the source tree outside build/cuda.
 #
 #   PYTHON=.venv-cuda/bin/python scripts/cuda_build.sh
@@ -48,3 +49,7 @@ print(
 EOF
 )
 "$PYTHON" scripts/gpu_smoke.py --device cpu
+# From tests/, since -m finds the package of the folder that it runs in first. A skipped test would not do.
+python=$(realpath --no-symlinks "$(command -v "$PYTHON")")
+(cd tests && "$python" -m pytest -q test_pytorch_ood.py) | tee "$BUILD/pytorch-ood.txt"
+grep -q "1 passed" "$BUILD/pytorch-ood.txt"

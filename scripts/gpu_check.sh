@@ -1,89 +1,218 @@
 #!/usr/bin/env bash
-# What only a GPU can show, within ten minutes and without a network: builds the extension in place for this GPU, runs
-# the tests on it, compute-sanitizer, the benchmarks and ncu. Results go to $OUT (default build/gpu); every stage runs
-# as long as time is left, and the exit status tells whether all passed.
+# What only a GPU can show, on a bare machine without a network, in three calls of at most ten minutes each:
 #
-#   PYTHON=python3 OUT=build/gpu scripts/gpu_check.sh          (a python3 with a CUDA build of torch; nvcc on the PATH)
+#   scripts/gpu_check.sh first     import, smoke, the GPU tests, compute-sanitizer
+#   scripts/gpu_check.sh second    the benchmarks, each case written as it ends; torch.compile's rivals last
+#   scripts/gpu_check.sh third     ncu, JAX, what torch.compile does on a GPU
 #
-# What that python3 lacks besides torch can be brought along in a folder, made where there is a network:
-#   pip install --target build/gpu-packages --python-version 3.12 --only-binary :all: ninja numpy pytest pytest-benchmark setuptools tqdm
+# $OUT (default build/gpu) receives CALL.tar.gz and CALL.txt, both rewritten after each stage, so that a call that is cut
+# off has lost one stage at most. A stage that fails is recorded and the next one runs; the exit status tells in the end.
+#
+#   PYTHON     a python3 with a CUDA build of torch (default python3)
+#   PREBUILT   a folder with _C.*.so and _build.py built elsewhere for that Python and torch (default
+#              build/gpu-prebuilt); without one that imports, the extension is compiled here, for this GPU
+#   PACKAGES   a folder of packages that PYTHON lacks (default build/gpu-packages), made where there is a network:
+#                pip install --target build/gpu-packages --no-deps --python-version 3.12 --only-binary :all: captum
+#   STAGES     only these, by name         TESTS   what pytest is given (default tests)
+#   SECONDS_IN_ALL  of a call (default 580)
+#   --dry-run  before the call's name: everything on the CPU and small, with whatever tools the PATH holds
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+dry=
+[ "${1:-}" != --dry-run ] || { dry=yes; shift; }
+call=${1:-}
+case $call in first | second | third) ;; *)
+  echo "gpu-check: expected first, second or third, got '$call'" >&2
+  exit 2
+  ;;
+esac
+
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
-mkdir -p "$OUT"
+PREBUILT=${PREBUILT:-build/gpu-prebuilt}
 PACKAGES=${PACKAGES:-build/gpu-packages}
-export FASTVAE_CUDA=1 PYTHONPATH="$PWD:$PWD/$PACKAGES${PYTHONPATH:+:$PYTHONPATH}" PATH="$PWD/$PACKAGES/bin:$PATH"
-
-"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-  { echo "gpu-check: $PYTHON sees no GPU (torch.cuda.is_available() is False)" >&2; exit 2; }
-TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c '
-import torch
-major, minor = torch.cuda.get_device_capability()
-print(f"{major}.{minor}" + ("a" if major == 9 else ""))')
-export TORCH_CUDA_ARCH_LIST
+SECONDS_IN_ALL=${SECONDS_IN_ALL:-580}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$OUT" "$work/$call"
+export PYTHONPATH="$PWD:$PWD/$PACKAGES${PYTHONPATH:+:$PYTHONPATH}" PATH="$PWD/$PACKAGES/bin:$PATH"
+# Unbuffered: what was printed before a limit is what there is to see. The workspace makes cuBLAS repeat to the bit.
+export PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+# pip's nvcc is not where torch looks, and a wrapper on the PATH does not say where its toolkit is.
+if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
+  # shellcheck disable=SC2016  # a dollar sign that nvcc prints
+  CUDA_HOME=$(nvcc --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+fi
+[ -n "${CUDA_HOME:-}" ] || CUDA_HOME=$(ls -d /usr/local/cuda 2>/dev/null || true)
+[ -z "$CUDA_HOME" ] || export CUDA_HOME
 
 failed=()
-: >"$OUT/summary.txt"
-note() { echo "gpu-check: $*" | tee -a "$OUT/summary.txt"; }
+note() { echo "gpu-check: $*" | tee -a "$work/$call/summary.txt"; }
 
-# stage SECONDS NAME COMMAND...: output to $OUT/NAME.txt, its end to the terminal.
+# What there is so far, in one file; the old one stays until the new one is whole.
+keep() {
+  cp "$work/$call/summary.txt" "$OUT/$call.txt"
+  tar czf "$OUT/.$call.tar.gz" -C "$work" "$call" && mv "$OUT/.$call.tar.gz" "$OUT/$call.tar.gz"
+}
+
+# stage LIMIT NAME COMMAND...: at most so many seconds; output to NAME.txt, its end to the terminal.
 stage() {
   local limit=$1 name=$2 start=$SECONDS status=0
   shift 2
-  limit=$((limit < 590 - SECONDS ? limit : 590 - SECONDS))
-  if [ "$limit" -lt 10 ]; then
+  [ -z "${STAGES:-}" ] || [[ " $STAGES " == *" $name "* ]] || return 0
+  limit=$((limit < SECONDS_IN_ALL - SECONDS ? limit : SECONDS_IN_ALL - SECONDS))
+  if [ "$limit" -lt 5 ]; then
     note "no time left for $name"
     failed+=("$name")
+    keep
     return
   fi
-  timeout "$limit" "$@" >"$OUT/$name.txt" 2>&1 || status=$?
-  printf '== %s: exit status %d after %d s\n' "$name" "$status" $((SECONDS - start)) | tee -a "$OUT/summary.txt"
-  tail -n 15 "$OUT/$name.txt" | cut -c 1-300
+  timeout --kill-after 5 "$limit" "$@" >"$work/$call/$name.txt" 2>&1 || status=$?
+  note "$name: exit status $status after $((SECONDS - start)) s"
+  tail -n 12 "$work/$call/$name.txt" | cut -c 1-300
   [ "$status" -eq 0 ] || failed+=("$name")
+  keep
 }
 
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+imports() { "$PYTHON" -c "from fastvae._extension import raw; assert raw.build_info()['cuda'] or '$dry', 'no CUDA kernels'"; }
+machine() {
+  nvidia-smi || echo "nvidia-smi: exit status $?"
+  "$PYTHON" - <<'PY'
+import importlib.metadata, os, pathlib, platform, sys, sysconfig
+print("Python", platform.python_version(), sys.executable)
+print("Python.h", (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file())
+print("CUDA_HOME", os.environ.get("CUDA_HOME", "none"))
+for name in ("torch", "setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "pytest-benchmark", "jax", "tqdm",
+             "triton", "captum", "matplotlib", "scikit-learn", "safetensors"):
+    try:
+        print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print(name, "none")
+PY
+}
 
-stage 20 machine nvidia-smi
-command -v ninja >/dev/null || note "ninja is not installed: files compile one after the other, which may take too long"
-stage 280 build "$PYTHON" setup.py build_ext --inplace --force
-stage 60 smoke "$PYTHON" scripts/gpu_smoke.py
-if has pytest; then
-  stage 150 tests-cuda "$PYTHON" -m pytest -q -m "not slow" -k cuda tests
-else
-  note "pytest is not installed: only scripts/gpu_smoke.py compares the GPU with the CPU"
-fi
-# Without triton there is no torch.compile to compare with.
-stage 150 benchmarks "$PYTHON" benchmarks/flow.py --cuda --no-jax --output "$OUT" --compile "$(has triton && echo dense || echo none)"
-stage 60 memory "$PYTHON" benchmarks/flow.py --cuda --memory --output "$OUT"
-if command -v compute-sanitizer >/dev/null; then
-  stage 100 sanitizer-memcheck compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" scripts/gpu_smoke.py
-  stage 60 sanitizer-racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" scripts/gpu_smoke.py small
-else
-  note "compute-sanitizer is not installed: memory and races are not checked"
-fi
-if command -v ncu >/dev/null; then
-  # Counters may be closed to us, which is no fault of the kernels.
-  stage 60 ncu bash -c 'ncu --set basic -k regex:small_flow -c 6 "$@" || echo "ncu: no counters"' - "$PYTHON" \
-    scripts/gpu_smoke.py small
-else
-  note "ncu is not installed: no counters"
-fi
-stage 90 benchmarks-jacobian "$PYTHON" benchmarks/jacobian.py --cuda --no-compile --output "$OUT"
-stage 90 benchmarks-regret "$PYTHON" benchmarks/regret.py --cuda --output "$OUT"
-if has pytest_benchmark; then
-  stage 120 benchmarks-suite "$PYTHON" benchmarks/suite.py --quick --cuda --no-jax --no-compile --output "$OUT"
-else
-  note "pytest-benchmark is not installed: the operators' suite was not run"
-fi
-if has pytest; then
-  stage 590 tests-all "$PYTHON" -m pytest -q -m "not slow" -k "not cuda" tests
+# The extension that was carried, or one that is compiled here.
+extension() {
+  imports && { echo "imported as it lies here"; return; }
+  if compgen -G "$PREBUILT/_C.*.so" >/dev/null; then
+    cp "$PREBUILT"/_C.*.so "$PREBUILT/_build.py" fastvae/
+    imports && { echo "imported from $PREBUILT"; return; }
+  fi
+  [ -z "$dry" ] || return 1
+  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + ("a" if major == 9 else ""))') || return 1
+  export TORCH_CUDA_ARCH_LIST FASTVAE_CUDA=1
+  # The kernels for a CPU are tested elsewhere: one instruction set will do, in a third of the time.
+  CFLAGS="${CFLAGS:-} -DFASTVAE_NO_CLONES" "$PYTHON" setup.py build_ext --inplace --force && imports
+}
+export -f machine extension imports
+export PYTHON PREBUILT dry
+
+if [ -z "$dry" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  note "$PYTHON sees no GPU (torch.cuda.is_available() is False)"
+  keep
+  exit 2
 fi
 
-if [ ${#failed[@]} -gt 0 ]; then
-  note "failed: ${failed[*]} (see $OUT)"
+stage 30 machine bash -c machine
+stage 420 extension bash -c extension
+if [[ " ${failed[*]} " == *" extension "* ]]; then
+  note "no extension, so nothing else can run"
+  keep
   exit 1
 fi
-note "everything passed (see $OUT)"
+
+smoke=("$PYTHON" scripts/gpu_smoke.py)
+# What is looked at for races and for counters.
+races=(grad_dot log_px-small log_px-image log_px-categorical jacobian-small jacobian-activations jacobian-image small)
+counters=(grad_dot small log_px-small jacobian-small)
+if [ -n "$dry" ]; then
+  smoke+=(--device cpu)
+  races=(grad_dot)
+  counters=(grad_dot)
+fi
+pytest=("$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider)
+! has xdist || pytest+=(-n "${WORKERS:-8}" --dist worksteal)
+tests=${TESTS:-tests}
+results="$work/$call/results"
+device=${dry:+--cpu --quick}
+device=${device:---cuda}
+
+# bench LIMIT NAME MODULE OPTION...: results in their own folder, each case as it ends.
+bench() {
+  local limit=$1 name=$2 module=$3
+  shift 3
+  # shellcheck disable=SC2086  # one option or two
+  stage "$limit" "$name" "$PYTHON" "benchmarks/$module.py" $device --output "$results" "$@"
+}
+
+case $call in
+  first)
+    stage 90 smoke "${smoke[@]}" ${dry:+leapfrog grad_dot}
+    if has pytest; then
+      stage 260 tests "${pytest[@]}" -k "(cuda or gpu) and not compile and not inductor and not export" "$tests"
+    else
+      note "pytest is not installed: only scripts/gpu_smoke.py compares the GPU with the CPU"
+    fi
+    if command -v compute-sanitizer >/dev/null; then
+      # PyTorch's allocator hands out parts of large blocks, whose ends no tool would notice.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage 150 memcheck compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "${smoke[@]}" ${dry:+leapfrog}
+      stage 120 racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "${smoke[@]}" "${races[@]}"
+    else
+      note "compute-sanitizer is not installed: memory and races are not checked"
+    fi
+    ;;
+  second)
+    bench 80 log_likelihood log_likelihood --no-compile
+    bench 100 tracin tracin
+    bench 80 jacobian jacobian --no-compile
+    bench 80 regret regret
+    bench 90 flow flow --no-jax --compile none
+    bench 40 flow-memory flow --memory
+    if has pytest_benchmark; then
+      for operator in leapfrog_kick_drift leapfrog_kick_temper gaussian_kl grad_dot log_px jacobian_l1 hamiltonian_flow; do
+        bench 45 "suite-$operator" suite --ops "$operator" --no-jax --no-compile --seconds 0.2
+        [ -z "$dry" ] || break
+      done
+    else
+      note "pytest-benchmark is not installed: the operators' suite was not run"
+    fi
+    # Without triton there is no torch.compile to compare with.
+    if has triton || [ -n "$dry" ]; then
+      results="$work/$call/results-compile"
+      bench 120 jacobian-compile jacobian
+      bench 120 log_likelihood-compile log_likelihood
+      bench 200 flow-compile flow --no-jax --compile dense
+    fi
+    ;;
+  third)
+    if command -v ncu >/dev/null; then
+      # Counters may be closed to us, which is no fault of the kernels, but is to be seen.
+      stage 120 ncu ncu --set basic -k "regex:small_flow|grad_dot|log_px|jacobian" -c 24 "${smoke[@]}" "${counters[@]}"
+    else
+      note "ncu is not installed: no counters"
+    fi
+    if has jax || [ -n "$dry" ]; then
+      bench 200 flow-jax flow --compile none
+      bench 100 suite-jax suite --ops gaussian_kl,grad_dot,leapfrog_kick_drift --no-compile --seconds 0.2
+    else
+      note "JAX is not installed"
+    fi
+    if has pytest; then
+      stage 300 tests-compile "${pytest[@]}" -k "(cuda or gpu) and (compile or inductor or export)" "$tests"
+    fi
+    ;;
+esac
+
+if [ ${#failed[@]} -gt 0 ]; then
+  note "failed: ${failed[*]} (see $OUT/$call.tar.gz)"
+  keep
+  exit 1
+fi
+note "everything passed (see $OUT/$call.tar.gz)"
+keep

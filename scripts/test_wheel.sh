@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs a wheel into a new environment and uses it there as a reader of the README would.
+# Installs a wheel into a new environment and uses it there as a reader of the README and of docs/ would: every public
+# name, then each page's blocks in an empty folder, with the packages that the page names and not before.
 #
-#   TORCH=2.13.0 scripts/test_wheel.sh dist/fastvae-...whl
+#   TORCH=2.13.0 scripts/test_wheel.sh dist/fastvae_ops-...whl
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 wheel=$(realpath "$1")
@@ -10,15 +11,14 @@ PYTHON=${PYTHON:-python3}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$PYTHON" -m venv "$folder/env"
-cp "$root/README.md" "$root/docs/tour.md" "$folder"
+cp -r "$root/README.md" "$root/docs" "$root/scripts/pages.py" "$folder"
 # Nothing of the source tree is in reach from here on.
 cd "$folder"
-env/bin/python -m pip install --quiet "torch==$TORCH" "$wheel[train,influence,ood]"
+env/bin/python -m pip install --quiet -c "$root/constraints.txt" "torch==$TORCH" "$wheel"
 env/bin/python -m fastvae info
-OMP_NUM_THREADS=2 env/bin/python - <<'EOF'
+OMP_NUM_THREADS=2 env/bin/python - <<'PY'
 import importlib
 import pkgutil
-import re
 from pathlib import Path
 
 import torch
@@ -34,12 +34,17 @@ for info in pkgutil.walk_packages(fastvae.__path__, "fastvae."):
     for name in getattr(module, "__all__", ()):
         getattr(module, name)
         count += 1
-done = 0
-for page in ("README.md", "tour.md"):
-    names = {"__name__": "__main__"}
-    for block in re.findall(r"^```python\n(.*?)^```", Path(page).read_text(), re.DOTALL | re.MULTILINE):
-        exec(compile(block, page, "exec"), names)
-        done += 1
-print(f"test-wheel: fastvae {fastvae.__version__} under torch {torch.__version__}: {count} names, "
-      f"{done} blocks of the README and the tour")
-EOF
+print(f"test-wheel: fastvae {fastvae.__version__} under torch {torch.__version__}: {count} names")
+PY
+# Those that need least come first, so that no page finds what another one asked for.
+mapfile -t pages < <(grep -lE '^```(python|sh)$' README.md docs/*.md docs/ops/*.md |
+  while read -r page; do echo "$(env/bin/python pages.py needs "$page" | wc -w) $page"; done | sort -n | cut -d' ' -f2)
+for page in "${pages[@]}"; do
+  mapfile -t needs < <(env/bin/python pages.py needs "$page")
+  if [ ${#needs[@]} -gt 0 ] && [ -n "${needs[0]}" ]; then
+    env/bin/python -m pip install --quiet -c "$root/constraints.txt" "torch==$TORCH" "${needs[@]}"
+  fi
+  mkdir "$folder/empty"
+  (cd empty && OMP_NUM_THREADS=2 ../env/bin/python ../pages.py run "../$page")
+  rm -r "$folder/empty"
+done

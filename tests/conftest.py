@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the devices, and float32 that is float32."""
+"""Fixtures of all tests: the devices, and float32 that is float32, the same each time."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _full_float32() -> Iterator[None]:
-    """cuDNN convolves in TF32 by default, whose 10 bits would hide errors below 1e-3."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def _steady_cudnn() -> Iterator[None]:
+    """cuDNN convolves in TF32 by default, whose 10 bits would hide errors below 1e-3, and may add in any order."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    cudnn.allow_tf32, cudnn.deterministic = before
 
 
 @pytest.fixture

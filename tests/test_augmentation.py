@@ -204,7 +204,7 @@ def test_refusals(call: object, message: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_one
-def test_on_a_gpu(augment: object) -> None:
+def test_views_on_cuda(augment: object) -> None:
     x = images(6, 3, 8, 8)
     found = augment(x.cuda(), seeded())
     assert found.is_cuda

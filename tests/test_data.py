@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import struct
-import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -57,13 +56,6 @@ def test_digits() -> None:
     assert (len(train), len(test)) == (1617, 180)
     joined = torch.cat([train.images, test.images]).flatten(1)
     assert torch.equal(joined.unique(dim=0), whole.images.flatten(1).unique(dim=0))
-
-
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "fastvae\[demo\]"'):
-        load("digits")
 
 
 def test_idx_folder_keeps_its_own_split(idx_folder: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -319,29 +317,6 @@ def test_what_cannot_be_done_is_said(
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in error
     assert re.search(f"fastvae demo: error: .*{message}", error)
-
-
-@pytest.mark.parametrize("package", ["matplotlib", "tqdm"])
-def test_missing_extra(
-    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = importlib.util.find_spec
-
-    def without(name: str, *arguments: Any) -> Any:
-        return None if name == package else real(name, *arguments)
-
-    monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(SystemExit) as stopped:
-        main(["demo"])
-    assert stopped.value.code == 2
-    assert f"needs {package}; to mend it: pip install fastvae[demo]" in capsys.readouterr().err
-
-
-def test_missing_scikit_learn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(SystemExit) as stopped:
-        main(["demo"])
-    assert stopped.value.code == 2 and "fastvae[demo]" in capsys.readouterr().err
 
 
 def test_info_prints_every_field(capsys: pytest.CaptureFixture[str]) -> None:

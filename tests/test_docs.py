@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
-from peers import peer
+from environments import Environment, install
 
 import fastvae
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Lightning advises on workers, and on compose.md a decoder runs through autograd, which its text says.
-WARN = ("bring-your-model.md", "compose.md")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def blocks_of(page: Path) -> list[tuple[str, str]]:
-    """(language, text) of the page's code blocks."""
-    return re.findall(r"^```(python|sh)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def run_shell(text: str, folder: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fastvae.__file__).parents[1])}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(
-        ["bash", "-euc", text], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def starts_with_a_name(text: str) -> str | None:
-    """The name of the file that a block is to be saved as."""
-    found = re.match(r"# (\w+\.py)\n", text)
-    return found and found[1]
+pages = load_script(ROOT / "scripts" / "pages.py")
+WITH_BLOCKS = [page for page in PAGES if pages.blocks_of(page)]
+# What plain `pip install .` brings.
+PLAIN = ("torch", "numpy")
 
 
 @pytest.mark.parametrize(
@@ -47,31 +25,21 @@ def starts_with_a_name(text: str) -> str | None:
     # Two runs of torchrun.
     [
         pytest.param(page, marks=pytest.mark.slow) if page.stem == "several-processes" else page
-        for page in PAGES
+        for page in WITH_BLOCKS
     ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one namespace, in an empty folder; a block that begins with a file's name is that file."""
-    blocks = blocks_of(page)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
-    with warnings.catch_warnings():
-        if page.name in WARN:
-            warnings.simplefilter("ignore")
-        if "import lightning" in page.read_text():
-            peer("lightning")
-        for language, text in blocks:
-            if language == "sh":
-                run_shell(text, tmp_path)
-            elif name := starts_with_a_name(text):
-                (tmp_path / name).write_text(text)
-            else:
-                with contextlib.redirect_stdout(None):
-                    exec(compile(text, str(page), "exec"), names)
-    if page.name == "README.md" and page.parent == ROOT:
-        decoder = names["decoder"]
-        assert all(parameter.grad is not None for parameter in decoder.parameters())  # type: ignore[attr-defined]
+def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
+    """Installed, with the packages that the page tells its reader to install and no others, in an empty folder."""
+    environment = Environment(tmp_path / "env", only=[*PLAIN, *pages.needs_of(page)])
+    install(environment.packages)
+    (tmp_path / "empty").mkdir()
+    after = "assert all(parameter.grad is not None for parameter in decoder.parameters())"
+    then = ("--then", after) if page == ROOT / "README.md" else ()
+    result = environment.run(
+        str(ROOT / "scripts" / "pages.py"), "run", str(page), *then, cwd=tmp_path / "empty"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @each_page

@@ -516,7 +516,7 @@ def test_scores_that_are_not_finite_are_named() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_model
-def test_on_a_gpu(make: Make) -> None:
+def test_regret_on_cuda(make: Make) -> None:
     model, x = build(make).eval(), data(make)
     expected = quiet(regret(model).refit, x, parameters=True)
     found = quiet(regret(copy.deepcopy(model).cuda()).refit, x, parameters=True)

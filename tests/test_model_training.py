@@ -81,7 +81,7 @@ def test_saving_pickling_copying(kind: type[BaseVAE]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", MODELS)
-def test_on_a_gpu(kind: type[BaseVAE]) -> None:
+def test_training_on_cuda(kind: type[BaseVAE]) -> None:
     model = make(kind)
     x = data()
     expected = model(x, generator=seeded())

@@ -21,7 +21,7 @@ def check_wheel() -> ModuleType:
 
 
 def content() -> dict[str, str]:
-    folder = f"fastvae-{VERSION}.dist-info"
+    folder = f"fastvae_ops-{VERSION}.dist-info"
     return {
         "fastvae/__init__.py": "",
         "fastvae/_build.py": "",
@@ -35,7 +35,7 @@ def content() -> dict[str, str]:
 
 
 def wheel(folder: Path, files: dict[str, str], version: str = VERSION, tag: str = TAG) -> Path:
-    path = folder / f"fastvae-{version}-{tag}.whl"
+    path = folder / f"fastvae_ops-{version}-{tag}.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in files.items():
             archive.writestr(name, text)
@@ -58,9 +58,12 @@ def test_a_wheel_in_order(
         ({"fastvae/libcudart.so.13": ""}, "libcudart.so.13 is another package's"),
         ({"fastvae/py.typed": None}, "py.typed is missing"),
         ({"tests/test_it.py": ""}, "folders: expected fastvae and its dist-info, got also"),
-        ({f"fastvae-{VERSION}.dist-info/WHEEL": "Tag: py3-none-any\n"}, "the metadata py3-none-any"),
-        ({f"fastvae-{VERSION}.dist-info/METADATA": "Requires-Dist: torch>=2.10\n"}, "expected torch==2.13.*"),
-        ({f"fastvae-{VERSION}.dist-info/licenses/LICENSE": None}, "LICENSE is missing"),
+        ({f"fastvae_ops-{VERSION}.dist-info/WHEEL": "Tag: py3-none-any\n"}, "the metadata py3-none-any"),
+        (
+            {f"fastvae_ops-{VERSION}.dist-info/METADATA": "Requires-Dist: torch>=2.10\n"},
+            "expected torch==2.13.*",
+        ),
+        ({f"fastvae_ops-{VERSION}.dist-info/licenses/LICENSE": None}, "LICENSE is missing"),
     ],
 )
 def test_faults_inside(
@@ -77,7 +80,7 @@ def test_faults_of_the_file(check_wheel: ModuleType, tmp_path: Path, monkeypatch
     assert check_wheel.faults_of(named) == ["version: expected X.Y.Z+torchA.B.cpu or .cuNNN, got 0.1.0"]
     anywhere = wheel(tmp_path, content(), tag="cp311-cp311-any")
     assert "tag: expected a platform, got any" in check_wheel.faults_of(anywhere)
-    cut = tmp_path / f"fastvae-{VERSION}-{TAG}.whl"
+    cut = tmp_path / f"fastvae_ops-{VERSION}-{TAG}.whl"
     cut.write_bytes(wheel(tmp_path, content()).read_bytes()[:100])
     assert check_wheel.faults_of(cut) == ["file: File is not a zip file"]
     monkeypatch.setitem(check_wheel.BUDGET, "cpu", 0)

@@ -52,7 +52,7 @@ inline void check_device(const char* op, const char* argument, const at::Tensor&
   const bool supported = tensor.is_cpu();
   const char* expected =
       "a CPU tensor, because this build of fastvae has no CUDA kernels (install nvcc and a CUDA build of torch, then "
-      "run: FASTVAE_CUDA=1 pip install --no-binary fastvae fastvae)";
+      "run in a checkout of fastvae: FASTVAE_CUDA=1 pip install .)";
 #endif
   FASTVAE_CHECK_VALUE(supported, op, argument, expected, describe(tensor));
 }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastvae._distribution import to_mend
 from fastvae.arguments import expect_numbers
 from fastvae.data.images import ImageDataset
 from fastvae.data.unpacking import read_idx, read_npz
@@ -106,7 +107,7 @@ def _load_digits() -> ImageDataset:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ImportError(
-            'load: source "digits" needs scikit-learn; to mend it: pip install "fastvae[demo]"'
+            f'load: source "digits" needs scikit-learn; {to_mend("scikit-learn", "demo")}'
         ) from error
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)

@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from fastvae._distribution import to_mend
+
 __all__ = ["DemoError", "add_arguments", "run"]
 
 
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     needed = {"matplotlib": "matplotlib", "tqdm": "tqdm", "PIL": "pillow"}
     missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise DemoError(f"needs {' and '.join(missing)}; to mend it: pip install fastvae[demo]")
+        raise DemoError(f"needs {' and '.join(missing)}; {to_mend(' '.join(missing), 'demo')}")
     # Not before: these import matplotlib and tqdm.
     from fastvae.demo.experiment import run_demo
     from fastvae.demo.problem import load_problem

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvae._distribution import to_mend
 from fastvae.influence.factors import Factors
 from fastvae.training.atomic import write_atomically
 
@@ -44,7 +45,7 @@ class FactorCache:
                 import safetensors.torch  # noqa: F401
             except ImportError as error:
                 raise ImportError(
-                    'TracIn: cache_dir needs safetensors; to mend it: pip install "fastvae[influence]"'
+                    f"TracIn: cache_dir needs safetensors; {to_mend('safetensors', 'influence')}"
                 ) from error
             self._folder.mkdir(parents=True, exist_ok=True)
 

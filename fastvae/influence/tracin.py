@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvae._distribution import to_mend
 from fastvae._extension import raw
 from fastvae.arguments import expect_numbers
 from fastvae.influence.audit import AUDITED
@@ -424,7 +425,5 @@ def _with_bar(tiles: Iterable[Batch], total: int) -> Iterable[Batch]:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError(
-            'TracIn: show_progress=True needs tqdm; to mend it: pip install "fastvae[train]"'
-        ) from error
+        raise ImportError(f"TracIn: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}") from error
     return tqdm(tiles, total=total, desc="TracIn", unit="tile")

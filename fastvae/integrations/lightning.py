@@ -9,15 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvae.arguments import expect_numbers
 from fastvae.data import images_of
+from fastvae.integrations import TORCHVISION
 from fastvae.models import BaseVAE
 from fastvae.training import step_penalties
+
+try:
+    import lightning
+except RuntimeError as error:
+    if "torchvision" not in str(error):
+        raise
+    raise ImportError(
+        f"fastvae.integrations.lightning: lightning {TORCHVISION.format(error=error)}"
+    ) from error
 
 __all__ = ["LitVAE"]
 

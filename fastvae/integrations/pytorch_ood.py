@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from fastvae.integrations import TORCHVISION
 from fastvae.ood import Detector
 
 __all__ = ["register"]
@@ -17,12 +18,18 @@ def register() -> None:
     (``pytorch_ood.utils.GridSearch``) is not covered. Calling it again changes nothing.
 
     Raises:
-        ImportError: pytorch-ood is not installed.
+        ImportError: pytorch-ood is not installed, or the torchvision that it imports does not fit torch.
     """
     try:
         api = importlib.import_module("pytorch_ood.api")
     except ModuleNotFoundError as error:
         raise ImportError(
             "fastvae.integrations.pytorch_ood: needs pytorch-ood; to mend it: pip install pytorch-ood"
+        ) from error
+    except RuntimeError as error:
+        if "torchvision" not in str(error):
+            raise
+        raise ImportError(
+            f"fastvae.integrations.pytorch_ood: pytorch-ood {TORCHVISION.format(error=error)}"
         ) from error
     api.Detector.register(Detector)

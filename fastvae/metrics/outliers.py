@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fastvae._distribution import to_mend
 from fastvae.arguments import expect_numbers
 
 __all__ = ["OODMetrics", "ood_metrics"]
@@ -51,9 +52,7 @@ def ood_metrics(
     try:
         sklearn, stats = importlib.import_module("sklearn.metrics"), importlib.import_module("scipy.stats")
     except ModuleNotFoundError as error:
-        raise ImportError(
-            'ood_metrics: needs scikit-learn; to mend it: pip install "fastvae[ood]"'
-        ) from error
+        raise ImportError(f"ood_metrics: needs scikit-learn; {to_mend('scikit-learn', 'ood')}") from error
     labels = np.concatenate((np.zeros(len(inside)), np.ones(len(outside))))
     scores = np.concatenate((inside, outside))
     false, true, _ = sklearn.roc_curve(labels, scores)

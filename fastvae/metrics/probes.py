@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvae._distribution import to_mend
 from fastvae.arguments import expect_numbers
 
 __all__ = ["knn_accuracy", "linear_probe"]
@@ -34,9 +36,8 @@ def knn_accuracy(
     expect_numbers("knn_accuracy", k=k)
     if not 1 <= k <= len(codes):
         raise ValueError(f"knn_accuracy: k: expected 1 to {len(codes)}, got {k}")
-    from sklearn.neighbors import KNeighborsClassifier
-
-    return _score(KNeighborsClassifier(n_neighbors=k), codes, labels, test_codes, test_labels)
+    neighbors = _part_of_sklearn("knn_accuracy", "neighbors")
+    return _score(neighbors.KNeighborsClassifier(n_neighbors=k), codes, labels, test_codes, test_labels)
 
 
 def linear_probe(
@@ -65,12 +66,20 @@ def linear_probe(
     expect_numbers("linear_probe", penalty=penalty, max_iter=max_iter)
     if not penalty > 0:
         raise ValueError(f"linear_probe: penalty: expected a number above 0, got {penalty}")
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=max_iter))
+    linear_model, pipeline, preprocessing = (
+        _part_of_sklearn("linear_probe", part) for part in ("linear_model", "pipeline", "preprocessing")
+    )
+    classifier = pipeline.make_pipeline(
+        preprocessing.StandardScaler(), linear_model.LogisticRegression(C=1 / penalty, max_iter=max_iter)
+    )
     return _score(classifier, codes, labels, test_codes, test_labels)
+
+
+def _part_of_sklearn(measure: str, name: str) -> Any:
+    try:
+        return importlib.import_module(f"sklearn.{name}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{measure}: needs scikit-learn; {to_mend('scikit-learn', 'ood')}") from error
 
 
 def _score(classifier: Any, codes: Tensor, labels: Tensor, test_codes: Tensor, test_labels: Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastvae._distribution import to_mend
 from fastvae.data import images_of
 from fastvae.likelihoods import Bernoulli, Categorical
 from fastvae.models.base import BaseVAE
@@ -141,7 +142,7 @@ def _pillow(compressor: str) -> Any:
         module = importlib.import_module("PIL.Image")
         features = importlib.import_module("PIL.features")
     except ModuleNotFoundError as error:
-        raise ImportError('InputComplexity: needs Pillow; to mend it: pip install "fastvae[ood]"') from error
+        raise ImportError(f"InputComplexity: needs Pillow; {to_mend('pillow', 'ood')}") from error
     if compressor == "jpeg2000" and not features.check("jpg_2000"):
         raise ImportError(
             'InputComplexity: compressor: "jpeg2000" needs a Pillow built with OpenJPEG, got one without it'

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvae._distribution import to_mend
 from fastvae.arguments import expect_numbers
 from fastvae.influence.noise import draws_noise
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
@@ -279,7 +280,7 @@ class LikelihoodRegret(Detector):
                 from tqdm import tqdm
             except ImportError as error:
                 raise ImportError(
-                    'LikelihoodRegret: show_progress=True needs tqdm; to mend it: pip install "fastvae[train]"'
+                    f"LikelihoodRegret: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}"
                 ) from error
             starts = tqdm(starts, desc="LikelihoodRegret", unit="group")
         for start in starts:
