@@ -418,7 +418,7 @@ class BaseVAE(nn.Module, ABC):
                 f"{type(self).__name__}: log_likelihood: NaN for {bad} of {len(log_px)} samples: x, the encoder's or "
                 "the decoder's outputs (their weights?) are not finite",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,  # torch.no_grad stands in between
             )
 
 
