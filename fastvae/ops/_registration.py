@@ -35,17 +35,21 @@ def check_tensors(name: str, **arguments: object) -> None:
             raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got {type(value).__name__}")
 
 
-def check_one_device(
-    name: str, like: Tensor, like_name: str, **tensors: Tensor | Sequence[Tensor] | None
-) -> None:
-    """In a fake kernel: refuse what the kernels refuse. None is no tensor.
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """The optional tensors that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-    A meta tensor among CPU ones brings real tensors here, which would come back uninitialised.
+
+def check_one_device(name: str, like: Tensor, like_name: str, **tensors: Tensor | Sequence[Tensor]) -> None:
+    """In a fake kernel: refuse what the kernels refuse.
+
+    A meta tensor among CPU ones brings real tensors here, which would come back uninitialised; None for a tensor
+    that is not optional passes the schema.
     """
-    for argument, value in tensors.items():
-        if value is None:
-            continue
-        for tensor in (value,) if isinstance(value, Tensor) else value:
+    for argument, value in {like_name: like, **tensors}.items():
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if tensor is None:
+                raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got None")
             if tensor.device != like.device:
                 raise ValueError(
                     f"fastvae::{name}: {argument}: expected {like.device} as {like_name}, "

@@ -15,6 +15,7 @@ from fastvae.ops._registration import (
     check_tensors,
     empty_gradients,
     float32_under_autocast,
+    given,
     lower_or_warn,
     refuse_forward_mode,
     refuse_function_transforms,
@@ -102,7 +103,7 @@ def _(
     needs: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     name = "jacobian_l1_with_gradient"
-    check_one_device(name, z, "z", cotangent=cotangent, parameters=parameters)
+    check_one_device(name, z, "z", **given(cotangent=cotangent), parameters=parameters)
     check_rank(name, "z", z, "[B, d]")
     wanted = empty_gradients(name, z, (z, *parameters), needs)
     return z.new_empty(z.shape[:1] if reduction == "none" else ()), wanted[0], wanted[1:]

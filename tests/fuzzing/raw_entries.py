@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import random
 import re
 import resource
@@ -106,16 +105,20 @@ def can_be_copied(t: Tensor) -> bool:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Structure, numbers and tensors, NaN where NaN."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool(torch.allclose(a, b, 0, 0, equal_nan=True))
+    """Structure, numbers and tensors, NaN where NaN; to rounding, as a product's sums depend on where numbers lie."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and _close(a, b)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
 
 
-def shapes(value: Any) -> Any:
-    return mapped(value, lambda t: t.new_empty(t.shape, device="meta"))
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point() or not a.numel():
+        return torch.equal(a, b)
+    tolerance = 1e-5 if a.dtype == torch.float32 else 1e-13
+    largest = float(a.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(a, b, tolerance, tolerance * largest, equal_nan=True)
 
 
 class RefusedError(Exception):
@@ -245,8 +248,8 @@ def _compare_network(entry: Entry, arguments: list[Any], result: Any) -> str | N
     wanted = likelihood.log_prob(outputs, rows)
     found = (result if entry.name == "log_px" else result[0]).flatten()
     tolerance = 1e-3 if found.dtype == torch.float32 else 1e-9
-    scale = float(outputs.abs().max()) if outputs.numel() else 0.0
-    if math.isfinite(scale) and scale < 1e3 and bool(wanted.isfinite().all()):
+    # What becomes of numbers near the largest float is for tests of each activation to say.
+    if all(bool((t.abs() < 1e6).all()) for t in (z, x, outputs, *tensors)) and bool(wanted.isfinite().all()):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
         return "agreed"
     return None
