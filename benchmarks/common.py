@@ -329,12 +329,16 @@ def why(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def publish(path: Path, record: Mapping[str, Any], sections: Sequence[str]) -> None:
-    """Write a benchmark's .json and .md beside each other, and print the latter."""
+def publish(path: Path, record: Mapping[str, Any], sections: Sequence[str], *, last: bool = True) -> None:
+    """Write a benchmark's .json and .md beside each other, after each case, and print the latter after the last.
+
+    A run that is cut off then leaves the cases that it had done.
+    """
     write_json(path.with_suffix(".json"), record)
     text = "\n\n".join(sections)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    if last:
+        print(text)
 
 
 def _plain(value: object) -> Any:

@@ -261,11 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment = common.environment(device)
     record: dict[str, Any] = {"benchmark": "flow", "environment": environment}
 
-    def write(tables: list[str]) -> None:
+    def write(tables: list[str], last: bool = True) -> None:
         if record["targets"]:
             tables.insert(0, report.target_table(record["targets"]))
-        last = report.environment_table(environment, record["settings"])
-        common.publish(path, record, ["# The Hamiltonian flow", *tables, last])
+        end = report.environment_table(environment, record["settings"])
+        common.publish(path, record, ["# The Hamiltonian flow", *tables, end], last=last)
 
     if options.memory:
         record["settings"] = {
@@ -281,11 +281,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "copy rate, GB/s": round(common.copy_rate(device, 1 if options.quick else 256), 1),
     }
     record["cases"] = []
-    for case in cases(options.quick):
+    chosen = cases(options.quick)
+    for case in chosen:
         record["cases"].append(run_case(case, device, options))
         record["targets"] = [] if options.quick else report.judge(record["cases"], device.type, TARGETS)
         command.draw(path, report.panels(record["cases"], OURS), "time / ours (store), medians")
-        write([report.case_section(found, OURS) for found in record["cases"]])
+        write([report.case_section(found, OURS) for found in record["cases"]], last=case is chosen[-1])
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "targets": targets,
         }
         command.draw(path, report.panels(records, OURS), "time / ours, medians")
-        common.publish(path, record, sections)
+        common.publish(path, record, sections, last=bool(memory))
 
     records: list[dict[str, Any]] = []
     for case in cases(options.quick):

@@ -173,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment = common.environment(device)
     settings = {"threads": options.threads, "precision": "float32, TF32 off"}
     records: list[dict[str, Any]] = []
-    for case in cases(options.quick):
+    chosen = cases(options.quick)
+    for case in chosen:
         records.append(run_case(case, options))
         sections = ["# Importance-sampled log-likelihood"]
         for found in records:
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "settings": settings,
             "cases": records,
         }
-        common.publish(path, record, sections)
+        common.publish(path, record, sections, last=case is chosen[-1])
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sections.append(error_table(found))
         sections.append(report.environment_table(environment, settings))
         command.draw(path, report.panels(records, OURS), "time / ours, medians")
-        common.publish(path, record, sections)
+        common.publish(path, record, sections, last=case is chosen[-1])
 
 
 if __name__ == "__main__":

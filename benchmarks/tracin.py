@@ -263,11 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings: dict[str, Any] = {"threads": options.threads, "precision": "float32, TF32 off"}
     record: dict[str, Any] = {"benchmark": kind, "environment": environment, "settings": settings}
 
-    def write(sections: list[str]) -> None:
+    def write(sections: list[str], last: bool = True) -> None:
         if record["targets"]:
             sections.insert(0, report.target_table(record["targets"]))
         title = "# TracIn: memory" if options.memory else "# TracIn"
-        common.publish(path, record, [title, *sections, report.environment_table(environment, settings)])
+        sections = [title, *sections, report.environment_table(environment, settings)]
+        common.publish(path, record, sections, last=last)
 
     if options.memory:
         record["memory"] = run_memory(device, options)
@@ -277,11 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write([memory_section(record["memory"])])
         return
     record["cases"] = []
-    for case in cases(options.quick):
+    chosen = cases(options.quick)
+    for case in chosen:
         record["cases"].append(run_case(case, device, options))
         record["targets"] = [] if options.quick else report.judge(record["cases"], device.type, TARGETS)
         command.draw(path, report.panels(record["cases"], OURS), "time / ours, medians")
-        write([report.case_section(found, OURS) for found in record["cases"]])
+        write([report.case_section(found, OURS) for found in record["cases"]], last=case is chosen[-1])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from scripts import load_script
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
 import flow  # noqa: E402
@@ -133,6 +134,37 @@ def test_quick_run_of_the_log_likelihood_times_every_contestant(tmp_path: Path) 
     assert list(case["timings_ms"]) == list(case["relative_error"]) == names
     assert all(error < 1e-5 for error in case["relative_error"].values())
     assert (tmp_path / "log_likelihood-cpu-quick.md").read_text().strip() == printed.strip()
+
+
+def test_each_case_is_written_as_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that ends the run, or a limit, takes nothing of what was measured before."""
+    case = log_likelihood.cases(quick=True)[0]
+    monkeypatch.setattr(
+        log_likelihood, "cases", lambda quick: [case, dataclasses.replace(case, title="broken")]
+    )
+    real = log_likelihood.run_case
+
+    def run_case(case: Any, options: Any) -> dict[str, Any]:
+        if case.title == "broken":
+            raise RuntimeError("the machine went away")
+        return real(case, options)
+
+    monkeypatch.setattr(log_likelihood, "run_case", run_case)
+    with pytest.raises(RuntimeError, match="went away"):
+        log_likelihood.main(["--quick", "--cpu", "--threads", "1", "--output", str(tmp_path)])
+    (written,) = read(tmp_path / "log_likelihood-cpu-quick.json")["cases"]
+    assert written["title"] == case.title
+    assert case.title in (tmp_path / "log_likelihood-cpu-quick.md").read_text()
+
+
+def test_a_rival_that_fails_is_noted_and_ours_is_not_forgiven() -> None:
+    def fail() -> Any:
+        raise RuntimeError("no rule for this\nand a traceback")
+
+    results, notes = command.those_that_run({"ours": lambda: 1, "theirs": fail}, "ours", "a case")
+    assert results == {"ours": 1} and notes == {"theirs": "not timed: RuntimeError: no rule for this"}
+    with pytest.raises(RuntimeError, match="no rule"):
+        command.those_that_run({"ours": fail, "theirs": lambda: 1}, "ours", "a case")
 
 
 def test_products_count_the_operations_of_a_linear_and_a_transposed_convolution() -> None:
