@@ -78,11 +78,11 @@ class _Linearised(NamedTuple):
 
 def _linearise(decode: Callable[[Tensor], Tensor], rows: Tensor) -> _Linearised:
     y = decode(rows)
+    if not y.requires_grad:
+        raise no_gradient("jacobian_l1")
     v = torch.zeros_like(y, requires_grad=True)
-    pulled = None
-    if y.requires_grad:
-        with in_our_words("jacobian_l1"):
-            (pulled,) = torch.autograd.grad(y, rows, v, create_graph=True, allow_unused=True)
+    with in_our_words("jacobian_l1"):
+        (pulled,) = torch.autograd.grad(y, rows, v, create_graph=True, allow_unused=True)
     if pulled is None:
         raise no_gradient("jacobian_l1")
     check_twice("jacobian_l1", pulled, rows)

@@ -212,6 +212,7 @@ def test_a_layer_that_torch_cannot_differentiate_twice_is_refused_in_our_words()
         ops.jacobian_l1(module, codes())
 
 
+@pytest.mark.slow
 def test_a_compiled_part_is_refused_in_our_words() -> None:
     inner = torch.compile(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), backend="aot_eager")
     module = Around(inner, (6,)).double()

@@ -42,6 +42,27 @@ def method(cls: type[nn.Module], name: str) -> Any:
     return found
 
 
+def check_is_module(name: str, value: object) -> None:
+    """Raise TypeError for what is not an nn.Module, with what to pass instead."""
+    if isinstance(value, nn.Module):
+        return
+    owner = getattr(value, "__self__", None)
+    hint = ""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        hint = f"; pass an instance, {value.__name__}(...)"
+    elif isinstance(owner, nn.Module):
+        called = getattr(value, "__name__", "it")
+        hint = f" ({called} of a {type(owner).__name__})" + (
+            "; pass the module itself"
+            if called in ("forward", "__call__")
+            else f"; pass a module whose forward does what {called} does: parameters are found through a module "
+            "(docs/bring-your-model.md)"
+        )
+    elif callable(value):
+        hint = "; pass a module whose forward does what it does: parameters are found through a module"
+    raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}{hint}")
+
+
 def check_global_hooks() -> None:
     """Hooks on every module (``register_module_forward_hook``; the FLOP counter sets some) would not fire
     inside an op."""

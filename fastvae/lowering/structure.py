@@ -22,6 +22,8 @@ class Structure:
         reading = Reading()
         # As text: an exception's traceback would hold the module, and so keep its cache entry alive.
         self.failure: tuple[type[UnsupportedLayer], str] | None = None
+        # Whether its output was found to be the module's own.
+        self.checked = False
         try:
             for path, inner in named(module):
                 reading.at(path, type(inner).__name__)
@@ -88,6 +90,13 @@ def current(module: nn.Module) -> tuple[Structure, Collected]:
             raise UnsupportedLayer(f"lower: the {type(module).__name__} changed while it was read")
         collected = Collected([], [], [])
     return fresh, collected
+
+
+def forget(module: nn.Module, known: Structure) -> None:
+    """Have the module read again when it is next used."""
+    with _lock:
+        if _cache.get(module) is known:
+            del _cache[module]
 
 
 def verify(known: Structure, collected: Collected) -> None:

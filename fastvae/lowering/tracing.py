@@ -15,14 +15,28 @@ from .reading import Reading, stock_base
 
 
 class _Leaves(Tracer):
-    """Keeps stock modules whole, subclasses that do not change their forward included."""
+    """Keeps stock modules whole, subclasses that do not change their forward included.
+
+    torch.fx patches ``nn.Module`` itself for as long as it traces; what other threads run meanwhile, they run as ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return stock_base(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         inner = m._modules.get("_orig_mod") if type(m).__name__ == "OptimizedModule" else None
         return super().call_module(m, forward, args, kwargs) if inner is None else inner(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 # Tracing patches torch.nn.Module for the time it runs.

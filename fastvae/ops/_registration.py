@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
+from fastvae.lowering.checks import check_is_module
 
 
 def cast_under_autocast(name: str) -> None:
@@ -77,15 +78,18 @@ _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
 
 
 def lower_or_warn(
-    name: str, decoder: nn.Module, instead: str, likelihood: Likelihood | None = None
+    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood | None = None
 ) -> LoweredNetwork | None:
-    """The decoder's layers, down to the likelihood's natural parameters where one is given.
+    """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
     None where they cannot be read: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning says so and
     why, once for a decoder. While compiling it raises.
     """
+    if not torch.compiler.is_compiling():
+        check_is_module(f"fastvae::{name}: decoder", decoder)
+    strip = likelihood is not None and likelihood.probs
     try:
-        network = lower(decoder, strip_sigmoid=likelihood is not None and likelihood.probs)
+        network = lower(decoder, strip_sigmoid=strip, compare_at=z)
     except CoupledSamples:
         raise
     except UnsupportedLayer as error:

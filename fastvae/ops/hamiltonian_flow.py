@@ -119,7 +119,7 @@ def hamiltonian_flow(
     if alpha.dim() != 1:
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))
-    network = lower_or_warn("hamiltonian_flow", decoder, "autograd", like)
+    network = lower_or_warn("hamiltonian_flow", decoder, z, "autograd", like)
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.hamiltonian_flow(

@@ -63,7 +63,7 @@ def jacobian_l1(
         raise ValueError(f"fastvae::jacobian_l1: z: expected shape [B, d], got {list(z.shape)}")
     indices = resolve_latents(latents, z.shape[1])
     z = float32_under_autocast(z)
-    network = lower_or_warn("jacobian_l1", decoder, "autograd")
+    network = lower_or_warn("jacobian_l1", decoder, z, "autograd")
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)

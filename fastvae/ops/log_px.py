@@ -53,7 +53,7 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
     if x.dim() == 0 or x.shape[0] != z.shape[1]:
         raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
     z = float32_under_autocast(z)
-    network = lower_or_warn("log_px", decoder, "own operators", like)
+    network = lower_or_warn("log_px", decoder, z, "own operators", like)
     if network is None:
         with torch.no_grad():
             return reference.log_px(decoder, z, x, like)
