@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import check_is_module
+from fastvae.lowering.checks import check_is_module, check_uncoupled
+from fastvae.lowering.errors import NotADecoder
 
 
 def cast_under_autocast(name: str) -> None:
@@ -83,24 +84,25 @@ def lower_or_warn(
     """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
     None where they cannot be read: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning says so and
-    why, once for a decoder. While compiling it raises.
+    why, once for a decoder. While compiling it raises, and always where autograd cannot take the decoder either.
     """
     if not torch.compiler.is_compiling():
         check_is_module(f"fastvae::{name}: decoder", decoder)
     strip = likelihood is not None and likelihood.probs
     try:
         network = lower(decoder, strip_sigmoid=strip, compare_at=z)
-    except CoupledSamples:
+    except (CoupledSamples, NotADecoder):
         raise
     except UnsupportedLayer as error:
         if torch.compiler.is_compiling():
             raise
+        check_uncoupled(decoder)
         seen = _warned.setdefault(name, weakref.WeakSet())
         if decoder not in seen:
             seen.add(decoder)
             warnings.warn(
-                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead (same "
-                f"result, slower). {error}",
+                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead, "
+                f"slower. {error}",
                 UserWarning,
                 stacklevel=3,
             )
