@@ -235,5 +235,10 @@ def jacobian_l1(
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     rows = z.view_as(z) if transformed or (graph and z.requires_grad) else own_leaf(z)
     with torch.enable_grad():
-        terms = _Terms(decode, rows, p, graph).sum_over(indices)
+        if z.shape[0] == 0:
+            # Of no rows a convolution has no graph; the zero gradients of none are those of the output's.
+            terms = decode(rows).flatten().reshape(0, 1).sum(1)
+            terms = terms if graph else terms.detach()
+        else:
+            terms = _Terms(decode, rows, p, graph).sum_over(indices)
     return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
