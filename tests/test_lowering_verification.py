@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -177,13 +178,20 @@ def test_nothing_is_left_changed() -> None:
     verify(module, z)
 
 
-def test_threads() -> None:
-    problems = [sloped() for _ in range(4)]
-    expected = [ops.jacobian_l1(module, z) for module, z in problems]
-    fresh = [sloped() for _ in range(4)]
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda case: ops.jacobian_l1(*case), fresh * 4))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected * 4, strict=True))
+def test_threads_that_read_at_once() -> None:
+    """One thread's tracing was another's "its type replaces __call__": not lowered, for good."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            cases = [sloped() for _ in range(4)]
+            with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+                warnings.simplefilter("error")
+                found = list(pool.map(lambda case: ops.jacobian_l1(*case), cases * 4))
+            assert all(torch.equal(value, found[0]) for value in found)
+            assert all("Not lowered" not in explain(module) for module, _ in cases)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_module_that_runs_while_another_is_read() -> None:

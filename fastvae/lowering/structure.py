@@ -12,6 +12,7 @@ from .errors import UnsupportedLayer, join
 from .graph import read
 from .reading import Layer, Reading
 from .snapshot import Collected, Node, compile_program, visit
+from .tracing import READING
 
 
 class Structure:
@@ -72,24 +73,35 @@ _lock = threading.Lock()
 
 def current(module: nn.Module) -> tuple[Structure, Collected]:
     """The structure that holds now, read again if the module changed, and the tensors of the same walk."""
-    known = _cache.get(module)
-    if known is not None:
-        try:
-            collected = visit(module, known.program)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            # An attribute is gone, or does not compare with the remembered one: the module changed.
-            collected = None
-        if collected is not None:
-            return known, collected
-    fresh = Structure(module)
-    with _lock:
-        _cache[module] = fresh
+    found = _still_holds(module)
+    if found is not None:
+        return found
+    with READING:
+        found = _still_holds(module)
+        if found is not None:  # another thread has read it meanwhile
+            return found
+        fresh = Structure(module)
+        with _lock:
+            _cache[module] = fresh
     collected = visit(module, fresh.program)
     if collected is None:
         if fresh.failure is None:
             raise UnsupportedLayer(f"lower: the {type(module).__name__} changed while it was read")
         collected = Collected([], [], [])
     return fresh, collected
+
+
+def _still_holds(module: nn.Module) -> tuple[Structure, Collected] | None:
+    """What is remembered of a module, if it has not changed since."""
+    known = _cache.get(module)
+    if known is None:
+        return None
+    try:
+        collected = visit(module, known.program)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        # An attribute is gone, or does not compare with the remembered one: the module changed.
+        return None
+    return None if collected is None else (known, collected)
 
 
 def forget(module: nn.Module, known: Structure) -> None:

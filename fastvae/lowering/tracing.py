@@ -81,8 +81,8 @@ class _Leaves(Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-# Tracing patches torch.nn.Module for the time it runs.
-_lock = threading.RLock()
+# Tracing patches torch.nn.Module for the time it runs, and a reading meanwhile would take that for the user's doing.
+READING = threading.RLock()
 _GONE = object()
 
 
@@ -114,7 +114,7 @@ def trace(reading: Reading, module: nn.Module) -> Graph:
         error = NotADecoder if reading.path == "" else UnsupportedLayer
         raise reading.refuse(f"its forward needs {', '.join(required)} beside the first argument", error)
     try:
-        with _lock, _unchanged(module) as assigned:
+        with READING, _unchanged(module) as assigned:
             graph = _Leaves().trace(module, {p.name: p.default for p in plain[1:]} or None)
     except Exception as error:
         text = str(error).strip().splitlines()

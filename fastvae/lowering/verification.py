@@ -126,6 +126,7 @@ def _output_error(known: Structure, tensors: list[Tensor], module: nn.Module, z:
     outputs meet in a density under a Gaussian around the module's own, because that is what the kernels give out.
     """
     z = z[:_ROWS_OF_THE_FIRST_USE].detach().clone()
+    tensors = [tensor.detach() for tensor in tensors]
     with _plain(z):
         try:
             own = _settled(module)(z.clone())
@@ -142,7 +143,7 @@ def _output_error(known: Structure, tensors: list[Tensor], module: nn.Module, z:
             return math.inf
         if own.numel() == 0:
             return None
-        own = own.reshape(len(z), -1)
+        own = own.detach().reshape(len(z), -1)
         size = float(own.square().mean().sqrt())
         if not math.isfinite(size):
             return None
@@ -163,6 +164,7 @@ def _gradient_error(known: Structure, tensors: list[Tensor], module: nn.Module, 
     One leapfrog step of sqrt(2) from rest moves z to J^T (x - y), under a Gaussian of scale 1.
     """
     point = z.detach().clone().requires_grad_()
+    tensors = [tensor.detach() for tensor in tensors]
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         own = _settled(module)(point)
         pattern = torch.cos(torch.arange(own.numel(), device=z.device).to(z)).reshape(own.shape)
