@@ -47,15 +47,16 @@ class Reading:
         self.shape: Shape = (None,)
         self.path = ""
         self.kind = ""
+        self.line = ""
 
-    def at(self, path: str, kind: str) -> Reading:
-        """Name the layer that is read now, for messages and for the table of ``explain``."""
-        self.path, self.kind = path, kind
+    def at(self, path: str, kind: str, line: str = "") -> Reading:
+        """Name the layer that is read now, for messages and for the table of ``explain``; ``line``: of a forward."""
+        self.path, self.kind, self.line = path, kind, line
         return self
 
     def refuse(self, reason: str, error: type[ValueError] = UnsupportedLayer) -> ValueError:
         """The error that names the layer read now."""
-        return error(describe(self.path, self.kind, reason))
+        return error(describe(self.path, self.kind, reason) + (f" ({self.line})" if self.line else ""))
 
     def emit(
         self,
@@ -330,7 +331,7 @@ def stock_base(module: nn.Module) -> type[nn.Module] | None:
 
 def read_stock(reading: Reading, path: str, module: nn.Module) -> None:
     """Append what one stock module does; anything else is refused by name."""
-    reading.at(path, type(module).__name__)
+    reading.at(path, type(module).__name__, reading.line)
     base = stock_base(module)
     if base is None:
         parent = next((cls.__name__ for cls in type(module).__mro__ if cls in _MODULES), None)

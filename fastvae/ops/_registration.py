@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
+from fastvae.lowering.checks import check_is_module, check_uncoupled
+from fastvae.lowering.errors import NotADecoder
 
 
 def cast_under_autocast(name: str) -> None:
@@ -101,18 +103,22 @@ _warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
 def lower_or_warn(
     name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood | None = None
 ) -> LoweredNetwork | None:
-    """The decoder's layers for codes z, down to the likelihood's natural parameters where one is given.
+    """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
     None where they cannot be read, or where the likelihood has no kernel: ``fastvae.ops.<name>`` then runs PyTorch's
-    ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises.
-    TypeError for a decoder in half precision whose codes are not, outside of autocast.
+    ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises, and always
+    where autograd cannot take the decoder either. TypeError for a decoder in half precision whose codes are not,
+    outside of autocast.
     """
+    if not torch.compiler.is_compiling():
+        check_is_module(f"fastvae::{name}: decoder", decoder)
+    strip = likelihood is not None and likelihood.probs
     without_kernel = likelihood is not None and not likelihood.has_kernel
     if without_kernel:
         _warn_of_likelihood(name, type(likelihood), instead)
     try:
-        network = lower(decoder, strip_sigmoid=likelihood is not None and likelihood.probs)
-    except CoupledSamples:
+        network = lower(decoder, strip_sigmoid=strip, compare_at=z)
+    except (CoupledSamples, NotADecoder):
         raise
     except UnsupportedLayer as error:
         if without_kernel:
@@ -120,12 +126,13 @@ def lower_or_warn(
         if torch.compiler.is_compiling():
             raise
         _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
+        check_uncoupled(decoder)
         seen = _warned.setdefault(name, weakref.WeakSet())
         if decoder not in seen:
             seen.add(decoder)
             warnings.warn(
-                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead (same "
-                f"result, slower). {error}",
+                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead, "
+                f"slower. {error}",
                 UserWarning,
                 stacklevel=3,
             )

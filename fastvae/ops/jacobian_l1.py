@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
+from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
@@ -20,7 +21,6 @@ from fastvae.ops._registration import (
     refuse_forward_mode,
     refuse_function_transforms,
 )
-from fastvae.reference import check_jacobian_options, resolve_latents
 
 
 def jacobian_l1(
@@ -39,8 +39,8 @@ def jacobian_l1(
 
     Args:
         decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to [B, ...].
-            Any other module that PyTorch can differentiate in forward mode works through autograd, after one
-            warning; under ``torch.compile(fullgraph=True)`` it raises instead.
+            Any other module that PyTorch can differentiate twice works through autograd, after one warning; under
+            ``torch.compile(fullgraph=True)`` it raises instead.
         z: codes [B, d], float32 or float64, CPU or CUDA.
         reduction: "mean" or "sum" over the samples, or "none".
         output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
