@@ -145,11 +145,12 @@ namespace {
 // Whether GEMM and fold are quicker than windows, by what a FLOP costs (ns, float32, both cores of a Zen 3 [measured]).
 // Windows read the weight once for each row of outputs, 2 / width bytes a FLOP, which are free as long as the L2 cache
 // holds it; fold moves a column for every 2 C_in FLOPs. Doubles take twice as long in all of that.
-bool is_folding_quicker(const Stage& stage, const at::Tensor& weight) {
+bool is_folding_quicker(const Stage& stage, size_t element_size) {
   constexpr int64_t kCacheBytes = int64_t{1} << 19;
-  const auto width = static_cast<double>(stage.in.width), channels = static_cast<double>(stage.in.channels);
-  const double direct = 0.0118 + 0.04 / width, folded = 0.0087 + 0.6 / channels;
-  const auto bytes = static_cast<int64_t>(weight.nbytes());
+  const int64_t bytes =
+      stage.in.channels * stage.out.channels * stage.kernel[0] * stage.kernel[1] * static_cast<int64_t>(element_size);
+  const double direct = 0.0118 + 0.04 / static_cast<double>(stage.in.width);
+  const double folded = 0.0087 + 0.6 / static_cast<double>(stage.in.channels);
   return bytes > kCacheBytes && folded < direct;
 }
 
@@ -163,11 +164,13 @@ ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& we
     return ConvTransposeRoute::kLibrary;
   }
   // A single position meets every tap once: one product, where windows would multiply padding.
-  const bool dense = stage.in.positions() == 1 && channels >= kWideChannels;
-  if (dense || stage.dilation[0] != 1 || stage.dilation[1] != 1) {
-    return channels >= kWideChannels ? ConvTransposeRoute::kFolded : ConvTransposeRoute::kLibrary;
+  const bool dense = stage.in.positions() == 1;
+  const bool dilated = stage.dilation[0] != 1 || stage.dilation[1] != 1;
+  if (channels < kWideChannels) {
+    return dilated ? ConvTransposeRoute::kLibrary : ConvTransposeRoute::kNarrow;
   }
-  return channels >= kWideChannels ? ConvTransposeRoute::kDirect : ConvTransposeRoute::kNarrow;
+  return dense || dilated || is_folding_quicker(stage, weight.element_size()) ? ConvTransposeRoute::kFolded
+                                                                              : ConvTransposeRoute::kDirect;
 }
 
 at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight) {

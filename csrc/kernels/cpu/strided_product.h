@@ -3,8 +3,9 @@
 //
 //   c[m, n] (+)= sum over runs r and k of  a[r, k, m] * b[r, k, n]       n contiguous in b and c
 //
-// Blocks of sums stay in registers over all runs and k. 75 to 95 GFLOP/s a core where MKL reaches 95 [measured, AVX-512],
-// 35 to 43 where it reaches 58 [AVX2, Zen 3], and no packing, which would cost more than the product at these sizes.
+// Blocks of sums stay in registers over all runs and k. 75 to 95 GFLOP/s a core where MKL reaches 95 [measured,
+// AVX-512], 35 to 43 where it reaches 58 [AVX2, Zen 3], and no packing, which would cost more than the product at these
+// sizes.
 #pragma once
 
 #include <cstdint>
