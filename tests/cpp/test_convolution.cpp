@@ -136,8 +136,8 @@ void test_convolutions(const char* type) {
 }
 
 // Operands whose rows overlap, as those of windows do, of every size that leaves a remainder in some direction.
-template <int kRows, int kColumns, typename T>
-void test_strided_product(const char* type) {
+template <typename T>
+void test_strided_product(const char* type, bool wide) {
   constexpr int64_t kRuns = 3, kInner = 5, kMost = 45;
   Arena<T> arena;
   const T* a = arena.random(kRuns * 70 + kMost * 4 + kInner);
@@ -147,8 +147,8 @@ void test_strided_product(const char* type) {
       for (const bool accumulate : {false, true}) {
         T* c = arena.output(m * (n + 1));
         std::fill_n(c, m * (n + 1), T(2));
-        cpu::strided_product_columns<kRows, kColumns>(
-            cpu::StridedProduct<T>{a, 4, 1, 70, b, n, kInner * n, c, n + 1, m, n, kInner, kRuns, accumulate}, 0);
+        const cpu::StridedProduct<T> product{a, 4, 1, 70, b, n, kInner * n, c, n + 1, m, n, kInner, kRuns, accumulate};
+        cpu::strided_product(product, wide);
         double error = 0;
         for (int64_t i = 0; i < m; ++i) {
           for (int64_t j = 0; j < n; ++j) {
@@ -162,8 +162,8 @@ void test_strided_product(const char* type) {
           }
           error = std::max(error, std::abs(2 - double(c[i * (n + 1) + n])));
         }
-        CHECK(error <= 100.0 * std::numeric_limits<T>::epsilon(), "strided_product<%d, %d> %s, %d x %d: off by %g",
-              kRows, kColumns, type, int(m), int(n), error);
+        CHECK(error <= 100.0 * std::numeric_limits<T>::epsilon(), "strided_product %s %s, %d x %d: off by %g", type,
+              wide ? "wide" : "narrow", int(m), int(n), error);
       }
     }
   }
@@ -173,10 +173,10 @@ void test_strided_product(const char* type) {
 }  // namespace cases
 
 int main() {
-  cases::test_strided_product<8, 32, float>("float");
-  cases::test_strided_product<6, 16, float>("float");
-  cases::test_strided_product<4, 32, double>("double");
-  cases::test_strided_product<6, 8, double>("double");
+  for (const bool wide : {false, true}) {
+    cases::test_strided_product<float>("float", wide);
+    cases::test_strided_product<double>("double", wide);
+  }
   cases::test_convolutions<float>("float");
   cases::test_convolutions<double>("double");
   return check::finish("test_convolution");
