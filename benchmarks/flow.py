@@ -55,7 +55,7 @@ from flow_report import (  # noqa: E402
     memory_targets,
 )
 from flow_rivals import JaxFlow, functional_flow  # noqa: E402
-from networks import softplus_mlp  # noqa: E402
+from networks import softplus_mlp, wide_decoder  # noqa: E402
 
 from fastvae import ops, reference  # noqa: E402
 from fastvae.architectures import hvae_decoder  # noqa: E402
@@ -98,6 +98,7 @@ def cases(quick: bool) -> list[Case]:
         ),
         Case("small", "2-64-64-64, batch 16, K = 10", lambda: softplus_mlp(2, 64, 64, 64), 2, 16, 10, 8),
         Case("conv", "the paper's convolutional, batch 100, K = 10", hvae_decoder, 64, 100, 10, 35),
+        Case("wide", "1024-512-256 channels, batch 32, K = 3", wide_decoder, 16, 32, 3, 35),
     ]
 
 

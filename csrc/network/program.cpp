@@ -110,10 +110,9 @@ class Parser {
   }
 
   // Height and width of a convolution's output, by either way of ConvolutionAxis.
-  SampleShape convolved(const Stage& stage, int64_t channels, const std::vector<int64_t>& weight,
-                        int64_t (ConvolutionAxis::*size)(int64_t) const) const {
+  SampleShape convolved(const Stage& stage, int64_t channels, int64_t (ConvolutionAxis::*size)(int64_t) const) const {
     const auto along = [&](int64_t in, size_t axis) {
-      const ConvolutionAxis numbers{weight[2 + axis], stage.stride[axis], stage.padding[axis],
+      const ConvolutionAxis numbers{stage.kernel[axis], stage.stride[axis], stage.padding[axis],
                                     stage.output_padding[axis], stage.dilation[axis]};
       const std::string fault = numbers.fault();
       expect(fault.empty(), fault);
@@ -148,6 +147,7 @@ class Parser {
     Stage& stage = begin(Affine::kConv2d);
     stage.weight = integer(1);
     stage.bias = integer(2);
+    stage.kernel = {weight[2], weight[3]};
     stage.stride = pair(3);
     stage.padding = pair(5);
     stage.output_padding = {0, 0};
@@ -157,7 +157,7 @@ class Parser {
     const int64_t channels = times(weight[1], stage.groups);
     expect(channels == shape_.channels, c10::str("expected ", channels, " channels"));
     check_vector(stage.bias, weight[0]);
-    end(convolved(stage, weight[0], weight, &ConvolutionAxis::convolved));
+    end(convolved(stage, weight[0], &ConvolutionAxis::convolved));
   }
 
   void conv_transpose2d() {
@@ -167,6 +167,7 @@ class Parser {
     Stage& stage = begin(Affine::kConvTranspose2d);
     stage.weight = integer(1);
     stage.bias = integer(2);
+    stage.kernel = {weight[2], weight[3]};
     stage.stride = pair(3);
     stage.padding = pair(5);
     stage.output_padding = pair(7);
@@ -176,7 +177,7 @@ class Parser {
     expect_groups(stage.groups, weight[0], "input");
     const int64_t channels = times(weight[1], stage.groups);
     check_vector(stage.bias, channels);
-    end(convolved(stage, channels, weight, &ConvolutionAxis::transposed));
+    end(convolved(stage, channels, &ConvolutionAxis::transposed));
   }
 
   void batch_norm() {

@@ -47,7 +47,7 @@ struct Stage {
   int64_t running_mean = -1;
   int64_t running_var = -1;
   double eps = 0.0;
-  std::vector<int64_t> stride, padding, output_padding, dilation;
+  std::vector<int64_t> kernel, stride, padding, output_padding, dilation;
   int64_t groups = 1;
   ActivationSpec activation;
   SampleShape in;
