@@ -13,6 +13,8 @@ constexpr int64_t kTileBytes = int64_t{1} << 20;
 // Output channels up to which the narrow kernel wins, and from which on a row of them fills vectors.
 constexpr int64_t kNarrowChannels = 3;
 constexpr int64_t kWideChannels = 8;
+// Our kernels walk over all phases of a stride, also those that no output has.
+constexpr int64_t kMostPhases = 64;
 
 ConvolutionWindow window_of(const Stage& stage, const at::Tensor& packed) {
   return {stage.out.channels, stage.in.height,   stage.in.width,   stage.out.height, stage.out.width,
@@ -137,6 +139,7 @@ void direct_conv_transpose_add_weight_gradient(const Stage& stage, const at::Ten
 ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight) {
   const int64_t channels = stage.out.channels;
   if (stage.affine != Affine::kConvTranspose2d || !weight.is_cpu() || stage.groups != 1 ||
+      std::max(stage.stride[0], stage.stride[1]) > kMostPhases ||
       (channels > kNarrowChannels && channels < kWideChannels)) {
     return ConvTransposeRoute::kLibrary;
   }

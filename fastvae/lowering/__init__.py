@@ -73,7 +73,8 @@ def lower(module: nn.Module, *, strip_sigmoid: bool = False) -> LoweredNetwork:
         CoupledSamples: BatchNorm or Dropout in training mode.
         UnsupportedLayer: a layer, hook, tensor type, branch or unused parameter that cannot be taken; names
             it and the reason. Under ``torch.compile(fullgraph=True)`` it arrives inside Dynamo's own error.
-        ValueError: ``strip_sigmoid=True`` and the module does not end in a sigmoid.
+        ValueError: a convolution with numbers that PyTorch refuses as well, such as a stride of 0;
+            ``strip_sigmoid=True`` and the module does not end in a sigmoid.
         TypeError: ``module`` is not an ``nn.Module``.
     """
     if torch.compiler.is_dynamo_compiling():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CoupledSamples", "UnsupportedLayer"]
+__all__ = ["CoupledSamples", "ImpossibleLayer", "UnsupportedLayer"]
 
 
 class UnsupportedLayer(ValueError):  # noqa: N818
@@ -18,6 +18,13 @@ class CoupledSamples(UnsupportedLayer):
 
     No closed form of one sample's gradient exists then, so callers raise this error and do not fall back to
     autograd.
+    """
+
+
+class ImpossibleLayer(ValueError):  # noqa: N818
+    """A layer with numbers that PyTorch refuses as soon as it runs, such as a stride of 0.
+
+    Plain autograd has no result to fall back to, so callers raise this error.
     """
 
 

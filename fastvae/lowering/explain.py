@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .checks import check_global_hooks, named
-from .errors import CoupledSamples, UnsupportedLayer
+from .errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer
 from .reading import render
 from .structure import Structure, current, verify
 
@@ -32,6 +32,8 @@ def explain(module: nn.Module) -> str:
             str(error),
             "No sample has a gradient of its own then: the flow raises this error.",
         )
+    except ImpossibleLayer as error:
+        problem, consequence = str(error), "PyTorch raises as well when the layer runs."
     except UnsupportedLayer as error:
         problem = str(error)
         consequence = "The decoder still works through autograd: the same result in more time."

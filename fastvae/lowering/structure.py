@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from .checks import PLAIN, check_module, check_readable, check_tensor, named
-from .errors import UnsupportedLayer, join
+from .errors import ImpossibleLayer, UnsupportedLayer, join
 from .graph import read
 from .reading import Layer, Reading
 from .snapshot import Collected, Node, compile_program, visit
@@ -21,7 +21,7 @@ class Structure:
         check_readable(module)
         reading = Reading()
         # As text: an exception's traceback would hold the module, and so keep its cache entry alive.
-        self.failure: tuple[type[UnsupportedLayer], str] | None = None
+        self.failure: tuple[type[ValueError], str] | None = None
         try:
             for path, inner in named(module):
                 reading.at(path, type(inner).__name__)
@@ -29,7 +29,7 @@ class Structure:
             read(reading, "", module)
             if all(layer.kind == "identity" for layer in reading.layers):
                 raise UnsupportedLayer("lower: the module has no layer that changes its input")
-        except UnsupportedLayer as failure:
+        except (UnsupportedLayer, ImpossibleLayer) as failure:
             self.failure = type(failure), str(failure)
         self.stopped_at = reading.path if self.failure else None
         self.layers = tuple(reading.layers)
