@@ -35,18 +35,39 @@ def check_tensors(name: str, **arguments: object) -> None:
             raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got {type(value).__name__}")
 
 
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """The optional tensors that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def check_one_device(name: str, like: Tensor, like_name: str, **tensors: Tensor | Sequence[Tensor]) -> None:
     """In a fake kernel: refuse what the kernels refuse.
 
-    A meta tensor among CPU ones brings real tensors here, which would come back uninitialised.
+    A meta tensor among CPU ones brings real tensors here, which would come back uninitialised; None for a tensor
+    that is not optional passes the schema.
     """
-    for argument, value in tensors.items():
-        for tensor in (value,) if isinstance(value, Tensor) else value:
+    for argument, value in {like_name: like, **tensors}.items():
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if tensor is None:
+                raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got None")
             if tensor.device != like.device:
                 raise ValueError(
                     f"fastvae::{name}: {argument}: expected {like.device} as {like_name}, "
                     f"got {list(tensor.shape)} on {tensor.device}"
                 )
+
+
+def check_rank(name: str, argument: str, tensor: Tensor, shape: str) -> None:
+    """In a fake kernel: refuse a tensor with another number of dimensions than ``shape``, "[B, d]" say, has."""
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"fastvae::{name}: {argument}: expected shape {shape}, got {list(tensor.shape)}")
+
+
+def empty_gradients(name: str, like: Tensor, tensors: Sequence[Tensor], needs: Sequence[int]) -> list[Tensor]:
+    """In a fake kernel: room for the gradient to each tensor, of size 0 where none is needed."""
+    if len(needs) != len(tensors):
+        raise ValueError(f"fastvae::{name}: needs: expected {len(tensors)} flags, got {len(needs)}")
+    return [like.new_empty(tensor.shape if need else 0) for tensor, need in zip(tensors, needs, strict=True)]
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor) -> None:

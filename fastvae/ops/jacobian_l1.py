@@ -11,8 +11,11 @@ from fastvae import reference
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_rank,
     check_tensors,
+    empty_gradients,
     float32_under_autocast,
+    given,
     lower_or_warn,
     refuse_forward_mode,
     refuse_function_transforms,
@@ -84,6 +87,7 @@ def _(
     z: Tensor, parameters: Sequence[Tensor], network: str, latents: Sequence[int], p: int, reduction: str
 ) -> Tensor:
     check_one_device("jacobian_l1", z, "z", parameters=parameters)
+    check_rank("jacobian_l1", "z", z, "[B, d]")
     return z.new_empty(z.shape[:1] if reduction == "none" else ())
 
 
@@ -98,10 +102,10 @@ def _(
     reduction: str,
     needs: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    check_one_device("jacobian_l1_with_gradient", z, "z", parameters=parameters)
-    wanted = [
-        z.new_empty(tensor.shape if need else 0) for tensor, need in zip((z, *parameters), needs, strict=True)
-    ]
+    name = "jacobian_l1_with_gradient"
+    check_one_device(name, z, "z", **given(cotangent=cotangent), parameters=parameters)
+    check_rank(name, "z", z, "[B, d]")
+    wanted = empty_gradients(name, z, (z, *parameters), needs)
     return z.new_empty(z.shape[:1] if reduction == "none" else ()), wanted[0], wanted[1:]
 
 
