@@ -133,6 +133,7 @@ class Parser {
     const std::vector<int64_t>& weight = sizes(integer(1), 2);
     expect(shape_.flat, "expected a flat input, [B, features]");
     expect(weight[1] == shape_.channels, c10::str("expected ", weight[1], " features"));
+    times(weight[0], weight[1]);
     Stage& stage = begin(Affine::kLinear);
     stage.weight = integer(1);
     stage.bias = integer(2);
