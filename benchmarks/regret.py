@@ -45,7 +45,7 @@ from fastvae.architectures import dcgan_decoder, dcgan_encoder  # noqa: E402
 from fastvae.models import VAE  # noqa: E402
 from fastvae.noise import SampleNoise, keys_of  # noqa: E402
 from fastvae.ood import LikelihoodRegret  # noqa: E402
-from fastvae.ood.copies import VmappedCopies  # noqa: E402
+from fastvae.ood.differentiated import VmappedCopies  # noqa: E402
 from fastvae.ood.objective import PosteriorObjective  # noqa: E402
 from fastvae.ood.sequential import refit_one  # noqa: E402
 

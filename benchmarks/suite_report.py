@@ -28,7 +28,7 @@ beat the copy). Every contestant agreed with float64 before it was timed. What a
 
 - hamiltonian_flow: {EAGER}, two forces a step; {FAIR}, K + 1 forces, weights of convolutions in channels_last
 - leapfrog: {EAGER}, the two formulas as they stand; {FAIR}, with torch.addcmul
-- jacobian_l1: {EAGER}, a forward-mode pass for each latent; {FAIR}, vmap(jacfwd)
+- jacobian_l1: {EAGER}, reverse over reverse, all latents beside each other; {FAIR}, vmap(jacfwd)
 - grad_dot: {EAGER}, gradients of 64 samples at a time and their product; {FAIR}, Gram matrices
 - gaussian_kl: {EAGER}, torch.distributions; {FAIR}, the formula
 - log_px: {EAGER}, all codes at once; {FAIR}, 64 at a time, in channels_last

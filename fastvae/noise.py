@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvae._extension import raw
+from fastvae.arguments import expect_numbers
 
 __all__ = ["SampleNoise", "Stream", "draws_of", "keys_of"]
 
@@ -70,7 +71,8 @@ class SampleNoise:
     """
 
     def __init__(self, keys: Tensor, seed: int, draws: int = 1, start: int = 0) -> None:
-        self.keys, self.seed, self.draws, self.start = keys, seed, draws, start
+        expect_numbers("SampleNoise", seed=seed, draws=draws, start=start)
+        self.keys, self.seed, self.draws, self.start = keys, int(seed), draws, start
 
     def __call__(self, first: int, count: int, like: Tensor) -> Tensor:
         """Draws first .. first + count - 1 as [draws, count, B, d], for ``like`` [B, d] in its dtype."""

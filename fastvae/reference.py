@@ -6,13 +6,15 @@ Nothing here is fused or lowered, so any decoder that PyTorch can differentiate 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from fastvae._jacobian_reference import jacobian_l1, resolve_latents
+from fastvae._second_order import check_output, check_twice, no_gradient, own_leaf, twice_differentiable
+from fastvae.decoding import natural_parameters
 from fastvae.likelihoods import Likelihood, resolve
 
 __all__ = [
@@ -120,16 +122,29 @@ class _Force:
 
     def __init__(self, decoder: Decoder, x: Tensor, likelihood: Likelihood, create_graph: bool) -> None:
         self.decoder, self.x, self.likelihood, self.create_graph = decoder, x, likelihood, create_graph
+        self.checked = False
 
     def log_px(self, z: Tensor) -> Tensor:
-        return self.likelihood.log_prob_of_output(self.decoder(z), self.x)
+        with twice_differentiable():
+            params = natural_parameters(self.decoder, z, self.likelihood)
+        check_output("hamiltonian_flow", params, len(z))
+        return self.likelihood.log_prob(params, self.x)
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             # A leaf that needs no gradient outside still needs one for its own force.
-            point = z if self.create_graph and z.requires_grad else z.detach().requires_grad_()
+            point = z if self.create_graph and z.requires_grad else own_leaf(z)
             log_px = self.log_px(point)
-            (gradient,) = torch.autograd.grad(log_px.sum(), point, create_graph=self.create_graph)
+            if not log_px.requires_grad:
+                raise no_gradient("hamiltonian_flow")
+            (gradient,) = torch.autograd.grad(
+                log_px.sum(), point, create_graph=self.create_graph, allow_unused=True
+            )
+        if gradient is None:
+            raise no_gradient("hamiltonian_flow")
+        if self.create_graph and not self.checked:
+            check_twice("hamiltonian_flow", gradient, point)
+            self.checked = True
         if not self.create_graph:
             log_px = log_px.detach()
         return log_px, gradient - (point if self.create_graph else z)
@@ -309,111 +324,15 @@ def log_px(decoder: Decoder, z: Tensor, x: Tensor, likelihood: str | Likelihood 
     def part(first: int, start: int) -> Tensor:
         codes, data = z[first : first + together, start : start + rows], x[start : start + rows]
         repeated = data.expand(len(codes), *data.shape).flatten(0, 1)
-        return like.log_prob_of_output(decoder(codes.flatten(0, 1)), repeated).reshape(codes.shape[:2])
+        params = natural_parameters(decoder, codes.flatten(0, 1), like)
+        check_output("log_px", params, len(repeated))
+        return like.log_prob(params, repeated).reshape(codes.shape[:2])
 
     found = [
         torch.cat([part(first, start) for start in range(0, samples, rows)], 1)
         for first in range(0, draws if samples else 0, together)
     ]
     return torch.cat(found) if found else z.new_empty(draws, samples)
-
-
-def resolve_latents(latents: Sequence[int] | Tensor | None, dim: int) -> list[int]:
-    """The latents of a Jacobian penalty as a list of indices.
-
-    Args:
-        latents: distinct integers in [0, d) as a sequence or a one-dimensional integer tensor (whose values are
-            read on the host); None for all.
-        dim: d.
-
-    Raises:
-        TypeError: entries that are not integers (a boolean mask is none).
-        ValueError: out of range, repeated, or a tensor that is not one-dimensional.
-    """
-    if latents is None:
-        return list(range(dim))
-    if isinstance(latents, Tensor):
-        if latents.dtype == torch.bool or latents.is_floating_point() or latents.is_complex():
-            raise TypeError(f"jacobian_l1: latents: expected integers, got {latents.dtype}")
-        if latents.dim() != 1:
-            raise ValueError(f"jacobian_l1: latents: expected one dimension, got {list(latents.shape)}")
-        latents = latents.tolist()
-    indices: list[int] = []
-    for latent in latents:
-        if isinstance(latent, bool) or not hasattr(latent, "__index__"):
-            raise TypeError(f"jacobian_l1: latents: expected integers, got {type(latent).__name__}")
-        indices.append(operator.index(latent))
-    if any(not 0 <= index < dim for index in indices) or len(set(indices)) < len(indices):
-        raise ValueError(f"jacobian_l1: latents: expected distinct integers in [0, {dim}), got {indices}")
-    return indices
-
-
-def check_jacobian_options(reduction: str, output: str, p: int) -> None:
-    """Raise ValueError for a word or a power that :func:`jacobian_l1` does not know."""
-    for name, value, known in (
-        ("reduction", reduction, ("mean", "sum", "none")),
-        ("output", output, ("identity", "sigmoid")),
-        ("p", p, (1, 2)),
-    ):
-        if isinstance(value, bool) or value not in known:
-            raise ValueError(f"jacobian_l1: {name}: expected one of {known}, got {value!r}")
-
-
-def jacobian_l1(
-    decoder: Decoder,
-    z: Tensor,
-    reduction: str = "mean",
-    *,
-    output: str = "identity",
-    latents: Sequence[int] | Tensor | None = None,
-    p: int = 1,
-) -> Tensor:
-    """Sum over latents i and outputs o of |d y_o / d z_i|^p, y = psi(decoder(z)), for each sample.
-
-    Rhodes and Lee, Local Disentanglement in Variational Auto-Encoders Using Jacobian L1 Regularization,
-    NeurIPS 2021, equation (5). One forward-mode pass of PyTorch a latent; exact, unlike the forward differences of the
-    authors' code.
-
-    Args:
-        decoder: any callable [B, d] -> [B, ...] that treats samples independently and that PyTorch can
-            differentiate in forward mode.
-        z: [B, d].
-        reduction: "mean" or "sum" over the samples, or "none".
-        output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
-        latents: the i to sum over, distinct integers; None for all.
-        p: 1 for absolute values, 2 for squares (no root and no factor).
-
-    Returns:
-        [] or, with "none", [B]; differentiable in z and in what the decoder holds.
-
-    Raises:
-        ValueError, TypeError: an option that is not known, latents out of range, z not [B, d].
-    """
-    check_jacobian_options(reduction, output, p)
-    if z.dim() != 2 or not z.is_floating_point():
-        raise ValueError(f"jacobian_l1: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}")
-    indices = resolve_latents(latents, z.shape[1])
-    # Forward mode does not run on inference tensors: leave the mode with a copy.
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            return jacobian_l1(decoder, z.clone(), reduction, output=output, latents=indices, p=p)
-
-    def decode(point: Tensor) -> Tensor:
-        y = decoder(point)
-        if not isinstance(y, Tensor):
-            raise TypeError(
-                f"jacobian_l1: decoder output: expected a tensor [B, ...], got {type(y).__name__}"
-            )
-        return torch.sigmoid(y) if output == "sigmoid" else y
-
-    terms = z.new_zeros(z.shape[0])
-    for index in indices:
-        direction = torch.zeros_like(z)
-        direction[:, index] = 1
-        column = torch.func.jvp(decode, (z,), (direction,))[1]
-        column = column.reshape(z.shape[0], math.prod(column.shape[1:]))
-        terms = terms + (column.abs() if p == 1 else column.square()).sum(1)
-    return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
 
 
 def gaussian_kl(

@@ -54,6 +54,9 @@ def main(folder: Path, count: int) -> None:
             load_checkpoint(make(penalties=(Annealed(),)), path)
     finished = train(run, count if any(run.glob("epoch-*.pt")) else 0)
     same = finished[0] == expected[0] and torch.equal(finished[1], expected[1])
+    names = {path.name for path in run.iterdir()}
+    left = names - {"history.json", *(f"epoch-{number:04d}.pt" for number in range(EPOCHS + 1))}
+    assert not left, f"left behind: {left}"
     print(f"{kills} killed; {'the same' if same else 'another'} end")
     sys.exit(0 if same else 3)
 

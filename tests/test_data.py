@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,118 @@ def test_damaged_npz(tmp_path: Path, case: str) -> None:
     path = tmp_path / "set.npz"
     message = _npz_case(path, case)
     with pytest.raises(ValueError, match=f"set.npz: .*{message}"):
+        load(path)
+
+
+def npy_header(shape: str, descr: str = "|u1") -> bytes:
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def npz_with(path: Path, entry: bytes, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("images.npy", entry)
+    return path
+
+
+ANNOUNCED = {
+    "gzip": (
+        "images.idx3-ubyte",
+        gzip.compress(GOOD[:4] + struct.pack(">3I", 1000, 1000, 1000)),
+        "cannot hold",
+    ),
+    "gzip, short": (
+        "images.idx3-ubyte",
+        gzip.compress(GOOD[:4] + struct.pack(">3I", 10, 28, 28)),
+        r"7856 bytes for shape \[10, 28, 28\], found 16",
+    ),
+    "gzip, long": ("images.idx3-ubyte", gzip.compress(GOOD + b"x"), "52 bytes .* found more than 52"),
+    "gzip, sizes beyond all": (
+        "images.idx3-ubyte",
+        gzip.compress(GOOD[:4] + b"\xff" * 12),
+        "max_unpacked=4294967296",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ANNOUNCED)
+def test_idx_sizes_are_believed_only_if_the_file_can_hold_them(tmp_path: Path, case: str) -> None:
+    name, data, message = ANNOUNCED[case]
+    (tmp_path / name).write_bytes(data)
+    refused_in_little_memory(tmp_path, message)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize(
+    ("shape", "descr"),
+    [
+        ("(1000000, 1000, 1000)", "|u1"),
+        ("(2000, 1000, 1000)", "|u1"),
+        ("(-1, 28, 28)", "|u1"),
+        ("(-2000, -1000, 1000)", "|u1"),
+        ("(10, 28, 27)", "|u1"),
+        ("(10, 28, 28)", "<f8"),
+        ("(10, 28, 28)", "|S1000000000"),
+        ("(99999999999999999999, 28, 28)", "|u1"),
+    ],
+)
+def test_npz_sizes_are_believed_only_if_the_file_can_hold_them(
+    tmp_path: Path, method: int, shape: str, descr: str
+) -> None:
+    path = npz_with(tmp_path / "set.npz", npy_header(shape, descr) + bytes(7840), method)
+    refused_in_little_memory(
+        path, r"set\.npz: expected plain arrays, found an unreadable entry \(.* needs -?\d+ bytes"
+    )
+
+
+def refused_in_little_memory(path: Path, message: str, **options: Any) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            load(path, **options)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    """4 MB of zeros in 4 kB: more than the limit given, and read with a larger one."""
+    images = np.zeros((1000, 64, 64), np.uint8)
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    write(idx / "images-idx3-ubyte.gz", idx_bytes(images))
+    np.savez_compressed(tmp_path / "set.npz", images=images)
+    for source in (idx, tmp_path / "set.npz"):
+        message = r"at most max_unpacked=4096000 bytes .* found 4096\d{3}; if you trust"
+        refused_in_little_memory(source, message, max_unpacked=4_096_000)
+        assert len(load(source, split="all", max_unpacked=4_096_200)) == 1000
+    # What is not compressed has the size of its file and needs no limit.
+    (idx / "images-idx3-ubyte.gz").unlink()
+    write(idx / "images-idx3-ubyte", idx_bytes(images))
+    np.savez(tmp_path / "set.npz", images=images)
+    for source in (idx, tmp_path / "set.npz"):
+        assert len(load(source, split="all", max_unpacked=0)) == 1000
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="load: max_unpacked: expected a number of bytes"):
+            load(idx, max_unpacked=wrong)  # type: ignore[arg-type]
+
+
+def test_npz_with_more_than_an_array_or_of_a_later_format(tmp_path: Path) -> None:
+    entry = npy_header("(10, 28, 28)") + bytes(7840)
+    assert len(load(npz_with(tmp_path / "set.npz", entry), split="all")) == 10
+    for damaged in (entry + b"x", entry[:-1], b"\x93NUMPY\x03" + entry[7:], b"\x93NUMPY", b"", b"x" * 200):
+        with pytest.raises(ValueError, match=r"set\.npz: expected plain arrays, found an unreadable entry"):
+            load(npz_with(tmp_path / "set.npz", damaged))
+
+
+def test_npz_whose_directory_hides_an_array(tmp_path: Path) -> None:
+    """One bit of a name that has no checksum: the labels would be gone without a word."""
+    path = tmp_path / "set.npz"
+    np.savez(path, images=pixels(4, 3, 3), labels=np.arange(4))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"labels.npy")] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"set\.npz: expected plain arrays.*differ"):
         load(path)
 
 

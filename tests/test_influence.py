@@ -20,10 +20,20 @@ from influence_problems import (
 )
 from peers import peer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import fastvae
-from fastvae.influence import TracIn, UncoveredParameter, engine, evaluation
+from fastvae.influence import TracIn, UncoveredParameter, engine, evaluation, noise
 from fastvae.influence.factors import GRAM, TILES
 from fastvae.influence.topk import TopK
 from fastvae.models import HVAE, VAE, BaseVAE
@@ -311,6 +321,70 @@ def test_a_foreign_vae_gets_noise_keyed_by_sample() -> None:
     assert close(found.influence(x[[2]]), found.influence(x)[[2]], 1e-12)
 
 
+class Attending(nn.Module):
+    """Attention and a recurrent layer in front of one that rules cover; both are marked as random for their dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.rows, self.out = nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rows(self.layer(x.reshape(len(x), 5, 4)))[0].flatten(1))
+
+
+def test_attention_and_recurrent_layers() -> None:
+    torch.manual_seed(0)
+    model, x, labels = Attending().double(), images(6, 20), torch.randint(3, (6,))
+    loss = nn.CrossEntropyLoss(reduction="none")
+    with pytest.raises(UncoveredParameter, match=r"no rule for (MultiheadAttention|LSTM)"):
+        tracin(model, (x, labels), loss_fn=loss)
+    found = tracin(model, (x, labels), loss_fn=loss, uncovered="materialise")
+    g = classifier_gradients(model.eval(), x, labels)
+    assert close(found.influence((x[:3], labels[:3])), g[:3] @ g.T, 1e-10)
+    with pytest.raises(ValueError, match="model that draws noise"):
+        found.influence_with_error((x[:3], labels[:3]))
+
+
+def test_noise_is_not_drawn_from_torchs_generators() -> None:
+    """In every form that is covered: the numbers are the stream's, and the generator stays where it is."""
+    keys = draws_of(keys_of(images(3, 4)), 0, 2)
+    mean, std = torch.full((6, 4), 2.0), torch.full((6, 4), 3.0)
+    draws: dict[str, Callable[[], Tensor]] = {
+        "randn": lambda: torch.randn(6, 4, dtype=torch.float64),
+        "randn generator": lambda: torch.randn(6, 4, generator=torch.Generator()),
+        "randn_like": lambda: torch.randn_like(mean),
+        "normal_": lambda: torch.empty(6, 4).normal_(2, 3),
+        "normal tensors": lambda: torch.normal(mean, std),
+        "normal mean": lambda: torch.normal(mean, 3.0),
+        "normal std": lambda: torch.normal(2.0, std),
+        "normal numbers": lambda: torch.normal(2.0, 3.0, (6, 4)),
+        "rand": lambda: torch.rand(6, 4),
+        "rand_like": lambda: torch.rand_like(mean, dtype=torch.float64),
+        "uniform_": lambda: torch.empty(6, 4).uniform_(-1, 1),
+    }
+    state = torch.get_rng_state()
+    for name, draw in draws.items():
+        with noise.KeyedNoise(Stream(keys)):
+            found = draw()
+        normal, uniform = Stream(keys).normal((4,)), Stream(keys).uniform((4,))
+        expected = normal if name.startswith(("randn", "normal")) else uniform
+        expected = 2 + 3 * expected if name.startswith("normal") else expected
+        expected = 2 * expected - 1 if name == "uniform_" else expected
+        assert found.dtype == (torch.float64 if name in ("randn", "rand_like") else torch.float32)
+        assert close(found.double(), expected, 1e-6), name
+        assert noise.draws_noise(draw), name
+    with noise.KeyedNoise(Stream(keys)), pytest.raises(NotImplementedError, match="noise by bernoulli"):
+        torch.bernoulli(torch.full((6, 4), 0.5))
+    assert noise.draws_noise(lambda: nn.functional.dropout(mean)) and not noise.draws_noise(lambda: mean + 1)
+    assert not noise.draws_noise(lambda: nn.functional.dropout(mean, training=False))
+    assert torch.equal(torch.get_rng_state(), state)
+    found = tracin(ForeignVAE().double(), images(6, 6))
+    state = torch.get_rng_state()
+    found.influence(images(2, 6))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # ---- what is not covered ----
 
 
@@ -452,6 +526,83 @@ def test_a_batch_norm_without_running_statistics_couples_samples() -> None:
         tracin(model, images(5, 4).float(), loss_fn=lambda a, b: a.square().sum(1))
 
 
+def cancelling() -> nn.Module:
+    """Biases whose true gradient is zero: what comes after them takes the mean away, of channels or of all there is."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4, 5)),
+        nn.Conv2d(1, 3, 3),
+        nn.InstanceNorm2d(3),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, 2),
+        nn.GroupNorm(4, 4),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+        nn.LogSoftmax(1),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_that_cancels_to_zero_is_compared_absolutely(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x, labels = cancelling().to(dtype), images(9, 20).to(dtype), torch.randint(3, (9,))
+    found = tracin(model, (x, labels), loss_fn=nn.NLLLoss(reduction="none")).influence((x[:4], labels[:4]))
+    rows = []
+    for image, label in zip(x.split(1), labels.split(1), strict=True):
+        loss = nn.functional.nll_loss(model(image), label)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    g = torch.stack(rows)
+    assert close(found, g[:4] @ g.T, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_more_than_two_samples_are_compared() -> None:
+    """Each sample depends on the one two places before it: any two that follow each other do not."""
+
+    class Distant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return (h + torch.cat((torch.zeros_like(h[:2]), h[:-2]))).square().sum(1)
+
+    with pytest.raises(UncoveredParameter, match="samples of a batch depend on each other"):
+        tracin(Distant().double(), images(5, 4)).influence(images(2, 4))
+
+
+def test_loaders_that_do_not_keep_the_order_are_refused() -> None:
+    x, model = images(6, 20), build(dense_vae)
+    data = TensorDataset(x)
+    orders = {
+        "RandomSampler": DataLoader(data, 2, shuffle=True),
+        "SubsetRandomSampler": DataLoader(data, 2, sampler=SubsetRandomSampler(range(6))),
+        "WeightedRandomSampler": DataLoader(data, 2, sampler=WeightedRandomSampler([1.0] * 6, 6)),
+        "list": DataLoader(data, 2, sampler=[5, 4, 3, 2, 1, 0]),
+        "DistributedSampler": DataLoader(data, 2, sampler=DistributedSampler(data, 2, 0, shuffle=False)),
+        "Batches": DataLoader(data, batch_sampler=type("Batches", (BatchSampler,), {})(range(6), 2, False)),
+    }
+    orders["a RandomSampler"] = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 2, False))
+    orders["with a RandomSampler"] = DataLoader(data, batch_size=None, sampler=RandomSampler(data))
+    for name, loader in orders.items():
+        with pytest.raises(
+            ValueError, match=f"TracIn: train_dataset: expected a DataLoader in the order.*{name}"
+        ):
+            tracin(model, loader)
+        for call in (tracin(model, data).influence, tracin(model, data).self_influence):
+            with pytest.raises(
+                ValueError, match=f"TracIn: inputs: expected a DataLoader in the order.*{name}"
+            ):
+                call(loader)
+    expected = tracin(model, x).influence(x)
+    sequential = BatchSampler(SequentialSampler(data), 4, False)
+    for loader in (
+        DataLoader(data, 4),
+        DataLoader(data, batch_sampler=sequential),
+        DataLoader(Subset(data, range(6)), 2),
+    ):
+        assert close(tracin(model, loader).influence(loader), expected, 1e-12)
+
+
 ERRORS = {
     "scalar": (lambda a, b: a.square().sum(), ValueError, "one loss a sample, .*got a scalar"),
     "elements": (lambda a, b: a.square(), ValueError, r"one loss a sample, \[\d\], got \[\d, 4\]"),
@@ -489,7 +640,17 @@ def test_arguments_out_of_range() -> None:
 CAPTUM_SCRIPT = """
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 LINE
 
 torch.manual_seed(0)

@@ -55,6 +55,16 @@ def test_data_parallel_gradients_are_those_of_one_process(two: list[dict[str, An
         torch.testing.assert_close(process["gradients"][name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_stops_one_process_stops_both(two: list[dict[str, Any]]) -> None:
+    for process in two:
+        assert (
+            "epoch-0001.pt: expected a run with the same clip_grad_norm (1.0), found None"
+            in process["another run"]
+        )
+        assert process["held"].startswith("BlockingIOError") and "found it held by process" in process["held"]
+        assert process["taken"].startswith("FileExistsError: fit: run_dir: expected no other file at")
+
+
 def test_data_parallel_fit_resumes_exactly(two: list[dict[str, Any]]) -> None:
     whole = two[0]["whole"]
     for process in two:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 
@@ -17,7 +18,8 @@ from fastvae.models import HVAE, VAE
 from fastvae.models.base import BaseVAE
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood import LikelihoodRegret
-from fastvae.ood.copies import Adam, LoweredCopies, VmappedCopies
+from fastvae.ood.copies import Adam, LoweredCopies
+from fastvae.ood.differentiated import VmappedCopies
 from fastvae.ood.likelihood_regret import _FIRST_SAMPLE
 from fastvae.ood.sequential import refit_one
 from fastvae.reference import adam_step
@@ -213,6 +215,175 @@ def grouped() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (2, 10, 1)), nn.Conv2d(2, 4, (10, 1), groups=2), nn.Flatten(), nn.Linear(4, 8)
     )
+
+
+class Rescaled(VAE):
+    """Its posterior is not what the encoder returns."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = super().encode(x)
+        return 2 * mu, logvar.clamp(-1, 1)
+
+
+class Cached(nn.Module):
+    """Reads its weights from a list of its own, too, past what torch.func.functional_call exchanges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 8)
+        self.own = [self.layer.weight, self.layer.bias]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.layer(x) + nn.functional.linear(x, *self.own).tanh()).chunk(2, 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rows, self.last = kind(4, 5, num_layers=2, batch_first=True), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rows(x.reshape(len(x), 5, 4))[0][:, -1])
+
+
+class Attention(nn.Module):
+    """Attention as a user writes it, and a transformer's layer, which in eval mode has a kernel of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.layer = nn.Linear(4, 12), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.last = nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.reshape(len(x), 5, 4)).chunk(3, -1)
+        h = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return self.last(self.layer(h).flatten(1))
+
+
+class Unmapped(nn.Module):
+    """Asks for a number, which torch.vmap has no way to give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if float(x.sum()) > 0 else -self.layer(x)
+
+
+def one_norm(which: str) -> nn.Module:
+    """BatchNorm without its bias, as of ``nn.BatchNorm1d(8, bias=False)``, or without its weight."""
+    norm = nn.BatchNorm1d(8)
+    norm.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
+    norm.register_parameter(which, None)
+    return nn.Sequential(nn.Linear(20, 8), norm, nn.Tanh(), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("which", ["bias", "weight"])
+def test_a_batch_norm_that_lacks_a_parameter_trains_none(which: str) -> None:
+    torch.manual_seed(0)
+    model = VAE(one_norm(which), mlp(4, 12, 20)).double().eval()
+    x = data(dense, 3)
+    refit = quiet(regret(model, num_steps=20, lr=0.1).refit, x, parameters=True)
+    for index in range(3):
+        image = x[index : index + 1]
+        private, losses = refit_one(model, image, SampleNoise(keys_of(image), 0), num_steps=20, lr=0.1)
+        assert off(refit.losses[index], losses) < 1e-9  # type: ignore[attr-defined]
+        expected = dict(private.encoder.named_parameters())
+        assert refit.parameters.keys() == expected.keys()  # type: ignore[attr-defined]
+        for name, parameter in expected.items():
+            assert off(refit.parameters[name][index], parameter) < 1e-8, name  # type: ignore[attr-defined]
+
+
+def frozen_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8, affine=False), nn.Tanh(), nn.Linear(8, 8))
+
+
+UNUSUAL: dict[str, tuple[Callable[[], BaseVAE], str]] = {
+    "encode": (lambda: Rescaled(mlp(20, 12, 8), mlp(4, 12, 20)), r"torch\.vmap"),
+    "cached": (
+        lambda: VAE(Cached(), mlp(4, 12, 20)),
+        "one image after the other.*torch.vmap computes other gradients",
+    ),
+    "lstm": (lambda: VAE(Recurrent(nn.LSTM), mlp(4, 12, 20)), "one image after the other"),
+    "gru": (lambda: HVAE(Recurrent(nn.GRU), mlp(4, 12, 20), num_steps=2), "one image after the other"),
+    "attention": (lambda: VAE(Attention(), mlp(4, 12, 20)), "one image after the other"),
+    "number": (lambda: VAE(Unmapped(), mlp(4, 12, 20)), "one image after the other"),
+    "norm": (lambda: VAE(frozen_norm(), mlp(4, 12, 20)), ""),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_encoders_are_trained_as_published(name: str) -> None:
+    torch.manual_seed(0)
+    make, message = UNUSUAL[name]
+    model, x = make().double().eval(), data(dense, 3)
+    detector = regret(model, num_steps=8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refit = detector.refit(x, parameters=True)
+    ours = [str(w.message) for w in caught if str(w.message).startswith("LikelihoodRegret")]
+    assert len(ours) == (message != "") and all(re.search(message, text) for text in ours), ours
+    scores = quiet(detector.predict, x)
+    for index, image in enumerate(x.split(1)):
+        keys = keys_of(image)
+        noise = SampleNoise(keys, 0, model.noise_draws)
+        private, losses = refit_one(model, image, noise, num_steps=8, lr=1e-2)
+        assert off(refit.losses[index], losses) < 1e-8
+        for key, parameter in private.encoder.named_parameters():
+            error = (refit.parameters[key][index] - parameter).detach().abs()
+            if key.endswith(("in_proj_bias", "qkv.bias")):
+                # The gradient to the keys' bias is zero, which leaves Adam steps of round-off over eps.
+                error[len(error) // 3 : 2 * len(error) // 3] = 0
+            assert float(error.max()) < 1e-8, key
+        samples = SampleNoise(keys, 0, model.noise_draws, start=_FIRST_SAMPLE)
+        before, after = (m.log_likelihood(image, 8, noise=samples) for m in (model, private))
+        assert off(scores[index], after - before) < 1e-8  # type: ignore[index]
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_recurrent_and_attending_decoders(decoder: str) -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 20)
+            self.rows = nn.LSTM(4, 4, batch_first=True) if decoder == "lstm" else None
+
+        def forward(self, z: Tensor) -> Tensor:
+            h = self.first(z).reshape(-1, 5, 4)
+            if self.rows is not None:
+                return self.rows(h)[0].flatten(1)
+            return nn.functional.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None]).flatten(1)
+
+    torch.manual_seed(0)
+    model, x = VAE(mlp(20, 12, 8), Decoder(), latent_dim=4).double().eval(), data(dense, 2)
+    refit = quiet(regret(model, num_steps=5).refit, x)
+    for index, image in enumerate(x.split(1)):
+        _, losses = refit_one(model, image, SampleNoise(keys_of(image), 0), num_steps=5, lr=1e-2)
+        assert off(refit.losses[index], losses) < 1e-8  # type: ignore[attr-defined]
+
+
+def test_encoders_that_cannot_be_trained_for_each_image() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(20, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + torch.randn_like(x))
+
+    class Undifferentiable(Noisy):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).detach()
+
+    x, state = data(dense), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"LikelihoodRegret: encoder: .*draws random numbers in eval mode"):
+        regret(VAE(Noisy(), mlp(4, 12, 20)).double()).predict(x)
+    with pytest.raises(
+        ValueError, match=r"LikelihoodRegret: encoder: expected one whose output .* \(RuntimeError"
+    ):
+        quiet(regret(VAE(Undifferentiable(), mlp(4, 12, 20)).double()).predict, x)
+    torch.set_rng_state(state)
 
 
 @pytest.mark.parametrize("encoder", [tied, parametrised, grouped])

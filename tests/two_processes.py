@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastvae
 from fastvae.models import DivergenceError
+from fastvae.training.locking import FolderLock
 
 RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[2])
 
@@ -78,11 +79,31 @@ def fails(model: nn.Module) -> str:
     return "nothing"
 
 
+def refused(folder: str, **options: Any) -> str:
+    """What both are told where the first cannot write, or the run is another."""
+    try:
+        fit(folder, 3, **options)
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/store", rank=RANK, world_size=2)
     results: dict[str, Any] = {"gradients": {name: gradients(name) for name in BUILDERS}}
     results["whole"] = fit("whole", 3)
     fit("parts", 1)
+    results["another run"] = refused("parts", clip_grad_norm=float(1 + RANK))
+    lock = FolderLock(FOLDER / "parts", "test") if RANK == 0 else None
+    dist.barrier()
+    results["held"] = refused("parts")
+    if lock is not None:
+        lock.release()
+    if RANK == 0:
+        (FOLDER / "taken").mkdir()
+        (FOLDER / "taken" / "epoch-0001.pt").write_text("of somebody else")
+    dist.barrier()
+    results["taken"] = refused("taken", resume=FOLDER / "parts" / "epoch-0001.pt")
     results["parts"] = fit("parts", 3)
     skipping = Diverging()
     history = fastvae.fit(

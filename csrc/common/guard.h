@@ -23,13 +23,19 @@ inline void refuse_forward_mode(const char* op, const at::Tensor& tensor) {
 class EntryGuard {
  public:
   EntryGuard(const char* op, std::initializer_list<std::reference_wrapper<const at::Tensor>> inputs)
-      : device_(inputs.begin()->get().device()) {
+      : device_(device_of(op, inputs.begin()->get())) {
     for (const at::Tensor& input : inputs) {
       refuse_forward_mode(op, input);
     }
   }
 
  private:
+  // None in the place of a tensor arrives as an undefined one.
+  static at::Device device_of(const char* op, const at::Tensor& first) {
+    FASTVAE_CHECK_TYPE(first.defined(), op, "first tensor", "a tensor", "None");
+    return first.device();
+  }
+
   at::AutoDispatchBelowADInplaceOrView below_autograd_;
   c10::impl::ExcludeDispatchKeyGuard below_autocast_{c10::autocast_dispatch_keyset};
   c10::DeviceGuard device_;

@@ -73,7 +73,7 @@ struct CopiesNorm {
   const T* h;       // [samples, positions, channels]
   const T* mean;    // [channels]
   const T* rstd;    // [channels]
-  const T* affine;  // [samples, 2, channels] gamma, beta
+  const T* affine;  // [2, samples, channels] gamma, beta
   T* a;
   int64_t samples;
   int64_t positions;
@@ -88,7 +88,7 @@ struct CopiesNormReverse {
   const T* mean;
   const T* rstd;
   const T* affine;
-  T* grad_affine;  // [samples, 2, channels]
+  T* grad_affine;  // [2, samples, channels]
   T* grad_h;       // or null
   int64_t samples;
   int64_t positions;

@@ -10,9 +10,13 @@ namespace {
 
 // Bytes of columns worked on at a time: they are written and read once each, and should not leave the caches between.
 constexpr int64_t kTileBytes = int64_t{1} << 20;
+// Rows of a product from which on it is worth reading a weight that fits into no cache.
+constexpr int64_t kTileRows = 256;
 // Output channels up to which the narrow kernel wins, and from which on a row of them fills vectors.
 constexpr int64_t kNarrowChannels = 3;
 constexpr int64_t kWideChannels = 8;
+// Our kernels walk over all phases of a stride, also those that no output has.
+constexpr int64_t kMostPhases = 64;
 
 ConvolutionWindow window_of(const Stage& stage, const at::Tensor& packed) {
   return {stage.out.channels, stage.in.height,   stage.in.width,   stage.out.height, stage.out.width,
@@ -26,7 +30,9 @@ void for_each_tile(const Stage& stage, const at::Tensor& packed, const at::Tenso
                    const Body& body) {
   const int64_t width = packed.numel() / packed.size(0);
   const int64_t positions = stage.in.positions();
-  const int64_t tile = std::clamp<int64_t>(kTileBytes / (positions * width * like.element_size()), 1, samples);
+  const int64_t fitting = kTileBytes / (positions * width * like.element_size());
+  const int64_t amortising = (kTileRows + positions - 1) / positions;
+  const int64_t tile = std::clamp<int64_t>(std::max(fitting, amortising), 1, samples);
   const at::Tensor columns = aten::empty({tile * positions, width}, like.options());
   for (int64_t first = 0; first < samples; first += tile) {
     const int64_t count = std::min(tile, samples - first);
@@ -134,18 +140,37 @@ void direct_conv_transpose_add_weight_gradient(const Stage& stage, const at::Ten
 
 }  // namespace
 
+namespace {
+
+// Whether GEMM and fold are quicker than windows, by what a FLOP costs (ns, float32, both cores of a Zen 3 [measured]).
+// Windows read the weight once for each row of outputs, 2 / width bytes a FLOP, which are free as long as the L2 cache
+// holds it; fold moves a column for every 2 C_in FLOPs. Doubles take twice as long in all of that.
+bool is_folding_quicker(const Stage& stage, size_t element_size) {
+  constexpr int64_t kCacheBytes = int64_t{1} << 19;
+  const int64_t bytes =
+      stage.in.channels * stage.out.channels * stage.kernel[0] * stage.kernel[1] * static_cast<int64_t>(element_size);
+  const double direct = 0.0118 + 0.04 / static_cast<double>(stage.in.width);
+  const double folded = 0.0087 + 0.6 / static_cast<double>(stage.in.channels);
+  return bytes > kCacheBytes && folded < direct;
+}
+
+}  // namespace
+
 ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight) {
   const int64_t channels = stage.out.channels;
   if (stage.affine != Affine::kConvTranspose2d || !weight.is_cpu() || stage.groups != 1 ||
+      std::max(stage.stride[0], stage.stride[1]) > kMostPhases ||
       (channels > kNarrowChannels && channels < kWideChannels)) {
     return ConvTransposeRoute::kLibrary;
   }
   // A single position meets every tap once: one product, where windows would multiply padding.
-  const bool dense = stage.in.positions() == 1 && channels >= kWideChannels;
-  if (dense || stage.dilation[0] != 1 || stage.dilation[1] != 1) {
-    return channels >= kWideChannels ? ConvTransposeRoute::kFolded : ConvTransposeRoute::kLibrary;
+  const bool dense = stage.in.positions() == 1;
+  const bool dilated = stage.dilation[0] != 1 || stage.dilation[1] != 1;
+  if (channels < kWideChannels) {
+    return dilated ? ConvTransposeRoute::kLibrary : ConvTransposeRoute::kNarrow;
   }
-  return channels >= kWideChannels ? ConvTransposeRoute::kDirect : ConvTransposeRoute::kNarrow;
+  return dense || dilated || is_folding_quicker(stage, weight.element_size()) ? ConvTransposeRoute::kFolded
+                                                                              : ConvTransposeRoute::kDirect;
 }
 
 at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight) {

@@ -1,6 +1,7 @@
 #include "copies.h"
 
 #include <cmath>
+#include <limits>
 
 #include "../common/aten.h"
 #include "../common/guard.h"
@@ -18,7 +19,7 @@ bool only_moves(const Stage& stage) {
   return stage.affine == Affine::kIdentity || stage.affine == Affine::kToImage || stage.affine == Affine::kToFlat;
 }
 
-bool has_parameters(const Stage& stage) { return stage.weight >= 0; }
+bool has_parameters(const Stage& stage) { return stage.weight >= 0 || stage.bias >= 0; }
 
 // One position, which sees the whole input: channel last, the order of its window is that of the input.
 bool sees_all(const Stage& stage, const ConvolutionWindow& window) {
@@ -44,13 +45,16 @@ NetworkCopies::NetworkCopies(const std::string& network, const std::vector<at::T
   check_floating(kOp, "x", x);
   FASTVAE_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, kOp, "x", "shape [B, n] with B, n > 0",
                       describe(x));
-  FASTVAE_CHECK_VALUE(steps > 0, kOp, "steps", "at least 1", steps);
+  // Rows count the steps that they have seen in 32 bits.
+  FASTVAE_CHECK_VALUE(steps > 0 && steps <= std::numeric_limits<int32_t>::max(), kOp, "steps", "1 to 2147483647",
+                      steps);
   for (const at::Tensor& parameter : parameters) {
     check_like(kOp, "parameters", parameter, x, "x");
   }
   samples_ = x.size(0);
   // Of the likelihoods, only the categorical one asks something of a network.
   program_ = find_program(kOp, network, parameters, x.size(1), {});
+  check_room(kOp, "x", *program_, samples_);
   layers_.resize(depth());
   rates_ = aten::empty({steps, 2}, at::TensorOptions().dtype(at::kDouble));
   for (int64_t step = 0; step < steps; ++step) {
@@ -110,9 +114,11 @@ void NetworkCopies::prepare(size_t l, const std::vector<at::Tensor>& parameters,
       const at::Tensor one = aten::ones({stage.in.channels}, options);
       layer.mean = parameters[stage.running_mean].contiguous();
       layer.rstd = parameters[stage.running_var].add(stage.eps).rsqrt();
-      layer.weight = trained(aten::stack({stage.weight >= 0 ? parameters[stage.weight] : one,
-                                          stage.bias >= 0 ? parameters[stage.bias] : aten::zeros_like(one)}),
-                             true);
+      // Where there is no weight or no bias, its place keeps 1 or 0.
+      const at::Tensor weight = stage.weight >= 0 ? parameters[stage.weight] : one;
+      const at::Tensor bias = stage.bias >= 0 ? parameters[stage.bias] : aten::zeros_like(one);
+      const at::Tensor value = aten::stack({for_each_sample(weight, samples_), for_each_sample(bias, samples_)});
+      layer.weight = {value, aten::zeros_like(value), aten::zeros_like(value), aten::zeros_like(value)};
       return;
     }
     case Affine::kLinear:
@@ -247,6 +253,7 @@ at::Tensor NetworkCopies::forward() {
     activate(l, affine(l));
   }
   product_ready_ = false;
+  evaluated_ = true;
   return layers_.back().h.view({samples_, -1}).clone();
 }
 
@@ -286,7 +293,9 @@ at::Tensor NetworkCopies::affine_reverse(size_t l, const at::Tensor& delta) {
       FASTVAE_LAUNCH(copies_norm_reverse, delta.device(), args, samples_, stage.in.numel());
     });
     if (has_parameters(stage)) {
-      step(layer.weight);
+      const int64_t first = stage.weight >= 0 ? 0 : 1, count = stage.weight >= 0 && stage.bias >= 0 ? 2 : 1;
+      const auto part = [&](const at::Tensor& both) { return both.narrow(0, first, count); };
+      step({part(layer.weight.value), part(layer.weight.mean), part(layer.weight.square), part(layer.weight.grad)});
     }
     return layer.grad_in;
   }
@@ -332,6 +341,7 @@ void NetworkCopies::update(const at::Tensor& grad) {
   check_like(kOp, "grad", grad, input_, "x");
   check_sizes(kOp, "grad", grad, {samples_, program_->output().numel()});
   FASTVAE_CHECK_VALUE(steps_ < max_steps_, kOp, "update", c10::str("at most ", max_steps_, " steps"), steps_ + 1);
+  FASTVAE_CHECK_VALUE(evaluated_, kOp, "update", "a call of forward before each", "none since the last");
   const at::Tensor dense = grad.contiguous();
   at::Tensor g = dense.view({-1});
   for (size_t l = depth(); l-- > first_;) {
@@ -349,6 +359,7 @@ void NetworkCopies::update(const at::Tensor& grad) {
     g = affine_reverse(l, g);
   }
   ++steps_;
+  evaluated_ = false;
 }
 
 std::vector<at::Tensor> NetworkCopies::parameters() {
@@ -361,8 +372,12 @@ std::vector<at::Tensor> NetworkCopies::parameters() {
       continue;
     }
     if (stage.affine == Affine::kBatchNorm) {
-      found[stage.weight] = layer.weight.value.select(1, 0).clone();
-      found[stage.bias] = layer.weight.value.select(1, 1).clone();
+      if (stage.weight >= 0) {
+        found[stage.weight] = layer.weight.value[0].clone();
+      }
+      if (stage.bias >= 0) {
+        found[stage.bias] = layer.weight.value[1].clone();
+      }
       continue;
     }
     if (layer.dense) {

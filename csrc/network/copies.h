@@ -30,7 +30,7 @@ class NetworkCopies {
 
   // [B, outputs]
   at::Tensor forward();
-  // A step, given the gradient [B, outputs] to what forward gave.
+  // A step, given the gradient [B, outputs] to what forward gave since the last one.
   void update(const at::Tensor& grad);
   // Of all samples, [B, ...] each, aligned with the constructor's; undefined where it is no parameter.
   std::vector<at::Tensor> parameters();
@@ -43,7 +43,7 @@ class NetworkCopies {
   };
   struct Layer {
     bool dense = false;     // a Linear, or a convolution with one position
-    Trained weight;         // dense: [B, in + bias, out]; convolution: [B, kh kw C, out]; norm: [B, 2, C]
+    Trained weight;         // dense: [B, in + bias, out]; convolution: [B, kh kw C, out]; norm: [2, B, C]
     Trained bias;           // convolution: [B, 1, out]
     at::Tensor seen;        // dense: [B, in + bias] int32
     at::Tensor mean, rstd;  // norm
@@ -83,6 +83,7 @@ class NetworkCopies {
   at::Tensor input_;            // of that layer, flat, channel last
   at::Tensor rates_;            // [steps, 2]
   bool product_ready_ = false;  // the last update left the first layer's product behind
+  bool evaluated_ = false;      // forward has run since the last update
 };
 
 }  // namespace fastvae

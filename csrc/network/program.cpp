@@ -1,38 +1,24 @@
 #include "program.h"
 
+#include <c10/util/safe_numerics.h>
+
 #include <algorithm>
-#include <cstdlib>
+#include <limits>
 #include <optional>
+#include <utility>
 
 #include "../common/check.h"
+#include "geometry.h"
+#include "words.h"
 
 namespace fastvae {
 namespace {
 
-std::vector<std::string> split(std::string_view text, char separator) {
-  std::vector<std::string> parts;
-  size_t start = 0;
-  while (start <= text.size()) {
-    size_t end = text.find(separator, start);
-    end = end == std::string_view::npos ? text.size() : end;
-    if (end > start) {
-      parts.emplace_back(text.substr(start, end - start));
-    }
-    start = end + 1;
-  }
-  return parts;
-}
-
-double to_number(const char* op, const std::string& word) {
-  char* end = nullptr;
-  const double value = std::strtod(word.c_str(), &end);
-  FASTVAE_CHECK_VALUE(end != word.c_str() && *end == '\0', op, "network", "a number", "'" + word + "'");
-  return value;
-}
-
 class Parser {
  public:
   Parser(const char* op, const TensorShapes& shapes, int64_t in_features) : op_(op), shapes_(shapes) {
+    FASTVAE_CHECK_VALUE(in_features > 0 && in_features <= kMostNumel, op, "network",
+                        c10::str("an input of 1 to ", kMostNumel, " features"), in_features);
     shape_.channels = in_features;
   }
 
@@ -75,14 +61,24 @@ class Parser {
                       ", ", shape_.height, ", ", shape_.width, "] a sample: ", what);
   }
 
-  double number(size_t index) const {
-    expect(index < words_.size(), "too few numbers");
-    return to_number(op_, words_[index]);
+  void expect_numbers(size_t count) const {
+    expect(words_.size() == count + 1, c10::str("expected ", count, " numbers, got ", words_.size() - 1));
   }
 
-  int64_t integer(size_t index) const { return static_cast<int64_t>(number(index)); }
+  double number(size_t index) const { return to_number(op_, "network", words_[index]); }
+
+  int64_t integer(size_t index) const { return to_integer(op_, "network", words_[index]); }
 
   std::vector<int64_t> pair(size_t index) const { return {integer(index), integer(index + 1)}; }
+
+  // The product of two sizes of at least 1, as a size that fits.
+  int64_t times(int64_t a, int64_t b) const {
+    uint64_t product = 0;
+    const bool over = c10::mul_overflows(static_cast<uint64_t>(a), static_cast<uint64_t>(b), &product);
+    expect(a > 0 && b > 0, "a size is less than 1");
+    expect(!over && product <= kMostNumel, c10::str("a size is larger than ", kMostNumel));
+    return static_cast<int64_t>(product);
+  }
 
   const std::vector<int64_t>& sizes(int64_t index, size_t dims) const {
     expect(index >= 0 && index < static_cast<int64_t>(shapes_.size()), "tensor index out of range");
@@ -92,7 +88,7 @@ class Parser {
   }
 
   void check_vector(int64_t index, int64_t length) const {
-    if (index >= 0) {
+    if (index != -1) {
       const std::vector<int64_t>& size = sizes(index, 1);
       expect(size[0] == length, c10::str("expected a vector of ", length, ", got ", at::IntArrayRef(size)));
     }
@@ -108,11 +104,32 @@ class Parser {
   }
 
   void end(const SampleShape& out) {
+    times(times(out.channels, out.height), out.width);
     stages_.back().out = out;
     shape_ = out;
   }
 
+  // Height and width of a convolution's output, by either way of ConvolutionAxis.
+  SampleShape convolved(const Stage& stage, int64_t channels, int64_t (ConvolutionAxis::*size)(int64_t) const) const {
+    const auto along = [&](int64_t in, size_t axis) {
+      const ConvolutionAxis numbers{stage.kernel[axis], stage.stride[axis], stage.padding[axis],
+                                    stage.output_padding[axis], stage.dilation[axis]};
+      const std::string fault = numbers.fault();
+      expect(fault.empty(), fault);
+      const int64_t out = (numbers.*size)(in);
+      expect(out > 0, "the output is empty: the kernel does not fit into the padded input");
+      return out;
+    };
+    return {channels, along(shape_.height, 0), along(shape_.width, 1), false};
+  }
+
+  void expect_groups(int64_t groups, int64_t channels, const char* side) const {
+    expect(groups > 0 && channels % groups == 0,
+           c10::str("expected groups that divide the ", channels, " ", side, " channels, got ", groups));
+  }
+
   void linear() {
+    expect_numbers(2);
     const std::vector<int64_t>& weight = sizes(integer(1), 2);
     expect(shape_.flat, "expected a flat input, [B, features]");
     expect(weight[1] == shape_.channels, c10::str("expected ", weight[1], " features"));
@@ -124,51 +141,47 @@ class Parser {
   }
 
   void conv2d() {
+    expect_numbers(9);
     const std::vector<int64_t>& weight = sizes(integer(1), 4);
     expect(!shape_.flat, "expected an image, [B, C, H, W]");
     Stage& stage = begin(Affine::kConv2d);
     stage.weight = integer(1);
     stage.bias = integer(2);
+    stage.kernel = {weight[2], weight[3]};
     stage.stride = pair(3);
     stage.padding = pair(5);
     stage.output_padding = {0, 0};
     stage.dilation = pair(7);
     stage.groups = integer(9);
-    expect(weight[1] * stage.groups == shape_.channels, c10::str("expected ", weight[1] * stage.groups, " channels"));
+    expect_groups(stage.groups, weight[0], "output");
+    const int64_t channels = times(weight[1], stage.groups);
+    expect(channels == shape_.channels, c10::str("expected ", channels, " channels"));
     check_vector(stage.bias, weight[0]);
-    const auto size = [&](int64_t in, int axis) {
-      const int64_t span = stage.dilation[axis] * (weight[2 + axis] - 1) + 1;
-      const int64_t free = in + 2 * stage.padding[axis] - span;
-      expect(free >= 0, "the kernel is larger than the padded input");
-      return free / stage.stride[axis] + 1;
-    };
-    end({weight[0], size(shape_.height, 0), size(shape_.width, 1), false});
+    end(convolved(stage, weight[0], &ConvolutionAxis::convolved));
   }
 
   void conv_transpose2d() {
+    expect_numbers(11);
     const std::vector<int64_t>& weight = sizes(integer(1), 4);
     expect(!shape_.flat, "expected an image, [B, C, H, W]");
     Stage& stage = begin(Affine::kConvTranspose2d);
     stage.weight = integer(1);
     stage.bias = integer(2);
+    stage.kernel = {weight[2], weight[3]};
     stage.stride = pair(3);
     stage.padding = pair(5);
     stage.output_padding = pair(7);
     stage.dilation = pair(9);
     stage.groups = integer(11);
     expect(weight[0] == shape_.channels, c10::str("expected ", weight[0], " channels"));
-    const int64_t channels = weight[1] * stage.groups;
+    expect_groups(stage.groups, weight[0], "input");
+    const int64_t channels = times(weight[1], stage.groups);
     check_vector(stage.bias, channels);
-    const auto size = [&](int64_t in, int axis) {
-      const int64_t out = (in - 1) * stage.stride[axis] - 2 * stage.padding[axis] +
-                          stage.dilation[axis] * (weight[2 + axis] - 1) + stage.output_padding[axis] + 1;
-      expect(out > 0, "the output is empty");
-      return out;
-    };
-    end({channels, size(shape_.height, 0), size(shape_.width, 1), false});
+    end(convolved(stage, channels, &ConvolutionAxis::transposed));
   }
 
   void batch_norm() {
+    expect_numbers(5);
     Stage& stage = begin(Affine::kBatchNorm);
     stage.weight = integer(1);
     stage.bias = integer(2);
@@ -183,23 +196,23 @@ class Parser {
   }
 
   void reshape() {
+    expect(words_.size() >= 2 && words_.size() <= 4, "expected one to three dimensions a sample");
     std::vector<int64_t> target;
     int64_t known = 1;
     std::optional<size_t> free;
     for (size_t i = 1; i < words_.size(); ++i) {
       target.push_back(integer(i));
-      if (target.back() == -1) {
+      if (target.back() == -1 && !free) {
         free = i - 1;
       } else {
-        known *= target.back();
+        known = times(known, target.back());
       }
     }
-    if (free && known > 0) {
+    if (free) {
       target[*free] = shape_.numel() / known;
       known *= target[*free];
     }
     expect(known == shape_.numel(), c10::str("cannot become ", at::IntArrayRef(target)));
-    expect(!target.empty() && target.size() <= 3, "expected one to three dimensions a sample");
     if (target.size() == 2) {
       target.insert(target.begin() + 1, 1);  // channels and one row of positions, as torch reads [B, C, L]
     }
@@ -226,34 +239,36 @@ class Parser {
     }
   }
 
-  void activation(const std::string& kind) {
-    ActivationSpec spec;
-    if (kind == "relu") {
-      spec = {Activation::kRelu, 0.0, 0.0};
-    } else if (kind == "leaky_relu") {
+  ActivationSpec activation_of(const std::string& kind) const {
+    static constexpr std::pair<std::string_view, Activation> kPlain[] = {
+        {"relu", Activation::kRelu}, {"tanh", Activation::kTanh}, {"sigmoid", Activation::kSigmoid},
+        {"silu", Activation::kSilu}, {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh}};
+    for (const auto& [name, plain] : kPlain) {
+      if (kind == name) {
+        expect_numbers(0);
+        return {plain, 0.0, 0.0};
+      }
+    }
+    if (kind == "leaky_relu") {
+      expect_numbers(1);
       // phi' is read off h, whose sign a negative slope would turn.
       expect(number(1) >= 0.0, "expected a slope of at least 0");
-      spec = {Activation::kLeakyRelu, number(1), 0.0};
-    } else if (kind == "elu") {
-      expect(number(1) > 0.0, "expected alpha > 0");
-      spec = {Activation::kElu, number(1), 0.0};
-    } else if (kind == "softplus") {
-      expect(number(1) > 0.0, "expected beta > 0");
-      const bool meets = number(2) >= math::kSoftplusMeets;
-      spec = {meets ? Activation::kSoftplus : Activation::kSoftplusSharp, number(1), number(2)};
-    } else if (kind == "tanh") {
-      spec = {Activation::kTanh, 0.0, 0.0};
-    } else if (kind == "sigmoid") {
-      spec = {Activation::kSigmoid, 0.0, 0.0};
-    } else if (kind == "silu") {
-      spec = {Activation::kSilu, 0.0, 0.0};
-    } else if (kind == "gelu") {
-      spec = {Activation::kGelu, 0.0, 0.0};
-    } else if (kind == "gelu_tanh") {
-      spec = {Activation::kGeluTanh, 0.0, 0.0};
-    } else {
-      expect(false, "unknown kind of layer");
+      return {Activation::kLeakyRelu, number(1), 0.0};
     }
+    if (kind == "elu") {
+      expect_numbers(1);
+      expect(number(1) > 0.0, "expected alpha > 0");
+      return {Activation::kElu, number(1), 0.0};
+    }
+    expect(kind == "softplus", "unknown kind of layer");
+    expect_numbers(2);
+    expect(number(1) > 0.0, "expected beta > 0");
+    const bool meets = number(2) >= math::kSoftplusMeets;
+    return {meets ? Activation::kSoftplus : Activation::kSoftplusSharp, number(1), number(2)};
+  }
+
+  void activation(const std::string& kind) {
+    const ActivationSpec spec = activation_of(kind);
     if (stages_.empty() || stages_.back().activation.kind != Activation::kIdentity) {
       begin(Affine::kIdentity);
     }
@@ -272,7 +287,13 @@ class Parser {
 
 Program::Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features,
                  const LikelihoodSpec& likelihood)
-    : stages(Parser(op, shapes, in_features).run(text, likelihood.kind == Likelihood::kCategorical)) {}
+    : stages(Parser(op, shapes, in_features).run(text, likelihood.kind == Likelihood::kCategorical)) {
+  int64_t numel = 0;
+  for (const Stage& stage : stages) {
+    numel += stage.out.numel();
+  }
+  FASTVAE_CHECK_VALUE(numel <= kMostNumel, op, "network", c10::str("at most ", kMostNumel, " numbers a sample"), numel);
+}
 
 int64_t Program::tape_numel() const {
   int64_t numel = output().numel();
@@ -289,6 +310,16 @@ TensorShapes shapes_of(at::TensorList tensors) {
     shapes.push_back(tensor.sizes().vec());
   }
   return shapes;
+}
+
+void check_room(const char* op, const char* argument, const Program& program, int64_t samples, int64_t points) {
+  // The tapes of forward and reverse sweeps, of which four numbers for each of a layer are the most, and the point.
+  const int64_t each = 4 * (program.tape_numel() + program.in_features());
+  uint64_t all = 0, bytes = 0;
+  const bool over = c10::mul_overflows(static_cast<uint64_t>(samples), static_cast<uint64_t>(points), &all) ||
+                    c10::mul_overflows(all, static_cast<uint64_t>(each) * sizeof(double), &bytes) ||
+                    bytes > static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+  FASTVAE_CHECK_VALUE(!over, op, argument, "samples whose activations can be counted", samples);
 }
 
 int64_t checked_dim(const char* op, const at::Tensor& z) {
@@ -338,11 +369,11 @@ LikelihoodSpec parse_likelihood(const char* op, std::string_view text) {
     spec.kind = Likelihood::kBernoulli;
   } else if (words.size() == 2 && words[0] == "gaussian") {
     spec.kind = Likelihood::kGaussian;
-    spec.scale = to_number(op, words[1]);
+    spec.scale = to_number(op, "likelihood", words[1]);
     FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a scale > 0", spec.scale);
   } else if (words.size() == 2 && words[0] == "categorical") {
     spec.kind = Likelihood::kCategorical;
-    spec.classes = static_cast<int64_t>(to_number(op, words[1]));
+    spec.classes = to_integer(op, "likelihood", words[1]);
     FASTVAE_CHECK_VALUE(spec.classes > 1, op, "likelihood", "at least 2 classes", spec.classes);
   } else {
     FASTVAE_CHECK_VALUE(false, op, "likelihood", "'bernoulli', 'gaussian SCALE' or 'categorical CLASSES'",

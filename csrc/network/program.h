@@ -26,6 +26,9 @@
 
 namespace fastvae {
 
+// Numbers that all layers of a network give for a sample, at most: what is computed from sizes then fits 64 bits.
+constexpr int64_t kMostNumel = int64_t{1} << 40;
+
 struct SampleShape {
   int64_t channels = 0;
   int64_t height = 1;
@@ -44,7 +47,7 @@ struct Stage {
   int64_t running_mean = -1;
   int64_t running_var = -1;
   double eps = 0.0;
-  std::vector<int64_t> stride, padding, output_padding, dilation;
+  std::vector<int64_t> kernel, stride, padding, output_padding, dilation;
   int64_t groups = 1;
   ActivationSpec activation;
   SampleShape in;
@@ -53,6 +56,8 @@ struct Stage {
 
 using TensorShapes = std::vector<std::vector<int64_t>>;
 
+// ValueError, naming the layer, for a text or tensors that make no network: nothing that a stage says is out of range,
+// and no stage is empty.
 struct Program {
   Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features,
           const LikelihoodSpec& likelihood);
@@ -75,6 +80,9 @@ TensorShapes shapes_of(at::TensorList tensors);
 
 // The d of z [B, d], which it checks.
 int64_t checked_dim(const char* op, const at::Tensor& z);
+
+// Raises where the activations of so many samples, at so many points of a path each, are too many to be counted.
+void check_room(const char* op, const char* argument, const Program& program, int64_t samples, int64_t points = 1);
 
 // Checks the output of the network against the likelihood and gives the number of elements of x a sample.
 int64_t observed_numel(const char* op, const Program& program, const LikelihoodSpec& likelihood);

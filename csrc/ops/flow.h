@@ -29,6 +29,14 @@ struct FlowCotangents {
   at::Tensor log_px;  // [B]
 };
 
+// What the forward pass writes.
+struct FlowPath {
+  at::Tensor z_steps, rho_steps;  // [K + 1, B, d]
+  at::Tensor log_px;              // [B]
+  at::Tensor log_px_steps;        // [K + 1, B], or [0, B] where not asked for
+  at::Tensor stash;               // empty where activations are recomputed
+};
+
 // The checked inputs, dense.
 struct Flow {
   Flow(const char* op, const at::Tensor& z_in, const at::Tensor& rho_in, const at::Tensor& x_in,
@@ -42,6 +50,8 @@ struct Flow {
   // Checked and dense.
   FlowCotangents cotangents(const std::optional<at::Tensor>& grad_z, const std::optional<at::Tensor>& grad_rho,
                             const std::optional<at::Tensor>& grad_log_px) const;
+  // What the forward pass wrote, as it comes back: whoever kept it may have moved or viewed it.
+  FlowPath path(const at::Tensor& z_steps, const at::Tensor& rho_steps, const at::Tensor& stash, bool store) const;
 
   const char* op;
   LikelihoodSpec likelihood;
@@ -52,14 +62,9 @@ struct Flow {
   at::Tensor x;          // [B, n]
   at::Tensor step_size;  // [K, d]
   at::Tensor alpha;      // [K]
-};
 
-// What the forward pass writes.
-struct FlowPath {
-  at::Tensor z_steps, rho_steps;  // [K + 1, B, d]
-  at::Tensor log_px;              // [B]
-  at::Tensor log_px_steps;        // [K + 1, B], or [0, B] where not asked for
-  at::Tensor stash;               // empty where activations are recomputed
+ private:
+  at::Tensor saved(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) const;
 };
 
 struct FlowFactors;  // ops.h

@@ -18,17 +18,16 @@ FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const Optiona
   const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps});
   const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
   const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
-  check_sizes(op, "z_steps", z_steps, {K + 1, B, d});
-  check_sizes(op, "rho_steps", rho_steps, {K + 1, B, d});
   FASTVAE_CHECK_VALUE(B > 0, op, "z", "at least one sample", describe(z));
   const FlowCotangents cotangents = flow.cotangents(grad_z, grad_rho, grad_log_px);
   const auto room = [&](at::IntArrayRef sizes) { return aten::empty(sizes, z.options()); };
+  // Without the stash: the factors of all steps are wanted in any case.
+  const FlowPath path = flow.path(z_steps, rho_steps, room({0}), /*store=*/false);
   FlowFactors factors;
   FlowResult out{room({B, d}), room({B, d}), false, {}, room({K, d}), room({K}), {}};
   out.parameters.resize(parameters.size());
   out.factors = &factors;
-  // Without the stash: the factors of all steps are wanted in any case.
-  sweep_flow_backward(flow, {z_steps, rho_steps, {}, {}, room({0})}, cotangents, out);
+  sweep_flow_backward(flow, path, cotangents, out);
   factors.grad_z = out.z;
   factors.grad_rho = out.rho;
   return factors;
@@ -104,6 +103,7 @@ std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
   // The encoder has no likelihood; of this one only the shape is asked.
   const LikelihoodSpec none = parse_likelihood(op, "gaussian 1");
   const std::shared_ptr<const Program> program = find_program(op, encoder_text, encoder_parameters, x.size(1), none);
+  check_room(op, "x", *program, samples);
   FASTVAE_CHECK_VALUE(program->output().flat && program->output().numel() == 2 * d, op, "encoder",
                       c10::str(2 * d, " outputs"), program->output().numel());
   const Network encoder(op, *program, none, encoder_parameters, images);

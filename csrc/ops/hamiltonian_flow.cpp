@@ -4,6 +4,7 @@
 // last to the first; ll(z_K) enters as a cotangent of the last force, so the final decode costs nothing.
 
 #include <algorithm>
+#include <limits>
 
 #include "../common/aten.h"
 #include "../common/guard.h"
@@ -55,6 +56,7 @@ Flow::Flow(const char* op_in, const at::Tensor& z_in, const at::Tensor& rho_in, 
   check_like(op, "step_size", step_in, z_in, "z");
   check_like(op, "x", x_in, z_in, "z");
   check_sizes(op, "x", x_in, {samples, observed_numel(op, *program, likelihood)});
+  check_room(op, "z", *program, samples, steps + 1);
   z = z_in.contiguous();
   rho = rho_in.contiguous();
   x = x_in.contiguous();
@@ -76,6 +78,20 @@ FlowCotangents Flow::cotangents(const std::optional<at::Tensor>& grad_z, const s
           checked(grad_log_px, "grad_log_px", {samples})};
 }
 
+at::Tensor Flow::saved(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) const {
+  check_like(op, name, tensor, z, "z");
+  check_sizes(op, name, tensor, sizes);
+  return tensor.contiguous();
+}
+
+FlowPath Flow::path(const at::Tensor& z_steps, const at::Tensor& rho_steps, const at::Tensor& stash, bool store) const {
+  return {saved("z_steps", z_steps, {steps + 1, samples, dim}),
+          saved("rho_steps", rho_steps, {steps + 1, samples, dim}),
+          {},
+          {},
+          saved("stash", stash, {store ? stash_numel() : 0})};
+}
+
 bool FlowResult::wants_parameters() const {
   return std::any_of(parameters.begin(), parameters.end(), [](const at::Tensor& g) { return g.defined(); });
 }
@@ -85,6 +101,10 @@ std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, st
                                                     int64_t element_size, int64_t cuda_index) {
   constexpr const char* op = "hamiltonian_flow";
   const LikelihoodSpec head = parse_likelihood(op, likelihood);
+  FASTVAE_CHECK_VALUE(element_size == sizeof(float) || element_size == sizeof(double), op, "element_size", "4 or 8",
+                      element_size);
+  FASTVAE_CHECK_VALUE(cuda_index <= std::numeric_limits<c10::DeviceIndex>::max(), op, "cuda_index",
+                      "the index of a GPU, or a negative number", cuda_index);
   const at::Device device =
       cuda_index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda_index));
   const StashShape shape =
@@ -124,9 +144,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   const at::TensorOptions options = z.options();
   FASTVAE_CHECK_VALUE(needs.size() == 5 + parameters.size(), op, "needs", c10::str(5 + parameters.size(), " flags"),
                       needs.size());
-  check_sizes(op, "z_steps", z_steps, {K + 1, B, d});
-  check_sizes(op, "rho_steps", rho_steps, {K + 1, B, d});
-  check_sizes(op, "stash", stash, {store ? flow.stash_numel() : 0});
+  const FlowPath path = flow.path(z_steps, rho_steps, stash, store);
   FASTVAE_CHECK_VALUE(flow.likelihood.kind != Likelihood::kCategorical || !needs[2], op, "x",
                       "no gradient (a class has none)", "x.requires_grad");
   const FlowCotangents cotangents = flow.cotangents(grad_z_in, grad_rho_in, grad_log_px_in);
@@ -145,7 +163,6 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
     out.parameters.push_back(needs[5 + i] != 0 ? aten::zeros(parameters[i].sizes(), options) : at::Tensor());
   }
   if (B > 0) {
-    const FlowPath path{z_steps, rho_steps, {}, {}, stash};
     const bool small = store && takes_small_flow(*flow.program, flow.likelihood, d, z.element_size(), z.device());
     (small ? run_small_flow_backward : sweep_flow_backward)(flow, path, cotangents, out);
   } else {

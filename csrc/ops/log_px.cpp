@@ -32,7 +32,7 @@ at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList
   constexpr const char* op = "log_px";
   const EntryGuard guard(op, {z_in, x_in});
   check_floating(op, "z", z_in);
-  FASTVAE_CHECK_VALUE(z_in.dim() == 3, op, "z", "shape [S, B, d]", describe(z_in));
+  FASTVAE_CHECK_VALUE(z_in.dim() == 3 && z_in.size(2) > 0, op, "z", "shape [S, B, d] with d > 0", describe(z_in));
   const int64_t draws = z_in.size(0), samples = z_in.size(1), dim = z_in.size(2);
   const LikelihoodSpec likelihood = parse_likelihood(op, likelihood_text);
   const std::shared_ptr<const Program> program = find_program(op, network_text, parameters, dim, likelihood);

@@ -20,7 +20,8 @@ struct Bytes {
 };
 
 bool in_memory(const at::Tensor& tensor) {
-  return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.is_contiguous();
+  return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.is_contiguous() && !tensor.is_neg() &&
+         !tensor.is_conj();
 }
 
 }  // namespace
@@ -32,6 +33,11 @@ bool same_bits(at::TensorList a, at::TensorList b) {
   for (size_t i = 0; i < a.size(); ++i) {
     if (a[i].scalar_type() != b[i].scalar_type() || a[i].sizes() != b[i].sizes() || a[i].device() != b[i].device()) {
       return false;
+    }
+    for (const auto& [name, tensor] : {std::pair("a", a[i]), std::pair("b", b[i])}) {
+      if (tensor.layout() == at::kStrided) {
+        check_storage(op, name, tensor);
+      }
     }
     if (!in_memory(a[i]) || !in_memory(b[i])) {
       if (!a[i].equal(b[i])) {

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvae.arguments import expect_numbers
+
 __all__ = ["ColorJitter", "Compose", "RandomAffine", "RandomFlip", "accepts_generator"]
 
 Shape = tuple[int, int, int]
@@ -56,6 +58,7 @@ class RandomAffine:
     shape: Shape | None = None
 
     def __post_init__(self) -> None:
+        expect_numbers("RandomAffine", degrees=self.degrees, translate=self.translate)
         for name, value in (("degrees", self.degrees), ("translate", self.translate)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"RandomAffine: {name}: expected a finite number of at least 0, got {value}")
@@ -109,6 +112,7 @@ class RandomFlip:
     shape: Shape | None = None
 
     def __post_init__(self) -> None:
+        expect_numbers("RandomFlip", horizontal=self.horizontal, vertical=self.vertical)
         for name, value in (("horizontal", self.horizontal), ("vertical", self.vertical)):
             if not 0 <= value <= 1:
                 raise ValueError(f"RandomFlip: {name}: expected a probability, got {value}")
@@ -143,6 +147,8 @@ class ColorJitter:
     shape: Shape | None = None
 
     def __post_init__(self) -> None:
+        expect_numbers("ColorJitter", brightness=self.brightness, contrast=self.contrast)
+        expect_numbers("ColorJitter", saturation=self.saturation)
         for name in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(

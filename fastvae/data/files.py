@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +11,9 @@ import numpy as np
 import torch
 
 from fastvae._distribution import to_mend
+from fastvae.arguments import expect_numbers
 from fastvae.data.images import ImageDataset
+from fastvae.data.unpacking import read_idx, read_npz
 
 __all__ = ["load"]
 
@@ -30,6 +28,7 @@ def load(
     split: Literal["train", "test", "all"] = "train",
     test_fraction: float = 0.1,
     seed: int = 0,
+    max_unpacked: int = 2**32,
 ) -> ImageDataset:
     """Load images from scikit-learn, a folder of IDX files or an ``.npz`` file.
 
@@ -44,6 +43,8 @@ def load(
             split at random by ``seed``; ``"all"`` is everything, in file order (training files first).
         test_fraction: share of images in the random test part; 0.1 makes 9,000/1,000 of 10,000.
         seed: of the random split.
+        max_unpacked: bytes that a compressed array may unpack to, 4 GiB unless given. What is not compressed has no
+            limit but the size of its file.
 
     Returns:
         :class:`ImageDataset`.
@@ -55,8 +56,11 @@ def load(
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f'load: split: expected "train", "test" or "all", got {split!r}')
+    expect_numbers("load", test_fraction=test_fraction, seed=seed)
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(f"load: test_fraction: expected a number between 0 and 1, got {test_fraction!r}")
+    if isinstance(max_unpacked, bool) or not isinstance(max_unpacked, int) or max_unpacked < 0:
+        raise ValueError(f"load: max_unpacked: expected a number of bytes, got {max_unpacked!r}")
     if source is None:
         source = os.environ.get("FASTVAE_DATA") or "digits"
     if source == "digits":
@@ -65,8 +69,13 @@ def load(
         path = _find(source)
         files = _idx_files(path) if path.is_dir() else {}
         if "train" in files or "test" in files:
-            return _load_idx_parts(path, files, split)
-        whole = _load_idx(files["all"]) if files else _load_npz(_only_npz(path) if path.is_dir() else path)
+            return _load_idx_parts(path, files, split, max_unpacked)
+        if files:
+            whole = _load_idx(files["all"], max_unpacked)
+        else:
+            file = _only_npz(path) if path.is_dir() else path
+            arrays = read_npz(file, ("images", "labels"), max_unpacked)
+            whole = _from_arrays(arrays["images"], arrays.get("labels"), file)
     if split == "all":
         return whole
     test_size = min(max(round(test_fraction * len(whole)), 1), len(whole) - 1)
@@ -123,13 +132,13 @@ def _idx_files(folder: Path) -> dict[str, Path]:
     return {role: paths[0] for role, paths in found.items()}
 
 
-def _load_idx_parts(folder: Path, files: dict[str, Path], split: str) -> ImageDataset:
+def _load_idx_parts(folder: Path, files: dict[str, Path], split: str, max_unpacked: int) -> ImageDataset:
     if split != "all":
         if split not in files:
             names = ", ".join(path.name for path in files.values())
             raise FileNotFoundError(f"{folder}: expected an images file for split={split!r}, found {names}")
-        return _load_idx(files[split])
-    parts = [_load_idx(files[role]) for role in ("train", "test") if role in files]
+        return _load_idx(files[split], max_unpacked)
+    parts = [_load_idx(files[role], max_unpacked) for role in ("train", "test") if role in files]
     if len({part.images.shape[1:] for part in parts}) > 1 or len({part.labels is None for part in parts}) > 1:
         raise ValueError(f"{folder}: expected images of one shape, all or none labelled, found {parts}")
     images = torch.cat([part.images for part in parts])
@@ -137,42 +146,15 @@ def _load_idx_parts(folder: Path, files: dict[str, Path], split: str) -> ImageDa
     return ImageDataset(images, torch.cat(labels) if labels else None, str(folder))
 
 
-def _load_idx(path: Path) -> ImageDataset:
-    images = _read_idx(path, (3, 4))
+def _load_idx(path: Path, max_unpacked: int) -> ImageDataset:
+    images = read_idx(path, (3, 4), max_unpacked)
     base = re.sub(r"images([-.])idx[34]", r"labels\1idx1", path.name.removesuffix(".gz"))
     twins = [path.with_name(base), path.with_name(base + ".gz")]
     labels_path = next((twin for twin in twins if twin.is_file()), None)
-    labels = None if labels_path is None else _read_idx(labels_path, (1,))
+    labels = None if labels_path is None else read_idx(labels_path, (1,), max_unpacked)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{labels_path}: expected {len(images)} labels, one an image, found {len(labels)}")
     return _from_arrays(images, labels, path)
-
-
-def _read_idx(path: Path, ranks: tuple[int, ...]) -> _Array:
-    """One IDX file of bytes: 00 00 08 rank, the sizes as big-endian uint32, the values."""
-    data = path.read_bytes()
-    # By content: browsers and servers gunzip silently and keep the name, or the other way round.
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}: expected a whole gzip file, found a damaged one ({error})") from error
-    magics = [bytes((0, 0, 8, rank)) for rank in ranks]
-    if data[:4] not in magics:
-        expected = " or ".join(magic.hex(" ") for magic in magics)
-        found = data[:4].hex(" ") or "nothing"
-        raise ValueError(f"{path}: expected an IDX file of bytes (magic {expected}), found {found}")
-    rank = data[3]
-    header = 4 + 4 * rank
-    if len(data) < header:
-        raise ValueError(f"{path}: expected an IDX header of {header} bytes, found {len(data)} bytes")
-    shape = struct.unpack(f">{rank}I", data[4:header])
-    expected_bytes = header + int(np.prod(shape, dtype=object))
-    if len(data) != expected_bytes:
-        raise ValueError(
-            f"{path}: expected {expected_bytes} bytes for shape {list(shape)}, found {len(data)}"
-        )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
 
 
 def _only_npz(folder: Path) -> Path:
@@ -181,23 +163,6 @@ def _only_npz(folder: Path) -> Path:
         entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder}: expected IDX files or one .npz file, found {entries}")
     return found[0]
-
-
-def _load_npz(path: Path) -> ImageDataset:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: expected an .npz file, found another kind of file or a truncated one")
-    arrays: dict[str, _Array] = {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            keys = sorted(archive.files)
-            for key in ("images", "labels"):
-                if key in keys:
-                    arrays[key] = archive[key]
-    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected plain arrays, found an unreadable entry ({error})") from error
-    if "images" not in arrays:
-        raise ValueError(f"{path}: expected the key images (and labels), found {', '.join(keys) or 'none'}")
-    return _from_arrays(arrays["images"], arrays.get("labels"), path)
 
 
 def _from_arrays(images: _Array, labels: _Array | None, path: Path) -> ImageDataset:

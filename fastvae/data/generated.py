@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
 from fastvae.data.factors import FactorDataset, FactorSpace
 
 __all__ = ["shapes", "three_dots"]
@@ -44,6 +45,7 @@ def three_dots(
         ValueError: num_images below 1, size or values below 2, radius outside (0, 0.5].
     """
     _check("three_dots", num_images, size)
+    expect_numbers("three_dots", values=values, radius=radius, seed=seed)
     if values < 2:
         raise ValueError(f"three_dots: values: expected at least 2, got {values}")
     if not 0 < radius <= 0.5:
@@ -51,7 +53,7 @@ def three_dots(
     names = tuple(f"{axis} of dot {dot}" for dot in (1, 2, 3) for axis in "xy")
     draw = functools.partial(_draw_dots, size=size, values=values, radius=radius)
     space = FactorSpace("three dots", names, (values,) * 6, (1, size, size), draw)
-    return FactorDataset(space, space.sample(num_images, torch.Generator().manual_seed(seed)))
+    return FactorDataset(space, space.sample(num_images, torch.Generator().manual_seed(int(seed))))
 
 
 def shapes(num_images: int = 10_000, *, size: int = 64, seed: int = 0) -> FactorDataset:
@@ -77,10 +79,11 @@ def shapes(num_images: int = 10_000, *, size: int = 64, seed: int = 0) -> Factor
     draw = functools.partial(_draw_shapes, size=size)
     names, sizes = ("shape", "scale", "rotation", "x", "y"), (len(_SHAPES), 6, 40, 32, 32)
     space = FactorSpace("shapes", names, sizes, (1, size, size), draw)
-    return FactorDataset(space, space.sample(num_images, torch.Generator().manual_seed(seed)))
+    return FactorDataset(space, space.sample(num_images, torch.Generator().manual_seed(int(seed))))
 
 
 def _check(name: str, num_images: int, size: int) -> None:
+    expect_numbers(name, num_images=num_images, size=size)
     if num_images < 1:
         raise ValueError(f"{name}: num_images: expected at least 1, got {num_images}")
     if size < 2:

@@ -77,7 +77,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
                 f"ImageDataset.split: expected sizes of at least 1 that sum to at most {len(self)} "
                 f"(the images of {self.name}), got {sizes}"
             )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(int(seed)))
         return tuple(self.subset(part) for part in order[: sum(sizes)].split(list(sizes)))
 
 
@@ -98,8 +98,9 @@ def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         raise ValueError(
             f"binarize: x: expected floating point values in [0, 1], got {x.dtype}; divide by 255?"
         )
-    if x.device.type == "cpu" and not bool(((x >= 0) & (x <= 1)).all()):
-        found = f"{float(x.min()):.6g} to {float(x.max()):.6g}"
+    slack = max(1e-6, 2 * torch.finfo(x.dtype).eps)  # what rounding puts beyond
+    if x.device.type == "cpu" and not bool(((x >= -slack) & (x <= 1 + slack)).all()):
+        found = f"{float(x.min()):.9g} to {float(x.max()):.9g}"
         raise ValueError(f"binarize: x: expected values in [0, 1], got {found}")
     # Single precision at least: bfloat16 draws take 256 values and would bias every probability.
     noise_dtype = torch.promote_types(x.dtype, torch.float32)

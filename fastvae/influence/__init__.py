@@ -6,6 +6,7 @@ rules.py        how each kind of layer makes its gradient from its input and out
 factors.py      dot products from factors, by the cheaper exact route
 evaluation.py   per-sample losses over several draws of noise; noise.py: noise of any module
 snapshots.py    checkpoints; batches.py: tiles of the training set; sharding.py: processes; topk.py: results
+audit.py        the comparison with autograd that comes before any score
 coverage.py     which parameter goes by which rule
 """
 

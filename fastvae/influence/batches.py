@@ -7,12 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from fastvae.data import images_of
 from fastvae.influence.evaluation import Batch
 
-__all__ = ["count_of", "tiles_of"]
+__all__ = ["check_order", "count_of", "tiles_of"]
 
 
 def tiles_of(data: Any, tile: int, batch_size: int, whole: bool) -> Iterator[Batch]:
@@ -46,6 +53,25 @@ def tiles_of(data: Any, tile: int, batch_size: int, whole: bool) -> Iterator[Bat
             count += len(batch[0])
     if waiting:
         yield _joined(waiting)
+
+
+def check_order(argument: str, data: Any) -> None:
+    """ValueError for a loader that gives its samples in another order than the data set's own: indices would lie.
+
+    What an ``IterableDataset`` does inside cannot be seen.
+    """
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return
+    batches, sampler = data.batch_sampler, data.sampler
+    if batches is not None and type(batches) is BatchSampler:
+        sampler = batches.sampler
+    found = sampler if batches is None or type(batches) is BatchSampler else batches
+    if not isinstance(found, SequentialSampler):
+        raise ValueError(
+            f"TracIn: {argument}: expected a DataLoader in the order of its data set, whose indices the results are "
+            f"in, got one with a {type(found).__name__}; pass shuffle=False, or the data set itself "
+            "(torch.utils.data.Subset for a part or an order of it)"
+        )
 
 
 def count_of(data: Any) -> int:

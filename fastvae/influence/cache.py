@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastvae._distribution import to_mend
 from fastvae.influence.factors import Factors
-from fastvae.training.checkpoints import write_atomically
+from fastvae.training.atomic import write_atomically
 
 __all__ = ["FactorCache", "fingerprint"]
 
@@ -22,7 +23,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -31,7 +32,7 @@ class FactorCache:
 
     Args:
         folder: made if it is not there. One folder for each model class and loss: what they compute is not part of
-            a file's key.
+            a file's key. A file is used if its checksum holds.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -54,25 +55,62 @@ class FactorCache:
         return self._folder is not None
 
     def get(self, key: str, compute: Callable[[], Factors]) -> Factors:
-        """The factors under this key, computed if they are not there."""
+        """The factors under this key, computed if they are not there, or not as they were kept (with a warning)."""
         if self._folder is None:
             return compute()
-        from safetensors import safe_open
         from safetensors.torch import save
 
         path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         if path.exists():
-            with safe_open(path, "pt") as file:
-                flags = file.metadata()["bias"]
-                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Factors(
-                [named[f"inputs.{i}"] for i in range(len(flags))],
-                [named[f"output_grads.{i}"] for i in range(len(flags))],
-                [flag == "1" for flag in flags],
-                [named[f"dense.{i}"] for i in range(len(named) - 2 * len(flags))],
-            )
+            try:
+                return _read(path, key)
+            except Exception as error:  # a damaged file can raise anything
+                warnings.warn(
+                    f"TracIn: cache_dir: {path}: expected factors as they were kept, found a damaged file or one of "
+                    f"another version ({error}); computing them anew",
+                    stacklevel=2,
+                )
         factors = compute()
-        metadata = {"bias": "".join(str(int(flag)) for flag in factors.bias)}
         named = {name: tensor.cpu().contiguous().clone() for name, tensor in factors.tensors().items()}
+        flags = "".join(str(int(flag)) for flag in factors.bias)
+        metadata = {"bias": flags, "sha256": _checksum(key, flags, named)}
         write_atomically(path, lambda file: file.write(save(named, metadata)))
         return factors
+
+
+def _checksum(key: str, flags: str, named: Mapping[str, Tensor]) -> str:
+    """Over all that a file holds, and over what it was computed from: a file under another's name does not pass."""
+    return hashlib.sha256(f"{key}\n{flags}\n{fingerprint(named)}".encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> Factors:
+    """The factors in a file. ValueError and others unless they are those that were kept under this key."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        named = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    flags, found = metadata.get("bias", ""), metadata.get("sha256")
+    if found is None:
+        raise ValueError("no checksum")
+    order = [f"{kind}.{i}" for kind in ("inputs", "output_grads") for i in range(len(flags))]
+    order += [f"dense.{i}" for i in range(len(named) - len(order))]
+    if set(order) != set(named) or set(flags) - {"0", "1"}:
+        raise ValueError(f"tensors {', '.join(named)}")
+    named = {name: named[name] for name in order}
+    if found != _checksum(key, flags, named):
+        raise ValueError("wrong checksum")
+    count = len(flags)
+    values = list(named.values())
+    inputs, output_grads, dense = values[:count], values[count : 2 * count], values[2 * count :]
+    if any(tensor.dim() != 3 for tensor in inputs + output_grads) or any(
+        tensor.dim() != 2 for tensor in dense
+    ):
+        raise ValueError("tensors of another rank")
+    if any(h.shape[:2] != delta.shape[:2] for h, delta in zip(inputs, output_grads, strict=True)):
+        raise ValueError("inputs and gradients of other sizes")
+    if len({len(tensor) for tensor in values}) > 1 or not all(
+        tensor.is_floating_point() for tensor in values
+    ):
+        raise ValueError("tensors of different numbers of samples, or of whole numbers")
+    return Factors(inputs, output_grads, [flag == "1" for flag in flags], dense)

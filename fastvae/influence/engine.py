@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
+from fastvae.influence.audit import audit
 from fastvae.influence.coverage import Coverage, CoverageRow, UncoveredParameter
 from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import GRAM, TILES, Factors, cheaper_route, pair_cost, self_route
 from fastvae.influence.rules import NormRule, Rule, Terms, rule_of
 from fastvae.influence.sweeps import Call, flow_parameters, is_swept
 
-__all__ = ["AUDITED", "Engine"]
-
-AUDITED = 2
-"""Samples whose factors are compared with autograd's gradients before any score is trusted."""
+__all__ = ["Engine"]
 
 
 @dataclass
@@ -34,6 +31,16 @@ class _Layer:
     rule: Rule
     weight: bool
     bias: bool
+
+    def terms(self, calls: list[Call], samples: int) -> Terms | None:
+        """Of all calls of a batch together; None where the weight takes no part or has no factors."""
+        if not self.weight:
+            return None
+        found = [self.rule.terms(self.module, call.input, call.grad, samples) for call in calls]
+        known = [terms for terms in found if terms is not None]
+        if len(known) < len(found):
+            return None
+        return Terms(sum(terms.count for terms in known), known[0].inputs, known[0].outputs)
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Engine:
     """Per-sample gradients of a model's loss over its trained parameters, in factored form.
 
     Args:
-        model: any module, in eval mode whenever it is used.
+        model: any module, a private copy in eval mode; ``bind`` exchanges it for that of another checkpoint.
         layers: names of the modules whose parameters take part; None: all.
         uncovered: "error", or "materialise": the gradients of parameters that no rule covers are computed by
             autograd, sample by sample.
@@ -75,11 +82,11 @@ class Engine:
                 wanted[name] = parameter
         if not wanted:
             raise ValueError("TracIn: the model has no trained parameter among the chosen layers")
-        self._parameters = wanted
+        self.parameters = wanted
         self._layers, self._uncovered = _layers_of(model, wanted)
         # The flow of an HVAE hands out the gradients of its own parameters, if its decoder can be swept.
-        self._of_flow = [name for name in flow_parameters(model) if name in wanted] if is_swept(model) else []
-        for name in self._of_flow:
+        self.of_flow = [name for name in flow_parameters(model) if name in wanted] if is_swept(model) else []
+        for name in self.of_flow:
             self._uncovered.pop(name, None)
         for penalty in getattr(model, "penalties", ()):
             if getattr(penalty, "differentiates_decoder", False):
@@ -92,6 +99,23 @@ class Engine:
             self._refuse(name, reason)
         self._terms: dict[str, Terms | None] = {}
         self._audited: set[Any] = set()
+
+    def bind(self, model: nn.Module) -> None:
+        """Work on another copy of the model, of which the same parameters are differentiated."""
+        parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+        known = [*self.parameters, *(layer.name for layer in self._layers)]
+        missing = [name for name in known if name not in parameters and name not in modules]
+        if missing:
+            raise ValueError(
+                f"TracIn: model: expected the layers that it had when TracIn was made, got none at {missing[0]!r}"
+            )
+        self.model = model
+        # Frozen since or not: what was trained when TracIn was made takes part.
+        self.parameters = {name: parameters[name] for name in self.parameters}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+        for layer in self._layers:
+            layer.module = modules[layer.name]
 
     def _refuse(self, name: str, reason: str) -> None:
         if not self._materialise:
@@ -131,7 +155,7 @@ class Engine:
 
     def gradient_numel(self, routes: dict[str, str]) -> int:
         """Those of them that are entries of gradients."""
-        numel = sum(self._parameters[name].numel() for name in self._uncovered)
+        numel = sum(self.parameters[name].numel() for name in self._uncovered)
         for layer in self._layers:
             if self._terms[layer.name] is None or routes[layer.name] == TILES:
                 numel += sum(parameter.numel() for parameter in layer.module.parameters(recurse=False))
@@ -147,17 +171,16 @@ class Engine:
         draws = evaluation.draws_of(batch)
         samples = len(batch[0]) * (1 if fold else draws)
         found = Factors()
-        captured, own = self._capture(evaluation, batch, fold, 1 / draws if fold else 1.0)
+        captured, own = self.capture(evaluation, batch, fold, 1 / draws if fold else 1.0)
         found.dense += [] if own is None else [own]
         for layer, calls in captured:
-            self._add_factors(found, layer, calls, routes[layer.name], samples)
+            self.add_factors(found, layer, calls, routes[layer.name], samples)
         if self._uncovered:
-            found.dense.append(self._by_autograd(evaluation, batch, list(self._uncovered), fold))
+            found.dense.append(self.by_autograd(evaluation, batch, list(self._uncovered), fold))
         return found
 
-    def _add_factors(
-        self, found: Factors, layer: _Layer, calls: list[Call], route: str, samples: int
-    ) -> None:
+    def add_factors(self, found: Factors, layer: _Layer, calls: list[Call], route: str, samples: int) -> None:
+        """Append what the calls of a layer make of its gradients, by this route."""
         rule, module = layer.rule, layer.module
         if layer.weight and route == GRAM:
             pairs = [rule.factors(module, call.input, call.grad, samples) for call in calls]
@@ -184,7 +207,7 @@ class Engine:
                 _sum(rule.bias_gradient(module, call.input, call.grad, samples) for call in of_bias)
             )
 
-    def _capture(
+    def capture(
         self, evaluation: Evaluation, batch: Batch, fold: bool, scale: float
     ) -> tuple[list[tuple[_Layer, list[Call]]], Tensor | None]:
         """Every layer with what it was given and the gradient at what it gave; the flow's own gradients [B, P]."""
@@ -212,15 +235,15 @@ class Engine:
         own = None
         if sweep is not None:
             found |= {layer.name: sweep.calls(layer.name) for layer in self._layers if layer not in hooked}
-            if self._of_flow:
-                gradients = sweep.gradients(self._of_flow, samples)
-                own = torch.cat([gradients[name] for name in self._of_flow], 1)
+            if self.of_flow:
+                gradients = sweep.gradients(self.of_flow, samples)
+                own = torch.cat([gradients[name] for name in self.of_flow], 1)
         # A layer that the losses do not depend on has gradients of zero.
         return [(layer, found[layer.name]) for layer in self._layers if found.get(layer.name)], own
 
-    def _by_autograd(self, evaluation: Evaluation, batch: Batch, names: Sequence[str], fold: bool) -> Tensor:
+    def by_autograd(self, evaluation: Evaluation, batch: Batch, names: Sequence[str], fold: bool) -> Tensor:
         """[B, P] (or [B * S, P]) the gradients of these parameters, one sample at a time."""
-        parameters = [self._parameters[name] for name in names]
+        parameters = [self.parameters[name] for name in names]
         rows = []
         for i in range(len(batch[0])):
             with torch.enable_grad():
@@ -235,54 +258,25 @@ class Engine:
 
     # ---- what is covered ----
 
+    @property
+    def covered(self) -> list[str]:
+        """The parameters whose gradients come from factors."""
+        return [name for name in self.parameters if name not in self._uncovered]
+
     def audited(self, evaluation: Evaluation) -> bool:
         """Whether ``audit`` has compared the gradients of this loss."""
         return evaluation.loss_fn in self._audited
 
     def audit(self, evaluation: Evaluation, batch: Batch) -> None:
-        """Compare the factors of a few samples, taken together, with autograd's gradients of each alone.
-
-        Finds what no look at the modules can: a parameter used outside its module's forward, samples that
-        depend on each other, a batch whose samples do not stand side by side. Done once for a loss.
-        """
+        """Compare the gradients of a few samples with autograd's, once for a loss; see ``audit.audit``."""
         if self.audited(evaluation):
             return
-        few = tuple(part[:AUDITED] for part in batch)
-        samples, draws = len(few[0]), evaluation.draws_of(few)
-        names = [name for name in self._parameters if name not in self._uncovered]
-        known: dict[str, Tensor] = {}
-        captured, own = self._capture(evaluation, few, True, 1 / draws)
-        if own is not None:
-            sizes = [self._parameters[name].numel() for name in self._of_flow]
-            known |= dict(zip(self._of_flow, own.split(sizes, 1), strict=True))
-        for layer, calls in captured:
-            self._terms[layer.name] = _terms_of(layer, calls, samples)
-            kinds = [kind for kind, has in (("weight", layer.weight), ("bias", layer.bias)) if has]
-            found = Factors()
-            self._add_factors(found, layer, calls, TILES, samples)
-            for kind, part in zip(kinds, found.dense, strict=True):
-                ordered = layer.rule.as_parameter(layer.module, part) if kind == "weight" else part
-                known[f"{layer.name}.{kind}".lstrip(".")] = ordered
-        exact = (
-            self._by_autograd(evaluation, few, names, True).split(
-                [self._parameters[name].numel() for name in names], 1
-            )
-            if names
-            else ()
-        )
-        for name, expected in zip(names, exact, strict=True):
-            gradient = known.get(name, torch.zeros_like(expected))
-            # Round-off of sums in another order; a missing term is of the size of the gradient.
-            error = (gradient - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)
-            if not float(error) <= math.sqrt(torch.finfo(expected.dtype).eps):
-                reason = (
-                    f"its gradient from its layer's inputs and output gradients is off by {float(error):.1e} of "
-                    "autograd's: it is used outside its layer's forward, or samples of a batch depend on each other"
-                )
-                self._refuse(name, reason)
-                self._uncovered[name] = reason
+        terms, reasons = audit(self, evaluation, batch)
+        for name, reason in reasons.items():
+            self._refuse(name, reason)
+            self._uncovered[name] = reason
         self._leave_out_uncovered()
-        self._terms = {layer.name: self._terms.get(layer.name) for layer in self._layers}
+        self._terms = {layer.name: terms.get(layer.name) for layer in self._layers}
         self._audited.add(evaluation.loss_fn)
 
     def coverage(self, rows: int, columns: int) -> Coverage:
@@ -296,7 +290,7 @@ class Engine:
             shape, numel = tuple(parameter.shape), parameter.numel()
             if name in self._absent:
                 found.append(CoverageRow(name, shape, self._absent[name][1], "", 0.0))
-            elif name in self._of_flow and name not in self._uncovered:
+            elif name in self.of_flow and name not in self._uncovered:
                 found.append(CoverageRow(name, shape, "Hamiltonian flow", TILES, numel))
             elif name in self._uncovered:
                 rule = f"autograd, sample by sample: {self._uncovered[name]}"
@@ -354,15 +348,6 @@ def _weight_gradient(layer: _Layer, call: Call, samples: int) -> Tensor:
         # Affine in the input where a tangent wants what is linear in it.
         gradient -= layer.rule.weight_gradient(layer.module, torch.zeros_like(call.input), call.grad, samples)
     return gradient
-
-
-def _terms_of(layer: _Layer, calls: list[Call], samples: int) -> Terms | None:
-    if not layer.weight:
-        return None
-    found = [layer.rule.terms(layer.module, call.input, call.grad, samples) for call in calls]
-    if any(terms is None for terms in found):
-        return None
-    return Terms(sum(terms.count for terms in found if terms), found[0].inputs, found[0].outputs)  # type: ignore[union-attr]
 
 
 def _parameters_under(model: nn.Module, layers: Sequence[str] | None) -> set[int]:

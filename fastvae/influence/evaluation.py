@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 
-from fastvae.influence.noise import KeyedNoise, SeesRandomness
+from fastvae.influence.noise import KeyedNoise, draws_noise
+from fastvae.influence.snapshots import Snapshot
 from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept
 from fastvae.lowering.rows import RowsModule
 from fastvae.models import BaseVAE
@@ -24,7 +23,7 @@ class Evaluation:
     """Per-sample losses of a model.
 
     Args:
-        model: in eval mode.
+        model: a private copy in eval mode; ``bind`` exchanges it for that of another checkpoint.
         loss_fn: None: the losses are ``model(batch[0])``; else ``loss_fn(model(*batch[:-1]), batch[-1])``, or
             ``loss_fn(model(x), x)`` for a batch of one tensor.
         draws: S, of the noise of a model that draws any.
@@ -34,10 +33,14 @@ class Evaluation:
     def __init__(
         self, model: nn.Module, loss_fn: Callable[..., Tensor] | None, draws: int, seed: int
     ) -> None:
-        self.model, self.loss_fn, self.seed = model, loss_fn, seed
+        self.loss_fn, self.seed = loss_fn, seed
         self.draws = draws
         self._random: bool | None = None
-        self._encoders: dict[torch.Size, RowsModule] = {}
+        self.bind(Snapshot(1.0, model))
+
+    def bind(self, snapshot: Snapshot) -> None:
+        """Work on the model of this checkpoint."""
+        self.snapshot, self.model, self._encoders = snapshot, snapshot.model, snapshot.encoders
 
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""
@@ -67,8 +70,8 @@ class Evaluation:
         """
         keys = keys_of(batch[0])
         if isinstance(self.model, BaseVAE) and self.loss_fn is None and not self.model.penalties:
-            with nullcontext() if sweep is None else sweep.installed():
-                return self._of_vae(batch[0], keys, fold)
+            model = self.model if sweep is None else sweep.installed()
+            return self._of_vae(model, batch[0], keys, fold)
         if not self.is_random(batch):
             return self._of_rows(batch)
         rows = tuple(part.repeat_interleave(self.draws, 0) for part in batch)
@@ -85,16 +88,10 @@ class Evaluation:
             if isinstance(self.model, BaseVAE) and self.loss_fn is None:
                 self._random = True
             else:
-                states = torch.get_rng_state()
-                with torch.no_grad(), SeesRandomness() as watch:
-                    self._of_rows(tuple(part[:1] for part in batch))
-                torch.set_rng_state(states)
-                self._random = watch.seen
+                self._random = draws_noise(self._of_rows, tuple(part[:1] for part in batch))
         return self._random
 
-    def _of_vae(self, x: Tensor, keys: Tensor, fold: bool) -> Tensor:
-        model = self.model
-        assert isinstance(model, BaseVAE)
+    def _of_vae(self, model: BaseVAE, x: Tensor, keys: Tensor, fold: bool) -> Tensor:
         repeated = x.repeat_interleave(self.draws, 0) if self.draws > 1 else x
         encoded = model.encode(x if fold else repeated)
         if fold and self.draws > 1:
@@ -104,8 +101,8 @@ class Evaluation:
             )
         stream = Stream(draws_of(keys, self.seed, self.draws))
         noise = stream.normal((model.noise_draws, *encoded[0].shape[1:])).to(encoded[0]).transpose(0, 1)
-        with encoded_already(model, repeated, encoded):
-            return model(repeated, noise=noise)
+        losses: Tensor = encoded_already(model, repeated, encoded)(repeated, noise=noise)
+        return losses
 
     def _of_rows(self, rows: Batch) -> Tensor:
         if self.loss_fn is None:

@@ -64,6 +64,11 @@ class Rule:
         """[B, numel]"""
         raise NotImplementedError
 
+    def magnitude(self, kind: str, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
+        """The gradient of ``kind`` ("weight", "bias") with every term's absolute value: what round-off is part of."""
+        gradient = self.weight_gradient if kind == "weight" else self.bias_gradient
+        return gradient(module, x.abs(), g.abs(), samples)
+
 
 def _outer(h: Tensor, delta: Tensor) -> Tensor:
     """sum_t delta_t (x) h_t of every sample: [B, out * in]."""
@@ -220,6 +225,10 @@ class NormRule(Rule):
 
     def bias_gradient(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
         return self._sum(module, g, samples)
+
+    def magnitude(self, kind: str, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
+        terms = g * self.normalised(module, x) if kind == "weight" else g
+        return self._sum(module, terms.abs(), samples)
 
 
 class BatchNormRule(NormRule):

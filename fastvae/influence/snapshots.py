@@ -1,84 +1,111 @@
-"""The checkpoints of a run in memory, each loaded once, and the model put into their state."""
+"""The checkpoints of a run in memory: a private copy of the model for each, loaded once."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvae._extension import raw
 from fastvae.influence.cache import fingerprint
-from fastvae.training.randomness import modes_kept
+from fastvae.lowering.rows import RowsModule
+from fastvae.private import PrivateCopies, private_copy
 
-__all__ = ["Snapshots"]
+__all__ = ["Snapshot", "Snapshots"]
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint, loaded."""
+
+    weight: float
+    """Of the checkpoint in TracIn."""
+    model: nn.Module
+    """A private copy in eval mode."""
+    encoders: dict[torch.Size, RowsModule] = field(default_factory=dict)
+    """Of the model, as read for samples of each shape."""
 
 
 class Snapshots:
-    """Weights of several checkpoints.
+    """A model under several checkpoints; itself it is never touched.
 
     Args:
         model: what they are weights of.
-        sources: checkpoints, or the path of a folder whose entries they are in sorted order.
-        load: (model, checkpoint) -> weight in TracIn; anything but a number counts as 1.
+        sources: checkpoints, or the path of a folder whose entries they are in sorted order. None: a single one of
+            weight 1, the model as it is at each call.
+        load: (a private copy of the model, checkpoint) -> weight in TracIn; anything but a number counts as 1.
+        use: called with a snapshot when it is entered.
 
     Raises:
         ValueError: no checkpoint.
     """
 
     def __init__(
-        self, model: nn.Module, sources: str | os.PathLike[str] | Iterable[Any], load: Callable[..., Any]
+        self,
+        model: nn.Module,
+        sources: str | os.PathLike[str] | Iterable[Any] | None,
+        load: Callable[..., Any],
+        use: Callable[[Snapshot], None],
     ) -> None:
         if isinstance(sources, (str, os.PathLike)):
             folder = os.fspath(sources)
             sources = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-        self._model, self._sources, self._load = model, list(sources), load
-        if not self._sources:
+        self._model, self._load, self._use = model, load, use
+        self._sources = None if sources is None else list(sources)
+        if self._sources is not None and not self._sources:
             raise ValueError("TracIn: checkpoints: expected at least one")
-        self._known: list[tuple[float, dict[str, Tensor]]] = []
+        self._known: list[Snapshot] = []
         self._current: int | None = None
-        self._found: dict[str, Tensor] | None = None
         self._fingerprints: dict[int, str] = {}
+        self._copies = PrivateCopies()
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return 1 if self._sources is None else len(self._sources)
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Eval mode and any weights inside; afterwards everything is as it was found."""
-        with torch.inference_mode(False), modes_kept(self._model):
-            self._model.eval()
-            try:
-                if len(self._known) < len(self._sources):
-                    self._keep()
-                    self._load_rest()
-                    self._current = len(self._known) - 1
-                elif self._holds(self._known[-1][1]):
-                    self._current = len(self._known) - 1
-                yield
-            finally:
-                self._current = None
-                if self._found is not None:
-                    self._put(self._found)
-                    self._found = None
+        """All of them loaded, and the last one entered."""
+        try:
+            with torch.inference_mode(False):
+                if self._sources is None:
+                    with self._copies.borrowed(self._model) as private:
+                        self._hold(private)
+                        self.enter(0)
+                        yield
+                else:
+                    self._load_rest(self._sources)
+                    self.enter(len(self._known) - 1)
+                    yield
+        finally:
+            self._current = None
 
-    def _load_rest(self) -> None:
-        for source in self._sources[len(self._known) :]:
-            weight = self._load(self._model, source)
-            self._known.append((float(weight) if isinstance(weight, (int, float)) else 1.0, self._state()))
-        self._model.eval()
+    def _hold(self, private: nn.Module) -> None:
+        if not self._known or self._known[0].model is not private:
+            self._known = [Snapshot(1.0, private)]
+        self._fingerprints.clear()
+
+    def _load_rest(self, sources: list[Any]) -> None:
+        like = next(self._model.parameters())
+        for snapshot in self._known:
+            # The model may have been moved since.
+            snapshot.model.to(like.device, like.dtype)
+        for source in sources[len(self._known) :]:
+            private = private_copy(self._model)
+            weight = self._load(private, source)
+            self._known.append(
+                Snapshot(float(weight) if isinstance(weight, (int, float)) else 1.0, private.eval())
+            )
 
     def enter(self, index: int) -> float:
-        """Give the model the weights of a checkpoint; its weight in TracIn."""
-        weight, state = self._known[index]
+        """Use the model of a checkpoint; its weight in TracIn."""
         if self._current != index:
-            self._keep()
-            self._put(state)
             self._current = index
-        return weight
+            self._use(self._known[index])
+        return self._known[index].weight
 
     def forget(self) -> None:
         """Load the checkpoints anew when they are next borrowed."""
@@ -89,24 +116,8 @@ class Snapshots:
         """A hash of the current weights."""
         assert self._current is not None
         if self._current not in self._fingerprints:
-            self._fingerprints[self._current] = fingerprint(self._known[self._current][1])
+            state = self._known[self._current].model.state_dict()
+            self._fingerprints[self._current] = fingerprint(
+                {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            )
         return self._fingerprints[self._current]
-
-    def _keep(self) -> None:
-        """Before the weights are first touched."""
-        if self._found is None:
-            self._found = self._state()
-
-    def _holds(self, state: dict[str, Tensor]) -> bool:
-        values = self._model.state_dict()
-        return raw.same_bits([values[name] for name in state], list(state.values()))
-
-    def _state(self) -> dict[str, Tensor]:
-        state = self._model.state_dict()
-        return {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
-
-    @torch.no_grad()
-    def _put(self, state: dict[str, Tensor]) -> None:
-        for name, value in self._model.state_dict().items():
-            if name in state:
-                value.copy_(state[name])

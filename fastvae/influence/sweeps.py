@@ -8,8 +8,7 @@ step sizes and tempering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastvae.lowering.rows import RowsModule
 from fastvae.models import HVAE, VAE
 from fastvae.models.base import BaseVAE
 from fastvae.ops.hamiltonian_flow import observed_rows
+from fastvae.private import twin_of
 from fastvae.reference import expand_step_size
 
 __all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept"]
@@ -46,6 +46,8 @@ def is_swept(model: Any) -> bool:
         stock = isinstance(model, VAE) and type(model).objective is VAE.objective
     if not stock or model.penalties or type(model).log_px is not BaseVAE.log_px:
         return False
+    if not model.likelihood.has_kernel:
+        return False
     try:
         _lowered(model)
     except (UnsupportedLayer, ValueError):
@@ -67,7 +69,7 @@ def calls_of_vae(
         None where the encoder cannot be swept, or something between it and the decoder is a subclass's own.
     """
     kind = type(model)
-    if not is_swept(model) or isinstance(model, HVAE) or "encode" in vars(model):
+    if not is_swept(model) or isinstance(model, HVAE):
         return None
     if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
         return None
@@ -134,17 +136,10 @@ class Sweep:
     _calls: dict[str, list[Call]] = field(default_factory=dict)
     _terms: tuple[Tensor, ...] = ()
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """In place of the model's own way from z to log p(x | z)."""
-        vars(self.model)["log_px"] = self._log_px
-        if isinstance(self.model, HVAE):
-            vars(self.model)["flow"] = self._flow
-        try:
-            yield
-        finally:
-            vars(self.model).pop("log_px")
-            vars(self.model).pop("flow", None)
+    def installed(self) -> Any:
+        """A twin of the model that takes this way from z to log p(x | z)."""
+        of_flow = {"flow": self._flow} if isinstance(self.model, HVAE) else {}
+        return twin_of(self.model, log_px=self._log_px, **of_flow)
 
     def calls(self, layer: str) -> list[Call]:
         """Of a layer of the decoder, by its name in the model."""

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from fastvae._distribution import to_mend
 from fastvae._extension import raw
-from fastvae.influence.batches import count_of, tiles_of
+from fastvae.arguments import expect_numbers
+from fastvae.influence.audit import AUDITED
+from fastvae.influence.batches import check_order, count_of, tiles_of
 from fastvae.influence.cache import FactorCache, fingerprint
 from fastvae.influence.coverage import Coverage
-from fastvae.influence.engine import AUDITED, Engine
+from fastvae.influence.engine import Engine
 from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import Factors, concatenate, dot, self_dot
 from fastvae.influence.sharding import Share
-from fastvae.influence.snapshots import Snapshots
+from fastvae.influence.snapshots import Snapshot, Snapshots
 from fastvae.influence.topk import KMostInfluentialResults, TopK
+from fastvae.private import Turns, private_copy
 from fastvae.training import load_checkpoint
 from fastvae.training.parallel import unwrap
 
@@ -58,16 +61,18 @@ class TracIn:
         sum over checkpoints c of  w_c <g_c(x_i), g_c(x_j)>,   g_c(x) = 1/S sum_s grad_theta loss(x, noise_s)
 
     over all trained parameters theta, exactly; positive for proponents (training on x_i lowered the loss of x_j),
-    negative for opponents. Arguments, order and results are those of captum's ``TracInCP``. The model is in eval
-    mode during every call, and is given back as it was found: modes, weights, requires_grad.
+    negative for opponents. Arguments, order and results are those of captum's ``TracInCP``. Each checkpoint is loaded
+    into a private copy of the model, in eval mode: the model itself is not touched, so that others may train it or
+    serve from it meanwhile. Several threads may call one object, which they do in turn.
 
     Args:
         model: any module; ``fastvae`` models need nothing else.
-        train_dataset: a ``Dataset`` or a ``DataLoader`` that does not shuffle; also a tensor or tuple of tensors.
+        train_dataset: a ``Dataset`` or a ``DataLoader`` in the data set's own order (one that shuffles is refused);
+            also a tensor or tuple of tensors.
         checkpoints: files (or whatever ``checkpoints_load_func`` reads), each loaded once in the object's life; or
-            the path of a folder, whose entries are taken in sorted order.
-        checkpoints_load_func: (model, checkpoint) -> weight w_c: learning rate times the epochs that it stands
-            for. The default reads what ``fastvae.fit`` writes.
+            the path of a folder, whose entries are taken in sorted order. None: the model as it is at each call.
+        checkpoints_load_func: (a private copy of the model, checkpoint) -> weight w_c: learning rate times the
+            epochs that it stands for. The default reads what ``fastvae.fit`` writes.
         layers: names of modules to restrict the parameters to; None: all.
         loss_fn: None: ``model(batch[0])`` gives the loss of each sample, [B]. Otherwise ``loss_fn(model(*batch[:-1]),
             batch[-1])``, for a batch of one tensor ``loss_fn(model(x), x)``: [B], or a scalar with an attribute
@@ -96,7 +101,7 @@ class TracIn:
         self,
         model: nn.Module,
         train_dataset: Any,
-        checkpoints: str | os.PathLike[str] | Iterable[Any],
+        checkpoints: str | os.PathLike[str] | Iterable[Any] | None,
         checkpoints_load_func: Callable[..., float] = load_checkpoint,
         layers: Sequence[str] | None = None,
         loss_fn: Callable[..., Tensor] | None = None,
@@ -111,22 +116,28 @@ class TracIn:
         process_group: Any = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        expect_numbers(
+            "TracIn", num_samples=num_samples, batch_size=batch_size, seed=seed, query_seed=query_seed
+        )
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"TracIn: {name}: expected at least 1, got {value}")
         self.model = unwrap(model)
         self.train_dataset = train_dataset
         self.batch_size = batch_size
-        self._snapshots = Snapshots(self.model, checkpoints, checkpoints_load_func)
-        self._engine = Engine(self.model, layers, uncovered)
-        self._train = Evaluation(self.model, loss_fn, num_samples, seed)
+        check_order("train_dataset", train_dataset)
+        self._snapshots = Snapshots(self.model, checkpoints, checkpoints_load_func, self._use)
+        private = private_copy(self.model)
+        self._engine = Engine(private, layers, uncovered)
+        self._train = Evaluation(private, loss_fn, num_samples, seed)
         self._query = Evaluation(
-            self.model,
+            private,
             loss_fn if test_loss_fn is None else test_loss_fn,
             num_samples,
             seed if query_seed is None else query_seed,
         )
         self._share = Share(process_group)
+        self._turns = Turns()
         self._memory = raw.Recycling()
         self._cache = FactorCache(cache_dir)
         self._settings = f"{num_samples} {seed} {layers} {uncovered}"
@@ -224,6 +235,7 @@ class TracIn:
             ValueError: ``unbiased`` with fewer than two draws, or a model that draws no noise.
         """
         evaluation = self._train if inputs is None else self._query
+        check_order("inputs", inputs)
         with self._borrowed():
             self._audit(evaluation, self.train_dataset if inputs is None else inputs)
             routes = self._engine.routes(_FEW, None)
@@ -234,17 +246,24 @@ class TracIn:
 
     def forget_checkpoints(self) -> None:
         """Load them anew at the next call."""
-        self._snapshots.forget()
+        with self._turns:
+            self._snapshots.forget()
 
     def coverage(self, num_queries: int = 100) -> Coverage:
         """How every parameter's part of the scores is computed, for so many queries; ``print`` shows a table."""
         with self._borrowed():
             return self._engine.coverage(self._count(), num_queries)
 
+    def _use(self, snapshot: Snapshot) -> None:
+        """Work under a checkpoint."""
+        self._engine.bind(snapshot.model)
+        self._train.bind(snapshot)
+        self._query.bind(snapshot)
+
     @contextmanager
     def _borrowed(self) -> Iterator[None]:
-        """The model in eval mode, and known to be covered."""
-        with self._snapshots.borrowed(), self._memory:
+        """All checkpoints loaded, every parameter known to be covered, and no other thread here."""
+        with self._turns, self._snapshots.borrowed(), self._memory:
             if self.train_dataset is not None:
                 self._audit(self._train, self.train_dataset)
             yield
@@ -289,6 +308,7 @@ class TracIn:
 
     def _queries(self, inputs: Any) -> Batch:
         """All queries as one batch."""
+        check_order("inputs", inputs)
         whole = self._query.loss_fn is not None
         parts = list(tiles_of(inputs, 2**40, self.batch_size, whole))
         if not parts:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import images_of
 from fastvae.integrations import TORCHVISION
 from fastvae.models import BaseVAE
@@ -53,6 +54,7 @@ class LitVAE(lightning.LightningModule):
         super().__init__()
         if not isinstance(model, BaseVAE):
             raise TypeError(f"LitVAE: model: expected a fastvae model, got {type(model).__name__}")
+        expect_numbers("LitVAE", lr=lr)
         self.model = model
         self._optimizer = optimizer
         self.lr = lr

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_global_hooks
+from .checks import check_global_hooks, check_is_module
 from .errors import CoupledSamples, UnsupportedLayer
 from .explain import explain
 from .structure import current, evaluate
 from .traced import lower_traced
+from .verification import checked, verify
 
-__all__ = ["CoupledSamples", "LoweredNetwork", "UnsupportedLayer", "explain", "lower"]
+__all__ = ["CoupledSamples", "LoweredNetwork", "UnsupportedLayer", "explain", "lower", "verify"]
 
 
 class LoweredNetwork(NamedTuple):
@@ -54,7 +55,9 @@ def _network(spec: str, tensors: list[Tensor], names: tuple[str, ...]) -> Lowere
     return LoweredNetwork(spec, tensors, names, len(layers) > 0 and layers[-1] == "sigmoid")
 
 
-def lower(module: nn.Module, *, strip_sigmoid: bool = False) -> LoweredNetwork:
+def lower(
+    module: nn.Module, *, strip_sigmoid: bool = False, compare_at: Tensor | None = None
+) -> LoweredNetwork:
     """Read a module as a chain of layers.
 
     The structure is cached weakly for each module, and read again when a training flag, a hook, a child, a
@@ -62,9 +65,15 @@ def lower(module: nn.Module, *, strip_sigmoid: bool = False) -> LoweredNetwork:
     once a call. Under ``torch.compile`` the structure is a constant guarded by the same facts (hooks
     and objects excepted, which Dynamo does not guard) and the tensors are inputs.
 
+    What else a forward reads (a global, another object's attribute, a random number) is fixed as it was at the
+    reading; :func:`verify` finds out whether that still holds.
+
     Args:
         module: the decoder, from z [B, d] to natural parameters; any floating dtype and device.
         strip_sigmoid: take off the sigmoid that the module ends in.
+        compare_at: codes [..., d]. When what was read is first used with some, its output at the first two of them is
+            compared with the module's own, and another output refused. Not while compiling or capturing a CUDA graph,
+            and with codes of another dtype, device or size than the module's left to the caller.
 
     Returns:
         The layers with the current tensors. A tensor may occur twice if two layers share it.
@@ -73,14 +82,16 @@ def lower(module: nn.Module, *, strip_sigmoid: bool = False) -> LoweredNetwork:
         CoupledSamples: BatchNorm or Dropout in training mode.
         UnsupportedLayer: a layer, hook, tensor type, branch or unused parameter that cannot be taken; names
             it and the reason. Under ``torch.compile(fullgraph=True)`` it arrives inside Dynamo's own error.
-        ValueError: ``strip_sigmoid=True`` and the module does not end in a sigmoid.
+        ValueError: a convolution with numbers that PyTorch refuses as well, such as a stride of 0;
+            ``strip_sigmoid=True`` and the module does not end in a sigmoid.
         TypeError: ``module`` is not an ``nn.Module``.
     """
     if torch.compiler.is_dynamo_compiling():
         return _network(*lower_traced(module, strip_sigmoid))
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"lower: module must be an nn.Module, got {type(module).__name__}")
+    check_is_module("lower: module", module)
     check_global_hooks()
     known, collected = current(module)
     tensors = evaluate(known, collected)
+    if compare_at is not None and not known.checked:
+        known, tensors = checked(module, known, tensors, compare_at)
     return _network(known.spec_for(strip_sigmoid), tensors, known.names)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module_internals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import UnsupportedLayer, describe, join
+from .errors import CoupledSamples, UnsupportedLayer, describe, join
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
@@ -22,6 +22,7 @@ _GLOBAL_HOOKS = (
 # As they are at import, so that a later replacement shows.
 _METHODS = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__", "__getattribute__")}
 PLAIN = frozenset({Tensor, nn.Parameter})
+QUANTISED = ("torch.ao.", "torchao.")
 _WRAPPERS = {
     "DataParallel": "it scatters the batch in its own forward",
     "DistributedDataParallel": "its own forward prepares the gradient reduction",
@@ -40,6 +41,27 @@ def method(cls: type[nn.Module], name: str) -> Any:
     if torch.compiler.is_exporting() and found is getattr(nn.Module, name, None):
         return _METHODS.get(name, found)
     return found
+
+
+def check_is_module(name: str, value: object) -> None:
+    """Raise TypeError for what is not an nn.Module, with what to pass instead."""
+    if isinstance(value, nn.Module):
+        return
+    owner = getattr(value, "__self__", None)
+    hint = ""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        hint = f"; pass an instance, {value.__name__}(...)"
+    elif isinstance(owner, nn.Module):
+        called = getattr(value, "__name__", "it")
+        hint = f" ({called} of a {type(owner).__name__})" + (
+            "; pass the module itself"
+            if called in ("forward", "__call__")
+            else f"; pass a module whose forward does what {called} does: parameters are found through a module "
+            "(docs/bring-your-model.md)"
+        )
+    elif callable(value):
+        hint = "; pass a module whose forward does what it does: parameters are found through a module"
+    raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}{hint}")
 
 
 def check_global_hooks() -> None:
@@ -116,7 +138,7 @@ def check_module(path: str, module: nn.Module) -> None:
             raise refuse(
                 f"{reason}, which a lowered network would bypass; wrap the whole model, not the decoder"
             )
-    if cls.__module__.startswith(("torch.ao.", "torchao.")):
+    if cls.__module__.startswith(QUANTISED):
         raise refuse("quantised modules are not lowered; pass the float module")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         raise refuse("it is lazy and has no shapes yet; run the module once on a batch")
@@ -139,3 +161,24 @@ def check_module(path: str, module: nn.Module) -> None:
             module, torch.fx.GraphModule
         ):
             raise refuse("its type replaces __call__, which a lowered network would bypass")
+
+
+def check_uncoupled(module: nn.Module) -> None:
+    """Refuse what couples samples or draws at random in a module that is not lowered: by type, whoever calls it."""
+    for path, inner in named(module):
+        if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+            coupled = inner.training or inner.running_mean is None or inner.running_var is None
+            remedy = "switch the module to eval(), with track_running_stats=True"
+        else:
+            p = getattr(inner, "p", 0.0) if isinstance(inner, nn.modules.dropout._DropoutNd) else 0.0
+            if isinstance(inner, (nn.MultiheadAttention, nn.RNNBase)):
+                p = inner.dropout
+            coupled, remedy = inner.training and p > 0, "switch the module to eval(), or set its dropout to 0"
+        if coupled:
+            raise CoupledSamples(
+                describe(
+                    path,
+                    type(inner).__name__,
+                    "in training mode a sample's output depends on the other samples or on noise; " + remedy,
+                )
+            )

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from .checks import check_global_hooks, named
-from .errors import CoupledSamples, UnsupportedLayer
+from .checks import QUANTISED, check_global_hooks, named
+from .errors import CoupledSamples, ImpossibleLayer, NotADecoder, UnsupportedLayer
 from .reading import render
 from .structure import Structure, current, verify
+
+_THROUGH_AUTOGRAD = (
+    "The operators run it through autograd instead, which takes more time, if it maps z alone to one tensor, each "
+    "sample by itself, and PyTorch can differentiate it twice; if not, they say what is missing."
+)
+_WITHOUT_A_DERIVATIVE = (
+    "A quantised network has no derivative: log_px runs it, the flow and the Jacobian raise."
+)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return any(type(inner).__module__.startswith(QUANTISED) for inner in module.modules())
 
 
 def explain(module: nn.Module) -> str:
@@ -19,7 +31,7 @@ def explain(module: nn.Module) -> str:
     Returns:
         A table of layer path, kind, parameters with their shapes, shape after the layer ([B, ...], ``?``
         where the module does not fix it) and whether it is lowered; below it, if the module is not lowered,
-        which layer stops it, why, and what one can do.
+        which layer stops it, why, in which line of a custom forward, and what the operators then do.
     """
     problem = consequence = ""
     known: Structure | None = None
@@ -32,9 +44,13 @@ def explain(module: nn.Module) -> str:
             str(error),
             "No sample has a gradient of its own then: the flow raises this error.",
         )
+    except ImpossibleLayer as error:
+        problem, consequence = str(error), "PyTorch raises as well when the layer runs."
+    except NotADecoder as error:
+        problem, consequence = str(error), "No operator takes it: a decoder maps z alone to one tensor."
     except UnsupportedLayer as error:
         problem = str(error)
-        consequence = "The decoder still works through autograd: the same result in more time."
+        consequence = _WITHOUT_A_DERIVATIVE if _is_quantised(module) else _THROUGH_AUTOGRAD
     rows = [("layer", "kind", "parameters", "output", "lowered")]
     layers = known.layers if known else ()
     for layer in layers:

@@ -18,9 +18,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from . import activations
-from .errors import join
+from .errors import NotADecoder, UnsupportedLayer, join
 from .reading import Reading, Shape, TensorRef, read_stock, render, stock_base
-from .tracing import trace
+from .tracing import line_of, trace
 
 _ACTIVATIONS: dict[Any, Callable[..., activations.Activation]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), activations.relu),
@@ -176,7 +176,11 @@ class _Chain:
         result = node.args[0]
         for kind in (tuple, list, dict):
             if isinstance(result, kind):
-                raise self.reading.refuse(f"its forward returns a {kind.__name__}, expected one tensor")
+                # Inside another module, that one may pick what it needs.
+                error = NotADecoder if self.path == "" else UnsupportedLayer
+                raise self.reading.refuse(
+                    f"its forward returns a {kind.__name__}, expected one tensor", error
+                )
         if result is not self.latest:
             raise self.reading.refuse("its forward does not return the last tensor that it computes")
 
@@ -185,12 +189,12 @@ class _Chain:
         stack = node.meta.get("nn_module_stack") or {}
         inner = next(reversed(stack.values()))[0] if stack else ""
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "function")
-        self.reading.at(join(self.path, inner), target)
+        self.reading.at(join(self.path, inner), target, line_of(node))
 
     def step(self, node: Node) -> None:
         if node.op == "call_module":
             kind = type(self.module.get_submodule(str(node.target))).__name__
-            self.reading.at(join(self.path, str(node.target)), kind)
+            self.reading.at(join(self.path, str(node.target)), kind, line_of(node))
         else:
             self.name(node)
         tensors = [source for source in node.all_input_nodes if source in self.shapes]

@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import activations
 from .checks import method
-from .errors import CoupledSamples, UnsupportedLayer, describe
+from .errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, describe
+from .geometry import MOST, Convolution, Pair, pair
 
 Shape = tuple["int | None", ...]
 
@@ -46,15 +47,16 @@ class Reading:
         self.shape: Shape = (None,)
         self.path = ""
         self.kind = ""
+        self.line = ""
 
-    def at(self, path: str, kind: str) -> Reading:
-        """Name the layer that is read now, for messages and for the table of ``explain``."""
-        self.path, self.kind = path, kind
+    def at(self, path: str, kind: str, line: str = "") -> Reading:
+        """Name the layer that is read now, for messages and for the table of ``explain``; ``line``: of a forward."""
+        self.path, self.kind, self.line = path, kind, line
         return self
 
-    def refuse(self, reason: str, error: type[UnsupportedLayer] = UnsupportedLayer) -> UnsupportedLayer:
+    def refuse(self, reason: str, error: type[ValueError] = UnsupportedLayer) -> ValueError:
         """The error that names the layer read now."""
-        return error(describe(self.path, self.kind, reason))
+        return error(describe(self.path, self.kind, reason) + (f" ({self.line})" if self.line else ""))
 
     def emit(
         self,
@@ -64,6 +66,8 @@ class Reading:
         shape: Shape | None = None,
     ) -> None:
         """Append a layer; numbers are written so that they read back to the same bits."""
+        if shape is not None and 0 in shape:
+            raise self.refuse(f"its output {render(shape)} is empty")
         numbers = []
         for value in args:
             number = value if isinstance(value, int) and not isinstance(value, bool) else float(value)
@@ -173,11 +177,6 @@ def _linear(reading: Reading, module: nn.Linear) -> None:
     reading.linear(weight, _ref(reading, module, "bias", (module.out_features,)))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = value if isinstance(value, (tuple, list)) else (value, value)
-    return int(first), int(second)
-
-
 def _check_image(reading: Reading, module: nn.Conv2d | nn.ConvTranspose2d) -> None:
     if module.padding_mode != "zeros":
         raise reading.refuse(f"padding_mode={module.padding_mode!r} is not supported, only 'zeros'")
@@ -189,7 +188,33 @@ def _check_image(reading: Reading, module: nn.Conv2d | nn.ConvTranspose2d) -> No
         raise reading.refuse(f"expected {module.in_channels} channels, got {render(reading.shape)}")
 
 
-def _same_padding(reading: Reading, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+def _pair(reading: Reading, module: nn.Module, name: str) -> Pair:
+    try:
+        return pair(getattr(module, name))
+    except TypeError as error:
+        raise reading.refuse(f"{name}: {error}", ImpossibleLayer) from error
+
+
+def _check(reading: Reading, numbers: Convolution) -> None:
+    fault = numbers.fault()
+    if fault is not None:
+        raise reading.refuse(fault, ImpossibleLayer)
+    if numbers.largest() > MOST:
+        raise reading.refuse(f"numbers beyond {MOST} are not supported, got {numbers.largest()}")
+
+
+def _output(reading: Reading, channels: int, numbers: Convolution) -> Shape:
+    sizes = numbers.sizes(reading.shape[1:])
+    if any(size is not None and size < 1 for size in sizes):
+        raise reading.refuse(
+            f"a sample {render(reading.shape)} gives an empty output, of height and width {list(sizes)}",
+            ImpossibleLayer,
+        )
+    return channels, *sizes
+
+
+def _same_padding(reading: Reading, kernel: Pair, dilation: Pair) -> Pair:
+    _check(reading, Convolution(kernel, (1, 1), (0, 0), dilation))
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if any(amount % 2 for amount in total):
         raise reading.refuse(f"padding='same' with kernel {kernel} pads one side more than the other")
@@ -198,32 +223,31 @@ def _same_padding(reading: Reading, kernel: tuple[int, int], dilation: tuple[int
 
 def _conv2d(reading: Reading, module: nn.Conv2d) -> None:
     _check_image(reading, module)
-    kernel, stride, dilation = _pair(module.kernel_size), _pair(module.stride), _pair(module.dilation)
+    kernel, stride, dilation = (
+        _pair(reading, module, name) for name in ("kernel_size", "stride", "dilation")
+    )
     if module.padding == "same":
         padding = _same_padding(reading, kernel, dilation)
     else:
-        padding = (0, 0) if module.padding == "valid" else _pair(module.padding)
-    out: list[int | None] = [module.out_channels]
-    for axis, size in enumerate(reading.shape[1:]):
-        reach = dilation[axis] * (kernel[axis] - 1) + 1
-        out.append(None if size is None else (size + 2 * padding[axis] - reach) // stride[axis] + 1)
+        padding = (0, 0) if module.padding == "valid" else _pair(reading, module, "padding")
+    numbers = Convolution(kernel, stride, padding, dilation)
+    _check(reading, numbers)
     weight = _weight(reading, module, (module.out_channels, module.in_channels // module.groups, *kernel))
     bias = _ref(reading, module, "bias", (module.out_channels,))
-    reading.emit("conv2d", (weight, bias), (*stride, *padding, *dilation, module.groups), tuple(out))
+    shape = _output(reading, module.out_channels, numbers)
+    reading.emit("conv2d", (weight, bias), (*stride, *padding, *dilation, module.groups), shape)
 
 
 def _conv_transpose2d(reading: Reading, module: nn.ConvTranspose2d) -> None:
     _check_image(reading, module)
-    kernel, stride, dilation = _pair(module.kernel_size), _pair(module.stride), _pair(module.dilation)
-    padding, extra = _pair(module.padding), _pair(module.output_padding)
-    out: list[int | None] = [module.out_channels]
-    for axis, size in enumerate(reading.shape[1:]):
-        grown = dilation[axis] * (kernel[axis] - 1) + extra[axis] + 1 - 2 * padding[axis]
-        out.append(None if size is None else (size - 1) * stride[axis] + grown)
+    names = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+    kernel, stride, padding, dilation, extra = (_pair(reading, module, name) for name in names)
+    numbers = Convolution(kernel, stride, padding, dilation, extra, transposed=True)
+    _check(reading, numbers)
     weight = _weight(reading, module, (module.in_channels, module.out_channels // module.groups, *kernel))
     bias = _ref(reading, module, "bias", (module.out_channels,))
     args = (*stride, *padding, *extra, *dilation, module.groups)
-    reading.emit("conv_transpose2d", (weight, bias), args, tuple(out))
+    reading.emit("conv_transpose2d", (weight, bias), args, _output(reading, module.out_channels, numbers))
 
 
 def _batch_norm(reading: Reading, module: nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm) -> None:
@@ -307,7 +331,7 @@ def stock_base(module: nn.Module) -> type[nn.Module] | None:
 
 def read_stock(reading: Reading, path: str, module: nn.Module) -> None:
     """Append what one stock module does; anything else is refused by name."""
-    reading.at(path, type(module).__name__)
+    reading.at(path, type(module).__name__, reading.line)
     base = stock_base(module)
     if base is None:
         parent = next((cls.__name__ for cls in type(module).__mro__ if cls in _MODULES), None)

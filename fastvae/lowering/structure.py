@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from .checks import PLAIN, check_module, check_readable, check_tensor, named
-from .errors import UnsupportedLayer, join
+from .errors import ImpossibleLayer, UnsupportedLayer, join
 from .graph import read
 from .reading import Layer, Reading
 from .snapshot import Collected, Node, compile_program, visit
+from .tracing import READING
 
 
 class Structure:
@@ -21,7 +21,9 @@ class Structure:
         check_readable(module)
         reading = Reading()
         # As text: an exception's traceback would hold the module, and so keep its cache entry alive.
-        self.failure: tuple[type[UnsupportedLayer], str] | None = None
+        self.failure: tuple[type[ValueError], str] | None = None
+        # Whether its output was found to be the module's own.
+        self.checked = False
         try:
             for path, inner in named(module):
                 reading.at(path, type(inner).__name__)
@@ -29,7 +31,7 @@ class Structure:
             read(reading, "", module)
             if all(layer.kind == "identity" for layer in reading.layers):
                 raise UnsupportedLayer("lower: the module has no layer that changes its input")
-        except UnsupportedLayer as failure:
+        except (UnsupportedLayer, ImpossibleLayer) as failure:
             self.failure = type(failure), str(failure)
         self.stopped_at = reading.path if self.failure else None
         self.layers = tuple(reading.layers)
@@ -65,22 +67,18 @@ def _text(layer: Layer, index: dict[str, int]) -> str:
 
 
 _cache: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def current(module: nn.Module) -> tuple[Structure, Collected]:
     """The structure that holds now, read again if the module changed, and the tensors of the same walk."""
-    known = _cache.get(module)
-    if known is not None:
-        try:
-            collected = visit(module, known.program)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            # An attribute is gone, or does not compare with the remembered one: the module changed.
-            collected = None
-        if collected is not None:
-            return known, collected
-    fresh = Structure(module)
-    with _lock:
+    found = _still_holds(module)
+    if found is not None:
+        return found
+    with READING:
+        found = _still_holds(module)
+        if found is not None:  # another thread has read it meanwhile
+            return found
+        fresh = Structure(module)
         _cache[module] = fresh
     collected = visit(module, fresh.program)
     if collected is None:
@@ -88,6 +86,26 @@ def current(module: nn.Module) -> tuple[Structure, Collected]:
             raise UnsupportedLayer(f"lower: the {type(module).__name__} changed while it was read")
         collected = Collected([], [], [])
     return fresh, collected
+
+
+def _still_holds(module: nn.Module) -> tuple[Structure, Collected] | None:
+    """What is remembered of a module, if it has not changed since."""
+    known = _cache.get(module)
+    if known is None:
+        return None
+    try:
+        collected = visit(module, known.program)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        # An attribute is gone, or does not compare with the remembered one: the module changed.
+        return None
+    return None if collected is None else (known, collected)
+
+
+def forget(module: nn.Module, known: Structure) -> None:
+    """Have the module read again when it is next used."""
+    with READING:
+        if _cache.get(module) is known:
+            del _cache[module]
 
 
 def verify(known: Structure, collected: Collected) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checks import check_global_hooks
-from .errors import CoupledSamples, UnsupportedLayer
+from .errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer
 from .snapshot import Node
 from .structure import current, verify
 
 _Path = tuple[str, ...]
+_FAILURES = {error.__name__: error for error in (CoupledSamples, ImpossibleLayer, UnsupportedLayer)}
 _Facts = tuple[_Path, tuple[str, ...], tuple[tuple[str, Any], ...], tuple[tuple[str, bool], ...]]
 
 
@@ -33,7 +34,7 @@ def _constant(address: int) -> tuple[str, str, str | None, tuple[str, ...], tupl
         check_global_hooks()
         known, collected = current(module)
         verify(known, collected)
-    except UnsupportedLayer as failure:
+    except (UnsupportedLayer, ImpossibleLayer) as failure:
         return type(failure).__name__, str(failure), None, (), ()
     return "", known.spec, known.stripped, known.names, tuple(_facts(known.root, module, ()))
 
@@ -54,7 +55,7 @@ def lower_traced(module: nn.Module, strip_sigmoid: bool) -> tuple[str, list[Tens
     """Spec, tensors and names; comparing each fact makes Dynamo guard it and trace a changed module again."""
     failure, spec, stripped, names, facts = _constant(id(module))
     if failure:
-        raise (CoupledSamples if failure == "CoupledSamples" else UnsupportedLayer)(spec)
+        raise _FAILURES[failure](spec)
     for path, children, plain, frozen in facts:
         inner = _descend(module, path)
         # Of != between tuples Dynamo makes an error before torch 2.13.

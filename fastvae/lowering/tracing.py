@@ -4,29 +4,85 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import linecache
+import os
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
-from torch.fx import Graph, Tracer
+from torch.fx import Graph, Node, Tracer
 
+from .errors import NotADecoder, UnsupportedLayer
 from .reading import Reading, stock_base
+
+_NOT_THE_USERS = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
+
+
+def _quote(file: str, number: int) -> str:
+    """A line of source, for messages."""
+    text = linecache.getline(file, number).strip()
+    return f"{os.path.basename(file)}, line {number}" + (f": {text}" if text else "")
+
+
+def _line_that_runs() -> tuple[str, int] | None:
+    """The innermost line that is neither torch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_of(node: Node) -> str:
+    """The line of the forward that made a node; empty if not known."""
+    where = node.meta.get("fastvae_line")
+    return _quote(*where) if where else ""
+
+
+def _line_that_raised(error: Exception) -> str:
+    lines = [
+        (frame.filename, frame.lineno or 0)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOT_THE_USERS)
+    ]
+    return _quote(*lines[-1]) if lines else ""
 
 
 class _Leaves(Tracer):
-    """Keeps stock modules whole, subclasses that do not change their forward included."""
+    """Keeps stock modules whole, subclasses that do not change their forward included.
+
+    torch.fx patches ``nn.Module`` itself for as long as it traces; what other threads run meanwhile, they run as ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return stock_base(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["fastvae_line"] = _line_that_runs()
+        return node
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         inner = m._modules.get("_orig_mod") if type(m).__name__ == "OptimizedModule" else None
         return super().call_module(m, forward, args, kwargs) if inner is None else inner(*args, **kwargs)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-# Tracing patches torch.nn.Module for the time it runs.
-_lock = threading.RLock()
+
+# Tracing patches torch.nn.Module for the time it runs, and a reading meanwhile would take that for the user's doing.
+READING = threading.RLock()
 _GONE = object()
 
 
@@ -54,12 +110,15 @@ def trace(reading: Reading, module: nn.Module) -> Graph:
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p.name for p in plain[1:] if p.default is p.empty]
     if required:
-        raise reading.refuse(f"its forward needs {', '.join(required)} beside the first argument")
+        # Inside another module, that one may hand it the rest.
+        error = NotADecoder if reading.path == "" else UnsupportedLayer
+        raise reading.refuse(f"its forward needs {', '.join(required)} beside the first argument", error)
     try:
-        with _lock, _unchanged(module) as assigned:
+        with READING, _unchanged(module) as assigned:
             graph = _Leaves().trace(module, {p.name: p.default for p in plain[1:]} or None)
     except Exception as error:
         text = str(error).strip().splitlines()
+        reading.at(reading.path, reading.kind, _line_that_raised(error))
         raise reading.refuse(
             "torch.fx cannot trace its forward, which does more than call layers: "
             f"{type(error).__name__}: {text[0] if text else ''}"

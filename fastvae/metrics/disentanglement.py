@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
+
 __all__ = ["factor_information", "mig", "modularity"]
 
 # Entropies of constants come out at 1e-15 by rounding; a single different point among a million gives 1e-5.
@@ -99,6 +101,7 @@ def _varying(name: str, entropy: Tensor) -> Tensor:
 
 
 def _check(codes: Tensor, factors: Tensor, bins: int) -> None:
+    expect_numbers("disentanglement", bins=bins)
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins}")
     if codes.dim() != 2 or not codes.is_floating_point() or 0 in codes.shape:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import FactorSpace
 from fastvae.metrics.disentanglement import mig, modularity
 from fastvae.models import BaseVAE
-from fastvae.training.randomness import modes_kept
+from fastvae.private import private_copy
+from fastvae.training.parallel import unwrap
 
 __all__ = ["codes_of", "local_codes", "local_mig", "local_modularity"]
 
@@ -88,6 +90,7 @@ def local_codes(
     Raises:
         ValueError: numbers out of range, a rho that lets no factor vary, or codes that do not fit.
     """
+    expect_numbers("local_codes", rho=rho, num_points=num_points, num_clusters=num_clusters, seed=seed)
     for name, count in (("num_points", num_points), ("num_clusters", num_clusters)):
         if count < 1:
             raise ValueError(f"local_codes: {name}: expected at least 1, got {count}")
@@ -104,7 +107,7 @@ def local_codes(
 def _clusters(
     model: Encoder, space: FactorSpace, reach: Tensor, num_points: int, num_clusters: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     last = torch.tensor(space.sizes) - 1
     for _ in range(num_clusters):
         centre = space.sample(1, generator)[0]
@@ -119,7 +122,7 @@ def codes_of(model: Encoder, space: FactorSpace, factors: Tensor) -> Tensor:
     """The codes of the images that ``factors`` make.
 
     Args:
-        model: a VAE, whose codes are the means of q(z | x), in eval mode (it is put back); or a function of
+        model: a VAE, whose codes are the means of q(z | x), computed by a copy of it in eval mode; or a function of
             images, float32 [n, C, H, W] in [0, 1] on the CPU, to codes [n, d].
         space: of the images.
         factors: int64 [N, F].
@@ -130,11 +133,10 @@ def codes_of(model: Encoder, space: FactorSpace, factors: Tensor) -> Tensor:
     Raises:
         ValueError: factors outside the space, or codes of another shape.
     """
-    if isinstance(model, BaseVAE):
-        device = next(model.parameters()).device
-        with modes_kept(model):
-            model.eval()
-            return codes_of(lambda x: model.encode(x.to(device))[0].cpu(), space, factors)
+    if isinstance(model, nn.Module) and isinstance(inner := unwrap(model), BaseVAE):
+        private = private_copy(inner)
+        device = next(private.parameters()).device
+        return codes_of(lambda x: private.encode(x.to(device))[0].cpu(), space, factors)
     parts = []
     for part in factors.split(_BATCH):
         codes = model(space.render(part).to(torch.float32).div_(255))

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fastvae._distribution import to_mend
+from fastvae.arguments import expect_numbers
 
 __all__ = ["OODMetrics", "ood_metrics"]
 
@@ -43,6 +44,7 @@ def ood_metrics(
         ImportError: scikit-learn is not installed.
     """
     inside, outside = _scores("scores_in", scores_in), _scores("scores_out", scores_out)
+    expect_numbers("ood_metrics", confidence=confidence, resamples=resamples, seed=seed)
     if not 0 < confidence < 1:
         raise ValueError(f"ood_metrics: confidence: expected a number between 0 and 1, got {confidence}")
     if resamples < 1:

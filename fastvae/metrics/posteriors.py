@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import images_of
 from fastvae.models import BaseVAE
-from fastvae.training.randomness import modes_kept
+from fastvae.private import private_copy
+from fastvae.training.parallel import unwrap
 
 __all__ = ["Estimate", "active_units", "mutual_information", "negative_log_likelihood", "posteriors"]
 
@@ -35,13 +37,13 @@ def posteriors(model: BaseVAE, images: Images) -> tuple[Tensor, Tensor]:
     """Means and log variances of q(z_0 | x): [N, d] each, on the CPU, detached.
 
     Args:
-        model: in eval mode meanwhile.
+        model: a copy of it is measured, in eval mode.
         images: a tensor [N, ...], or an iterable of batches such as ``fit`` takes.
 
     Raises:
         ValueError: no images.
     """
-    found = _of_batches("posteriors", model, images, model.encode)
+    found = _of_batches("posteriors", model, images, lambda private, x: private.encode(x))
     return torch.cat([mu.cpu() for mu, _ in found]), torch.cat([logvar.cpu() for _, logvar in found])
 
 
@@ -55,7 +57,7 @@ def negative_log_likelihood(
     the choice of images; the noise of the sampling is part of it.
 
     Args:
-        model: in eval mode meanwhile.
+        model: a copy of it is measured, in eval mode.
         images: see :func:`posteriors`; at least two.
         num_samples: importance samples an image.
         seed: of the noise.
@@ -63,12 +65,13 @@ def negative_log_likelihood(
     Raises:
         ValueError: fewer than two images, or num_samples below 1.
     """
-    generator = torch.Generator().manual_seed(seed)
+    expect_numbers("negative_log_likelihood", num_samples=num_samples, seed=seed)
+    generator = torch.Generator().manual_seed(int(seed))
     found = _of_batches(
         "negative_log_likelihood",
         model,
         images,
-        lambda x: model.log_likelihood(x, num_samples, generator=generator),
+        lambda private, x: private.log_likelihood(x, num_samples, generator=generator),
     )
     values = -torch.cat([value.double().cpu() for value in found])
     if len(values) < 2:
@@ -87,7 +90,7 @@ def mutual_information(
     most log N, near which it says only that the images' posteriors hardly overlap.
 
     Args:
-        model: in eval mode meanwhile; z is z_0 for an HVAE.
+        model: a copy of it is measured, in eval mode; z is z_0 for an HVAE.
         images: see :func:`posteriors`.
         num_samples: codes an image.
         chunk_size: codes against all images at once; by default as many as give 2**22 densities.
@@ -96,18 +99,19 @@ def mutual_information(
     Raises:
         ValueError: no images, num_samples or chunk_size below 1.
     """
+    expect_numbers("mutual_information", num_samples=num_samples, chunk_size=chunk_size, seed=seed)
     for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
         if count is not None and count < 1:
             raise ValueError(f"mutual_information: {name}: expected at least 1, got {count}")
     mu, logvar = (part.double() for part in posteriors(model, images))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     noise = torch.randn(num_samples, *mu.shape, generator=generator, dtype=torch.float64)
     codes = (mu + torch.exp(logvar / 2) * noise).flatten(0, 1)
     # log q(z | x_n) = z^2 . a_n + z . b_n + c_n: two products of matrices for all pairs.
     precision = torch.exp(-logvar)
     a, b = -0.5 * precision.T, (mu * precision).T
     c = -0.5 * (mu.square() * precision + logvar).sum(1)
-    chunk = chunk_size if chunk_size is not None else max(1, _PAIRS // len(mu))
+    chunk = int(chunk_size) if chunk_size is not None else max(1, _PAIRS // len(mu))
     log_q = torch.cat(
         [torch.logsumexp(z.square() @ a + z @ b + c, 1) - math.log(len(mu)) for z in codes.split(chunk)]
     )
@@ -122,26 +126,29 @@ def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int
     Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016, section 5.
 
     Args:
-        model: in eval mode meanwhile; z is z_0 for an HVAE.
+        model: a copy of it is measured, in eval mode; z is z_0 for an HVAE.
         images: see :func:`posteriors`; at least two.
         threshold: of the variance of the posterior means.
 
     Raises:
         ValueError: fewer than two images.
     """
+    expect_numbers("active_units", threshold=threshold)
     means = posteriors(model, images)[0].double()
     if len(means) < 2:
         raise ValueError(f"active_units: images: expected at least 2, got {len(means)}")
     return int((means.var(0) > threshold).sum())
 
 
-def _of_batches(name: str, model: BaseVAE, images: Images, call: Callable[[Tensor], object]) -> list:
-    """``call`` of every batch on the model's device, with the model in eval mode."""
+def _of_batches(name: str, model: BaseVAE, images: Images, call: Callable[[BaseVAE, Tensor], object]) -> list:
+    """``call`` of every batch on the model's device, with a copy of the model in eval mode."""
     batches = images.split(_BATCH) if isinstance(images, Tensor) else map(images_of, images)
-    device = next(model.parameters()).device
-    with modes_kept(model):
-        model.eval()
-        found = [call(batch.to(device)) for batch in batches if len(batch)]
+    inner = unwrap(model)
+    if not isinstance(inner, BaseVAE):
+        raise TypeError(f"{name}: model: expected a fastvae model, got {type(inner).__name__}")
+    private = private_copy(inner)
+    device = next(private.parameters()).device
+    found = [call(private, batch.to(device)) for batch in batches if len(batch)]
     if not found:
         raise ValueError(f"{name}: images: expected some, got none")
     return found

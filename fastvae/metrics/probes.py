@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae._distribution import to_mend
+from fastvae.arguments import expect_numbers
 
 __all__ = ["knn_accuracy", "linear_probe"]
 
@@ -32,6 +33,7 @@ def knn_accuracy(
         ImportError: scikit-learn is not installed.
     """
     _check("knn_accuracy", codes, labels, test_codes, test_labels)
+    expect_numbers("knn_accuracy", k=k)
     if not 1 <= k <= len(codes):
         raise ValueError(f"knn_accuracy: k: expected 1 to {len(codes)}, got {k}")
     neighbors = _part_of_sklearn("knn_accuracy", "neighbors")
@@ -61,6 +63,7 @@ def linear_probe(
         ValueError, ImportError: see :func:`knn_accuracy`; penalty not above 0.
     """
     _check("linear_probe", codes, labels, test_codes, test_labels)
+    expect_numbers("linear_probe", penalty=penalty, max_iter=max_iter)
     if not penalty > 0:
         raise ValueError(f"linear_probe: penalty: expected a number above 0, got {penalty}")
     linear_model, pipeline, preprocessing = (

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastvae.likelihoods import Likelihood, check_decoder, resolve
+from fastvae.arguments import expect_numbers
+from fastvae.decoding import check_decoder, natural_parameters, transformed
+from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import LoweredNetwork
+from fastvae.models.inputs import check_is_tensor, explained, half_dtype_of, split_posterior
+from fastvae.models.steps import Penalty, TrainingStep
+from fastvae.models.terms import note_penalty, note_step
+from fastvae.private import twin_of
 
 __all__ = [
     "BaseVAE",
@@ -30,6 +37,8 @@ Noise = Tensor | Callable[[Tensor], Tensor]
 NoiseSource = Callable[[int, int, Tensor], Tensor]
 """(first, count, mu [B, d]) -> standard normal [weight_draws, count, B, d], the same for the same first + i."""
 
+_Model = TypeVar("_Model", bound="BaseVAE")
+
 # Decoder outputs held at once while importance sampling: 16 MiB of float32.
 _LOG_LIKELIHOOD_OUTPUTS = 2**22
 
@@ -37,76 +46,6 @@ _LOG_LIKELIHOOD_OUTPUTS = 2**22
 def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """z = mu + sigma eps, sigma = exp(logvar / 2), all [B, d]."""
     return mu + torch.exp(logvar / 2) * eps
-
-
-@dataclass
-class TrainingStep:
-    """One evaluation of a model's objective: what a penalty may read, with its graph."""
-
-    model: BaseVAE
-    x: Tensor
-    """[B, ...] the data as they were given."""
-    mu: Tensor
-    """[B, d] mean of q(z_0 | x)."""
-    logvar: Tensor
-    """[B, d] log variance of q(z_0 | x)."""
-    z_0: Tensor
-    """[B, d] the sample of q(z_0 | x)."""
-    z: Tensor
-    """[B, d] the code that was decoded: z_0, or where a flow took it."""
-    log_px: Tensor
-    """[B] log p(x | z)."""
-    loss: Tensor
-    """[B] minus the ELBO with the model's beta, in nats, without penalties."""
-    generator: torch.Generator | None
-    """Where a penalty draws its own noise from."""
-    view: TrainingStep | None = None
-    """The same for the view of x that the penalty asked for."""
-
-    def parts(self, of: Sequence[Tensor]) -> list[TrainingStep]:
-        """The steps of several views ``of``, evaluated as one batch [B * views] with those of a sample side by side."""
-        samples, count = of[0].shape[0], len(of)
-
-        def split(tensor: Tensor) -> tuple[Tensor, ...]:
-            return tensor.reshape(samples, count, *tensor.shape[1:]).unbind(1)
-
-        names = ("mu", "logvar", "z_0", "z", "log_px", "loss")
-        split_up = zip(*(split(getattr(self, name)) for name in names), strict=True)
-        return [
-            replace(self, x=x, **dict(zip(names, tensors, strict=True)))
-            for x, tensors in zip(of, split_up, strict=True)
-        ]
-
-
-class Penalty(nn.Module, ABC):
-    """A term of the training loss; its weight is its own business.
-
-    Penalties are modules of the model, so that their state is saved and moved with it. ``fit`` calls ``step``
-    once after each optimisation step, for annealing.
-
-    A penalty may ask for a further view of the data (``view``). The model evaluates its objective on x and all views
-    as one batch, and hands each penalty the step of x alone, with the step of its own view as ``step.view``.
-    """
-
-    on_views: bool = False
-    """Whether this term is part of the ELBO, and so is also added to the loss of views that other penalties ask for."""
-    common_noise: bool = False
-    """Whether the view is evaluated with the noise of x instead of its own."""
-    differentiates_decoder: bool = False
-    """Whether this term is made of derivatives of the decoder, so that its gradient is no sum over decodes."""
-
-    def view(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
-        """A view of x [B, ...] of the same shape, dtype and device, or None."""
-        return None
-
-    @abstractmethod
-    def forward(self, step: TrainingStep) -> Tensor:
-        """The weighted penalty of each sample: [B]. ``step.model.objective(other_x)`` gives other views of
-        it.
-        """
-
-    def step(self) -> None:
-        """Called after each optimisation step; does nothing unless overridden."""
 
 
 class BaseVAE(nn.Module, ABC):
@@ -124,12 +63,13 @@ class BaseVAE(nn.Module, ABC):
         penalties: modules ``penalty(step: TrainingStep) -> [B]``, added to the training loss; see
         ``Penalty``.
         check_finite: check x for NaN, infinities and values outside the likelihood's range at every call. On
-            a GPU that waits for x; it is skipped under ``torch.compile`` and CUDA graph capture.
+            a GPU that waits for x; it is skipped under ``torch.compile``, ``torch.func`` and CUDA graph capture.
 
     Raises:
         ValueError: beta or latent_dim out of range; a decoder whose last layer contradicts the likelihood;
             later, an x or an encoder output that does not fit.
-        TypeError: an encoder, decoder or penalty that is not a module.
+        TypeError: an encoder, decoder or penalty that is not a module; a beta or latent_dim that is not a number;
+            later, an x that is not a tensor.
     """
 
     noise_draws: int = 1
@@ -155,6 +95,7 @@ class BaseVAE(nn.Module, ABC):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        expect_numbers(name, beta=beta, latent_dim=latent_dim)
         if not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"{name}: beta: expected a finite number of at least 0, got {beta}")
         if latent_dim is not None and latent_dim < 1:
@@ -171,7 +112,7 @@ class BaseVAE(nn.Module, ABC):
         self.encoder = encoder
         self.decoder = decoder
         self.beta = float(beta)
-        self.latent_dim = latent_dim if latent_dim is not None else _latent_dim_of(network)
+        self.latent_dim = int(latent_dim) if latent_dim is not None else _latent_dim_of(network)
         self.penalties = nn.ModuleList(penalties)
         self.check_finite = check_finite
 
@@ -235,6 +176,7 @@ class BaseVAE(nn.Module, ABC):
             if view is not None
         ]
         step, *steps = self._evaluate(x, asked, noise, generator)
+        note_step(step)
         for penalty in self.penalties:
             if isinstance(penalty, Penalty) and penalty.on_views:
                 steps = [replace(view, loss=view.loss + penalty(view)) for view in steps]
@@ -246,6 +188,7 @@ class BaseVAE(nn.Module, ABC):
                     f"{type(penalty).__name__}: expected one value a sample, {list(loss.shape)}, "
                     f"got {list(term.shape)}"
                 )
+            note_penalty(penalty, term)
             loss = loss + term
         return loss
 
@@ -288,11 +231,22 @@ class BaseVAE(nn.Module, ABC):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
-        if self.check_finite and not torch.compiler.is_compiling() and not _capturing(x):
+        check_is_tensor(self, x)
+        if (
+            self.check_finite
+            and not torch.compiler.is_compiling()
+            and not _capturing(x)
+            and not transformed()
+        ):
             self.likelihood.check(x)
         parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
-        output = self.encoder(self.likelihood.as_float(x, dtype))
+        try:
+            output = self.encoder(self.likelihood.as_float(x, dtype))
+        except (RuntimeError, ValueError) as error:
+            if (better := explained(error, self, "encoder", x)) is None:
+                raise
+            raise better from error
         mu, logvar = self._split(output, x)
         if self.latent_dim is None:
             self.latent_dim = mu.shape[1]
@@ -306,7 +260,13 @@ class BaseVAE(nn.Module, ABC):
 
     def decode(self, z: Tensor) -> Tensor:
         """Natural parameters of p(x | z) for z [B, d], in the decoder's layout."""
-        return self.likelihood.params_of_output(self.decoder(z))
+        half = half_dtype_of(self.decoder)
+        try:
+            return natural_parameters(self.decoder, z if half is None else z.to(half), self.likelihood)
+        except (RuntimeError, ValueError) as error:
+            if (better := explained(error, self, "decoder", z)) is None:
+                raise
+            raise better from error
 
     def log_px(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]."""
@@ -354,11 +314,14 @@ class BaseVAE(nn.Module, ABC):
             posterior: (mu, logvar), [B, d] each, of the proposal in place of ``encode(x)``.
 
         Returns:
-            [B], detached.
+            [B], detached. A RuntimeWarning says so if any of them is NaN.
 
         Raises:
             ValueError: num_samples or chunk_size below 1, or a posterior of another shape.
+            TypeError: num_samples or chunk_size that is not a number; an x that is not a tensor.
         """
+        expect_numbers("log_likelihood", num_samples=num_samples, chunk_size=chunk_size)
+        check_is_tensor(self, x)
         if num_samples < 1:
             raise ValueError(f"log_likelihood: num_samples: expected at least 1, got {num_samples}")
         if chunk_size is not None and chunk_size < 1:
@@ -388,7 +351,9 @@ class BaseVAE(nn.Module, ABC):
                 weights = self.log_weights(x[part], mu[part], logvar[part], drawn[:, :, part])
                 total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
             done += count
-        return total - math.log(num_samples)
+        found = total - math.log(num_samples)
+        self._warn_of_nan(found)
+        return found
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -396,6 +361,7 @@ class BaseVAE(nn.Module, ABC):
 
         ``model.likelihood.sample(model.decode(z))`` draws x itself.
         """
+        expect_numbers("sample", num_samples=num_samples)
         if self.latent_dim is None:
             raise ValueError(
                 f"{type(self).__name__}: sample: latent_dim is not known yet; "
@@ -435,45 +401,34 @@ class BaseVAE(nn.Module, ABC):
 
     def _split(self, output: object, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output as (mu, logvar)."""
-        batch = x.shape[0]
+        return split_posterior(self, output, x.shape[0])
 
-        def refuse(found: str) -> ValueError:
-            return ValueError(
-                f"{type(self).__name__}: encoder: expected [B, 2d] or (mu [B, d], logvar [B, d]) with B = {batch}, "
-                f"got {found}"
+    def _kl_weight(self, beta: float | None) -> float:
+        """The beta that ``objective`` is given, or the model's own."""
+        if not torch.compiler.is_compiling():
+            expect_numbers(type(self).__name__, beta=beta)
+        return self.beta if beta is None else beta
+
+    def _warn_of_nan(self, log_px: Tensor) -> None:
+        if torch.compiler.is_compiling() or _capturing(log_px) or transformed():
+            return
+        bad = int(torch.isnan(log_px).sum())
+        if bad:
+            warnings.warn(
+                f"{type(self).__name__}: log_likelihood: NaN for {bad} of {len(log_px)} samples: x, the encoder's or "
+                "the decoder's outputs (their weights?) are not finite",
+                RuntimeWarning,
+                stacklevel=4,  # torch.no_grad stands in between
             )
 
-        if isinstance(output, Tensor):
-            if output.dim() != 2 or output.shape[1] % 2 or output.shape[0] != batch:
-                raise refuse(f"a tensor {list(output.shape)}")
-            mu, logvar = output.chunk(2, dim=1)
-            return mu, logvar
-        if not (
-            isinstance(output, (tuple, list))
-            and len(output) == 2
-            and isinstance(output[0], Tensor)
-            and isinstance(output[1], Tensor)
-        ):
-            raise refuse(type(output).__name__)
-        mu, logvar = output
-        if mu.dim() != 2 or mu.shape != logvar.shape or mu.shape[0] != batch:
-            raise refuse(f"({list(mu.shape)}, {list(logvar.shape)})")
-        return mu, logvar
 
+def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) -> _Model:
+    """A twin of the model whose ``encode`` of this very x is known; of anything else it is the model's own."""
 
-@contextmanager
-def encoded_already(model: BaseVAE, x: Tensor, encoded: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """``model.encode`` of this very x gives what is known; of anything else what it always gives."""
-    encode = model.encode
+    def encode(other: Tensor) -> tuple[Tensor, Tensor]:
+        return encoded if other is x else model.encode(other)
 
-    def known(other: Tensor) -> tuple[Tensor, Tensor]:
-        return encoded if other is x else encode(other)
-
-    vars(model)["encode"] = known
-    try:
-        yield
-    finally:
-        del vars(model)["encode"]
+    return twin_of(model, encode=encode)
 
 
 def _capturing(x: Tensor) -> bool:

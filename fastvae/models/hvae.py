@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.tempering import BoundedStepSize, Tempering
@@ -125,10 +126,12 @@ class HVAE(BaseVAE):
             penalties=penalties,
             check_finite=check_finite,
         )
+        expect_numbers("HVAE", num_steps=num_steps)
         if num_steps < 1:
             raise ValueError(f"HVAE: num_steps: expected at least 1, got {num_steps}")
         if on_divergence not in ON_DIVERGENCE:
             raise ValueError(f"HVAE: on_divergence: expected one of {ON_DIVERGENCE}, got {on_divergence!r}")
+        num_steps = int(num_steps)
         self.num_steps = num_steps
         self.tempering = Tempering(tempering, num_steps, beta_0, learn_tempering)
         self.leapfrog_step = BoundedStepSize(
@@ -170,8 +173,10 @@ class HVAE(BaseVAE):
             if self.on_divergence == "raise":
                 raise self._report(x, mu, logvar, noise, bad)
             path = self._give_up(x, mu, logvar, noise, bad)
-        loss = -path.log_px - (self.beta if beta is None else beta) * path.log_ratio
-        return TrainingStep(self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator)
+        loss = -path.log_px - self._kl_weight(beta) * path.log_ratio
+        return TrainingStep(
+            self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator, -path.log_ratio
+        )
 
     def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """A sample of the ELBO above, which is the log of an importance weight: [N]."""
@@ -271,12 +276,17 @@ class HVAE(BaseVAE):
                 float("nan"),
                 sizes,
             )
+        dropping = self.on_divergence == "drop"
+        otherwise = (
+            "; without the flow their ELBO is not finite either"
+            if dropping
+            else ", or pass on_divergence='drop' to go on with the plain ELBO of such samples"
+        )
         error = float(energy[step - 1, sample] - energy[0, sample])
         return DivergenceError(
             f"HVAE: {count} trajectories left the finite range, the first at leapfrog step {step} of "
             f"{self.num_steps} (energy error {error:.4g} nats the step before); step size "
-            f"{sizes[0]:.4g} to {sizes[1]:.4g}. Lower step_size or max_step_size, or pass "
-            "on_divergence='drop' to go on with the plain ELBO of such samples",
+            f"{sizes[0]:.4g} to {sizes[1]:.4g}. Lower step_size or max_step_size{otherwise}",
             step,
             int(bad.sum()),
             error,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers, is_integer
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import Noise, TrainingStep, reparameterize
 from fastvae.models.vae import VAE
@@ -65,11 +66,12 @@ class IWAE(VAE):
             penalties=penalties,
             check_finite=check_finite,
         )
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        expect_numbers("IWAE", num_samples=num_samples)
+        if not is_integer(num_samples) or num_samples < 1:
             raise ValueError(f"IWAE: num_samples: expected an int of at least 1, got {num_samples!r}")
         if estimator not in ESTIMATORS:
             raise ValueError(f"IWAE: estimator: expected one of {ESTIMATORS}, got {estimator!r}")
-        self.noise_draws = num_samples
+        self.noise_draws = int(num_samples)
         self.estimator = estimator
 
     @property
@@ -102,7 +104,7 @@ class IWAE(VAE):
         rows = x.repeat_interleave(count, 0) if count > 1 else x
         log_px = self.log_px(z.flatten(0, 1), rows).reshape(z.shape[:2])
         log_ratio = self._log_ratio(z, mu[:, None], logvar[:, None], noise.transpose(0, 1))
-        log_weights = log_px + (self.beta if beta is None else beta) * log_ratio
+        log_weights = log_px + self._kl_weight(beta) * log_ratio
         if self.estimator == "dreg" and z.requires_grad:
             # The gradient that reaches the encoder by a code has its normalised weight once: now it has it twice.
             share = torch.softmax(log_weights.detach(), 1)[..., None]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvae.arguments import expect_numbers
+
 __all__ = ["BoundedStepSize", "Tempering", "fixed_alpha", "fixed_temperature_alpha"]
 
 KINDS = ("free", "fixed", "fixed-temperature", "none")
@@ -61,6 +63,7 @@ class Tempering(nn.Module):
 
     def __init__(self, kind: str, num_steps: int, beta_0: float, learn: bool) -> None:
         super().__init__()
+        expect_numbers("tempering", num_steps=num_steps, beta_0=beta_0)
         if kind not in KINDS:
             raise ValueError(f"tempering: expected one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "none" and not 0 < beta_0 < 1:
@@ -109,6 +112,7 @@ class BoundedStepSize(nn.Module):
 
     Raises:
         ValueError: values outside (0, maximum), or a shape that does not fit.
+        TypeError: a maximum that is a tensor, or an initial value that requires a gradient.
     """
 
     def __init__(
@@ -120,6 +124,13 @@ class BoundedStepSize(nn.Module):
         learn: bool,
     ) -> None:
         super().__init__()
+        expect_numbers("step_size", max_step_size=maximum)
+        for given in initial if isinstance(initial, (list, tuple)) else (initial,):
+            if isinstance(given, Tensor) and given.requires_grad:
+                raise TypeError(
+                    f"step_size: expected values, got a {type(given).__name__} that requires a gradient, which it "
+                    "would not get: these are where the model's own parameter starts (learn_step_size); detach it"
+                )
         if not (math.isfinite(maximum) and maximum > 0):
             raise ValueError(f"max_step_size: expected a finite number above 0, got {maximum}")
         value = torch.as_tensor(initial, dtype=torch.float64).detach().cpu()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastvae import ops
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
+from fastvae.models.inputs import half_dtype_of
 
 __all__ = ["VAE"]
 
@@ -37,8 +38,8 @@ class VAE(BaseVAE):
         # Not the fused ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the
         # networks are, and under torch.func, which users' per-sample gradients and Hessians need.
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-        loss = (self.beta if beta is None else beta) * kl - log_px
-        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator)
+        loss = self._kl_weight(beta) * kl - log_px
+        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl)
 
     def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) at z = mu + sigma noise[0]: [N]."""
@@ -49,11 +50,15 @@ class VAE(BaseVAE):
     @torch.no_grad()
     def log_weights(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """``log_weight`` of several draws, [S, B], without a gradient; see :func:`fastvae.ops.log_px`."""
+        if half_dtype_of(self.decoder) is not None:
+            return super().log_weights(x, mu, logvar, noise)
         z = reparameterize(mu, logvar, noise[0])
         log_px = ops.log_px(self.decoder, z, x, self.likelihood)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(2)
 
     def _codes_at_once(self, x: Tensor, mu: Tensor) -> int:
+        if half_dtype_of(self.decoder) is not None:
+            return super()._codes_at_once(x, mu)
         return max(1, _CODE_NUMBERS // max(1, mu.shape[1]))
 
     def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

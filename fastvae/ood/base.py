@@ -17,7 +17,8 @@ class Detector(ABC):
     """An outlier score of samples under a model; the interface is that of pytorch-ood's detectors.
 
     Args:
-        model: what is scored under; kept as ``self.model``.
+        model: what is scored under; kept as ``self.model``. Scores work on copies of it (``fastvae.private``), never
+            on the model itself: any number of threads may score it, while others train it or serve from it.
     """
 
     requires_fit: bool = False

@@ -1,4 +1,7 @@
-"""A copy of an encoder for every image of a batch, each with its own Adam state, trained side by side."""
+"""A copy of an encoder for every image of a batch, each with its own Adam state, trained side by side.
+
+Here by fused kernels; differentiated.py has what autograd trains.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fastvae.lowering.rows import RowsModule
 from fastvae.models.base import BaseVAE
 from fastvae.reference import adam_step
 
-__all__ = ["Adam", "Copies", "LoweredCopies", "PosteriorCopies", "VmappedCopies", "lower_encoder", "numel_of"]
+__all__ = ["Adam", "Copies", "LoweredCopies", "PosteriorCopies", "lower_encoder", "numel_of"]
 
 
 @dataclass(frozen=True)
@@ -44,77 +47,13 @@ class Copies(ABC):
         """The parameters of all copies by their names in the encoder, [B, *shape] each."""
 
 
-class VmappedCopies(Copies):
-    """Any encoder that ``torch.vmap`` can run, differentiated by autograd.
+class LoweredCopies(Copies):
+    """An encoder that can be lowered, in C++: no gradient of a dense layer is stored, no graph recorded.
 
     Args:
         model: in eval mode.
         x: [B, ...], on the model's device.
         adam: its settings.
-    """
-
-    def __init__(self, model: BaseVAE, x: Tensor, adam: Adam) -> None:
-        self._model, self._adam, self._steps = model, adam, 0
-        encoder = model.encoder
-        self._parameters = {
-            name: parameter.detach().expand(len(x), *parameter.shape).clone().requires_grad_()
-            for name, parameter in encoder.named_parameters()
-        }
-        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters.values()]
-        # Each module once, however often it is used: functional_call, left to tie weights by itself, does not put
-        # back those of a module that is registered twice.
-        first = {id(parameter): name for name, parameter in encoder.named_parameters()}
-        self._aliases = {
-            f"{path}.{name}" if path else name: first[id(parameter)]
-            for path, module in encoder.named_modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
-        dtype = next(encoder.parameters()).dtype
-        self._x = model.likelihood.as_float(x, dtype)
-        self._output: Tensor | None = None
-
-    def forward(self) -> Tensor:
-        """See ``Copies``."""
-        with torch.enable_grad():
-            self._output = torch.vmap(self._encode)(self._parameters, self._x)
-        return self._output.detach()
-
-    def _encode(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        own = {name: parameters[first] for name, first in self._aliases.items()}
-        output = torch.func.functional_call(self._model.encoder, own, (x[None],), tie_weights=False)
-        return torch.cat(self._model._split(output, x[None]), 1)[0]
-
-    def update(self, grad: Tensor) -> None:
-        """See ``Copies``."""
-        assert self._output is not None
-        self._steps += 1
-        parameters = list(self._parameters.values())
-        grads = torch.autograd.grad(self._output, parameters, grad, materialize_grads=True)
-        adam = self._adam
-        with torch.no_grad():
-            for parameter, own, moments in zip(parameters, grads, self._moments, strict=True):
-                adam_step(
-                    parameter,
-                    own,
-                    *moments,
-                    self._steps,
-                    lr=adam.lr,
-                    betas=adam.betas,
-                    eps=adam.eps,
-                    weight_decay=adam.weight_decay,
-                )
-
-    def parameters(self) -> dict[str, Tensor]:
-        """See ``Copies``."""
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
-
-
-class LoweredCopies(Copies):
-    """An encoder that can be lowered, in C++: no gradient of a dense layer is stored, no graph recorded.
-
-    Args:
-        model, x, adam: as for :class:`VmappedCopies`.
         num_steps: at most so many updates.
 
     Raises:
@@ -123,6 +62,8 @@ class LoweredCopies(Copies):
     """
 
     def __init__(self, model: BaseVAE, x: Tensor, adam: Adam, num_steps: int) -> None:
+        if type(model).encode is not BaseVAE.encode or type(model)._split is not BaseVAE._split:
+            raise UnsupportedLayer(f"lower: {type(model).__name__} encodes in a way of its own")
         network = lower_encoder(model.encoder, tuple(x.shape[1:]))
         self._names = network.names
         like = network.tensors[0]
@@ -178,6 +119,10 @@ def lower_encoder(encoder: nn.Module, shape: tuple[int, ...]) -> LoweredNetwork:
         kind, *words = layer.split()
         if kind == "conv_transpose2d" or (kind == "conv2d" and words[-1] != "1"):
             raise UnsupportedLayer(f"lower: a {kind} of this kind is not trained for each sample by kernels")
+        if kind == "batch_norm" and (words[0] == "-1") != (words[1] == "-1"):
+            raise UnsupportedLayer(
+                "lower: a batch_norm with only one of weight and bias is not trained by kernels"
+            )
         tensors = {"linear": 2, "conv2d": 2, "batch_norm": 2}.get(kind, 0)
         for word in words[:tensors]:
             if word == "-1":

@@ -14,6 +14,7 @@ from fastvae._distribution import to_mend
 from fastvae.data import images_of
 from fastvae.likelihoods import Bernoulli, Categorical
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import check_is_tensor
 from fastvae.ood.negative_log_likelihood import LikelihoodScore
 
 __all__ = ["InputComplexity", "compressed_bits"]
@@ -64,7 +65,7 @@ class InputComplexity(LikelihoodScore):
             raise ValueError(
                 f"InputComplexity: compressor: expected one of {sorted(_FORMATS)}, got {compressor!r}"
             )
-        likelihood = model.likelihood
+        likelihood = self.model.likelihood
         if not isinstance(likelihood, (Bernoulli, Categorical)) or likelihood.values_per_element > 256:
             raise ValueError(
                 f"InputComplexity: model: expected a likelihood of discrete values, Bernoulli or Categorical with "
@@ -75,8 +76,9 @@ class InputComplexity(LikelihoodScore):
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device."""
+        check_is_tensor(self, x)
         bits = compressed_bits(self._values(x), self.compressor, binary=self._binary)
-        log_px = self._log_likelihood(self.model, x)
+        log_px = self._log_likelihood(self.model, self._copies, x)
         return -log_px - (bits * math.log(2)).to(log_px)
 
     @property

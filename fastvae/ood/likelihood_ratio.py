@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import images_of
 from fastvae.likelihoods import Categorical
 from fastvae.models.base import BaseVAE
 from fastvae.ood.negative_log_likelihood import LikelihoodScore
+from fastvae.private import PrivateCopies
 from fastvae.training import fit
 
 __all__ = ["LikelihoodRatio", "MutatedImages", "mutate"]
@@ -34,6 +36,7 @@ def mutate(
     Raises:
         ValueError: another dtype, or a probability or levels out of range.
     """
+    expect_numbers("mutate", probability=probability, levels=levels)
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"mutate: x: expected uint8 or a floating dtype, got {x.dtype}")
     if not 0 <= probability <= 1:
@@ -106,13 +109,15 @@ class LikelihoodRatio(LikelihoodScore):
     ) -> None:
         super().__init__(model, num_samples=num_samples, seed=seed)
         if background is not None:
-            self._check_model("background", background)
+            background = self._checked_model("background", background)
+        expect_numbers("LikelihoodRatio", mutation=mutation, levels=levels, epochs=epochs)
         if not 0 <= mutation <= 1:
             raise ValueError(f"LikelihoodRatio: mutation: expected a number in [0, 1], got {mutation}")
         if epochs < 1:
             raise ValueError(f"LikelihoodRatio: epochs: expected at least 1, got {epochs}")
         self.background, self.mutation, self.epochs = background, mutation, epochs
-        likelihood = model.likelihood
+        self._background_copies = PrivateCopies()
+        likelihood = self.model.likelihood
         of_model = likelihood.num_classes if isinstance(likelihood, Categorical) else 256
         self.levels = of_model if levels is None else levels
         self.requires_fit = background is None
@@ -144,7 +149,8 @@ class LikelihoodRatio(LikelihoodScore):
         """
         if self.background is None:
             raise RuntimeError("LikelihoodRatio: predict: expected fit(loader) before, or background=")
-        return self._log_likelihood(self.background, x) - self._log_likelihood(self.model, x)
+        of_background = self._log_likelihood(self.background, self._background_copies, x)
+        return of_background - self._log_likelihood(self.model, self._copies, x)
 
     def to(self, device: torch.device | str) -> LikelihoodRatio:
         """Move both models; returns self."""

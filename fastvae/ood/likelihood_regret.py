@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._distribution import to_mend
+from fastvae.arguments import expect_numbers
+from fastvae.influence.noise import draws_noise
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
 from fastvae.noise import SampleNoise, keys_of
@@ -22,13 +24,13 @@ from fastvae.ood.copies import (
     Copies,
     LoweredCopies,
     PosteriorCopies,
-    VmappedCopies,
     lower_encoder,
     numel_of,
 )
+from fastvae.ood.differentiated import differentiated_copies
 from fastvae.ood.objective import PosteriorObjective
-from fastvae.training.checkpoints import unwrap
-from fastvae.training.randomness import modes_kept
+from fastvae.private import PrivateCopies
+from fastvae.training.parallel import unwrap
 
 __all__ = ["LikelihoodRegret", "Refit"]
 
@@ -67,9 +69,10 @@ class LikelihoodRegret(Detector):
     objective (with beta = 1, without penalties) and its own importance-sampled likelihood.
 
     An encoder that ``fastvae.lowering`` can read (Linear, Conv2d, BatchNorm, activations) is trained by fused
-    kernels; any other by ``torch.vmap`` and autograd, with the same result, after one warning. The model is
-    in eval mode meanwhile (BatchNorm's statistics stay, its weight and bias are trained), and is given back
-    as it was found. All parameters of the encoder are trained, frozen ones too.
+    kernels; any other by ``torch.vmap`` and autograd, and what that cannot run (LSTM, GRU, a transformer's layers) one
+    image after the other, with the same result, after one warning that names the way. A private copy
+    of the model is worked on, in eval mode (BatchNorm's statistics stay, its weight and bias are trained): the
+    model itself is not touched. All parameters of the encoder are trained, frozen ones too.
 
     Args:
         model: a fastvae model in float32 or float64.
@@ -109,6 +112,10 @@ class LikelihoodRegret(Detector):
             raise TypeError(f"LikelihoodRegret: model: expected a fastvae model, got {type(inner).__name__}")
         if target not in TARGETS:
             raise ValueError(f"LikelihoodRegret: target: expected one of {TARGETS}, got {target!r}")
+        expect_numbers("LikelihoodRegret", num_steps=num_steps, lr=lr, num_samples=num_samples, seed=seed)
+        expect_numbers("LikelihoodRegret", weight_decay=weight_decay, memory_budget=memory_budget)
+        for beta in betas:
+            expect_numbers("LikelihoodRegret", betas=beta)
         for name, count in (
             ("num_steps", num_steps),
             ("num_samples", num_samples),
@@ -128,6 +135,7 @@ class LikelihoodRegret(Detector):
         self.num_steps, self.num_samples, self.target, self.seed = num_steps, num_samples, target, seed
         self.adam = Adam(lr, (float(betas[0]), float(betas[1])), weight_decay)
         self.memory_budget = memory_budget
+        self._copies = PrivateCopies()
 
     def predict(self, x: Tensor, *, show_progress: bool = False) -> Tensor:
         """The regret of each image in nats, higher = more foreign: [B], detached, on the model's device.
@@ -138,16 +146,17 @@ class LikelihoodRegret(Detector):
 
         Raises:
             ValueError: x that is not finite, out of the likelihood's range, or of a shape that the model does
-                not take; an encoder whose samples depend on each other.
+                not take; an encoder whose samples depend on each other, that draws random numbers in eval mode, or
+                that autograd cannot differentiate.
         """
-        with self._borrowed():
+        with self._borrowed() as model:
             scores = []
-            for part in self._groups(self._checked(x), show_progress):
-                refit = self._refit(part, parameters=False)
-                noise = SampleNoise(keys_of(part), self.seed, self.model.weight_draws, start=_FIRST_SAMPLE)
+            for part in self._groups(model, self._checked(model, x), show_progress):
+                refit = self._refit(model, part, parameters=False)
+                noise = SampleNoise(keys_of(part), self.seed, model.weight_draws, start=_FIRST_SAMPLE)
                 before, after = (
-                    self.model.log_likelihood(part, self.num_samples, noise=noise, posterior=posterior)
-                    for posterior in (self.model.encode(part), (refit.mu, refit.logvar))
+                    model.log_likelihood(part, self.num_samples, noise=noise, posterior=posterior)
+                    for posterior in (model.encode(part), (refit.mu, refit.logvar))
                 )
                 scores.append(after - before)
         found = torch.cat(scores) if scores else next(self.model.parameters()).new_zeros(0)
@@ -168,8 +177,9 @@ class LikelihoodRegret(Detector):
             x: as for ``predict``.
             parameters: also return them: as many numbers as the encoder has, times B.
         """
-        with self._borrowed():
-            parts = [self._refit(part, parameters) for part in self._groups(self._checked(x), False)]
+        with self._borrowed() as model:
+            groups = self._groups(model, self._checked(model, x), False)
+            parts = [self._refit(model, part, parameters) for part in groups]
         if not parts:
             return self._empty(parameters)
         mu, logvar, losses, copies = zip(*parts, strict=True)
@@ -180,11 +190,10 @@ class LikelihoodRegret(Detector):
             {name: torch.cat([part[name] for part in copies]) for name in copies[0]},
         )
 
-    def _refit(self, x: Tensor, parameters: bool) -> Refit:
+    def _refit(self, model: BaseVAE, x: Tensor, parameters: bool) -> Refit:
         """Of one group."""
-        model = self.model
         mu, logvar = model.encode(x)
-        copies = self._copies(x, mu, logvar)
+        copies = self._encoders(model, x, mu, logvar)
         objective = PosteriorObjective(model, x)
         noise = SampleNoise(keys_of(x), self.seed, model.noise_draws)(0, self.num_steps, mu)
         losses = mu.new_empty(self.num_steps, len(x))
@@ -194,20 +203,20 @@ class LikelihoodRegret(Detector):
         mu, logvar = copies.forward().to(mu).chunk(2, 1)
         return Refit(mu, logvar, losses.T, copies.parameters() if parameters else {})
 
-    def _copies(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Copies:
+    def _encoders(self, model: BaseVAE, x: Tensor, mu: Tensor, logvar: Tensor) -> Copies:
         if self.target == "posterior":
             return PosteriorCopies(mu, logvar, self.adam)
         try:
-            return LoweredCopies(self.model, x, self.adam, self.num_steps)
+            return LoweredCopies(model, x, self.adam, self.num_steps)
         except UnsupportedLayer as error:
+            copies, way = differentiated_copies(model, x, self.adam)
             if self.model.encoder not in _warned:
                 _warned.add(self.model.encoder)
                 warnings.warn(
-                    f"LikelihoodRegret: the encoder's copies are trained by torch.vmap and autograd, which is "
-                    f"slower: {error}",
+                    f"LikelihoodRegret: the encoder's copies are trained {way}, which is slower: {error}",
                     stacklevel=4,
                 )
-            return VmappedCopies(self.model, x, self.adam)
+            return copies
 
     def _empty(self, parameters: bool) -> Refit:
         like = next(self.model.parameters())
@@ -222,62 +231,49 @@ class LikelihoodRegret(Detector):
     # ---- what is borrowed and what is given ----
 
     @contextmanager
-    def _borrowed(self) -> Iterator[None]:
-        """The model in eval mode, frozen and outside of autocast; afterwards as it was found."""
-        model = self.model
-        parameters = list(model.parameters())
-        flags = [parameter.requires_grad for parameter in parameters]
-        device = parameters[0].device.type
+    def _borrowed(self) -> Iterator[BaseVAE]:
+        """A private copy of the model in eval mode, frozen and outside of autocast."""
+        device = next(self.model.parameters()).device.type
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(device, enabled=False),
-            modes_kept(model),
+            self._copies.borrowed(self.model) as model,
         ):
-            try:
-                model.eval()
-                model.requires_grad_(False)
-                yield
-            finally:
-                for parameter, flag in zip(parameters, flags, strict=True):
-                    parameter.requires_grad_(flag)
+            yield model.requires_grad_(False)
 
-    def _checked(self, x: Tensor) -> Tensor:
+    def _checked(self, model: BaseVAE, x: Tensor) -> Tensor:
         """x on the model's device, of a shape and with values that the model takes."""
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"LikelihoodRegret: x: expected a batch of images [B, ...], got {got}")
-        like = next(self.model.parameters())
+        like = next(model.parameters())
         if like.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"LikelihoodRegret: model: expected parameters in float32 or float64, got {like.dtype}"
             )
-        self._check_independence(tuple(x.shape[1:]))
+        _check_independence(model.encoder, tuple(x.shape[1:]))
         # A tensor made under inference_mode cannot take part in a backward pass.
         x = (x.clone() if x.is_inference() else x.detach()).to(like.device)
-        self.model.likelihood.check(x)
+        model.likelihood.check(x)
         if len(x):
             try:
-                mu, _ = self.model.encode(x[:1])
-                self.model.log_px(mu, x[:1])
+                if self.target == "encoder" and draws_noise(model.encode, x[:1]):
+                    raise ValueError(
+                        "LikelihoodRegret: encoder: expected the same output for the same image, so that each can "
+                        "be optimised for its own; it draws random numbers in eval mode"
+                    )
+                mu, _ = model.encode(x[:1])
+                model.log_px(mu, x[:1])
             except RuntimeError as error:
                 raise ValueError(
                     f"LikelihoodRegret: x: the model does not take images of shape {list(x.shape[1:])}: {error}"
                 ) from error
         return x
 
-    def _check_independence(self, shape: tuple[int, ...]) -> None:
-        """CoupledSamples of an encoder that is known to mix the samples of a batch in eval mode, too."""
-        try:
-            lower_encoder(self.model.encoder, shape)
-        except CoupledSamples:
-            raise
-        except UnsupportedLayer:
-            return
-
-    def _groups(self, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
+    def _groups(self, model: BaseVAE, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
         """The images, so many at a time as their copies fit into the budget."""
-        size = self._group_size(x)
+        size = self._group_size(model, x)
         starts: Iterable[int] = range(0, len(x), size)
         if show_progress:
             try:
@@ -290,9 +286,18 @@ class LikelihoodRegret(Detector):
         for start in starts:
             yield x[start : start + size]
 
-    def _group_size(self, x: Tensor) -> int:
-        model = self.model
+    def _group_size(self, model: BaseVAE, x: Tensor) -> int:
         outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element
         # Weights, two moments and a gradient; what the decoder keeps of a pass is a few times its output.
         numbers = (4 * numel_of(model.encoder) if self.target == "encoder" else 0) + 8 * outputs
         return max(1, self.memory_budget // (numbers * next(model.parameters()).element_size()))
+
+
+def _check_independence(encoder: nn.Module, shape: tuple[int, ...]) -> None:
+    """CoupledSamples of an encoder that is known to mix the samples of a batch in eval mode, too."""
+    try:
+        lower_encoder(encoder, shape)
+    except CoupledSamples:
+        raise
+    except UnsupportedLayer:
+        return

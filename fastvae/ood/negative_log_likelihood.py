@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvae.arguments import expect_numbers
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import check_is_tensor
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
-from fastvae.training.randomness import modes_kept
+from fastvae.private import PrivateCopies
+from fastvae.training.parallel import unwrap
 
 __all__ = ["LikelihoodScore", "NegativeLogLikelihood"]
 
@@ -16,7 +19,7 @@ class LikelihoodScore(Detector):
     """What the scores share that importance-sample log p(x).
 
     Args:
-        model: a trained fastvae model; scored in eval mode.
+        model: a trained fastvae model; a copy of it is scored, in eval mode.
         num_samples: importance samples.
         seed: of the noise, which is keyed by (seed, the image): a score does not depend on the batch.
 
@@ -28,24 +31,29 @@ class LikelihoodScore(Detector):
     model: BaseVAE
 
     def __init__(self, model: BaseVAE, *, num_samples: int = 1000, seed: int = 0) -> None:
-        self._check_model("model", model)
+        model = self._checked_model("model", model)
+        expect_numbers(type(self).__name__, num_samples=num_samples, seed=seed)
         if num_samples < 1:
             raise ValueError(f"{type(self).__name__}: num_samples: expected at least 1, got {num_samples}")
         super().__init__(model)
         self.num_samples, self.seed = num_samples, seed
+        self._copies = PrivateCopies()
 
-    def _check_model(self, argument: str, model: object) -> None:
-        if not isinstance(model, BaseVAE):
-            found = type(model).__name__
+    def _checked_model(self, argument: str, model: nn.Module) -> BaseVAE:
+        """The fastvae model, inside of what torch.compile and data parallel wrap around it."""
+        inner = unwrap(model) if isinstance(model, nn.Module) else model
+        if not isinstance(inner, BaseVAE):
+            found = type(inner).__name__
             raise TypeError(f"{type(self).__name__}: {argument}: expected a fastvae model, got {found}")
+        return inner
 
-    def _log_likelihood(self, model: BaseVAE, x: Tensor) -> Tensor:
-        """log p(x) [B] in nats, on the model's device."""
+    def _log_likelihood(self, model: BaseVAE, copies: PrivateCopies, x: Tensor) -> Tensor:
+        """log p(x) [B] in nats, on the model's device, by one of its ``copies``."""
+        check_is_tensor(self, x)
         x = x.to(next(model.parameters()).device)
-        noise = SampleNoise(keys_of(x), self.seed, model.weight_draws)
-        with modes_kept(model):
-            model.eval()
-            return model.log_likelihood(x, self.num_samples, noise=noise)
+        with copies.borrowed(model) as private:
+            noise = SampleNoise(keys_of(x), self.seed, private.weight_draws)
+            return private.log_likelihood(x, self.num_samples, noise=noise)
 
 
 class NegativeLogLikelihood(LikelihoodScore):
@@ -55,7 +63,7 @@ class NegativeLogLikelihood(LikelihoodScore):
     than these (Nalisnick et al., Do Deep Generative Models Know What They Don't Know?, ICLR 2019).
 
     Args:
-        model: a trained fastvae model; scored in eval mode.
+        model: a trained fastvae model; a copy of it is scored, in eval mode.
         num_samples: importance samples.
         seed: of the noise, which is keyed by (seed, the image): a score does not depend on the batch.
 
@@ -66,4 +74,4 @@ class NegativeLogLikelihood(LikelihoodScore):
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device."""
-        return -self._log_likelihood(self.model, x)
+        return -self._log_likelihood(self.model, self._copies, x)

@@ -23,7 +23,7 @@ class PosteriorObjective:
     goes through its own ``objective`` and autograd, with all its parameters frozen.
 
     Args:
-        model: in eval mode, its parameters frozen.
+        model: a private copy in eval mode, its parameters frozen.
         x: [B, ...], on the model's device.
     """
 
@@ -55,8 +55,8 @@ class PosteriorObjective:
         with torch.enable_grad():
             leaf = posterior.detach().requires_grad_()
             mu, logvar = leaf.chunk(2, 1)
-            with encoded_already(self._model, self._x, (mu, logvar)):
-                loss = self._model.objective(self._x, beta=1.0, noise=noise).loss
+            model = encoded_already(self._model, self._x, (mu, logvar))
+            loss = model.objective(self._x, beta=1.0, noise=noise).loss
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), grad
 
@@ -64,7 +64,7 @@ class PosteriorObjective:
 def _swept_decoder(model: Any) -> LoweredNetwork | None:
     """The decoder's layers, where the model's objective is a VAE's own."""
     stock = isinstance(model, VAE) and type(model).objective is VAE.objective
-    if not stock or type(model).log_px is not BaseVAE.log_px:
+    if not stock or type(model).log_px is not BaseVAE.log_px or not model.likelihood.has_kernel:
         return None
     try:
         return lower(model.decoder, strip_sigmoid=model.likelihood.probs)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvae.influence import TracIn
+from fastvae.models.inputs import check_is_tensor
 from fastvae.ood.base import Detector
 from fastvae.training import load_checkpoint
 
@@ -46,22 +47,16 @@ class SelfInfluence(Detector):
         self._tracin = TracIn(
             model,
             None,
-            (None,) if checkpoints is None else checkpoints,
-            _as_it_is if checkpoints is None else checkpoints_load_func,
+            checkpoints,
+            checkpoints_load_func,
             layers,
             loss_fn,
             num_samples=num_samples,
             seed=seed,
             uncovered=uncovered,
         )
-        self._keeps_weights = checkpoints is not None
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B] of samples x [B, ...], higher = more foreign; on x's device, detached."""
-        if not self._keeps_weights:
-            self._tracin.forget_checkpoints()
+        check_is_tensor(self, x)
         return self._tracin.self_influence(x, unbiased=self.unbiased).to(x.device)
-
-
-def _as_it_is(model: nn.Module, checkpoint: None) -> float:
-    return 1.0

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
+from fastvae.lowering.checks import check_is_module, check_uncoupled
+from fastvae.lowering.errors import NotADecoder
 
 
 def cast_under_autocast(name: str) -> None:
@@ -35,18 +37,39 @@ def check_tensors(name: str, **arguments: object) -> None:
             raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got {type(value).__name__}")
 
 
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """The optional tensors that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def check_one_device(name: str, like: Tensor, like_name: str, **tensors: Tensor | Sequence[Tensor]) -> None:
     """In a fake kernel: refuse what the kernels refuse.
 
-    A meta tensor among CPU ones brings real tensors here, which would come back uninitialised.
+    A meta tensor among CPU ones brings real tensors here, which would come back uninitialised; None for a tensor
+    that is not optional passes the schema.
     """
-    for argument, value in tensors.items():
-        for tensor in (value,) if isinstance(value, Tensor) else value:
+    for argument, value in {like_name: like, **tensors}.items():
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if tensor is None:
+                raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got None")
             if tensor.device != like.device:
                 raise ValueError(
                     f"fastvae::{name}: {argument}: expected {like.device} as {like_name}, "
                     f"got {list(tensor.shape)} on {tensor.device}"
                 )
+
+
+def check_rank(name: str, argument: str, tensor: Tensor, shape: str) -> None:
+    """In a fake kernel: refuse a tensor with another number of dimensions than ``shape``, "[B, d]" say, has."""
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"fastvae::{name}: {argument}: expected shape {shape}, got {list(tensor.shape)}")
+
+
+def empty_gradients(name: str, like: Tensor, tensors: Sequence[Tensor], needs: Sequence[int]) -> list[Tensor]:
+    """In a fake kernel: room for the gradient to each tensor, of size 0 where none is needed."""
+    if len(needs) != len(tensors):
+        raise ValueError(f"fastvae::{name}: needs: expected {len(tensors)} flags, got {len(needs)}")
+    return [like.new_empty(tensor.shape if need else 0) for tensor, need in zip(tensors, needs, strict=True)]
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor) -> None:
@@ -74,36 +97,79 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 
 
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
+_warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
 
 
 def lower_or_warn(
-    name: str, decoder: nn.Module, instead: str, likelihood: Likelihood | None = None
+    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood | None = None
 ) -> LoweredNetwork | None:
-    """The decoder's layers, down to the likelihood's natural parameters where one is given.
+    """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
-    None where they cannot be read: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning says so and
-    why, once for a decoder. While compiling it raises.
+    None where they cannot be read, or where the likelihood has no kernel: ``fastvae.ops.<name>`` then runs PyTorch's
+    ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises, and always
+    where autograd cannot take the decoder either. TypeError for a decoder in half precision whose codes are not,
+    outside of autocast.
     """
+    if not torch.compiler.is_compiling():
+        check_is_module(f"fastvae::{name}: decoder", decoder)
+    strip = likelihood is not None and likelihood.probs
+    without_kernel = likelihood is not None and not likelihood.has_kernel
+    if without_kernel:
+        _warn_of_likelihood(name, type(likelihood), instead)
     try:
-        network = lower(decoder, strip_sigmoid=likelihood is not None and likelihood.probs)
-    except CoupledSamples:
+        network = lower(decoder, strip_sigmoid=strip, compare_at=z)
+    except (CoupledSamples, NotADecoder):
         raise
     except UnsupportedLayer as error:
+        if without_kernel:
+            return None
         if torch.compiler.is_compiling():
             raise
+        _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
+        check_uncoupled(decoder)
         seen = _warned.setdefault(name, weakref.WeakSet())
         if decoder not in seen:
             seen.add(decoder)
             warnings.warn(
-                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead (same "
-                f"result, slower). {error}",
+                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead, "
+                f"slower. {error}",
                 UserWarning,
                 stacklevel=3,
             )
         return None
+    if without_kernel:
+        return None
+    _refuse_half(name, z, network.tensors)
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
             "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     return network
+
+
+def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
+    """Say once that a likelihood has no kernel; while compiling, raise."""
+    reason = f"{kind.__name__} is a likelihood of its own, without a kernel"
+    if torch.compiler.is_compiling():
+        raise UnsupportedLayer(f"fastvae.ops.{name}: {reason}")
+    known = _warned_of_likelihood.setdefault(name, weakref.WeakSet())
+    if kind not in known:
+        known.add(kind)
+        warnings.warn(
+            f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _refuse_half(name: str, z: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Raise TypeError where the decoder alone is in half precision, which only autocast turns into float32."""
+    half = (torch.float16, torch.bfloat16)
+    if z.dtype not in half and tensors and all(tensor.dtype in half for tensor in tensors):
+        if torch.is_autocast_enabled(z.device.type):
+            return
+        raise TypeError(
+            f"fastvae::{name}: decoder: expected parameters in float32 or float64, got {tensors[0].dtype}; to mend it: "
+            "decoder.float(), with torch.autocast around it for speed"
+        )

@@ -8,8 +8,10 @@ from torch import Tensor
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_rank,
     check_tensors,
     float32_under_autocast,
+    given,
     refuse_function_transforms,
 )
 
@@ -45,12 +47,8 @@ def gaussian_kl(
 
 @torch.library.register_fake("fastvae::gaussian_kl")
 def _(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor | None, logvar_p: Tensor | None) -> Tensor:
-    given = {
-        name: tensor
-        for name, tensor in (("logvar_q", logvar_q), ("mu_p", mu_p), ("logvar_p", logvar_p))
-        if tensor is not None
-    }
-    check_one_device("gaussian_kl", mu_q, "mu_q", **given)
+    check_one_device("gaussian_kl", mu_q, "mu_q", logvar_q=logvar_q, **given(mu_p=mu_p, logvar_p=logvar_p))
+    check_rank("gaussian_kl", "mu_q", mu_q, "[B, d]")
     return mu_q.new_empty(mu_q.shape[:1])
 
 
@@ -58,6 +56,9 @@ def _(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor | None, logvar_p: Tensor | No
 def _(
     grad: Tensor, mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor | None, logvar_p: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    name = "gaussian_kl_backward"
+    check_one_device(name, mu_q, "mu_q", grad=grad, logvar_q=logvar_q, **given(mu_p=mu_p, logvar_p=logvar_p))
+    check_rank(name, "mu_q", mu_q, "[B, d]")
     new, of_p = mu_q.new_empty, 0 if mu_p is None else mu_q.shape
     return new(mu_q.shape), new(mu_q.shape), new(of_p), new(of_p)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    empty_gradients,
     refuse_forward_mode,
     refuse_function_transforms,
 )
@@ -65,6 +66,26 @@ def grad_dot(
     return torch.ops.fastvae.grad_dot(*lists, flags)
 
 
+def _check_factors(name: str, inputs_a: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
+    """Of a fake kernel: as many layers in every list, at least one, of samples on one device."""
+    for argument, factors in zip(("output_grads_a", "inputs_b", "output_grads_b"), others, strict=True):
+        if not inputs_a or len(factors) != len(inputs_a):
+            raise ValueError(
+                f"fastvae::{name}: {argument}: expected as many layers as inputs_a, at least one, got {len(factors)} "
+                f"and {len(inputs_a)}"
+            )
+    for argument, factors in zip(
+        ("inputs_a", "output_grads_a", "inputs_b", "output_grads_b"), (inputs_a, *others), strict=True
+    ):
+        check_one_device(name, inputs_a[0], "inputs_a", **{argument: factors})
+        for tensor in factors:
+            if tensor.dim() not in (2, 3):
+                raise ValueError(
+                    f"fastvae::{name}: {argument}: expected shape [N, features] or [N, T, features], got "
+                    f"{list(tensor.shape)}"
+                )
+
+
 @torch.library.register_fake("fastvae::grad_dot")
 def _(
     inputs_a: Sequence[Tensor],
@@ -73,20 +94,7 @@ def _(
     output_grads_b: Sequence[Tensor],
     bias: Sequence[int],
 ) -> Tensor:
-    if not inputs_a or len(inputs_b) != len(inputs_a):
-        raise ValueError(
-            f"fastvae::grad_dot: inputs_b: expected as many layers as inputs_a, at least one, got {len(inputs_b)} and "
-            f"{len(inputs_a)}"
-        )
-    check_one_device(
-        "grad_dot",
-        inputs_a[0],
-        "inputs_a",
-        inputs_a=inputs_a,
-        output_grads_a=output_grads_a,
-        inputs_b=inputs_b,
-        output_grads_b=output_grads_b,
-    )
+    _check_factors("grad_dot", inputs_a, output_grads_a, inputs_b, output_grads_b)
     return inputs_a[0].new_empty(inputs_a[0].shape[0], inputs_b[0].shape[0])
 
 
@@ -100,8 +108,10 @@ def _(
     bias: Sequence[int],
     needs: Sequence[int],
 ) -> list[Tensor]:
-    given = [*inputs_a, *output_grads_a, *inputs_b, *output_grads_b]
-    return [tensor.new_empty(tensor.shape if need else 0) for tensor, need in zip(given, needs, strict=True)]
+    name = "grad_dot_backward"
+    _check_factors(name, inputs_a, output_grads_a, inputs_b, output_grads_b)
+    check_one_device(name, inputs_a[0], "inputs_a", grad=grad)
+    return empty_gradients(name, inputs_a[0], [*inputs_a, *output_grads_a, *inputs_b, *output_grads_b], needs)
 
 
 cast_under_autocast("grad_dot")

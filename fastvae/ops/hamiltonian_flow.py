@@ -17,8 +17,11 @@ from fastvae.likelihoods import Likelihood, resolve
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_rank,
     check_tensors,
+    empty_gradients,
     float32_under_autocast,
+    given,
     lower_or_warn,
     refuse_forward_mode,
     refuse_function_transforms,
@@ -119,7 +122,7 @@ def hamiltonian_flow(
     if alpha.dim() != 1:
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))
-    network = lower_or_warn("hamiltonian_flow", decoder, "autograd", like)
+    network = lower_or_warn("hamiltonian_flow", decoder, z, "autograd", like)
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.hamiltonian_flow(
@@ -180,7 +183,7 @@ def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tenso
     shapes: tuple[tuple[int, ...], ...] = tuple([tensor.shape for tensor in tensors])
     if type(z) is not Tensor or torch.compiler.is_compiling():  # symbolic sizes become numbers
         shapes = tuple(tuple(operator.index(size) for size in shape) for shape in shapes)
-    cuda_index = -1 if z.device.type == "cpu" else z.device.index or 0
+    cuda_index = z.device.index or 0 if z.device.type == "cuda" else -1
     numel, multiple = _stash_shape(
         spec, likelihood, shapes, operator.index(z.shape[1]), z.element_size(), cuda_index
     )
@@ -203,6 +206,8 @@ def _(
     check_one_device(
         "hamiltonian_flow", z, "z", rho=rho, x=x, step_size=step_size, alpha=alpha, parameters=parameters
     )
+    check_rank("hamiltonian_flow", "z", z, "[B, d]")
+    check_rank("hamiltonian_flow", "alpha", alpha, "[K]")
     B, d = z.shape
     points = alpha.shape[0] + 1
     return (
@@ -235,10 +240,22 @@ def _(
     store: bool,
     needs: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    wanted = [
-        z.new_empty(tensor.shape if need else 0)
-        for tensor, need in zip((z, rho, x, step_size, alpha, *parameters), needs, strict=True)
-    ]
+    name = "hamiltonian_flow_backward"
+    check_one_device(
+        name,
+        z,
+        "z",
+        **given(grad_z=grad_z, grad_rho=grad_rho, grad_log_px=grad_log_px),
+        rho=rho,
+        x=x,
+        step_size=step_size,
+        alpha=alpha,
+        parameters=parameters,
+        z_steps=z_steps,
+        rho_steps=rho_steps,
+        stash=stash,
+    )
+    wanted = empty_gradients(name, z, (z, rho, x, step_size, alpha, *parameters), needs)
     return wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5:]
 
 

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
+from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_rank,
     check_tensors,
+    empty_gradients,
     float32_under_autocast,
+    given,
     lower_or_warn,
     refuse_forward_mode,
     refuse_function_transforms,
 )
-from fastvae.reference import check_jacobian_options, resolve_latents
 
 
 def jacobian_l1(
@@ -36,8 +39,8 @@ def jacobian_l1(
 
     Args:
         decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to [B, ...].
-            Any other module that PyTorch can differentiate in forward mode works through autograd, after one
-            warning; under ``torch.compile(fullgraph=True)`` it raises instead.
+            Any other module that PyTorch can differentiate twice works through autograd, after one warning; under
+            ``torch.compile(fullgraph=True)`` it raises instead.
         z: codes [B, d], float32 or float64, CPU or CUDA.
         reduction: "mean" or "sum" over the samples, or "none".
         output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
@@ -63,7 +66,7 @@ def jacobian_l1(
         raise ValueError(f"fastvae::jacobian_l1: z: expected shape [B, d], got {list(z.shape)}")
     indices = resolve_latents(latents, z.shape[1])
     z = float32_under_autocast(z)
-    network = lower_or_warn("jacobian_l1", decoder, "autograd")
+    network = lower_or_warn("jacobian_l1", decoder, z, "autograd")
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)
@@ -84,6 +87,7 @@ def _(
     z: Tensor, parameters: Sequence[Tensor], network: str, latents: Sequence[int], p: int, reduction: str
 ) -> Tensor:
     check_one_device("jacobian_l1", z, "z", parameters=parameters)
+    check_rank("jacobian_l1", "z", z, "[B, d]")
     return z.new_empty(z.shape[:1] if reduction == "none" else ())
 
 
@@ -98,10 +102,10 @@ def _(
     reduction: str,
     needs: Sequence[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    check_one_device("jacobian_l1_with_gradient", z, "z", parameters=parameters)
-    wanted = [
-        z.new_empty(tensor.shape if need else 0) for tensor, need in zip((z, *parameters), needs, strict=True)
-    ]
+    name = "jacobian_l1_with_gradient"
+    check_one_device(name, z, "z", **given(cotangent=cotangent), parameters=parameters)
+    check_rank(name, "z", z, "[B, d]")
+    wanted = empty_gradients(name, z, (z, *parameters), needs)
     return z.new_empty(z.shape[:1] if reduction == "none" else ()), wanted[0], wanted[1:]
 
 

@@ -84,6 +84,16 @@ def _(z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor) -> tuple[Tensor,
 def _(
     grad_z_next: Tensor, grad_rho_half: Tensor, z: Tensor, rho: Tensor, force: Tensor, step_size: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_one_device(
+        "leapfrog_kick_drift_backward",
+        z,
+        "z",
+        grad_z_next=grad_z_next,
+        grad_rho_half=grad_rho_half,
+        rho=rho,
+        force=force,
+        step_size=step_size,
+    )
     return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(step_size.shape)
 
 
@@ -99,6 +109,15 @@ def _(rho_half: Tensor, force: Tensor, step_size: Tensor, alpha: Tensor) -> Tens
 def _(
     grad_rho_next: Tensor, rho_half: Tensor, force: Tensor, step_size: Tensor, alpha: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_one_device(
+        "leapfrog_kick_temper_backward",
+        rho_half,
+        "rho_half",
+        grad_rho_next=grad_rho_next,
+        force=force,
+        step_size=step_size,
+        alpha=alpha,
+    )
     new = rho_half.new_empty
     return new(rho_half.shape), new(rho_half.shape), new(step_size.shape), new(alpha.shape)
 

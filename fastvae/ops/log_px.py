@@ -13,6 +13,7 @@ from fastvae.likelihoods import Likelihood, resolve
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
+    check_rank,
     check_tensors,
     float32_under_autocast,
     lower_or_warn,
@@ -53,7 +54,7 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
     if x.dim() == 0 or x.shape[0] != z.shape[1]:
         raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
     z = float32_under_autocast(z)
-    network = lower_or_warn("log_px", decoder, "own operators", like)
+    network = lower_or_warn("log_px", decoder, z, "own operators", like)
     if network is None:
         with torch.no_grad():
             return reference.log_px(decoder, z, x, like)
@@ -65,6 +66,7 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
 @torch.library.register_fake("fastvae::log_px")
 def _(z: Tensor, x: Tensor, parameters: Sequence[Tensor], network: str, likelihood: str) -> Tensor:
     check_one_device("log_px", z, "z", x=x, parameters=parameters)
+    check_rank("log_px", "z", z, "[S, B, d]")
     return z.new_empty(z.shape[:2])
 
 

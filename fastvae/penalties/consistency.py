@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
 from fastvae.data import accepts_generator
 from fastvae.models.base import Penalty, TrainingStep
 from fastvae.ops.gaussian_kl import gaussian_kl
@@ -48,6 +49,7 @@ class Consistency(Penalty):
         super().__init__()
         if not callable(augment):
             raise TypeError(f"Consistency: augment: expected a callable, got {type(augment).__name__}")
+        expect_numbers("Consistency", weight=weight)
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"Consistency: weight: expected a finite number of at least 0, got {weight}")
         if noise not in NOISE:

@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Bernoulli
 from fastvae.models.base import TrainingStep
 from fastvae.ops.jacobian_l1 import jacobian_l1
@@ -36,6 +37,7 @@ class JacobianL1(AnnealedPenalty):
 
     def __init__(self, gamma: float = 0.1, anneal_steps: int = 0) -> None:
         super().__init__(anneal_steps)
+        expect_numbers("JacobianL1", gamma=gamma)
         if not (math.isfinite(gamma) and gamma >= 0):
             raise ValueError(f"JacobianL1: gamma: expected a finite number of at least 0, got {gamma}")
         self.gamma = float(gamma)

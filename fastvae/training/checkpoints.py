@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
 import os
-import pickle
-import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastvae.training.archive import DamagedFileError, read_archive
+from fastvae.training.atomic import write_atomically
 from fastvae.training.parallel import unwrap
 
 __all__ = [
+    "all_or_nothing",
     "load_checkpoint",
     "penalties_of",
     "read_checkpoint",
     "restore_model",
     "save_checkpoint",
     "step_penalties",
-    "write_atomically",
 ]
 
 _FORMAT = "fastvae checkpoint 1"
@@ -52,8 +56,12 @@ def save_checkpoint(
         state: anything else, of tensors, numbers, strings, lists and dicts.
 
     Raises:
+        OSError: the disk is full, for example; names the path. The file from before is unchanged.
+        ValueError: a weight that is not finite.
         TypeError: a state that ``torch.load(weights_only=True)`` would refuse; the message names the types.
     """
+    if not math.isfinite(weight):
+        raise ValueError(f"save_checkpoint: weight: expected a finite number, got {weight}")
     content = {
         "format": _FORMAT,
         "model": unwrap(model).state_dict(),
@@ -63,17 +71,18 @@ def save_checkpoint(
         "state": state,
     }
 
-    def write(file: IO[bytes]) -> None:
-        torch.save(content, file)
-        file.flush()
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
-        if unsafe:
-            raise TypeError(
-                f"save_checkpoint: {path}: expected states of tensors, numbers, strings, lists and dicts, "
-                f"got {', '.join(unsafe)}; allow them with torch.serialization.add_safe_globals"
-            )
-
-    write_atomically(Path(path), write)
+    # In memory first: torch's writer lives on after Ctrl-C or on a full disk, and when it is collected writes its end,
+    # to a file that is closed by then, which aborts the process.
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    memory.seek(0)
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(memory)
+    if unsafe:
+        raise TypeError(
+            f"save_checkpoint: {path}: expected states of tensors, numbers, strings, lists and dicts, "
+            f"got {', '.join(unsafe)}; allow them with torch.serialization.add_safe_globals"
+        )
+    write_atomically(Path(path), lambda file: file.write(memory.getbuffer()))
     return Path(path)
 
 
@@ -86,74 +95,63 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
     3.2) times the number of visits. The signature is that of captum's ``checkpoints_load_func``.
 
     Raises:
-        ValueError: a damaged file or weights of another model; the message names the file.
+        ValueError: a damaged file or weights of another model; the message names the file, and the model is unchanged.
     """
-    content = read_checkpoint(Path(path))
+    try:
+        content = read_checkpoint(Path(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; for files that fastvae.fit did not write, TracIn and SelfInfluence take the function that reads "
+            "them, checkpoints_load_func (model, path) -> weight"
+        ) from error
     restore_model(model, content, Path(path))
     return float(content["weight"])
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace the file at ``path`` by what ``write`` writes, or leave it as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The rename itself must reach the disk; Windows has no descriptors of folders.
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, its checksums compared. ValueError, naming the file, for anything else."""
-    try:
-        # torch.load does not compare checksums: a flipped bit would load as a wrong weight.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint, found a damaged or foreign file ({error})"
-        ) from error
+    content = read_archive(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, found another kind of torch file")
     for key, kind in _CONTENT.items():
         if key not in content or not isinstance(content[key], kind):
             found = type(content[key]).__name__ if key in content else "missing"
-            raise ValueError(
-                f"{path}: expected a checkpoint, found a damaged or foreign file ({key!r}: {found})"
-            )
+            raise DamagedFileError(path, f"{key!r}: {found}")
+    if not math.isfinite(content["weight"]):
+        raise DamagedFileError(path, f"'weight': {content['weight']}")
     return content
 
 
 def restore_model(model: nn.Module, content: dict[str, Any], path: Path) -> None:
-    """Load weights and penalties from ``content``, read from ``path``. ValueError: those of another model."""
+    """Load weights and penalties from ``content``, read from ``path``: all or none of them.
+
+    ValueError: those of another model.
+    """
     penalties, states = penalties_of(model), content["penalties"]
     if len(penalties) != len(states):
         raise ValueError(
             f"{path}: expected a model with {len(penalties)} annealed penalties, found {len(states)}"
         )
+    loaded = [(p, state) for p, state in zip(penalties, states, strict=True) if state is not None]
     try:
-        unwrap(model).load_state_dict(content["model"])
-        for penalty, state in zip(penalties, states, strict=True):
-            if state is not None:
+        with all_or_nothing(unwrap(model), *(penalty for penalty, _ in loaded)):
+            unwrap(model).load_state_dict(content["model"])
+            for penalty, state in loaded:
                 penalty.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of the penalties' own code too
         raise ValueError(f"{path}: expected the weights of this model, found others ({error})") from error
+
+
+@contextmanager
+def all_or_nothing(*objects: Any) -> Iterator[None]:
+    """Load into objects that have ``state_dict`` and ``load_state_dict``; if it fails, they are as they were before."""
+    before = [copy.deepcopy(entry.state_dict()) for entry in objects if hasattr(entry, "state_dict")]
+    try:
+        yield
+    except BaseException:
+        for entry, state in zip((e for e in objects if hasattr(e, "state_dict")), before, strict=True):
+            entry.load_state_dict(state)
+        raise
 
 
 def penalties_of(model: nn.Module) -> list[Any]:

@@ -12,7 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastvae.arguments import expect_numbers, is_integer
 from fastvae.training.history import History
+from fastvae.training.loaders import check_loader
+from fastvae.training.locking import run_folder_held
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_generators_kept, modes_kept
 from fastvae.training.run import Run
@@ -40,6 +43,7 @@ def fit(
     clip_grad_norm: float | None = None,
     binarize: bool = False,
     on_nonfinite: Literal["raise", "skip"] = "raise",
+    on_difference: Literal["raise", "warn"] = "raise",
     progress: bool = True,
 ) -> History:
     """Minimise ``model(x).mean()`` over the batches of ``loader``.
@@ -59,17 +63,19 @@ def fit(
         model: ``model(x)`` is the loss of each sample, [B]. Objects in ``model.penalties`` with a ``step()``
             are stepped after each optimisation step, and stored if they have ``state_dict``.
         loader: any iterable that can be iterated once an epoch. A batch is a tensor, a tuple or list whose
-            first entry is a tensor, or a mapping with "data". A sampler's ``set_epoch`` is called.
+            first entry is a tensor, or a mapping with "data". A sampler's ``set_epoch`` is called. A Dataset
+            or a tensor is none: TypeError, which says how to make one of it.
         epochs: in all, those of a resumed run included.
         optimizer: an instance, or a callable from the list of trainable parameters (an optimiser class, a
             ``functools.partial``). None: Adam, 1e-3. Any ``torch.optim.Optimizer`` for dense gradients
             works; those whose ``step`` demands a closure (LBFGS) evaluate it with the same noise each time.
         val_loader: its mean loss is computed after every epoch in eval mode, always with the same noise.
-        run_dir: folder for ``epoch-0000.pt`` (the start), ``epoch-0001.pt``, ... and ``history.json``.
+        run_dir: folder for ``epoch-0000.pt`` (the start), ``epoch-0001.pt``, ... and ``history.json``. While a run
+            writes to it, no other can.
         checkpoint_every: "epoch"; an int, every so many epochs; "never" or None. The last is always kept.
         resume: "auto": from the newest whole checkpoint in ``run_dir`` (a damaged one is passed over with a
             warning), if there is any; True: there must be one; a path: from that file; False: start anew in
-            a folder without checkpoints. Restores learning rates too, whatever the new optimiser was given.
+            a folder without checkpoints. A run that goes on in another folder takes its checkpoints along.
         device: where to move the model; None leaves it. Batches are moved to the model's device.
         seed: of shuffling and noise. Initial weights are the caller's: seed before building the model.
         scheduler: an instance for this optimiser, or a callable from it; ``ReduceLROnPlateau`` reads the
@@ -85,22 +91,39 @@ def fit(
         on_nonfinite: a loss or gradient that is not finite, or a model's ``DivergenceError``, raises before
             it reaches the weights; or that step is skipped, counted, and BatchNorm's running statistics are
             put back (a diverged validation counts as infinite loss).
-        progress: show a bar on a terminal if tqdm is installed.
+        on_difference: where the checkpoint is of another run: "raise" an error that names each difference with its old
+            and its new value, or "warn" and go on. Compared are the modules' classes and settings (beta, likelihood,
+            slopes, ...), the weights' names, shapes and dtypes, optimiser and scheduler with their hyperparameters,
+            batch size, sampler, number of batches, ``seed``, ``clip_grad_norm``, ``binarize``, ``schedule_by``, and
+            the loaders' data where they are in memory: shapes and a hash of at most 16 MB of each tensor, in rows
+            spread over it. Code cannot be seen (of ``forward``, of transforms), nor what is read from files. After a
+            warning, hyperparameters given now replace the stored ones; a scheduler, and learning rates under it, go
+            on as they were. Checkpoints of versions that did not keep this are taken as they are.
+        progress: show a bar on a terminal if tqdm is installed; say in a line if the run was complete already.
 
     Returns:
         :class:`History`. The model keeps the mode (train or eval) it came with; training is in train mode.
 
     Raises:
-        FloatingPointError: with epoch and step; the checkpoints so far stay.
+        FloatingPointError: with epoch, step and the terms of the loss (of a fastvae model) or the gradients that are
+            not finite; the checkpoints so far stay.
         ValueError: empty loader, losses not [B], arguments or a checkpoint that do not fit together.
+        TypeError: a loader that is a data set, a batch without images, a number that is none.
         FileNotFoundError, FileExistsError: by ``resume``.
+        BlockingIOError: another run writes to ``run_dir``; says which process, on which host, since when.
+        OSError: a checkpoint cannot be written, because the disk is full, say; names the file. The one before stays.
     """
+    check_loader("loader", loader)
+    check_loader("val_loader", val_loader)
+    expect_numbers("fit", epochs=epochs, patience=patience, max_steps=max_steps, seed=seed)
+    expect_numbers("fit", clip_grad_norm=clip_grad_norm)
     for name, count in (("epochs", epochs), ("patience", patience), ("max_steps", max_steps)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and not (is_integer(count) and count >= 1):
             raise ValueError(f"fit: {name}: expected an int of at least 1, got {count!r}")
     for name, choice, choices in (
         ("schedule_by", schedule_by, ("epoch", "step")),
         ("on_nonfinite", on_nonfinite, ("raise", "skip")),
+        ("on_difference", on_difference, ("raise", "warn")),
     ):
         if choice not in choices:
             raise ValueError(f"fit: {name}: expected one of {choices}, got {choice!r}")
@@ -118,19 +141,24 @@ def fit(
         scheduler=_build_scheduler(chosen_optimizer, scheduler),
         run_dir=None if run_dir is None else Path(run_dir),
         interval=_interval(checkpoint_every),
-        seed=seed,
+        seed=int(seed),
         schedule_by=schedule_by,
         patience=patience,
         on_nonfinite=on_nonfinite,
+        on_difference=on_difference,
+        options={"clip_grad_norm": clip_grad_norm, "binarize": binarize, "schedule_by": schedule_by},
         stepper=Stepper(
             model, chosen_optimizer, clip_grad_norm, binarize, team, restore=on_nonfinite == "skip"
         ),
         team=team,
     )
-    run.start(resume, epochs, max_steps)
-    with modes_kept(model), global_generators_kept():
-        model.train()
-        run.train(epochs, max_steps, progress)
+    # To hold a folder makes it; where there must be one, there is nothing to hold.
+    needless = resume is True and run.run_dir is not None and not run.run_dir.is_dir()
+    with run_folder_held(None if needless else run.run_dir, team):
+        run.start(resume, epochs, max_steps)
+        with modes_kept(model), global_generators_kept():
+            model.train()
+            run.train(epochs, max_steps, progress)
     return run.history
 
 
@@ -139,8 +167,10 @@ def _interval(checkpoint_every: int | str | None) -> int | None:
         return None
     if checkpoint_every == "epoch":
         return 1
-    if isinstance(checkpoint_every, int) and checkpoint_every >= 1:
-        return checkpoint_every
+    if not isinstance(checkpoint_every, str):
+        expect_numbers("fit", checkpoint_every=checkpoint_every)
+    if is_integer(checkpoint_every) and checkpoint_every >= 1:
+        return int(checkpoint_every)
     raise ValueError(
         f'fit: checkpoint_every: expected "epoch", "never" or an int of at least 1, got {checkpoint_every!r}'
     )

@@ -6,9 +6,10 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from fastvae.training.checkpoints import write_atomically
+from fastvae.training.atomic import write_atomically
 
 __all__ = ["History"]
 
@@ -27,6 +28,8 @@ class History:
         checkpoints: the files to hand to TracIn, oldest first.
         best_epoch: epoch (from 1) with the lowest validation loss, None without one.
         stopped: what ended the run: "epochs", "patience" or "max_steps"; "" while it goes on.
+        trained_epochs: epochs (a part counts as one) that this call of ``fit`` trained; 0: the run was complete before.
+            Of the call and not of the run: not saved, not compared, None in what was loaded.
     """
 
     train_loss: list[float] = field(default_factory=list)
@@ -38,6 +41,7 @@ class History:
     checkpoints: list[Path] = field(default_factory=list)
     best_epoch: int | None = None
     stopped: str = ""
+    trained_epochs: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         lines = [f"{'epoch':>5} {'steps':>8} {'train loss':>11} {'val loss':>11} {'lr':>9} {'seconds':>8}"]
@@ -50,29 +54,81 @@ class History:
             )
         if sum(self.skipped):
             lines.append(f"{sum(self.skipped)} steps skipped: loss or gradient not finite")
+        if self.trained_epochs == 0:
+            lines.append("complete before this call, which trained nothing")
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON, atomically; checkpoint paths are stored relative to the file's folder."""
+        """Write JSON, atomically; checkpoint paths are stored relative to the file's folder.
+
+        ValueError if one of them lies outside that folder.
+        """
         text = json.dumps(self.to_dict(Path(path).parent), indent=1) + "\n"
         write_atomically(Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Read what :meth:`save` wrote. ValueError, naming the file, if it is something else."""
+        """Read what :meth:`save` wrote. ValueError, naming the file, if it is something else.
+
+        The checkpoints it names are in its folder: a path or a link that leads out of it is a ValueError.
+        """
         try:
             return cls.from_dict(json.loads(Path(path).read_text()), Path(path).parent)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected a History in JSON, found something else ({error})") from error
 
     def to_dict(self, folder: Path) -> dict[str, Any]:
-        """Plain data, checkpoint paths relative to ``folder``."""
-        return {**asdict(self), "checkpoints": [os.path.relpath(path, folder) for path in self.checkpoints]}
+        """Plain data, checkpoint paths relative to ``folder``, in which they must be."""
+        values = asdict(self)
+        del values["trained_epochs"]
+        values["checkpoints"] = [os.path.relpath(path, folder) for path in self.checkpoints]
+        for name in values["checkpoints"]:
+            if os.path.isabs(name) or Path(name).parts[:1] == ("..",):
+                raise ValueError(f"History: checkpoints: expected files in {folder}, got {name!r}")
+        return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], folder: Path) -> History:
-        """What :meth:`to_dict` gave. ValueError for other keys."""
-        if set(values) != {entry.name for entry in fields(cls)}:
-            raise ValueError(f"keys {sorted(values)}")
+    def from_dict(cls, values: Any, folder: Path) -> History:
+        """What :meth:`to_dict` gave. ValueError for other keys or values."""
+        names = {entry.name for entry in fields(cls)} - {"trained_epochs"}
+        if not isinstance(values, dict) or set(values) != names:
+            raise ValueError(f"keys {sorted(map(str, values))}" if isinstance(values, dict) else "no mapping")
+        for name, kinds in _COLUMNS.items():
+            column = values[name]
+            if not isinstance(column, list) or not all(_is(entry, *kinds) for entry in column):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{name}: expected a list of {expected}")
+            if name != "checkpoints" and len(column) != len(values["steps"]):
+                raise ValueError(f"{name} has {len(column)} entries and steps {len(values['steps'])}")
+        best, stopped = values["best_epoch"], values["stopped"]
+        if best is not None and not (_is(best, int) and 1 <= best <= len(values["steps"])):
+            raise ValueError(f"best_epoch {best!r}")
+        if stopped not in ("", "epochs", "patience", "max_steps"):
+            raise ValueError(f"stopped {stopped!r}")
+        for name in values["checkpoints"]:
+            _check_inside(name, folder)
+        columns: dict[str, Any] = {name: values[name] for name in _COLUMNS if name != "checkpoints"}
         paths = [Path(os.path.normpath(folder / name)) for name in values["checkpoints"]]
-        return cls(**{**values, "checkpoints": paths})
+        return cls(**columns, checkpoints=paths, best_epoch=best, stopped=stopped)
+
+
+_COLUMNS: dict[str, tuple[type, ...]] = {
+    "train_loss": (float, int),
+    "val_loss": (float, int, NoneType),
+    "seconds": (float, int),
+    "learning_rate": (float, int),
+    "steps": (int,),
+    "skipped": (int,),
+    "checkpoints": (str,),
+}
+
+
+def _is(value: object, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _check_inside(name: str, folder: Path) -> None:
+    """ValueError if the name leads out of the folder, by itself or through a link."""
+    inside = folder.resolve()
+    if os.path.isabs(name) or not (inside / name).resolve().is_relative_to(inside):
+        raise ValueError(f"checkpoint {name!r}, which is outside of {folder}")

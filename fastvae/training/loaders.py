@@ -5,9 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
-__all__ = ["generators_of", "length_of", "samplers_of"]
+__all__ = ["check_loader", "generators_of", "length_of", "samplers_of"]
+
+
+def check_loader(argument: str, loader: object) -> None:
+    """TypeError for samples where batches are meant: a data set or a tensor, which one can iterate over, too."""
+    remedy = ""
+    if isinstance(loader, (Tensor, np.ndarray)):
+        data = "x" if isinstance(loader, Tensor) else "torch.as_tensor(x)"
+        remedy = f"TensorDataset({data})"
+    elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        remedy = "dataset"
+    elif loader is not None and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"fit: {argument}: expected an iterable of batches, got {type(loader).__name__}")
+    if remedy:
+        raise TypeError(
+            f"fit: {argument}: expected an iterable of batches, got the samples themselves ({type(loader).__name__}); "
+            f"pass torch.utils.data.DataLoader({remedy}, batch_size=128, shuffle={argument == 'loader'})"
+        )
 
 
 def samplers_of(loader: Any) -> list[Any]:

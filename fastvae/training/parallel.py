@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ class Team:
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, mine, group=self._group)
         return everyone
+
+    def by_first(self, action: Callable[[], object]) -> None:
+        """Let the first process do something, such as writing a file; its error is raised in all of them."""
+        problem: Exception | None = None
+        if self.rank == 0:
+            try:
+                action()
+            except Exception as error:
+                if self.size == 1:
+                    raise
+                problem = error
+        if first := self.gathered(problem)[0]:
+            raise first
 
     def wait(self) -> None:
         """Return when every process has come here."""

@@ -7,9 +7,10 @@ import importlib
 import math
 import os
 import re
+import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.models import DivergenceError
-from fastvae.training.checkpoints import (
-    read_checkpoint,
-    restore_model,
-    save_checkpoint,
-    step_penalties,
+from fastvae.training.archive import DamagedFileError
+from fastvae.training.checkpoints import save_checkpoint, step_penalties
+from fastvae.training.definition import (
+    Definition,
+    define,
+    described,
+    fingerprint_of_data,
 )
 from fastvae.training.history import History
 from fastvae.training.loaders import generators_of, length_of, samplers_of
 from fastvae.training.parallel import Team, unwrap
 from fastvae.training.randomness import modes_kept, seed_globals
+from fastvae.training.resuming import Saved, copy_into, keep_given, load_into, read_saved
 from fastvae.training.step import NotFiniteError, Stepper
 
 __all__ = ["Run"]
 
-# What a checkpoint's state must hold to go on from it.
-_STATE = {"epoch", "steps", "seed", "optimizer", "scheduler", "generators", "history", "best"}
 _EPOCH_FILE = re.compile(r"epoch-(\d+)\.pt")
 
 
@@ -54,6 +56,9 @@ class Run:
     schedule_by: str
     patience: int | None
     on_nonfinite: str
+    on_difference: str
+    options: Mapping[str, object]
+    """Arguments of ``fit`` that belong to what defines the run."""
     stepper: Stepper
     team: Team
     history: History = field(default_factory=History)
@@ -62,6 +67,8 @@ class Run:
     best: dict[str, Any] | None = None
     pending_weight: float = 0.0
     last_checkpoint: Path | None = None
+    definition: Definition | None = None
+    """None where nothing is written or read."""
 
     def start(self, resume: bool | str | os.PathLike[str], epochs: int, max_steps: int | None) -> None:
         """Restore what ``resume`` asks for, or write the checkpoint of the start."""
@@ -69,6 +76,11 @@ class Run:
         # Every process has looked into the folder before the first writes to it.
         self.team.wait()
         anew = isinstance(resume, bool) or resume == "auto"
+        if self.run_dir is not None or not anew:
+            self.definition = self._define()
+            for name, loader in self._loaders().items():
+                if (found := fingerprint_of_data(loader)) is not None:
+                    self.definition.settings[f"{name}.data"] = found
         if anew and resume and there:
             self._restore_newest(there, epochs, max_steps)
             return
@@ -76,18 +88,22 @@ class Run:
             raise FileNotFoundError(
                 f"fit: resume=True: expected checkpoints in run_dir {self.run_dir}, found none"
             )
-        if not isinstance(resume, bool) and not anew:
-            self._restore(Path(resume), read_checkpoint(Path(resume)))
-        if later := [path.name for number, path in sorted(there.items()) if anew or number > self.epoch]:
-            after = "" if anew else f"after epoch {self.epoch} "
+        saved = None if isinstance(resume, bool) or anew else read_saved(Path(resume))
+        if later := [path for number, path in sorted(there.items()) if saved is None or number > saved.epoch]:
+            after = "" if saved is None else f"after epoch {saved.epoch} "
             raise FileExistsError(
                 f"fit: run_dir: expected no checkpoints {after}in {self.run_dir}, found "
-                f'{", ".join(later[:3])}; delete them, choose another folder or resume="auto"'
+                f'{", ".join(path.name for path in later[:3])}; delete them, choose another folder or resume="auto"'
             )
-        if self.run_dir is not None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            if self.interval is not None and anew:
-                self._save(complete=True)
+        if saved is not None:
+            self._restore(saved)
+        if self.run_dir is None:
+            return
+        folder, checkpoints = self.run_dir, self.history.checkpoints
+        self.team.by_first(lambda: copy_into(folder, checkpoints))
+        self.history.checkpoints = [folder / path.name for path in checkpoints]
+        if self.interval is not None and anew:
+            self._save(complete=True)
 
     def train(self, epochs: int, max_steps: int | None, progress: bool) -> None:
         """Epoch after epoch until one of the limits; then the best weights, where patience kept them."""
@@ -96,7 +112,15 @@ class Run:
         bar = _progress_bar(total, self.steps) if progress and self.team.rank == 0 else None
         try:
             self.history.stopped = self._stopped(epochs, max_steps)
+            self.history.trained_epochs = 0
+            if self.history.stopped and progress and self.team.rank == 0:
+                print(
+                    f"fit: complete before, after {self.epoch} epochs and {self.steps} steps "
+                    f"({self.last_checkpoint}): nothing was trained",
+                    file=sys.stderr,
+                )
             while not self.history.stopped:
+                self.history.trained_epochs += 1
                 complete = self._train_epoch(max_steps, length, bar)
                 self.history.stopped = self._stopped(epochs, max_steps)
                 if self.run_dir is None:
@@ -104,8 +128,8 @@ class Run:
                 due = bool(self.history.stopped) or self.epoch % (self.interval or 1) == 0
                 if self.interval is not None and due:
                     self._save(complete)
-                if self.team.rank == 0:
-                    self.history.save(self.run_dir / "history.json")
+                path = self.run_dir / "history.json"
+                self.team.by_first(lambda path=path: self.history.save(path))  # type: ignore[misc]
             # No process reads a checkpoint before the first has written it.
             self.team.wait()
         finally:
@@ -200,9 +224,11 @@ class Run:
             return None
 
     def _not_finite(self, what: str) -> FloatingPointError:
+        skipping = self.on_nonfinite == "skip"
+        remedies = "or clip_grad_norm" if skipping else 'clip_grad_norm or on_nonfinite="skip"'
         return FloatingPointError(
             f"fit: {what}; last good checkpoint: {self.last_checkpoint or 'none was written'}. "
-            'A lower learning rate, clip_grad_norm or on_nonfinite="skip" may help'
+            f"A lower learning rate{' ' if skipping else ', '}{remedies} may help"
         )
 
     @torch.no_grad()
@@ -213,20 +239,22 @@ class Run:
         seed_globals(self.seed, "validation", 0, self.team.rank)
         total, samples = 0.0, 0.0
         cause: DivergenceError | None = None
+        problem = ""
         with modes_kept(self.model):
             self.model.eval()
             for batch in self.val_loader:
                 x = self.stepper.images(batch)
                 samples += x.shape[0]
                 try:
-                    total += float(self.stepper.losses(x, self.team.replica).sum(dtype=torch.float64))
+                    part, why = self.stepper.validation_loss(x)
+                    total, problem = total + part, problem or why
                 except DivergenceError as error:
                     total, cause = math.inf, error
         total, samples = self.team.sums(total, samples)
         if not samples:
             raise ValueError(f"fit: val_loader: expected at least one batch, got none in epoch {number}")
         if not math.isfinite(total) and self.on_nonfinite == "raise":
-            found = cause or f"loss {total / samples}"
+            found = cause or f"loss {total / samples}{problem}"
             raise self._not_finite(f"epoch {number}, validation: {found}") from cause
         return total / samples
 
@@ -237,7 +265,7 @@ class Run:
             self.scheduler.step()
 
     def _save(self, complete: bool) -> None:
-        assert self.run_dir is not None
+        assert self.run_dir is not None and self.definition is not None
         path = self.run_dir / (f"epoch-{self.epoch:04d}.pt" if complete else f"step-{self.steps:08d}.pt")
         if self.steps:
             self.history.checkpoints.append(path)
@@ -253,11 +281,13 @@ class Run:
             ),
             "history": self.history.to_dict(self.run_dir),
             "best": self.best,
+            "definition": self.definition.at(self._define()).to_dict(),
         }
-        if self.team.rank == 0:
-            save_checkpoint(
+        self.team.by_first(
+            lambda: save_checkpoint(
                 self.model, path, weight=self.pending_weight, optimizer=self.optimizer, state=state
             )
+        )
         self.pending_weight = 0.0
         self.last_checkpoint = path
 
@@ -266,45 +296,69 @@ class Run:
             if number > epochs:
                 continue
             try:
-                content = read_checkpoint(path)
-            except ValueError as error:
+                saved = read_saved(path, number)
+                if max_steps is None or saved.steps <= max_steps:
+                    self._restore(saved)
+                    return
+            except (DamagedFileError, FileNotFoundError) as error:
                 warnings.warn(f"fit: {error}; going back to the checkpoint before it", stacklevel=4)
-                continue
-            if max_steps is None or (content["state"] or {}).get("steps", 0) <= max_steps:
-                self._restore(path, content)
-                return
         raise ValueError(
             f"fit: resume: expected a usable checkpoint in run_dir, found none in {self.run_dir}"
         )
 
-    def _restore(self, path: Path, content: dict[str, Any]) -> None:
-        state = content["state"]
-        if state is None or not state.get("complete") or not state.keys() >= _STATE:
-            raise ValueError(f"{path}: expected the checkpoint of an epoch's end by fit, found another kind")
+    def _restore(self, saved: Saved) -> None:
+        path = saved.path
         generators = generators_of(self.loader, self.val_loader)
-        for name, now, then in (
-            ("seed", self.seed, state["seed"]),
-            ("optimizer", type(self.optimizer).__qualname__, state["optimizer"]),
-            ("use of a scheduler", self.scheduler is not None, state["scheduler"] is not None),
-            ("number of processes", self.team.size, len(state["generators"])),
-            ("number of loader generators", len(generators), len(state["generators"][-1])),
-        ):
-            if now != then:
-                raise ValueError(f"{path}: expected a run with the same {name} ({now}), found {then}")
-        history = History.from_dict(state["history"], path.parent)
-        if self.patience is not None and history.best_epoch is not None and state["best"] is None:
+        needed = {
+            "optimizer": (saved.optimizer, type(self.optimizer).__qualname__),
+            "use of a scheduler": (saved.scheduler is not None, self.scheduler is not None),
+            "number of processes": (len(saved.generators), self.team.size),
+            "number of loader generators": (len(saved.generators[-1]), len(generators)),
+        }
+        if unlike := {name: (str(a), str(b)) for name, (a, b) in needed.items() if a != b}:
+            raise ValueError(f"{path}: expected a run with {described(unlike)}")
+        if self.patience is not None and saved.history.best_epoch is not None and saved.best is None:
             raise ValueError(f"{path}: expected a run with patience, found one that kept no best weights")
-        restore_model(self.model, content, path)
+        differences = self._differences(saved)
+        if differences and self.on_difference == "raise":
+            raise ValueError(
+                f"{path}: expected a run with {described(differences)}. Choose another run_dir for another run, "
+                'or on_difference="warn" to go on with this one as it is now'
+            )
+        given = [dict(group) for group in self.optimizer.param_groups]
         try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: expected this optimizer's state, found another ({error})") from error
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        for generator, generator_state in zip(generators, state["generators"][self.team.rank], strict=True):
-            generator.set_state(generator_state)
-        self.history, self.best, self.last_checkpoint = history, state["best"], path
-        self.epoch, self.steps = state["epoch"], state["steps"]
+            load_into(saved, self.model, self.optimizer, self.scheduler, generators, self.team.rank)
+        except DamagedFileError:
+            raise
+        except ValueError as error:
+            if saved.definition is None or differences:
+                raise
+            # The same model and optimiser wrote it: what does not fit was damaged.
+            raise DamagedFileError(path, error) from error
+        if differences:
+            warnings.warn(f"fit: {path}: going on, but not with {described(differences)}", stacklevel=5)
+            keep_given(self.optimizer, given, differences, self.scheduler is not None)
+        elif saved.definition is not None and self.definition is not None:
+            settings = {**self.definition.settings, **saved.definition.settings}
+            self.definition = Definition(saved.definition.parts, settings)
+        self.history, self.best, self.last_checkpoint = saved.history, saved.best, path
+        self.epoch, self.steps = saved.epoch, saved.steps
+
+    def _differences(self, saved: Saved) -> dict[str, tuple[str, str]]:
+        """Between the run that wrote a checkpoint and this one, as the first process sees them."""
+        found: dict[str, tuple[str, str]] = {}
+        if saved.seed != self.seed:
+            found["seed"] = repr(saved.seed), repr(self.seed)
+        if saved.definition is not None and self.definition is not None:
+            found |= saved.definition.differences(self.definition)
+        first: dict[str, tuple[str, str]] = self.team.gathered(found)[0]
+        return first
+
+    def _loaders(self) -> dict[str, Any]:
+        return {"loader": self.loader, "val_loader": self.val_loader}
+
+    def _define(self) -> Definition:
+        return define(self.model, self.optimizer, self.scheduler, self._loaders(), self.options)
 
 
 def _is_finite(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fastvae.data import binarize as draw_binary
 from fastvae.data import images_of
 from fastvae.models import DivergenceError
+from fastvae.models.terms import describe, recorded_terms
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_states, set_global_states
 
@@ -43,6 +44,8 @@ class Stepper:
     team: Team
     restore: bool
     """Put the model's buffers back as they were before a step that was not finite."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """Of the loss computed last."""
 
     def __post_init__(self) -> None:
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
@@ -56,11 +59,17 @@ class Stepper:
 
     def losses(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         """model(x): [B], or ValueError."""
-        losses: Tensor = (self.model if model is None else model)(x)
+        with recorded_terms() as self.terms:
+            losses: Tensor = (self.model if model is None else model)(x)
         if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"fit: model(x): expected the loss of each sample, [{x.shape[0]}], got {found}")
         return losses
+
+    def validation_loss(self, x: Tensor) -> tuple[float, str]:
+        """The sum of model(x) in this process, and what of it is not finite."""
+        total = float(self.losses(x, self.team.replica).sum(dtype=torch.float64))
+        return total, "" if math.isfinite(total) else self._not_finite(gradients=False)
 
     def take(self, x: Tensor) -> tuple[float, int]:
         """One optimisation step; its mean loss and number of samples, over all processes.
@@ -132,8 +141,21 @@ class Stepper:
         # One transfer: on a GPU each would wait for the queue.
         loss_value, norm_value = torch.stack([loss.to(dtype), norm.to(loss.device, dtype)]).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
-            raise NotFiniteError(f"loss {loss_value}, gradient norm {norm_value}")
+            why = self._not_finite(gradients=math.isfinite(loss_value))
+            raise NotFiniteError(f"loss {loss_value}, gradient norm {norm_value}{why}")
         return float(loss_value), samples, norm
+
+    def _not_finite(self, gradients: bool) -> str:
+        """What is not finite of the loss computed last, or of its gradients, to be added to a message."""
+        if not gradients:
+            found = describe(self.terms)
+            return f"; {found}" if found else ""
+        names = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        ]
+        return f"; not finite: the gradients of {', '.join(names[:3])}" if names else ""
 
     def _clip(self, total_norm: Tensor) -> None:
         if self.clip_grad_norm is not None:

@@ -181,12 +181,13 @@ void check_copies_norm(int64_t samples, int64_t positions, int64_t channels, con
   T *a = arena.output(size), *grad_h = arena.output(size), *grad_affine = arena.output(samples * 2 * channels);
   std::vector<double> expected_a(size), expected_h(size), expected_affine(samples * 2 * channels, 0.0);
   for (int64_t i = 0; i < size; ++i) {
-    const int64_t c = i % channels, gamma = i / (positions * channels) * 2 * channels + c;
+    const int64_t c = i % channels, gamma = i / (positions * channels) * channels + c;
+    const int64_t beta = gamma + samples * channels;
     const double normal = (static_cast<double>(h[i]) - static_cast<double>(mean[c])) * static_cast<double>(rstd[c]);
-    expected_a[i] = normal * static_cast<double>(affine[gamma]) + static_cast<double>(affine[gamma + channels]);
+    expected_a[i] = normal * static_cast<double>(affine[gamma]) + static_cast<double>(affine[beta]);
     expected_h[i] = static_cast<double>(delta[i]) * static_cast<double>(affine[gamma]) * static_cast<double>(rstd[c]);
     expected_affine[gamma] += static_cast<double>(delta[i]) * normal;
-    expected_affine[gamma + channels] += static_cast<double>(delta[i]);
+    expected_affine[beta] += static_cast<double>(delta[i]);
   }
   run(CopiesNorm<T>{h, mean, rstd, affine, a, samples, positions, channels});
   run(CopiesNormReverse<T>{delta, h, mean, rstd, affine, grad_affine, grad_h, samples, positions, channels});

@@ -1,8 +1,10 @@
 // fold and unfold against plain loops in float64, over windows with every stride, padding and dilation that moves an
-// edge, and split into ranges: bitwise the same. The transposed convolutions themselves: test_kernels.cpp.
+// edge, and split into ranges: bitwise the same; and the strided product that the other convolutions are made of, in
+// the blocks of every processor. The transposed convolutions themselves: test_kernels.cpp.
 #include <algorithm>
 
 #include "cases.h"
+#include "cpu/strided_product.h"
 
 namespace cases {
 namespace {
@@ -133,10 +135,48 @@ void test_convolutions(const char* type) {
   }
 }
 
+// Operands whose rows overlap, as those of windows do, of every size that leaves a remainder in some direction.
+template <typename T>
+void test_strided_product(const char* type, bool wide) {
+  constexpr int64_t kRuns = 3, kInner = 5, kMost = 45;
+  Arena<T> arena;
+  const T* a = arena.random(kRuns * 70 + kMost * 4 + kInner);
+  const T* b = arena.random(kRuns * kInner * kMost);
+  for (const int64_t m : {1, 3, 4, 6, 9, 14, 17}) {
+    for (const int64_t n : {1, 5, 8, 16, 23, 45}) {
+      for (const bool accumulate : {false, true}) {
+        T* c = arena.output(m * (n + 1));
+        std::fill_n(c, m * (n + 1), T(2));
+        const cpu::StridedProduct<T> product{a, 4, 1, 70, b, n, kInner * n, c, n + 1, m, n, kInner, kRuns, accumulate};
+        cpu::strided_product(product, wide);
+        double error = 0;
+        for (int64_t i = 0; i < m; ++i) {
+          for (int64_t j = 0; j < n; ++j) {
+            double sum = accumulate ? 2 : 0;
+            for (int64_t run = 0; run < kRuns; ++run) {
+              for (int64_t k = 0; k < kInner; ++k) {
+                sum += double(a[i * 4 + k + run * 70]) * double(b[run * kInner * n + k * n + j]);
+              }
+            }
+            error = std::max(error, std::abs(sum - double(c[i * (n + 1) + j])));
+          }
+          error = std::max(error, std::abs(2 - double(c[i * (n + 1) + n])));
+        }
+        CHECK(error <= 100.0 * std::numeric_limits<T>::epsilon(), "strided_product %s %s, %d x %d: off by %g", type,
+              wide ? "wide" : "narrow", int(m), int(n), error);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace cases
 
 int main() {
+  for (const bool wide : {false, true}) {
+    cases::test_strided_product<float>("float", wide);
+    cases::test_strided_product<double>("double", wide);
+  }
   cases::test_convolutions<float>("float");
   cases::test_convolutions<double>("double");
   return check::finish("test_convolution");

@@ -17,7 +17,8 @@ struct CategoricalPosition {
   FASTVAE_INLINE T log_prob(const T* a, const T* bias, const T* x, int64_t outputs) const {
     T sum = T(0);
     for (int64_t c = 0; c < outputs; c += classes) {
-      const int64_t chosen = math::class_of(*x++, classes);
+      const int64_t chosen = math::class_of(*x, classes);
+      sum += math::class_defect(*x++);
       sum += bias == nullptr
                  ? categorical_run<false>(a + c, bias, chosen, classes, static_cast<T*>(nullptr)).log_prob
                  : categorical_run<true>(a + c, bias + c, chosen, classes, static_cast<T*>(nullptr)).log_prob;

@@ -165,8 +165,8 @@ FASTVAE_INLINE void copies_catch_up_template(const CopiesCatchUp<T>& args, int64
 template <typename T>
 FASTVAE_INLINE void copies_norm_template(const CopiesNorm<T>& args, int64_t begin, int64_t end) {
   for (int64_t sample = begin; sample < end; ++sample) {
-    const T* gamma = args.affine + sample * 2 * args.channels;
-    const T* beta = gamma + args.channels;
+    const T* gamma = args.affine + sample * args.channels;
+    const T* beta = gamma + args.samples * args.channels;
     for (int64_t row = sample * args.positions; row < (sample + 1) * args.positions; ++row) {
       const T* h = args.h + row * args.channels;
       T* a = args.a + row * args.channels;
@@ -181,10 +181,11 @@ FASTVAE_INLINE void copies_norm_template(const CopiesNorm<T>& args, int64_t begi
 template <typename T>
 FASTVAE_INLINE void copies_norm_reverse_template(const CopiesNormReverse<T>& args, int64_t begin, int64_t end) {
   for (int64_t sample = begin; sample < end; ++sample) {
-    const T* gamma = args.affine + sample * 2 * args.channels;
-    T* grad_gamma = args.grad_affine + sample * 2 * args.channels;
-    T* grad_beta = grad_gamma + args.channels;
-    std::fill_n(grad_gamma, 2 * args.channels, T(0));
+    const T* gamma = args.affine + sample * args.channels;
+    T* grad_gamma = args.grad_affine + sample * args.channels;
+    T* grad_beta = grad_gamma + args.samples * args.channels;
+    std::fill_n(grad_gamma, args.channels, T(0));
+    std::fill_n(grad_beta, args.channels, T(0));
     for (int64_t row = sample * args.positions; row < (sample + 1) * args.positions; ++row) {
       const T* delta = args.delta + row * args.channels;
       const T* h = args.h + row * args.channels;

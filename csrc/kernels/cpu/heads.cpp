@@ -42,6 +42,7 @@ FASTVAE_INLINE void categorical_head_rows(const HeadResidual<T>& args, int64_t b
       const T* a = args.a + index * classes;
       T* residual = args.residual == nullptr ? nullptr : args.residual + index * classes;
       const int64_t chosen = math::class_of(args.x[index], classes);
+      const T defect = math::class_defect(args.x[index]);
       const CategoricalRun<T> run =
           args.bias == nullptr
               ? categorical_run<false>(a, args.bias, chosen, classes, residual)
@@ -52,9 +53,9 @@ FASTVAE_INLINE void categorical_head_rows(const HeadResidual<T>& args, int64_t b
         for (int64_t c = 0; c < classes; ++c) {
           residual[c] *= scale;
         }
-        residual[chosen] += T(1);
+        residual[chosen] += T(1) + defect;
       }
-      sum += run.log_prob;
+      sum += run.log_prob + defect;
     }
     if (args.log_prob != nullptr) {
       args.log_prob[sample] = sum;

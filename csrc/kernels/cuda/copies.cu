@@ -138,9 +138,10 @@ template <typename T>
 __global__ void copies_norm_kernel(const CopiesNorm<T> args) {
   const int64_t size = args.samples * args.positions * args.channels;
   for (Walk at(global_thread(), global_threads(), size, args.channels); at.inside(); at.next()) {
-    const T* affine = args.affine + at.i / (args.positions * args.channels) * 2 * args.channels;
-    args.a[at.i] = (args.h[at.i] - args.mean[at.column]) * args.rstd[at.column] * affine[at.column] +
-                   affine[args.channels + at.column];
+    const int64_t sample = at.i / (args.positions * args.channels);
+    const int64_t gamma = sample * args.channels + at.column;
+    args.a[at.i] = (args.h[at.i] - args.mean[at.column]) * args.rstd[at.column] * args.affine[gamma] +
+                   args.affine[gamma + args.samples * args.channels];
   }
 }
 
@@ -150,7 +151,7 @@ __global__ void copies_norm_reverse_kernel(const CopiesNormReverse<T> args) {
   Walk at(global_thread(), global_threads(), args.samples * args.channels, args.channels);
   for (; at.inside(); at.next()) {
     const int64_t sample = at.i / args.channels;
-    const int64_t gamma = sample * 2 * args.channels + at.column;
+    const int64_t gamma = sample * args.channels + at.column;
     const T mean = args.mean[at.column], rstd = args.rstd[at.column];
     T grad_gamma = T(0), grad_beta = T(0);
     for (int64_t p = 0; p < args.positions; ++p) {
@@ -163,7 +164,7 @@ __global__ void copies_norm_reverse_kernel(const CopiesNormReverse<T> args) {
       }
     }
     args.grad_affine[gamma] = grad_gamma;
-    args.grad_affine[gamma + args.channels] = grad_beta;
+    args.grad_affine[gamma + args.samples * args.channels] = grad_beta;
   }
 }
 

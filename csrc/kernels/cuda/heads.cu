@@ -49,6 +49,7 @@ __global__ void categorical_head_kernel(const HeadResidual<T> args) {
       const T* bias = args.bias == nullptr ? nullptr : args.bias + (pixel % groups) * classes;
       T* residual = args.residual == nullptr ? nullptr : args.residual + index * classes;
       const int64_t chosen = math::class_of(args.x[index], classes);
+      const T defect = math::class_defect(args.x[index]);
       T largest = lane < classes ? (bias == nullptr ? a[lane] : a[lane] + bias[lane]) : -math::Ieee<T>::kInfinity;
       T of_chosen = lane == chosen ? largest : T(0);
       for (int64_t c = lane + kWarp; c < classes; c += kWarp) {
@@ -70,11 +71,11 @@ __global__ void categorical_head_kernel(const HeadResidual<T> args) {
       if (residual != nullptr) {
         const T scale = T(-1) / normaliser;
         for (int64_t c = lane; c < classes; c += kWarp) {
-          residual[c] = residual[c] * scale + (c == chosen ? T(1) : T(0));
+          residual[c] = residual[c] * scale + (c == chosen ? T(1) + defect : T(0));
         }
       }
       if (lane == 0) {
-        sum += of_chosen - largest - std::log(normaliser);
+        sum += of_chosen - largest - std::log(normaliser) + defect;
       }
     }
     if (args.log_prob != nullptr) {

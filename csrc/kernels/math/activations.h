@@ -47,6 +47,13 @@ namespace math {
 template <Activation kind, typename T>
 struct Phi;
 
+// math::exp never returns less than e^kLowest. Times an a or a^2 of 1e16 and more, that is no longer next to nothing
+// where the true product is, so SiLU and GELU take an exact zero from there on.
+template <typename T>
+FASTVAE_HOST_DEVICE T zero_beyond(T value, bool beyond) {
+  return beyond ? T(0) : value;
+}
+
 template <typename T>
 struct Phi<Activation::kIdentity, T> {
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
@@ -151,16 +158,24 @@ struct Phi<Activation::kSigmoid, T> {
 template <typename T>
 struct Phi<Activation::kSilu, T> {
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
-  FASTVAE_HOST_DEVICE T value(T a) const { return a * math::sigmoid(a); }
+  FASTVAE_HOST_DEVICE static T sigmoid(T a) { return zero_beyond(math::sigmoid(a), a < Ieee<T>::kLowest); }
+  FASTVAE_HOST_DEVICE T value(T a) const { return a * sigmoid(a); }
   FASTVAE_HOST_DEVICE T slope(T a) const {
-    const T s = math::sigmoid(a);
+    const T s = sigmoid(a);
     return s * (T(1) + a * (T(1) - s));
   }
   FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
-    const T s = math::sigmoid(a);
+    const T s = sigmoid(a);
     return s * (T(1) - s) * (T(2) + a * (T(1) - T(2) * s)) * g;
   }
 };
+
+// a cut off at +-limit.
+template <typename T>
+FASTVAE_HOST_DEVICE T cut_off(T a, T limit) {
+  const T low = a < -limit ? -limit : a;  // keeps a NaN
+  return low > limit ? limit : low;
+}
 
 // a Phi(a) with the normal distribution function.
 template <typename T>
@@ -170,11 +185,16 @@ struct Phi<Activation::kGelu, T> {
     return T(0.5) + T(0.5) * math::erf(a * static_cast<T>(0.70710678118654752440));
   }
   FASTVAE_HOST_DEVICE static T density(T a) {
-    return static_cast<T>(0.39894228040143267794) * math::exp(T(-0.5) * a * a);
+    const T exponent = T(-0.5) * a * a;
+    const T d = static_cast<T>(0.39894228040143267794) * math::exp(exponent);
+    return zero_beyond(d, exponent < Ieee<T>::kLowest);
   }
   FASTVAE_HOST_DEVICE T value(T a) const { return a * cumulative(a); }
   FASTVAE_HOST_DEVICE T slope(T a) const { return cumulative(a) + a * density(a); }
-  FASTVAE_HOST_DEVICE T curvature(T a, T g) const { return (T(2) - a * a) * density(a) * g; }
+  FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
+    const T c = cut_off(a, T(100));  // where the density is zero, whose product with an infinite a^2 were none
+    return (T(2) - c * c) * density(a) * g;
+  }
 };
 
 // a/2 (1 + t),  t = tanh(c (a + 0.044715 a^3)),  c = sqrt(2 / pi)
@@ -191,14 +211,16 @@ struct Phi<Activation::kGeluTanh, T> {
   }
   FASTVAE_HOST_DEVICE T value(T a) const { return T(0.5) * a * (T(1) + inner_tanh(a)); }
   FASTVAE_HOST_DEVICE T slope(T a) const {
-    const T t = inner_tanh(a);
-    return T(0.5) * (T(1) + t) + T(0.5) * a * (T(1) - t * t) * inner_slope(a);
+    const T c = cut_off(a, T(100));  // where 1 - t^2 is zero
+    const T t = inner_tanh(c);
+    return T(0.5) * (T(1) + t) + T(0.5) * c * (T(1) - t * t) * inner_slope(c);
   }
   FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
-    const T t = inner_tanh(a);
-    const T u = inner_slope(a);
-    const T second = static_cast<T>(6 * kScale * kCubic) * a;
-    return (T(1) - t * t) * (u + T(0.5) * a * (second - T(2) * t * u * u)) * g;
+    const T c = cut_off(a, T(100));  // where 1 - t^2 is zero
+    const T t = inner_tanh(c);
+    const T u = inner_slope(c);
+    const T second = static_cast<T>(6 * kScale * kCubic) * c;
+    return (T(1) - t * t) * (u + T(0.5) * c * (second - T(2) * t * u * u)) * g;
   }
 };
 

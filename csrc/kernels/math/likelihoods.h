@@ -68,5 +68,11 @@ FASTVAE_HOST_DEVICE int64_t class_of(T x, int64_t classes) {
   return static_cast<int64_t>(bounded);
 }
 
+// 0, or NaN for a pixel that is NaN or infinite: added to what its class gives, so that such a sample shows it.
+template <typename T>
+FASTVAE_HOST_DEVICE T class_defect(T x) {
+  return x * T(0);
+}
+
 }  // namespace math
 }  // namespace fastvae

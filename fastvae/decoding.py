@@ -1,0 +1,138 @@
+"""From codes to the natural parameters of a likelihood, and whether a decoder and a likelihood fit each other."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.sigmoids import SigmoidInputs, ending_of_module, ending_of_output
+
+if TYPE_CHECKING:
+    from fastvae.likelihoods import Likelihood
+    from fastvae.lowering import LoweredNetwork
+
+__all__ = ["check_decoder", "natural_parameters", "transformed"]
+
+# As much as rounding puts a probability beyond 0 or 1.
+_SLACK = 1e-3
+
+# Decoders that fit, or of which a warning said that they may not: under likelihoods that take logits, and others.
+_settled: tuple[weakref.WeakSet[nn.Module], weakref.WeakSet[nn.Module]] = (
+    weakref.WeakSet(),
+    weakref.WeakSet(),
+)
+
+
+def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> LoweredNetwork | None:
+    """Raise ValueError if the decoder's last layer contradicts the likelihood.
+
+    A decoder that ends in a Sigmoid returns probabilities, which ``Bernoulli()`` would read as logits; one
+    that does not is no decoder for ``Bernoulli(probs=True)``. Returns the decoder's layers as they are in
+    eval mode, or None if it cannot be lowered; its first outputs are then looked at (``natural_parameters``).
+    """
+    from fastvae.lowering import UnsupportedLayer, lower
+
+    modes = [(module, module.training) for module in decoder.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        network = lower(decoder)
+    except UnsupportedLayer:
+        network = None
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not likelihood.of_logits:
+        return network
+    if network is None:
+        if not likelihood.probs and ending_of_module(decoder) == "sigmoid":
+            raise _contradiction(likelihood)
+    elif network.ends_in_sigmoid != likelihood.probs:
+        raise _contradiction(likelihood)
+    else:
+        _settled[likelihood.probs].add(decoder)
+    return network
+
+
+def natural_parameters(decoder: Callable[[Tensor], Tensor], z: Tensor, likelihood: Likelihood) -> Tensor:
+    """Natural parameters [B, ...] of p(x | z), from the decoder itself, in its layout.
+
+    Of a decoder that ends in a Sigmoid, as ``Bernoulli(probs=True)`` wants it, they are what went into that
+    Sigmoid: its output has lost what is beyond its rounding.
+
+    Raises:
+        TypeError: the decoder returned no tensor.
+        ValueError: a decoder of logits that ends in a Sigmoid, or one of probabilities whose first outputs
+            are none. Where neither its layers nor autograd tell, a warning if the first outputs are all in [0, 1].
+    """
+    if torch.compiler.is_compiling():
+        return likelihood.params_of_output(decoder(z))
+    if not likelihood.probs or _is_compiled(decoder):
+        output = decoder(z)
+        _look_at(output, decoder, likelihood)
+        return likelihood.params_of_output(output)
+    with SigmoidInputs() as seen:
+        output = decoder(z)
+    logits = seen.logits_of(output)
+    if logits is not None:
+        return logits
+    _look_at(output, decoder, likelihood)
+    return likelihood.params_of_output(output)
+
+
+def _is_compiled(decoder: object) -> bool:
+    """Whether torch.compile has a hand in the decoder, which a mode would cut into pieces."""
+    return isinstance(decoder, nn.Module) and any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for module in decoder.modules()
+    )
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) is at work, under which no value can be looked at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _look_at(output: Any, decoder: Any, likelihood: Likelihood) -> None:
+    """Once for a decoder: whether its outputs can be what the likelihood takes them for."""
+    if not likelihood.of_logits or not isinstance(output, Tensor) or not isinstance(decoder, nn.Module):
+        return
+    settled = _settled[likelihood.probs]
+    if decoder in settled or transformed() or not output.numel():
+        return
+    if output.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not likelihood.probs:
+        ending = ending_of_output(output)
+        ending = ending_of_module(decoder) if ending == "unknown" else ending
+        if ending == "sigmoid":
+            raise _contradiction(likelihood)
+        if ending == "affine":
+            settled.add(decoder)
+            return
+    low, high = torch.stack(output.detach().aminmax()).tolist()
+    if likelihood.probs and (low < -_SLACK or high > 1 + _SLACK):
+        raise ValueError(
+            f"likelihood: {likelihood} expects a decoder that returns probabilities, and this "
+            f"{type(decoder).__name__} returned values from {low:.6g} to {high:.6g}; for logits pass 'bernoulli'"
+        )
+    # All the same is what a last layer gives that starts at zero.
+    if not likelihood.probs and 0 <= low < high <= 1:
+        warnings.warn(
+            f"likelihood: {likelihood} takes the decoder's outputs for logits, and the first ones of this "
+            f"{type(decoder).__name__} are all in [0, 1]; if they are probabilities, pass Bernoulli(probs=True)",
+            UserWarning,
+            stacklevel=3,
+        )
+    settled.add(decoder)
+
+
+def _contradiction(likelihood: Likelihood) -> ValueError:
+    wanted = "ends in a Sigmoid" if likelihood.probs else "returns logits, and this one ends in a Sigmoid"
+    remedy = "for probabilities pass Bernoulli(probs=True), for logits 'bernoulli'"
+    return ValueError(f"likelihood: {likelihood} expects a decoder that {wanted}; {remedy}")

@@ -1,0 +1,72 @@
+"""What a model is given and what its networks return: read, or refused in words that say what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
+
+
+def check_is_tensor(owner: object, x: object) -> None:
+    """TypeError, with the way to one, for an x that is no tensor."""
+    if isinstance(x, Tensor):
+        return
+    name, kind = type(owner).__name__, type(x).__name__
+    batch = isinstance(x, (tuple, list, dict))
+    remedy = (
+        "of a loader's batch pass the images, fastvae.data.images_of(batch)"
+        if batch
+        else "torch.as_tensor(x)"
+    )
+    raise TypeError(f"{name}: x: expected a tensor [B, ...], got {kind}; to mend it: {remedy}")
+
+
+def half_dtype_of(module: nn.Module) -> torch.dtype | None:
+    """bfloat16 or float16, where the module's first floating parameter is of it."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def explained(error: Exception, model: nn.Module, role: str, given: Tensor) -> Exception | None:
+    """An error in place of a network's own that says what to do, or None."""
+    name, text = type(model).__name__, str(error)
+    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
+        return ValueError(
+            f"{name}: {role}: BatchNorm in training mode expects more than one value a channel, got a batch of "
+            f"{given.shape[0]}; leave such a batch out (DataLoader(drop_last=True)), make batches larger or call "
+            "model.eval()"
+        )
+    if "(while checking arguments for embedding)" in text:
+        return TypeError(
+            f"{name}: {role}: an Embedding expects class indices, and x reaches the {role} as floats in [0, 1]; round "
+            "them back first, (x * (num_classes - 1)).round().long()"
+        )
+    return None
+
+
+def split_posterior(model: nn.Module, output: object, batch: int) -> tuple[Tensor, Tensor]:
+    """The encoder's output as (mu, logvar), [batch, d] each; ValueError if it is neither of what it may be."""
+
+    def refuse(found: str) -> ValueError:
+        return ValueError(
+            f"{type(model).__name__}: encoder: expected [B, 2d] or (mu [B, d], logvar [B, d]) with B = {batch}, "
+            f"got {found}"
+        )
+
+    if isinstance(output, Tensor):
+        if output.dim() != 2 or output.shape[1] % 2 or output.shape[0] != batch:
+            raise refuse(f"a tensor {list(output.shape)}")
+        mu, logvar = output.chunk(2, dim=1)
+        return mu, logvar
+    if not (
+        isinstance(output, (tuple, list))
+        and len(output) == 2
+        and isinstance(output[0], Tensor)
+        and isinstance(output[1], Tensor)
+    ):
+        raise refuse(type(output).__name__)
+    mu, logvar = output
+    if mu.dim() != 2 or mu.shape != logvar.shape or mu.shape[0] != batch:
+        raise refuse(f"({list(mu.shape)}, {list(logvar.shape)})")
+    return mu, logvar

@@ -1,0 +1,88 @@
+"""What a penalty sees of a model's loss, and what a penalty is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastvae.models.base import BaseVAE
+
+__all__ = ["Penalty", "TrainingStep"]
+
+
+@dataclass
+class TrainingStep:
+    """One evaluation of a model's objective: what a penalty may read, with its graph."""
+
+    model: BaseVAE
+    x: Tensor
+    """[B, ...] the data as they were given."""
+    mu: Tensor
+    """[B, d] mean of q(z_0 | x)."""
+    logvar: Tensor
+    """[B, d] log variance of q(z_0 | x)."""
+    z_0: Tensor
+    """[B, d] the sample of q(z_0 | x)."""
+    z: Tensor
+    """[B, d] the code that was decoded: z_0, or where a flow took it."""
+    log_px: Tensor
+    """[B] log p(x | z)."""
+    loss: Tensor
+    """[B] minus the ELBO with the model's beta, in nats, without penalties."""
+    generator: torch.Generator | None
+    """Where a penalty draws its own noise from."""
+    kl: Tensor | None = None
+    """[B] what the loss has besides log p(x | z), before beta weighs it; None where the loss is no such sum."""
+    view: TrainingStep | None = None
+    """The same for the view of x that the penalty asked for."""
+
+    def parts(self, of: Sequence[Tensor]) -> list[TrainingStep]:
+        """The steps of several views ``of``, evaluated as one batch [B * views] with those of a sample side by side."""
+        samples, count = of[0].shape[0], len(of)
+
+        def split(tensor: Tensor) -> tuple[Tensor, ...]:
+            return tensor.reshape(samples, count, *tensor.shape[1:]).unbind(1)
+
+        names = ["mu", "logvar", "z_0", "z", "log_px", "loss"] + (["kl"] if self.kl is not None else [])
+        split_up = zip(*(split(getattr(self, name)) for name in names), strict=True)
+        return [
+            replace(self, x=x, **dict(zip(names, tensors, strict=True)))
+            for x, tensors in zip(of, split_up, strict=True)
+        ]
+
+
+class Penalty(nn.Module, ABC):
+    """A term of the training loss; its weight is its own business.
+
+    Penalties are modules of the model, so that their state is saved and moved with it. ``fit`` calls ``step``
+    once after each optimisation step, for annealing.
+
+    A penalty may ask for a further view of the data (``view``). The model evaluates its objective on x and all views
+    as one batch, and hands each penalty the step of x alone, with the step of its own view as ``step.view``.
+    """
+
+    on_views: bool = False
+    """Whether this term is part of the ELBO, and so is also added to the loss of views that other penalties ask for."""
+    common_noise: bool = False
+    """Whether the view is evaluated with the noise of x instead of its own."""
+    differentiates_decoder: bool = False
+    """Whether this term is made of derivatives of the decoder, so that its gradient is no sum over decodes."""
+
+    def view(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """A view of x [B, ...] of the same shape, dtype and device, or None."""
+        return None
+
+    @abstractmethod
+    def forward(self, step: TrainingStep) -> Tensor:
+        """The weighted penalty of each sample: [B]. ``step.model.objective(other_x)`` gives other views of
+        it.
+        """
+
+    def step(self) -> None:
+        """Called after each optimisation step; does nothing unless overridden."""

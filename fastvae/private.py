@@ -1,0 +1,340 @@
+"""Private copies of a user's module: what scores work on, so that the module itself is never touched.
+
+Another thread may train the module, score it or serve from it meanwhile. A copy is in eval mode, has weights of its
+own (those at the moment of copying), and runs without the compiler and without data parallel wrappers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["PrivateCopies", "Turns", "private_copy", "twin_of"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = tuple(sorted(name for name in _INTERNAL if name.endswith("_hooks")))
+_SCALARS = frozenset(
+    {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format}
+)
+
+
+def twin_of(model: _Module, **own: Any) -> _Module:
+    """A second object around the same parts, parameters and submodules, with some methods and attributes of its own."""
+    twin = copy.copy(model)
+    vars(twin).update(own)
+    return twin
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def private_copy(model: _Module) -> _Module:
+    """A copy that shares nothing that scoring would change, in eval mode; ``requires_grad`` is as it was.
+
+    Forward hooks come along as they are. Compiled and data parallel modules inside run as what they wrap, their
+    parameters under the same names. What cannot be copied (a lock, an open file) is shared.
+
+    Raises:
+        TypeError: a module that cannot be copied: one that keeps its own parts where a copy cannot follow, or whose
+            ``__deepcopy__`` returns parts of the module itself.
+    """
+    memo = _first_memo(model)
+    try:
+        made = _copied(model, memo)
+    except Exception:
+        # Something inside does not copy. Found piece by piece, it is shared; of it, what is the module's own is not.
+        memo = _first_memo(model) | _shared(model)
+        try:
+            made = _copied(model, memo)
+        except Exception as error:
+            raise TypeError(
+                f"fastvae: model: expected a module that copy.deepcopy can copy, because scores work on a copy of "
+                f"it; {type(model).__name__} raised {type(error).__name__}: {error}"
+            ) from error
+    mine = {id(part) for part in (*model.modules(), *_tensors(model).values())}
+    for name, part in (*made.named_modules(), *_tensors(made).items()):
+        if id(part) in mine:
+            raise TypeError(
+                f"fastvae: model: expected a module that copy.deepcopy can copy, because scores work on a copy of "
+                f"it; the copy of {type(model).__name__} has the same {name or 'object'} as the module itself"
+            )
+    return made.eval()
+
+
+class Turns:
+    """A lock that may be pickled and copied, as a new one that nobody holds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        """See above."""
+        return Turns, ()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class PrivateCopies:
+    """Copies of one module, one for each call at a time; a copy that came back serves the next call.
+
+    It does so as long as nothing of the module has changed but its tensors' values, which are copied anew. So
+    ``fastvae.lowering`` reads a copy once, and warns of it once.
+    """
+
+    def __init__(self) -> None:
+        self._idle: deque[tuple[Any, nn.Module]] = deque()
+
+    def __reduce__(self) -> tuple[type[PrivateCopies], tuple[()]]:
+        """Pickled and copied without the copies."""
+        return PrivateCopies, ()
+
+    @contextmanager
+    def borrowed(self, model: _Module) -> Iterator[_Module]:
+        """A copy of the module as it is now, for the caller alone."""
+        facts = _facts(model)
+        mine = self._kept(facts, model) or private_copy(model)
+        yield mine
+        # What a forward changed in the copy must not reach the next call.
+        if facts is not None and _facts(mine) == facts:
+            self._idle.append((facts, mine))
+
+    def _kept(self, facts: Any, model: _Module) -> _Module | None:
+        """A copy that is still right, with the tensors' values of now; those that are not are let go."""
+        # Popping is atomic: no two threads get the same one.
+        while self._idle:
+            try:
+                known, kept = self._idle.pop()
+            except IndexError:
+                break
+            if facts is not None and known == facts:
+                _refresh(kept, model)
+                return cast(_Module, kept)
+        return None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _refresh(made: nn.Module, model: nn.Module) -> None:
+    for old, new in zip(_tensors(made).values(), _tensors(model).values(), strict=True):
+        old.copy_(new)
+        old.requires_grad_(new.requires_grad)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+# ---- copying ----
+
+
+class OptimizedModule(nn.Module):
+    """Where a copy has torch.compile's wrapper of this name: the same names of parameters, without the compiler.
+
+    ``fastvae.lowering`` looks through both alike.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module inside."""
+        return self._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
+
+
+class DataParallelModule(nn.Module):
+    """Where a copy has a data parallel wrapper."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module inside, on the device where it is."""
+        return self._modules["module"](*args, **kwargs)  # type: ignore[misc]
+
+
+def _stand_in(module: nn.Module) -> nn.Module | None:
+    if type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+        return OptimizedModule()
+    return DataParallelModule() if isinstance(module, (DistributedDataParallel, nn.DataParallel)) else None
+
+
+def _first_memo(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` is told beforehand, by id: the tensors' copies, stand-ins, and hooks as they are."""
+    own = {id(module) for module in model.modules()}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        stand_in = _stand_in(module)
+        if stand_in is not None:
+            memo[id(module)] = stand_in
+            continue
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            # Others copy themselves: lazy parameters, or results of a graph, which hooks compute again.
+            if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter):
+                memo[id(value)] = _own_tensor(value)
+        for hooks in _HOOKS:
+            for hook in (getattr(module, hooks, None) or {}).values():
+                whose = hook.__self__ if isinstance(hook, MethodType) else hook
+                if id(whose) not in own and not isinstance(hook, _WrappedHook):
+                    memo[id(hook)] = hook
+    return memo
+
+
+def _own_tensor(value: Tensor) -> Tensor:
+    made = value.detach().clone()
+    if isinstance(value, nn.Parameter):
+        made = nn.Parameter(made, value.requires_grad)
+    else:
+        made.requires_grad_(value.requires_grad and value.is_leaf)
+    vars(made).update(vars(value))
+    return made
+
+
+def _copied(model: _Module, memo: dict[int, Any]) -> _Module:
+    for module in model.modules():
+        if isinstance(stand_in := memo.get(id(module)), (OptimizedModule, DataParallelModule)):
+            name = "module" if isinstance(stand_in, DataParallelModule) else "_orig_mod"
+            stand_in.add_module(name, copy.deepcopy(module._modules[name], memo))
+    made: _Module = copy.deepcopy(model, memo)
+    for module in made.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and value.__closure__:
+                vars(module)[name] = _rebound(value, memo)
+    return made
+
+
+def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
+    """A function kept on a module, such as ``self.head = lambda z: self.out(z)``, on the copy's own parts."""
+    cells, changed = [], False
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not yet assigned
+            cells.append(cell)
+            continue
+        mine = content
+        if isinstance(content, FunctionType) and content is not function:
+            mine = _rebound(content, memo)
+        elif isinstance(content, (nn.Module, Tensor, MethodType)):
+            of = content.__self__ if isinstance(content, MethodType) else content
+            if id(of) in memo:
+                mine = copy.deepcopy(content, dict(memo))
+        changed = changed or mine is not content
+        cells.append(cell if mine is content else CellType(mine))
+    if not changed:
+        return function
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    vars(made).update(vars(function))
+    return made
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """Attributes that do not copy, by id, as themselves. TypeError for one that holds parts of the module."""
+    own = {id(part) for part in (*model.modules(), *_tensors(model).values())}
+    found = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in _INTERNAL:
+                continue
+            try:
+                copy.deepcopy(value, _first_memo(model))
+            except Exception as error:
+                if _reaches(value, own):
+                    raise TypeError(
+                        f"fastvae: model: {path or type(model).__name__}: expected attributes that copy.deepcopy can "
+                        f"copy, because scores work on a copy of the model; {name!r} ({type(value).__name__}) holds "
+                        f"parts of it and raised {type(error).__name__}: {error}"
+                    ) from error
+                found[id(value)] = value
+    return found
+
+
+def _reaches(value: object, own: set[int], depth: int = 4) -> bool:
+    if id(value) in own:
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, MethodType):
+        inner: list[Any] = [value.__self__]
+    elif isinstance(value, Mapping):
+        inner = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inner = list(value)
+    else:
+        inner = (
+            list(vars(value).values()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
+        )
+    return any(_reaches(entry, own, depth - 1) for entry in inner)
+
+
+# ---- what a copy depends on ----
+
+
+class _Unknown(Exception):  # noqa: N818
+    """A value of which nobody can say whether it changed."""
+
+
+def _facts(model: nn.Module) -> tuple[Any, ...] | None:
+    """All that a copy depends on besides the tensors' values, to be compared; None if that cannot be told."""
+    numbers: dict[int, int] = {}
+
+    def number(part: object) -> int:
+        return numbers.setdefault(id(part), len(numbers))
+
+    lines = []
+    try:
+        for module in model.modules():
+            if _stand_in(module) is not None or any(getattr(module, hooks, None) for hooks in _HOOKS):
+                return None
+            state = vars(module)
+            tensors = []
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                form = None
+                if tensor is not None:
+                    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+                        return None
+                    form = (number(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+                tensors.append((name, type(tensor), form))
+            children = tuple((name, None if m is None else number(m)) for name, m in module._modules.items())
+            others = tuple(
+                (key, _plain(value, numbers))
+                for key, value in state.items()
+                if key not in _INTERNAL and key != "training"
+            )
+            lines.append((type(module), number(module), tuple(tensors), children, others))
+    except (_Unknown, RecursionError):
+        return None
+    return tuple(lines)
+
+
+def _plain(value: Any, numbers: Mapping[int, int]) -> Any:
+    """A value that equals another only if the two are the same, and that no later change of ``value`` reaches."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return kind, value
+    if id(value) in numbers:
+        return "part", numbers[id(value)]
+    if kind is weakref.ref:
+        return kind, _plain(value(), numbers)
+    if issubclass(kind, (list, tuple, set, frozenset)) and kind.__module__ in ("builtins", "torch"):
+        return kind, tuple(_plain(entry, numbers) for entry in value)
+    if kind is dict or kind.__name__ == "OrderedDict":
+        return kind, tuple((_plain(key, numbers), _plain(entry, numbers)) for key, entry in value.items())
+    if isinstance(value, (type, BuiltinFunctionType)) or (kind is FunctionType and not value.__closure__):
+        return "object", value
+    if dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return kind, tuple(_plain(getattr(value, field.name), numbers) for field in dataclasses.fields(value))
+    raise _Unknown

@@ -1,0 +1,234 @@
+"""From a checkpoint back into a run: everything is looked at before anything is changed."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastvae.training.archive import DamagedFileError
+from fastvae.training.atomic import write_atomically
+from fastvae.training.checkpoints import all_or_nothing, read_checkpoint, restore_model
+from fastvae.training.definition import Definition, optimizer_prefix
+from fastvae.training.history import History
+from fastvae.training.parallel import unwrap
+
+__all__ = ["Saved", "copy_into", "keep_given", "load_into", "read_saved"]
+
+_STATE: dict[str, tuple[type, ...]] = {
+    "epoch": (int,),
+    "steps": (int,),
+    "seed": (object,),
+    "optimizer": (str,),
+    "scheduler": (dict, type(None)),
+    "generators": (list,),
+    "history": (dict,),
+    "best": (dict, type(None)),
+}
+# Of torch's optimisers: kept for each parameter, and of its shape.
+_LIKE_PARAMETERS = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
+    *("acc_delta", "sum", "ax", "prev"),
+}
+
+
+@dataclass
+class Saved:
+    """A checkpoint of an epoch's end that ``fit`` wrote, looked through.
+
+    Attributes:
+        generators: the states of the loaders' generators, for each process.
+        definition: of its run; None in files of versions that did not keep one.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    epoch: int
+    steps: int
+    seed: object
+    optimizer: str
+    scheduler: dict[str, Any] | None
+    generators: list[list[Tensor]]
+    history: History
+    best: dict[str, Any] | None
+    definition: Definition | None
+
+
+def read_saved(path: Path, number: int | None = None) -> Saved:
+    """Read the checkpoint of an epoch's end, of epoch ``number`` if it is given.
+
+    Raises:
+        DamagedFileError: anything that ``fit`` cannot have written.
+        ValueError: a whole checkpoint of another kind.
+        FileNotFoundError: no such file.
+    """
+    content = read_checkpoint(path)
+    state = content["state"]
+    if state is None or not state.get("complete"):
+        raise ValueError(f"{path}: expected the checkpoint of an epoch's end by fit, found another kind")
+    for key, kinds in _STATE.items():
+        if key not in state or not isinstance(state[key], kinds) or isinstance(state[key], bool):
+            found = type(state[key]).__name__ if key in state else "missing"
+            raise DamagedFileError(path, f"{key!r} of the run's state: {found}")
+    try:
+        history = History.from_dict(state["history"], path.parent)
+        stored = state.get("definition")
+        definition = None if stored is None else Definition.from_dict(stored)
+    except ValueError as error:
+        raise DamagedFileError(path, error) from error
+    generators = state["generators"]
+    if not generators or not all(
+        isinstance(states, list) and all(isinstance(entry, Tensor) for entry in states)
+        for states in generators
+    ):
+        raise DamagedFileError(path, "states of generators that are no tensors")
+    epoch, steps = state["epoch"], state["steps"]
+    rows = history.steps
+    if len(rows) != epoch or steps != (rows[-1] if rows else 0):
+        raise DamagedFileError(path, f"epoch {epoch} and step {steps}, with a history of {len(rows)} epochs")
+    if number is not None and epoch != number:
+        raise DamagedFileError(path, f"the state of epoch {epoch}")
+    saved = {key: state[key] for key in ("seed", "optimizer", "scheduler", "best")}
+    return Saved(
+        path, content, epoch, steps, **saved, generators=generators, history=history, definition=definition
+    )
+
+
+def load_into(
+    saved: Saved,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    generators: Sequence[torch.Generator],
+    rank: int,
+) -> None:
+    """Load all of it, or change nothing. ValueError, naming the file, for what does not fit."""
+    _check_optimizer(saved, optimizer)
+    objects = [unwrap(model), optimizer, *([] if scheduler is None else [scheduler])]
+    before = [generator.get_state() for generator in generators]
+    try:
+        with all_or_nothing(*objects):
+            if saved.best is not None:
+                unwrap(model).load_state_dict(saved.best)
+            _load_optimizer(saved, optimizer)
+            if scheduler is not None:
+                _check_like(saved.path, "scheduler", saved.scheduler, scheduler.state_dict())
+                scheduler.load_state_dict(saved.scheduler or {})
+            for generator, state in zip(generators, saved.generators[rank], strict=True):
+                generator.set_state(state)
+            # Last: it has a way back of its own, for penalties too.
+            restore_model(model, saved.content, saved.path)
+    except Exception as error:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"{saved.path}: expected the state of this run, found another ({type(error).__name__}: {error})"
+        ) from error
+
+
+def keep_given(
+    optimizer: Optimizer, given: Sequence[dict[str, Any]], differences: Container[str], scheduled: bool
+) -> None:
+    """Hyperparameters that this run was given and the checkpoint's was not; rates under a scheduler stay its own."""
+    for index, (group, values) in enumerate(zip(optimizer.param_groups, given, strict=True)):
+        prefix = optimizer_prefix(optimizer, index)
+        for key, value in values.items():
+            if prefix + key in differences and not (key == "lr" and scheduled):
+                group[key] = value
+
+
+def copy_into(folder: Path, checkpoints: Sequence[Path]) -> None:
+    """Put the checkpoints of a run that goes on in another folder there too, but for those that are gone.
+
+    FileExistsError if another file has the name of one.
+    """
+    for path in checkpoints:
+        copied = folder / path.name
+        if not path.is_file():
+            continue
+        if os.path.lexists(copied):
+            if copied.is_file() and filecmp.cmp(path, copied, shallow=False):
+                continue
+            raise FileExistsError(
+                f"fit: run_dir: expected no other file at {copied}, which is to hold {path}"
+            )
+        try:
+            os.link(path.resolve(), copied)
+        except OSError:  # another file system, or one without hard links
+            write_atomically(copied, lambda file, path=path: file.write(path.read_bytes()))  # type: ignore[misc]
+
+
+def _check_optimizer(saved: Saved, optimizer: Optimizer) -> None:
+    """The parts of the optimiser's state that its ``load_state_dict`` takes as they come."""
+    content = saved.content["optimizer"]
+    groups = content.get("param_groups") if isinstance(content, dict) else None
+    if not isinstance(groups, list) or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
+        raise DamagedFileError(saved.path, "an optimizer without param_groups")
+    numbers = [number for group in groups for number in group["params"]]
+    if numbers != list(range(len(numbers))):
+        raise DamagedFileError(saved.path, "an optimizer whose parameters are not numbered")
+    found, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
+    if found != expected:
+        raise ValueError(
+            f"{saved.path}: expected this optimizer's state, groups of {expected} parameters, found {found}"
+        )
+    state = content.get("state")
+    if not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
+        raise DamagedFileError(saved.path, "an optimizer without a state for each parameter")
+    for group, now in zip(groups, optimizer.param_groups, strict=True):
+        if "lr" in now and not isinstance(group.get("lr"), (float, int, Tensor)):
+            raise DamagedFileError(saved.path, "an optimizer without a learning rate")
+        _check_like(saved.path, "optimizer", group, {k: v for k, v in now.items() if k != "params"})
+        kept: set[frozenset[str]] = set()
+        for key, parameter in zip(group["params"], now["params"], strict=True):
+            values = state.get(key, {})
+            for name, value in values.items():
+                shape = value.shape if isinstance(value, Tensor) else None
+                if name in _LIKE_PARAMETERS and value is not None and shape != parameter.shape:
+                    raise DamagedFileError(saved.path, f"optimizer state {name!r} of another shape")
+                if name == "step" and _kind(value) is not float:
+                    raise DamagedFileError(saved.path, "optimizer state 'step' that is no number")
+            kept.add(frozenset(values.keys() & {*_LIKE_PARAMETERS, "step"}) if values else frozenset())
+        # A parameter that has had no gradient has none.
+        if len(kept - {frozenset()}) > 1:
+            raise DamagedFileError(
+                saved.path, "an optimizer with other state for some parameters than for others"
+            )
+
+
+def _load_optimizer(saved: Saved, optimizer: Optimizer) -> None:
+    try:
+        optimizer.load_state_dict(saved.content["optimizer"])
+    except Exception as error:
+        raise ValueError(f"{saved.path}: expected this optimizer's state, found another ({error})") from error
+
+
+def _check_like(path: Path, name: str, found: Any, expected: Any) -> None:
+    """DamagedFileError where a number, text or list is not what this run has in its place."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in expected.keys() & found.keys():
+            _check_like(path, f"{name}.{key}", found[key], expected[key])
+    elif isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)):
+        for one, other in zip(found, expected, strict=False):
+            _check_like(path, name, one, other)
+    elif found is not None and expected is not None and _kind(found) is not _kind(expected):
+        raise DamagedFileError(path, f"{name}: {type(found).__name__} for {type(expected).__name__}")
+
+
+def _kind(value: Any) -> type:
+    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    if number:
+        return float
+    return tuple if isinstance(value, list) else type(value)

@@ -1,0 +1,186 @@
+"""Random decoders: chains of layers that fit each other, and forwards written by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+ACTIVATIONS: list[Callable[[], nn.Module]] = [
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU),
+    *(lambda: nn.GELU(approximate="tanh"), lambda: nn.LeakyReLU(0.3), lambda: nn.Softplus(2.0, 5.0)),
+    *(
+        nn.Mish,
+        nn.PReLU,
+        nn.CELU,
+        nn.Hardtanh,
+        nn.Softsign,
+        nn.LogSigmoid,
+        nn.Identity,
+        lambda: nn.Dropout(0.3),
+    ),
+]
+
+
+class Functional(nn.Module):
+    """Layers called from a forward, activations as functions."""
+
+    def __init__(self, size: int, out: int, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(size, 6), nn.Linear(6, out), function
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.second(self.function(self.first(h)))
+
+
+class Residual(nn.Module):
+    def __init__(self, size: int, gate: bool) -> None:
+        super().__init__()
+        self.inner, self.gate = nn.Linear(size, size), gate
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.sigmoid(self.inner(h)) if self.gate else h + torch.tanh(self.inner(h))
+
+
+class Joined(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(size, 2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([torch.tanh(self.inner(h)), h], 1)
+
+
+class Sequence(nn.Module):
+    """Rows of two through attention or a recurrent layer."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        make = rng.choice([nn.LSTM, nn.GRU, nn.RNN, None])
+        self.recurrent = make(2, 2, batch_first=True) if make else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        rows = h.unflatten(1, (-1, 2))
+        if self.recurrent is not None:
+            return self.recurrent(rows)[0].flatten(1)
+        return F.scaled_dot_product_attention(rows[:, None], rows[:, None], rows[:, None]).flatten(1)
+
+
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    F.relu,
+    torch.tanh,
+    F.silu,
+    lambda h: F.leaky_relu(h, 0.1),
+    lambda h: F.gelu(h, approximate="tanh"),
+    lambda h: F.softmax(h, -1),
+    lambda h: h.sin(),
+    lambda h: F.layer_norm(h, (6,)),
+]
+
+
+def _of_vectors(rng: random.Random, size: int) -> tuple[nn.Module, Shape]:
+    kind = rng.randrange(14)
+    out = rng.randint(1, 9)
+    if kind < 4:
+        return nn.Linear(size, out, bias=rng.random() < 0.8), (out,)
+    if kind < 7:
+        return rng.choice(ACTIVATIONS)(), (size,)
+    if kind == 7:
+        return rng.choice([nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])(size), (size,)
+    if kind == 8:
+        return Functional(size, out, rng.choice(FUNCTIONS)), (out,)
+    if kind == 9:
+        return Residual(size, rng.random() < 0.5), (size,)
+    if kind == 10:
+        return Joined(size), (size + 2,)
+    if kind == 11 and size % 2 == 0:
+        return (nn.GLU(), (size // 2,)) if rng.random() < 0.5 else (Sequence(rng), (size,))
+    if kind == 12:
+        return nn.utils.parametrizations.weight_norm(nn.Linear(size, out)), (out,)
+    c, h, w = rng.randint(1, 4), rng.randint(1, 4), rng.randint(1, 4)
+    return nn.Sequential(nn.Linear(size, c * h * w), nn.Unflatten(1, (c, h, w))), (c, h, w)
+
+
+def _of_images(rng: random.Random, shape: Shape) -> tuple[nn.Module, Shape]:
+    c, h, w = shape
+    kind = rng.randrange(12)
+    out, k, s = rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 2)
+    p = rng.randint(0, k // 2)
+    groups = rng.choice([g for g in range(1, c + 1) if c % g == 0])
+    if kind < 3 and min(h, w) + 2 * p >= k:
+        mode = rng.choice(["zeros"] * 4 + (["replicate", "circular"] if p <= min(h, w) else []))
+        layer = nn.Conv2d(c, out * groups, k, s, p, groups=groups, bias=rng.random() < 0.8, padding_mode=mode)
+        return layer, (out * groups, (h + 2 * p - k) // s + 1, (w + 2 * p - k) // s + 1)
+    if kind < 6:
+        extra = rng.randint(0, s - 1)
+        height, width = ((size - 1) * s - 2 * p + k + extra for size in (h, w))
+        if min(height, width) > 0:
+            return nn.ConvTranspose2d(c, out * groups, k, s, p, extra, groups), (out * groups, height, width)
+    if kind == 6:
+        return rng.choice([nn.BatchNorm2d(c), nn.GroupNorm(groups, c), nn.LayerNorm([c, h, w])]), shape
+    if kind == 7 and h * w > 1:
+        return nn.InstanceNorm2d(c, affine=rng.random() < 0.5), shape
+    if kind == 8 and min(h, w) > 1:
+        return rng.choice([nn.MaxPool2d, nn.AvgPool2d])(2), (c, h // 2, w // 2)
+    if kind == 9 and h * w < 30:
+        return nn.Upsample(scale_factor=2, mode=rng.choice(["nearest", "bilinear"])), (c, 2 * h, 2 * w)
+    if kind == 10:
+        return nn.Flatten(), (c * h * w,)
+    return rng.choice(ACTIVATIONS)(), shape
+
+
+def draw_module(rng: random.Random, latents: int) -> nn.Module:
+    """A decoder of up to eight layers and 60 outputs."""
+    shape: Shape = (latents,)
+    layers: list[nn.Module] = []
+    linear = None
+    for _ in range(rng.randint(1, 8)):
+        layer, new = _of_vectors(rng, *shape) if len(shape) == 1 else _of_images(rng, shape)
+        if linear is not None and shape == (linear.in_features,) and rng.random() < 0.2:
+            layer, new = linear, (linear.out_features,)
+        if torch.Size(new).numel() > 60:
+            break
+        if isinstance(layer, nn.Linear) and type(layer) is nn.Linear and shape == new:
+            linear = layer
+        layers.append(layer)
+        shape = new
+    if len(shape) > 1 and rng.random() < 0.7:
+        layers.append(nn.Flatten())
+    if not layers:
+        layers.append(nn.Linear(latents, 3))
+    module: nn.Module = nn.Sequential(*layers)
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+            elif name.endswith("running_mean"):
+                buffer.normal_(std=0.3)
+    return module
+
+
+def spoil(rng: random.Random, module: nn.Module, z: Tensor) -> Tensor:
+    """Make one thing illegal; returns z, or another that does not fit."""
+    kind = rng.randrange(6)
+    layers = [inner for inner in module.modules() if isinstance(inner, (nn.Linear, nn.Conv2d))]
+    if kind == 0:
+        return torch.randn(len(z), z.shape[1] + 1, dtype=z.dtype)
+    if kind == 1:
+        return z.to(torch.float32 if z.dtype == torch.float64 else torch.float64)
+    if kind == 2:
+        return z[0] if len(z) else z
+    if layers and not hasattr(rng.choice(layers), "parametrizations"):
+        layer = rng.choice(layers)
+        if hasattr(layer, "parametrizations"):
+            return z
+        if kind == 3:
+            layer.weight = nn.Parameter(torch.randn(layer.weight.shape[0], layer.weight.shape[1] + 1).to(z))
+        elif kind == 4 and layer.bias is not None:
+            layer.bias = nn.Parameter(torch.randn(layer.bias.shape[0] + 1).to(z))
+        else:
+            layer.weight = nn.Parameter(layer.weight.detach().half())
+    return z
