@@ -112,7 +112,7 @@ def _look_at(output: Any, decoder: Any, likelihood: Likelihood) -> None:
         ending = ending_of_module(decoder) if ending == "unknown" else ending
         if ending == "sigmoid":
             raise _contradiction(likelihood)
-        if ending == "affine":
+        if ending == "signed":
             settled.add(decoder)
             return
     low, high = torch.stack(output.detach().aminmax()).tolist()

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Ending", "SigmoidInputs", "ending_of_module", "ending_of_output"]
 
-Ending = Literal["sigmoid", "affine", "unknown"]
-"""What a network does last, reshaping aside: "affine" (a linear layer or convolution), which no probabilities leave."""
+Ending = Literal["sigmoid", "signed", "unknown"]
+"""What a network does last, reshaping aside: "signed" (linear layer, convolution, tanh) is for no probabilities."""
 
 # Functions and methods that hand on the values that they are given, by their names in torch.
 _MOVES = frozenset(
@@ -33,8 +33,10 @@ _MOVES = frozenset(
     )
 )
 _SIGMOIDS = frozenset(("sigmoid", "expit", "special_expit"))
-_AFFINE = frozenset(("linear", *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3))))
-_AFFINE_LAYERS = (
+_SIGNED = frozenset(
+    ("linear", "tanh", *(f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)))
+)
+_SIGNED_LAYERS = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -42,6 +44,7 @@ _AFFINE_LAYERS = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+    nn.Tanh,
 )
 _MOVING_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten)
 _MOVING_NODES = frozenset(
@@ -65,8 +68,9 @@ _MOVING_NODES = frozenset(
 )
 _ENDING_OF_NODE: dict[str, Ending] = {
     "SigmoidBackward0": "sigmoid",
-    "AddmmBackward0": "affine",
-    "ConvolutionBackward0": "affine",
+    "AddmmBackward0": "signed",
+    "ConvolutionBackward0": "signed",
+    "TanhBackward0": "signed",
 }
 
 
@@ -87,8 +91,8 @@ def ending_of_module(module: nn.Module) -> Ending:
         return ending_of_module(inner)
     if isinstance(module, nn.Sigmoid):
         return "sigmoid"
-    if isinstance(module, _AFFINE_LAYERS):
-        return "affine"
+    if isinstance(module, _SIGNED_LAYERS):
+        return "signed"
     if type(module).forward is nn.Sequential.forward:
         last = next((child for child in reversed(module._modules.values()) if not _moves(child)), None)
         return "unknown" if last is None else ending_of_module(last)
@@ -124,8 +128,8 @@ def _ending_of_graph(graph: Graph, module: nn.Module) -> Ending:
             name = str(getattr(node.target, "__name__", node.target))
             if name in _SIGMOIDS:
                 return "sigmoid"
-            if name in _AFFINE:
-                return "affine"
+            if name in _SIGNED:
+                return "signed"
             if name not in _MOVES:
                 return "unknown"
         node = node.args[0] if node.args else None

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import fastvae
 from fastvae import ops
 from fastvae.lowering import lower
-from fastvae.ood.copies import Adam, LoweredCopies, VmappedCopies
+from fastvae.ood.copies import Adam, LoweredCopies
+from fastvae.ood.differentiated import VmappedCopies
 
 raw: Any = torch.ops.fastvae
 below: Any = fastvae._C

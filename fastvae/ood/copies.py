@@ -119,10 +119,6 @@ def lower_encoder(encoder: nn.Module, shape: tuple[int, ...]) -> LoweredNetwork:
         kind, *words = layer.split()
         if kind == "conv_transpose2d" or (kind == "conv2d" and words[-1] != "1"):
             raise UnsupportedLayer(f"lower: a {kind} of this kind is not trained for each sample by kernels")
-        if kind == "batch_norm" and (words[0] == "-1") != (words[1] == "-1"):
-            raise UnsupportedLayer(
-                "lower: a batch_norm with only one of weight and bias is not trained by kernels"
-            )
         tensors = {"linear": 2, "conv2d": 2, "batch_norm": 2}.get(kind, 0)
         for word in words[:tensors]:
             if word == "-1":
