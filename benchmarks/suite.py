@@ -56,7 +56,8 @@ def run_timings(device: torch.device, options: argparse.Namespace) -> dict[str, 
             *(f"--benchmark-json={path}", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds"),
             *(f"--benchmark-max-time={options.seconds}", "--benchmark-min-rounds=3"),
         ]
-        done = subprocess.run(words, stdout=sys.stderr, check=False)
+        # In a folder without a fastvae: -m puts it first on the path, before a build that lies elsewhere.
+        done = subprocess.run(words, cwd=HERE, stdout=sys.stderr, check=False)
         if done.returncode:
             raise RuntimeError(f"suite: pytest ended with {done.returncode}; its messages are above")
         return json.loads(path.read_text(encoding="utf-8"))

@@ -35,10 +35,13 @@ def main() -> int:
     seconds = 60.0 if arguments.cases is None and arguments.seconds is None else arguments.seconds
     failed = False
     for name in fuzzer_names() if arguments.name == "all" else [arguments.name]:
-        said = time.monotonic()
+        said, told = time.monotonic(), 0
 
         def progress(report: Report, name: str = name) -> None:
-            nonlocal said
+            nonlocal said, told
+            for seed, reason in report.failures[told:]:
+                print(f"--- {name}: case {seed} failed\n{reason}", file=sys.stderr, flush=True)
+            told = len(report.failures)
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 print(

@@ -1,6 +1,6 @@
 // Transposed convolutions on a CPU by our own kernels, where ATen's run 2 to 25 times above their floor [measured]:
 // direct products over windows (kernels/cpu/direct_convolution.cpp), to one to three channels with a forward of their
-// own, and with dilation GEMM + fold / unfold (kernels/cpu/convolution.cpp).
+// own; with dilation, or a weight that no cache holds, GEMM + fold / unfold (kernels/cpu/convolution.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -71,7 +71,7 @@ ENCODERS: list[Any] = [
 
 def likelihood_of(text: str) -> Likelihood:
     """The likelihood that the C++ parser reads from a text; ValueError where there is none."""
-    kind, *numbers = text.split(" ")
+    kind, *numbers = text.split()
     if kind == "bernoulli":
         return Bernoulli()
     return Gaussian(float(numbers[0])) if kind == "gaussian" else Categorical(int(numbers[0]))

@@ -178,8 +178,9 @@ def _judge(entry: Entry, arguments: list[Any], changes: int) -> str:
         return "taken"
     given = list(tensors_in(arguments))
     if entry.name != "same_bits":  # to which tensors on two devices are simply not the same
-        assert not any(t.is_meta for t in given), "a tensor without numbers was taken"
-    if all(map(can_be_copied, given)):
+        meta = [t.is_meta for t in given]  # with nothing but such tensors it is a fake kernel that was called
+        assert not any(meta) or all(meta), "a tensor without numbers was taken"
+    if all(map(can_be_copied, given)) and not any(t.is_meta for t in given):
         again = entry.function(*mapped(arguments, dense))
         assert same(result, again), "a tensor's layout changes the result"
     return _compare_network(entry, arguments, result) or "taken"

@@ -59,7 +59,7 @@ CHANGES: list[Callable[[Tensor], Any]] = [
     lambda t: t.bool(),
     lambda t: t.to(torch.complex64),
     lambda t: t.to("meta"),
-    lambda t: t.to_sparse(),
+    lambda t: t.to_sparse() if t.numel() < 2**20 else None,
     lambda t: t.unsqueeze(0),
     lambda t: t.flatten(),
     lambda t: t[:0],
