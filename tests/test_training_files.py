@@ -525,3 +525,13 @@ def test_a_checkpoint_that_announces_more_than_it_holds(tmp_path: Path) -> None:
             archive.writestr(name, data.replace(b"K\x06t", b"K\xc8t") if name.endswith("data.pkl") else data)
     with pytest.raises(ValueError, match=r"more\.pt: expected a checkpoint.*a tensor of 800 bytes in 24"):
         load_checkpoint(make(), tmp_path / "more.pt")
+
+
+@pytest.mark.parametrize("column", [0.5, True, None, "steps"])
+def test_a_history_whose_steps_are_no_list_is_refused(tmp_path: Path, column: object) -> None:
+    path = tmp_path / "history.json"
+    History().save(path)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "steps": column}))
+    with pytest.raises(ValueError, match="steps"):
+        History.load(path)

@@ -98,8 +98,9 @@ class History:
             if not isinstance(column, list) or not all(_is(entry, *kinds) for entry in column):
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{name}: expected a list of {expected}")
-            if name != "checkpoints" and len(column) != len(values["steps"]):
-                raise ValueError(f"{name} has {len(column)} entries and steps {len(values['steps'])}")
+        for name in _COLUMNS:
+            if name != "checkpoints" and len(values[name]) != len(values["steps"]):
+                raise ValueError(f"{name} has {len(values[name])} entries and steps {len(values['steps'])}")
         best, stopped = values["best_epoch"], values["stopped"]
         if best is not None and not (_is(best, int) and 1 <= best <= len(values["steps"])):
             raise ValueError(f"best_epoch {best!r}")
