@@ -11,6 +11,7 @@
 #   make bench-flow  one thing in depth: flow, models, jacobian, consistency, log_likelihood, regret, tracin, scale
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
+#   make test-pytorch-ood   that build under pytorch-ood's loops, whose torchvision is built for CUDA
 #   make docs        the API reference, build/docs/index.html
 #   make wheel       dist/*.whl for the torch of .venv                     (with CUDA kernels, for that of .venv-cuda: wheel-cuda)
 #   make test-wheel  that wheel in a new environment: every public name, every page (CUDA's: test-wheel-cuda)
@@ -22,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 BENCHMARKS := $(addprefix bench-,flow models jacobian consistency log_likelihood regret tracin scale)
-.PHONY: demo test test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
+.PHONY: demo test test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -175,6 +176,9 @@ wheel: build/.extension
 	rm -rf build/lib.* dist/*torch$(basename $(TORCH)).cpu*.whl
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(PY) scripts/check_wheel.py dist/*torch$(basename $(TORCH)).cpu*.whl
+
+test-pytorch-ood: .venv-cuda/.torch-$(TORCH_CUDA)
+	PYTHON=$(CURDIR)/$(CUDA_PY) scripts/cuda_build.sh --pytorch-ood
 
 wheel-cuda: .venv-cuda/.torch-$(TORCH_CUDA)
 	rm -rf build/lib.* dist/*torch$(basename $(TORCH_CUDA)).cu*.whl

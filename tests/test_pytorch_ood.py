@@ -1,6 +1,6 @@
 """The outlier scores under pytorch-ood's users' loops, with the library itself.
 
-It imports torchvision, so it runs where torchvision fits torch: ``make cuda-build`` runs it in .venv-cuda. The
+It imports torchvision, so it runs where torchvision fits torch: ``make test-pytorch-ood`` runs it in .venv-cuda. The
 environment of ``make test`` has neither.
 """
 
@@ -20,7 +20,8 @@ from fastvae.metrics import ood_metrics
 from fastvae.ood import LikelihoodRatio, SelfInfluence
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("pytorch_ood") is None, reason="pytorch-ood is in .venv-cuda: make cuda-build"
+    importlib.util.find_spec("pytorch_ood") is None,
+    reason="pytorch-ood is in .venv-cuda: make test-pytorch-ood",
 )
 
 
