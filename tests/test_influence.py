@@ -640,17 +640,7 @@ def test_arguments_out_of_range() -> None:
 CAPTUM_SCRIPT = """
 import torch
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, TensorDataset
 LINE
 
 torch.manual_seed(0)

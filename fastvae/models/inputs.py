@@ -31,7 +31,9 @@ def half_dtype_of(module: nn.Module) -> torch.dtype | None:
 def explained(error: Exception, model: nn.Module, role: str, given: Tensor) -> Exception | None:
     """An error in place of a network's own that says what to do, or None."""
     name, text = type(model).__name__, str(error)
-    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
+    # An InstanceNorm over a single position says the same, in eval mode too, and no larger batch helps it.
+    coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
+    if isinstance(error, ValueError) and coupled and "more than 1 value per channel" in text:
         return ValueError(
             f"{name}: {role}: BatchNorm in training mode expects more than one value a channel, got a batch of "
             f"{given.shape[0]}; leave such a batch out (DataLoader(drop_last=True)), make batches larger or call "
