@@ -57,7 +57,12 @@ def run(tmp_path: Path) -> Run:
             (tools / tool).chmod(0o755)
         out = tmp_path / "out"
         environment = {
-            **{name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "PYTHONPATH")},
+            # A bare machine runs no pytest-xdist, whose variables would turn off the timings of pytest-benchmark.
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name not in ("CUDA_HOME", "PYTHONPATH") and not name.startswith("PYTEST_")
+            },
             "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
             **{"PYTHON": sys.executable, "OUT": str(out), "PREBUILT": str(carried), "STAGES": stages},
             **{"OMP_NUM_THREADS": "1", "WORKERS": "1", **variables},
