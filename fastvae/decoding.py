@@ -85,6 +85,13 @@ def natural_parameters(decoder: Callable[[Tensor], Tensor], z: Tensor, likelihoo
     return likelihood.params_of_output(output)
 
 
+def check_outputs(decoder: nn.Module, z: Tensor, likelihood: Likelihood) -> None:
+    """Raise once for a decoder whose first outputs cannot be what the likelihood takes them for; ValueError."""
+    if likelihood.of_logits and decoder not in _settled[likelihood.probs]:
+        with torch.inference_mode(False), torch.enable_grad():
+            natural_parameters(decoder, z[:2].detach().clone(), likelihood)
+
+
 def _is_compiled(decoder: object) -> bool:
     """Whether torch.compile has a hand in the decoder, which a mode would cut into pieces."""
     return isinstance(decoder, nn.Module) and any(

@@ -150,7 +150,8 @@ class _Force:
         return log_px, gradient - (point if self.create_graph else z)
 
 
-def _check_state(z: Tensor, rho: Tensor, alpha: Tensor) -> None:
+def check_state(z: Tensor, rho: Tensor, alpha: Tensor) -> None:
+    """Raise ValueError unless z and rho are codes [B, d] and alpha is [K]."""
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(
             f"hamiltonian_flow: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}"
@@ -268,7 +269,7 @@ def _flow(
     return_trajectory: bool,
     create_graph: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
-    _check_state(z, rho, alpha)
+    check_state(z, rho, alpha)
     eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
     force_at = _Force(decoder, x, likelihood, create_graph)
     with torch.set_grad_enabled(create_graph):
@@ -301,7 +302,7 @@ def hamiltonian_flow_2k(
     Same arguments, same result, differentiable; the baseline of the benchmarks.
     """
     like = resolve(likelihood)
-    _check_state(z, rho, alpha)
+    check_state(z, rho, alpha)
     eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
     force_at = _Force(decoder, x, like, create_graph=torch.is_grad_enabled())
     for k in range(len(alpha)):

@@ -94,10 +94,9 @@ def test_compile_of_an_unsupported_decoder_raises(device: torch.device) -> None:
         torch.compile(lambda z: jacobian_l1(decoder, z), fullgraph=True, backend="aot_eager")(z)
 
 
-def test_unsupported_decoder_warns_once_and_works(device: torch.device) -> None:
+def test_a_decoder_that_cannot_be_lowered_works(device: torch.device) -> None:
     decoder, z = on(*problem(Residual(3, 4)), device)
-    with pytest.warns(UserWarning, match=r"fastvae\.ops\.jacobian_l1.*cannot be lowered.*sin"):
-        value = jacobian_l1(decoder, z, output="sigmoid")
+    value = jacobian_l1(decoder, z, output="sigmoid")
     expected = oracle(decoder, z, output="sigmoid")
     assert_close(value, expected, FLOAT64)
     wanted = gradients(expected, decoder, z)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
+from fastvae.decoding import check_outputs
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.lowering.checks import check_is_module, check_uncoupled
 from fastvae.lowering.errors import NotADecoder
+from fastvae.network.cache import ReadNetwork, read_network
 
 
 def cast_under_autocast(name: str) -> None:
@@ -100,45 +102,52 @@ _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
 _warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
 
 
-def lower_or_warn(
-    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood | None = None
-) -> LoweredNetwork | None:
+def lower_or_read(
+    name: str,
+    decoder: nn.Module,
+    z: Tensor,
+    instead: str,
+    likelihood: Likelihood | None = None,
+    *,
+    read: bool = True,
+) -> LoweredNetwork | ReadNetwork | None:
     """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
-    None where they cannot be read, or where the likelihood has no kernel: ``fastvae.ops.<name>`` then runs PyTorch's
-    ``instead``, and a warning says so and why, once for a decoder or likelihood. While compiling it raises, and always
-    where autograd cannot take the decoder either. TypeError for a decoder in half precision whose codes are not,
-    outside of autocast.
+    Where there are no kernels for decoder or likelihood, the decoder read for the sweeps in PyTorch (unless ``read`` is
+    False). None where that is impossible, too: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning
+    says so and why, once for a decoder or likelihood. While compiling it raises instead, and always where autograd
+    cannot take the decoder either. TypeError for a decoder in half precision whose codes are not, outside of autocast.
     """
     if not torch.compiler.is_compiling():
         check_is_module(f"fastvae::{name}: decoder", decoder)
     strip = likelihood is not None and likelihood.probs
     without_kernel = likelihood is not None and not likelihood.has_kernel
-    if without_kernel:
+    if without_kernel and (not read or torch.compiler.is_compiling()):
         _warn_of_likelihood(name, type(likelihood), instead)
     try:
         network = lower(decoder, strip_sigmoid=strip, compare_at=z)
     except (CoupledSamples, NotADecoder):
         raise
     except UnsupportedLayer as error:
-        if without_kernel:
+        if without_kernel and not read:
             return None
         if torch.compiler.is_compiling():
             raise
         _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         check_uncoupled(decoder)
-        seen = _warned.setdefault(name, weakref.WeakSet())
-        if decoder not in seen:
-            seen.add(decoder)
-            warnings.warn(
-                f"fastvae.ops.{name}: this decoder cannot be lowered, so PyTorch's {instead} runs instead, "
-                f"slower. {error}",
-                UserWarning,
-                stacklevel=3,
+        found, reason = _read(decoder, z, likelihood) if read else (None, "")
+        if found is None:
+            _warn_of_decoder(
+                name,
+                decoder,
+                f"cannot be lowered, so PyTorch's {instead} runs instead, slower. {error}{reason}",
             )
-        return None
+        return found
     if without_kernel:
-        return None
+        found, _ = _read(decoder, z, likelihood) if read else (None, "")
+        if found is None and read:
+            _warn_of_likelihood(name, type(likelihood), instead)
+        return found
     _refuse_half(name, z, network.tensors)
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
@@ -146,6 +155,31 @@ def lower_or_warn(
             "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
     return network
+
+
+def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
+    seen = _warned.setdefault(name, weakref.WeakSet())
+    if decoder not in seen:
+        seen.add(decoder)
+        warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=4)
+
+
+def _read(decoder: nn.Module, z: Tensor, likelihood: Likelihood | None) -> tuple[ReadNetwork | None, str]:
+    """The decoder for the sweeps in PyTorch, or why there is none."""
+    tensors = [*decoder.parameters(), *decoder.buffers()]
+    if z.dim() < 2 or not len(z) or any(t.is_floating_point() and t.dtype != z.dtype for t in tensors):
+        return None, ""
+    strip = likelihood is not None and likelihood.probs
+    try:
+        with torch.inference_mode(False):
+            found = read_network(decoder, z, strip_sigmoid=strip)
+    except CoupledSamples:
+        raise
+    except UnsupportedLayer as error:
+        return None, f"; nor read as a graph: {error}"
+    if likelihood is not None:
+        check_outputs(decoder, z, likelihood)
+    return found, ""
 
 
 def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from fastvae import reference
 from fastvae._extension import raw
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.network.cache import ReadNetwork
+from fastvae.network.flow import hamiltonian_flow as sweep_flow
+from fastvae.network.heads import make_head
+from fastvae.network.sweeps import Inputs
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
@@ -22,7 +26,7 @@ from fastvae.ops._registration import (
     empty_gradients,
     float32_under_autocast,
     given,
-    lower_or_warn,
+    lower_or_read,
     refuse_forward_mode,
     refuse_function_transforms,
 )
@@ -122,7 +126,10 @@ def hamiltonian_flow(
     if alpha.dim() != 1:
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))
-    network = lower_or_warn("hamiltonian_flow", decoder, z, "autograd", like)
+    network = lower_or_read("hamiltonian_flow", decoder, z, "autograd", like)
+    if isinstance(network, ReadNetwork):
+        with torch.autocast(z.device.type, enabled=False):
+            return _flow_by_sweeps(network, z, rho, x, step_size, alpha, like, memory, return_trajectory)
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.hamiltonian_flow(
@@ -151,6 +158,36 @@ def hamiltonian_flow(
     if return_trajectory:
         return z_K, rho_K, log_px, Trajectory(z_steps.detach(), rho_steps.detach(), log_px_steps.detach())
     return z_K, rho_K, log_px
+
+
+def _flow_by_sweeps(
+    network: ReadNetwork,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float | Sequence[float],
+    alpha: Tensor,
+    likelihood: Likelihood,
+    memory: str,
+    return_trajectory: bool,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            z, rho, x, alpha = (t.clone() for t in (z, rho, x, alpha))
+            step_size = step_size.clone() if isinstance(step_size, Tensor) else step_size
+            return _flow_by_sweeps(
+                network, z, rho, x, step_size, alpha, likelihood, memory, return_trajectory
+            )
+    reference.check_state(z, rho, alpha)
+    steps = reference.expand_step_size(step_size, len(alpha), z.shape[1], z)
+    tensors = [tensor for tensor in network.tensors if tensor is not None]
+    refuse_forward_mode("hamiltonian_flow", z, rho, x, steps, alpha, *tensors)
+    kept = (len(alpha) + 1) * z.shape[0] * network.sweeps.kept_numbers * z.element_size()
+    store = memory == "store" or (memory == "auto" and kept <= STORE_LIMIT_BYTES)
+    inputs = Inputs(network.sweeps, z, network.tensors)
+    head = make_head(likelihood, x, z)
+    z_K, rho_K, log_px, *points = sweep_flow(network.sweeps, inputs, head, z, rho, steps, alpha, store)
+    return (z_K, rho_K, log_px, Trajectory(*points)) if return_trajectory else (z_K, rho_K, log_px)
 
 
 def observed_rows(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
+from fastvae.network.cache import ReadNetwork
+from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
@@ -17,7 +19,7 @@ from fastvae.ops._registration import (
     empty_gradients,
     float32_under_autocast,
     given,
-    lower_or_warn,
+    lower_or_read,
     refuse_forward_mode,
     refuse_function_transforms,
 )
@@ -66,20 +68,42 @@ def jacobian_l1(
         raise ValueError(f"fastvae::jacobian_l1: z: expected shape [B, d], got {list(z.shape)}")
     indices = resolve_latents(latents, z.shape[1])
     z = float32_under_autocast(z)
-    network = lower_or_warn("jacobian_l1", decoder, z, "autograd")
+    network = lower_or_read("jacobian_l1", decoder, z, "autograd")
+    if isinstance(network, ReadNetwork):
+        with torch.autocast(z.device.type, enabled=False):
+            return _jacobian_by_sweeps(network, z, reduction, output, indices, p)
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)
     spec = network.spec
     if output == "sigmoid":
-        if network.ends_in_sigmoid:
-            raise ValueError(
-                "fastvae::jacobian_l1: output: 'sigmoid' expects a decoder that returns logits, and this one ends in "
-                "a Sigmoid; pass output='identity', or take the Sigmoid off"
-            )
+        _refuse_sigmoid(network.ends_in_sigmoid)
         spec += ";sigmoid"
     refuse_forward_mode("jacobian_l1", z, *network.tensors)
     return torch.ops.fastvae.jacobian_l1(z, network.tensors, spec, indices, p, reduction)
+
+
+def _refuse_sigmoid(ends_in_sigmoid: bool) -> None:
+    if ends_in_sigmoid:
+        raise ValueError(
+            "fastvae::jacobian_l1: output: 'sigmoid' expects a decoder that returns logits, and this one ends in "
+            "a Sigmoid; pass output='identity', or take the Sigmoid off"
+        )
+
+
+def _jacobian_by_sweeps(
+    network: ReadNetwork, z: Tensor, reduction: str, output: str, latents: list[int], p: int
+) -> Tensor:
+    sweeps = network.sweeps
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return _jacobian_by_sweeps(network, z.clone(), reduction, output, latents, p)
+    refuse_forward_mode("jacobian_l1", z, *(tensor for tensor in network.tensors if tensor is not None))
+    if output == "sigmoid":
+        last = sweeps.program.last()
+        _refuse_sigmoid(last is not None and last.kind == "sigmoid")
+        sweeps = sweeps.followed_by_sigmoid()
+    return sweep_jacobian(sweeps, network.tensors, z, latents, p, reduction)
 
 
 @torch.library.register_fake("fastvae::jacobian_l1")

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.lowering import LoweredNetwork
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
     check_rank,
     check_tensors,
     float32_under_autocast,
-    lower_or_warn,
+    lower_or_read,
     refuse_forward_mode,
     refuse_function_transforms,
 )
@@ -54,8 +55,8 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
     if x.dim() == 0 or x.shape[0] != z.shape[1]:
         raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
     z = float32_under_autocast(z)
-    network = lower_or_warn("log_px", decoder, z, "own operators", like)
-    if network is None:
+    network = lower_or_read("log_px", decoder, z, "own operators", like, read=False)
+    if not isinstance(network, LoweredNetwork):
         with torch.no_grad():
             return reference.log_px(decoder, z, x, like)
     observed = like.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))

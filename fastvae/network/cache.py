@@ -1,0 +1,132 @@
+"""The program of every module that was read, kept as long as nothing that it depends on has changed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
+from fastvae.lowering.errors import ImpossibleLayer, UnsupportedLayer, join
+from fastvae.lowering.snapshot import Node, compile_program, visit
+from fastvae.network.program import Program
+from fastvae.network.reading import copy_with_modes, follow, read_program
+from fastvae.network.sweeps import Sweeps
+from fastvae.network.verification import verify_program
+
+
+class ReadNetwork(NamedTuple):
+    """A network that sweeps can take, with its current tensors by source (None: a source that is not used)."""
+
+    sweeps: Sweeps
+    tensors: list[Tensor | None]
+
+
+class _Known:
+    """A module's program, or why there is none, and the facts that it was read from."""
+
+    def __init__(self, module: nn.Module, z: Tensor) -> None:
+        # As text: a traceback would hold the module, and so keep its entry alive.
+        self.failure = ""
+        self.sweeps: dict[bool, Sweeps] = {}
+        program: Program | None = None
+        check_readable(module)
+        try:
+            for path, inner in named(module):
+                check_module(path, inner)
+            mine = copy_with_modes(module)
+            program = read_program(mine, z)
+            self.sweeps[False] = Sweeps(program)
+            verify_program(mine, self.sweeps[False], z)
+        except (UnsupportedLayer, ImpossibleLayer) as error:
+            self.failure = str(error)
+        wanted = set()
+        if program is not None:
+            wanted = {(program.sources[at - 1].path, program.sources[at - 1].name) for at in program.used}
+        root = Node("", module, wanted)
+        self.lines = compile_program(root)
+        self.names = [name for node in root.walk() for name in node.tensor_names()]
+
+    def stripped(self) -> Sweeps | None:
+        """The sweeps without the sigmoid that the network ends in; None if it does not."""
+        if True not in self.sweeps:
+            program = self.sweeps[False].program
+            last = program.last()
+            if last is None or last.kind != "sigmoid":
+                return None
+            self.sweeps[True] = self.sweeps[False].on(program.without(last))
+        return self.sweeps[True]
+
+    def tensors(self, module: nn.Module, found: Sequence[Tensor]) -> list[Tensor | None]:
+        """By source."""
+        by_name = dict(zip(self.names, found, strict=True))
+        program = self.sweeps[False].program
+        used = set(program.used)
+        tensors: list[Tensor | None] = []
+        for place, source in enumerate(program.sources, 1):
+            if place not in used:
+                tensors.append(None)
+            elif source.constant is not None:
+                tensors.append(source.constant)
+            elif source.steps:
+                tensors.append(follow(module, source.steps))
+            else:
+                tensors.append(by_name[join(source.path, source.name)])
+        return tensors
+
+
+_known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def read_network(module: nn.Module, z: Tensor, *, strip_sigmoid: bool = False) -> ReadNetwork:
+    """The sweeps of a module for codes like z, read at the first call and when it has changed.
+
+    Raises:
+        UnsupportedLayer: the module cannot be read, or what was read is not what it does; ``strip_sigmoid`` and it
+            does not end in a sigmoid.
+        CoupledSamples: BatchNorm or Dropout in training mode.
+    """
+    check_uncoupled(module)
+    key = (z.dtype, z.device, tuple(z.shape[1:]), torch.get_default_dtype())
+    found = _current(module, key)
+    if found is None:
+        with _lock:
+            found = _current(module, key)
+            if found is None:
+                fresh = _Known(module, z)
+                _known.setdefault(module, {})[key] = fresh
+                found = fresh, [] if fresh.failure else _visited(module, fresh)
+    known, tensors = found
+    if known.failure:
+        raise UnsupportedLayer(known.failure)
+    sweeps = known.stripped() if strip_sigmoid else known.sweeps[False]
+    if sweeps is None:
+        raise UnsupportedLayer("the module does not end in a sigmoid")
+    return ReadNetwork(sweeps, tensors)
+
+
+def _visited(module: nn.Module, known: _Known) -> list[Tensor | None]:
+    collected = visit(module, known.lines)
+    if collected is None:
+        raise UnsupportedLayer(f"the {type(module).__name__} changes when it is read")
+    return known.tensors(module, collected.found)
+
+
+def _current(module: nn.Module, key: Any) -> tuple[_Known, list[Tensor | None]] | None:
+    """What is remembered of a module, if it has not changed since, and its tensors."""
+    known = _known.get(module, {}).get(key)
+    if known is None:
+        return None
+    try:
+        collected = visit(module, known.lines)
+        if collected is None:
+            return None
+        return known, [] if known.failure else known.tensors(module, collected.found)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        # Something is gone, or does not compare with what is remembered: the module changed.
+        return None

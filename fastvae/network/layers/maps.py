@@ -1,0 +1,93 @@
+"""Linear maps of images without parameters: padding, upsampling, average pooling, pixel shuffles.
+
+Rows are independent. The reverse is PyTorch's own, of a graph of this one operation, which keeps sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Gradients, Layer, Point, Products, Values, folded, latents_of, layer_of, unfolded
+
+
+class MapLayer(Layer):
+    """See above."""
+
+    linear = True
+    keeps_inputs = keeps_output = False
+
+    def forward(self, point: Point) -> Tensor:
+        """y; the graph of a map of x's shape is made when it is first needed."""
+        x = point.values[self.x]
+        y = self.operation.call(point.values)
+        point.kept[self.index] = x.shape, y.shape, {}
+        return y
+
+    def _apply(self, point: Point, rows: Tensor) -> Tensor:
+        values = list(point.values)
+        values[self.x] = rows
+        # A fill that is not zero is no part of the derivative.
+        return self.operation.call(values)
+
+    def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
+        """The transposed map."""
+        if not grads.wants(self.x):
+            return
+        x, y, graphs = point.kept[self.index]
+        rank = len(y)
+        latents = None if dy.dim() == rank else dy.shape[0]
+        rows = dy if latents is None else dy.flatten(0, 1)
+        if len(rows) not in graphs:
+            leaf = rows.new_empty(len(rows), *x[1:]).requires_grad_()
+            with torch.enable_grad():
+                graphs[len(rows)] = leaf, self._apply(point, leaf)
+        leaf, output = graphs[len(rows)]
+        (found,) = torch.autograd.grad(output, leaf, rows, retain_graph=True)
+        grads.add(self.x, unfolded(found, latents))
+
+    def tangent(self, point: Point, dots: Values) -> Tensor:
+        """The map of xdot."""
+        rank, dot = len(point.kept[self.index][0]), dots[self.x]
+        return unfolded(self._apply(point, folded(dot, rank)), latents_of(dot, rank))
+
+
+@layer_of(
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle",
+)  # fmt: skip
+def image_map(operation: Any, active: Sequence[bool]) -> Layer | None:
+    """One active tensor, and numbers."""
+    tensors = [slot for slot in operation.slots if active[slot]]
+    return MapLayer(operation, active) if tensors == [operation.args[0].index] else None
+
+
+@layer_of("pad", "constant_pad_nd")
+def padding(operation: Any, active: Sequence[bool]) -> Layer | None:
+    """aten.pad(x, pads, mode="constant", value=None): of the rows' own dimensions."""
+    if tuple(slot for slot in operation.slots if active[slot]) != (operation.args[0].index,):
+        return None
+    return PadLayer(operation, active)
+
+
+class PadLayer(MapLayer):
+    """Padding; a fill other than zero vanishes from the tangent."""
+
+    def _apply(self, point: Point, rows: Tensor) -> Tensor:
+        _, pads, *rest = self.operation.arguments(point.values)
+        mode = rest[0] if rest and isinstance(rest[0], str) else "constant"
+        return torch.nn.functional.pad(rows, pads, mode)
+
+    def forward(self, point: Point) -> Tensor:
+        """y."""
+        pads = self.operation.arguments(point.values)[1]
+        if len(pads) > 2 * (point.values[self.x].dim() - 1):
+            raise NotImplementedError("padding of the batch")
+        return super().forward(point)

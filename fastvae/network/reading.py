@@ -1,0 +1,251 @@
+"""From a module to a program: its forward is run once by torch.export, on a private copy, and written down.
+
+So control flow, assertions, sizes and functional calls are settled facts. What export does not see is looked for:
+``no_grad`` and ``detach`` are kept as what they are, a user's ``autograd.Function`` and random numbers are refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fastvae._second_order import twice_differentiable
+from fastvae.lowering.errors import UnsupportedLayer
+from fastvae.lowering.tracing import READING
+from fastvae.network.program import Operation, Program, Slot, Source
+from fastvae.private import private_copy
+
+BATCH = 2
+"""Samples of the batch that is run: torch.export takes one sample for a size that never changes."""
+
+
+def copy_with_modes(module: nn.Module) -> nn.Module:
+    """A private copy in the module's own training modes."""
+    made = private_copy(module)
+    for mine, own in zip(made.modules(), module.modules(), strict=True):
+        mine.training = own.training
+    return made
+
+
+def read_program(module: nn.Module, z: Tensor) -> Program:
+    """The program of a copy of a module, which only this thread uses.
+
+    Args:
+        module: see :func:`copy_with_modes`.
+        z: one code [1 or more, ...]; its numbers do not matter.
+
+    Raises:
+        UnsupportedLayer: the forward cannot be run that way, or does what a program cannot say.
+    """
+    example = torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)
+    with READING, warnings.catch_warnings(), torch.autocast(z.device.type, enabled=False):
+        warnings.simplefilter("ignore")
+        _refuse_functions(module, example)
+        exported = _export(module, example)
+    return _program(exported, module)
+
+
+def _refuse_functions(module: nn.Module, example: Tensor) -> None:
+    """Refuse a user's autograd.Function, whose output torch.export sees but not its gradient."""
+    with torch.enable_grad():
+        try:
+            with twice_differentiable():
+                output = module(example.clone().requires_grad_())
+        except Exception as error:
+            raise UnsupportedLayer(
+                f"its forward raised {type(error).__name__}: {_first_line(error)}"
+            ) from error
+    if not isinstance(output, Tensor):
+        raise UnsupportedLayer(f"its forward returns a {type(output).__name__}, expected one tensor")
+    if output.dim() == 0 or len(output) != BATCH:
+        raise UnsupportedLayer(
+            f"of {BATCH} codes its forward makes {list(output.shape)}, expected a row for each"
+        )
+    for node in _graph(output):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise UnsupportedLayer(
+                f"it calls an autograd.Function ({type(node).__name__.removesuffix('Backward')})"
+            )
+
+
+def _graph(output: Tensor) -> Iterator[Any]:
+    stack: list[Any] = [output.grad_fn]
+    seen: set[Any] = {None}
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += [below for below, _ in node.next_functions]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _export(module: nn.Module, example: Tensor) -> Any:
+    from torch.export import Dim, export
+
+    failures = []
+    for batch in (Dim("batch"), Dim.AUTO):
+        try:
+            with torch.enable_grad(), twice_differentiable():
+                exported = export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+            _keep_no_grad(exported.graph_module)
+            return exported.run_decompositions({})
+        except Exception as error:
+            failures.append(error)
+    first = failures[0]
+    raise UnsupportedLayer(
+        f"torch.export cannot run its forward: {type(first).__name__}: {_first_line(first)}"
+    ) from first
+
+
+def _keep_no_grad(exported: GraphModule) -> None:
+    """What is computed under no_grad is written down as detached; the decompositions would forget it."""
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if (
+            node.op == "call_function"
+            and getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled"
+        ):
+            if node.args[0]:
+                continue
+            for result in list(node.users):
+                with graph.inserting_after(result):
+                    stopped = graph.call_function(torch.ops.aten.detach.default, (result,))
+                    stopped.meta = dict(result.meta)
+                result.replace_all_uses_with(stopped, lambda user, new=stopped: user is not new)
+    exported.recompile()
+
+
+def _program(exported: Any, module: nn.Module) -> Program:
+    signature = exported.graph_signature
+    constants = {**dict(exported.constants), **dict(exported.tensor_constants)}
+    held = _held_tensors(module)
+    graph_module, numbers = exported.graph_module, {}
+    by_name = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    codes = [node for node in placeholders if by_name[node.name].kind.name == "USER_INPUT"]
+    if len(codes) != 1:
+        raise UnsupportedLayer(f"its forward takes {len(codes)} inputs, expected one")
+    if any(spec.kind.name != "USER_OUTPUT" for spec in signature.output_specs):
+        raise UnsupportedLayer("its forward changes buffers of the module")
+    numbers[codes[0]] = 0
+    sources: list[Source] = []
+    operations: list[Operation] = []
+    for node in placeholders:
+        if node is codes[0]:
+            continue
+        spec = by_name[node.name]
+        kind = spec.kind.name
+        if kind in ("PARAMETER", "BUFFER"):
+            path, _, name = spec.target.rpartition(".")
+            source = Source(path, name)
+        elif kind == "CONSTANT_TENSOR" and isinstance(constants.get(spec.target), Tensor):
+            constant = constants[spec.target]
+            steps = held.get(_identity(constant), ())
+            source = Source("", spec.target, steps, None if steps else constant.detach())
+        else:
+            raise UnsupportedLayer(f"its forward reads a {kind.lower().replace('_', ' ')} ({spec.target})")
+        sources.append(source)
+        numbers[node] = len(sources)
+    output = None
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function":
+            index = 1 + len(sources) + len(operations)
+            operations.append(_operation(node, index, numbers))
+            numbers[node] = index
+        elif node.op == "output":
+            results = node.args[0]
+            if len(results) != 1 or results[0] not in numbers:
+                raise UnsupportedLayer("its forward returns more than one tensor")
+            output = numbers[results[0]]
+        elif node.op != "placeholder":
+            raise UnsupportedLayer(f"its forward uses {node.op} ({node.target})")
+    assert output is not None
+    return Program(sources, operations, output)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for tensors of the same memory, which torch.export wraps anew."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _held_tensors(module: nn.Module) -> dict[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    """The way from the module to tensors that it holds unregistered, such as those of modules in a plain list."""
+    found: dict[tuple[Any, ...], tuple[tuple[str, Any], ...]] = {}
+
+    def look(value: Any, steps: tuple[tuple[str, Any], ...], depth: int) -> None:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and value.numel():
+                found.setdefault(_identity(value), steps)
+        elif depth == 0:
+            return
+        elif isinstance(value, nn.Module):
+            stores = (vars(value), value._parameters, value._buffers, value._modules)
+            for name in dict.fromkeys(name for store in stores for name in store if not name.startswith("_")):
+                look(getattr(value, name), (*steps, ("attribute", name)), depth - 1)
+        elif isinstance(value, (list, tuple)):
+            for place, entry in enumerate(value):
+                look(entry, (*steps, ("item", place)), depth - 1)
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                look(entry, (*steps, ("item", key)), depth - 1)
+
+    look(module, (), 12)
+    return found
+
+
+def follow(module: nn.Module, steps: tuple[tuple[str, Any], ...]) -> Tensor:
+    """The tensor at the end of a source's steps."""
+    value: Any = module
+    for kind, key in steps:
+        value = getattr(value, key) if kind == "attribute" else value[key]
+    if not isinstance(value, Tensor):
+        raise TypeError
+    return value
+
+
+def _operation(node: Any, index: int, numbers: dict[Any, int]) -> Operation:
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        raise UnsupportedLayer(f"its forward uses control flow of torch ({target.__name__})")
+    if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and _drops_out(node):
+        raise UnsupportedLayer(f"its forward draws random numbers ({target})")
+    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in _schema(target)):
+        raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
+
+    def taken(tree: Any) -> Any:
+        if isinstance(tree, torch.fx.Node):
+            return Slot(numbers[tree])
+        if isinstance(tree, (list, tuple)):
+            return [taken(entry) for entry in tree]
+        if isinstance(tree, slice):
+            raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
+        return tree
+
+    return Operation(
+        index, node.name, target, taken(node.args), {key: taken(value) for key, value in node.kwargs.items()}
+    )
+
+
+def _drops_out(node: Any) -> bool:
+    """Whether an operation that may draw random numbers does: recurrent layers and attention without dropout do not."""
+    names = [argument.name for argument in _schema(node.target)]
+    values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    chances = [values.get(name, 0.0) for name in ("dropout", "dropout_p", "p") if name in names]
+    return values.get("train", True) is not False and (not chances or any(chance != 0 for chance in chances))
+
+
+def _schema(target: Any) -> list[Any]:
+    schema = getattr(target, "_schema", None)
+    return [] if schema is None else list(schema.arguments)
+
+
+__all__ = ["copy_with_modes", "follow", "read_program"]

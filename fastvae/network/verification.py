@@ -1,0 +1,154 @@
+"""Comparing a program with the module that it was read from, at first use.
+
+Compared are the output, a vector-Jacobian product to codes and parameters, and a second-order product by reverse over
+reverse: an output alone would not tell a straight-through estimator or a detached part.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvae._second_order import twice_differentiable
+from fastvae.lowering.errors import UnsupportedLayer
+from fastvae.network.layers import Products
+from fastvae.network.reading import follow
+from fastvae.network.sweeps import Inputs, Sweeps
+
+_ROWS = 3
+"""Not the batch at which the module was read."""
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+
+
+def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor) -> None:
+    """Compare, in float64 where the program allows it.
+
+    Args:
+        module: the copy that was read; it is changed.
+        sweeps: of its program.
+        z: some codes [1 or more, ...].
+
+    Raises:
+        UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
+    """
+    rows = (
+        z.detach()[torch.arange(_ROWS, device=z.device) % len(z)]
+        if len(z)
+        else z.new_zeros(_ROWS, *z.shape[1:])
+    )
+    noise = torch.empty(rows.shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0))
+    rows = rows + 0.1 * noise.to(rows)
+    error = None
+    try:
+        twin = copy.deepcopy(module).double()
+        error = _error(twin, sweeps, rows.double())
+    except UnsupportedLayer:
+        raise
+    except Exception:
+        # Something in it is of one dtype only.
+        error = None
+    if error is None:
+        try:
+            error = _error(module, sweeps, rows)
+        except UnsupportedLayer:
+            raise
+        except Exception as failure:
+            text = (str(failure).strip().splitlines() or [""])[0]
+            raise UnsupportedLayer(
+                f"what was read of it does not run: {type(failure).__name__}: {text}"
+            ) from failure
+    worst, what = error
+    if not worst <= 1:
+        raise UnsupportedLayer(f"the {what} of the network read from it is not its own")
+
+
+def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
+    """The largest difference in units of the tolerance, and of what."""
+    program = sweeps.program
+    tensors = [_tensor(module, source) for source in program.sources]
+    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad and tensor.is_leaf]
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=torch.float64).normal_(generator=generator).to(like)
+
+    with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        point = z.detach().requires_grad_()
+        with twice_differentiable():
+            own = module(point)
+        v, w, u = draw(own), draw(own), draw(z)
+        if not own.requires_grad:
+            raise UnsupportedLayer("its output has no gradient to z")
+        try:
+            (pulled,) = torch.autograd.grad(
+                own, point, v, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            total = (own * w).sum() + (pulled * u).sum()
+            wanted = torch.autograd.grad(total, [point, *leaves], allow_unused=True, materialize_grads=True)
+        except (RuntimeError, NotImplementedError) as failure:
+            text = (str(failure).strip().splitlines() or [""])[0]
+            raise UnsupportedLayer(f"it cannot be differentiated twice: {text}") from failure
+        inputs = Inputs(sweeps, z, tensors)
+    with torch.no_grad():
+        passive = inputs.detached()
+        sweeps.measure(passive, z)
+        at = sweeps.forward(passive, z, inputs.wanted)
+        output = sweeps.output(at)
+        if output.shape != own.shape:
+            return float("inf"), "output"
+        dz, cotangents = sweeps.reverse(at, v)
+        dots = sweeps.tangent(at, u)
+        found: dict[int, Tensor] = {}
+        products = Products(passive, found)
+        gradients = sweeps.adjoint(at, dots, cotangents, w, products)
+        of_z = gradients.pop(0, torch.zeros_like(z))
+        for index, gradient in gradients.items():
+            products.put(index, gradient)
+        products.finish()
+    of_leaves = _to_leaves(inputs, found, leaves)
+    pairs = [("output", output, own), ("gradient", torch.zeros_like(z) if dz is None else dz, pulled)]
+    pairs += [("second derivative", of_z, wanted[0])]
+    pairs += [("second derivative to parameters", a, b) for a, b in zip(of_leaves, wanted[1:], strict=True)]
+    scale = max(float(b.detach().abs().max()) for _, _, b in pairs if b.numel()) or 1.0
+    worst, what = 0.0, "output"
+    for name, mine, theirs in pairs:
+        if not mine.numel():
+            continue
+        size = max(float(theirs.detach().abs().max()), 1e-3 * scale)
+        error = float((mine - theirs).detach().abs().max()) / (size * _TOLERANCE[z.dtype])
+        # NaN is no agreement, unless the module itself has one: then nothing can be said.
+        if error != error and bool(torch.isfinite(theirs.detach()).all()):
+            return float("inf"), name
+        if error > worst:
+            worst, what = error, name
+    return worst, what
+
+
+def _tensor(module: nn.Module, source: Any) -> Tensor | None:
+    if source.constant is not None:
+        constant: Tensor = source.constant
+        is_wide = next((p.dtype == torch.float64 for p in module.parameters()), False)
+        return constant.double() if constant.dtype == torch.float32 and is_wide else constant
+    if source.steps:
+        return follow(module, source.steps)
+    owner = module.get_submodule(source.path)
+    return owner._parameters[source.name] if source.name in owner._parameters else owner._buffers[source.name]
+
+
+def _to_leaves(inputs: Inputs, found: dict[int, Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """From passive values, some computed of others, to the parameters."""
+    given = [(inputs.passive[index], gradient) for index, gradient in found.items()]
+    if not given or not leaves:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(
+        torch.autograd.grad(
+            [value for value, _ in given], leaves, [gradient for _, gradient in given], allow_unused=True,
+            materialize_grads=True,
+        )
+    )  # fmt: skip
+
+
+__all__ = ["verify_program"]
