@@ -33,7 +33,7 @@ from fastvae.training.history import History
 from fastvae.training.loaders import generators_of, length_of, samplers_of
 from fastvae.training.parallel import Team, unwrap
 from fastvae.training.randomness import modes_kept, seed_globals
-from fastvae.training.resuming import Saved, copy_into, keep_given, load_into, read_saved
+from fastvae.training.resuming import Saved, copy_into, load_into, read_saved
 from fastvae.training.step import NotFiniteError, Stepper
 
 __all__ = ["Run"]
@@ -325,9 +325,9 @@ class Run:
                 f"{path}: expected a run with {described(differences)}. Choose another run_dir for another run, "
                 'or on_difference="warn" to go on with this one as it is now'
             )
-        given = [dict(group) for group in self.optimizer.param_groups]
+        rank = self.team.rank
         try:
-            load_into(saved, self.model, self.optimizer, self.scheduler, generators, self.team.rank)
+            load_into(saved, self.model, self.optimizer, self.scheduler, generators, rank, differences)
         except DamagedFileError:
             raise
         except ValueError as error:
@@ -337,7 +337,6 @@ class Run:
             raise DamagedFileError(path, error) from error
         if differences:
             warnings.warn(f"fit: {path}: going on, but not with {described(differences)}", stacklevel=5)
-            keep_given(self.optimizer, given, differences, self.scheduler is not None)
         elif saved.definition is not None and self.definition is not None:
             settings = {**self.definition.settings, **saved.definition.settings}
             self.definition = Definition(saved.definition.parts, settings)
