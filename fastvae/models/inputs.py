@@ -31,13 +31,20 @@ def half_dtype_of(module: nn.Module) -> torch.dtype | None:
 def explained(error: Exception, model: nn.Module, role: str, given: Tensor) -> Exception | None:
     """An error in place of a network's own that says what to do, or None."""
     name, text = type(model).__name__, str(error)
-    # An InstanceNorm over a single position says the same, in eval mode too, and no larger batch helps it.
+    # GroupNorm says the same of one image whose groups are single values, in eval mode too.
     coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
-    if isinstance(error, ValueError) and coupled and "more than 1 value per channel" in text:
+    per_channel = isinstance(error, ValueError) and "more than 1 value per channel" in text
+    if per_channel and coupled:
         return ValueError(
             f"{name}: {role}: BatchNorm in training mode expects more than one value a channel, got a batch of "
             f"{given.shape[0]}; leave such a batch out (DataLoader(drop_last=True)), make batches larger or call "
             "model.eval()"
+        )
+    if per_channel or (isinstance(error, ValueError) and "more than 1 spatial element" in text):
+        kind = "GroupNorm" if per_channel else "InstanceNorm"
+        return ValueError(
+            f"{name}: {role}: {kind} expects more than one value to take the mean of, in eval mode too, and got one: a "
+            "single position of a single channel; leave the layer out there, or put it where images are larger"
         )
     if "(while checking arguments for embedding)" in text:
         return TypeError(
