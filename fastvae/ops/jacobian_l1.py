@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
+from fastvae.decoding import ends_in_sigmoid
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
@@ -68,18 +69,29 @@ def jacobian_l1(
     z = float32_under_autocast(z)
     network = lower_or_warn("jacobian_l1", decoder, z, "autograd")
     if network is None:
+
+        def looked_at(point: Tensor) -> Tensor:
+            y: Tensor = decoder(point)
+            if output == "sigmoid" and isinstance(y, Tensor) and ends_in_sigmoid(decoder, y):
+                raise _sigmoid_of_a_sigmoid()
+            return y
+
         with torch.autocast(z.device.type, enabled=False):
-            return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)
+            return reference.jacobian_l1(looked_at, z, reduction, output=output, latents=indices, p=p)
     spec = network.spec
     if output == "sigmoid":
         if network.ends_in_sigmoid:
-            raise ValueError(
-                "fastvae::jacobian_l1: output: 'sigmoid' expects a decoder that returns logits, and this one ends in "
-                "a Sigmoid; pass output='identity', or take the Sigmoid off"
-            )
+            raise _sigmoid_of_a_sigmoid()
         spec += ";sigmoid"
     refuse_forward_mode("jacobian_l1", z, *network.tensors)
     return torch.ops.fastvae.jacobian_l1(z, network.tensors, spec, indices, p, reduction)
+
+
+def _sigmoid_of_a_sigmoid() -> ValueError:
+    return ValueError(
+        "fastvae::jacobian_l1: output: 'sigmoid' expects a decoder that returns logits, and this one ends in a "
+        "Sigmoid; pass output='identity', or take the Sigmoid off"
+    )
 
 
 @torch.library.register_fake("fastvae::jacobian_l1")

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.models import DivergenceError
+from fastvae.modes import modes_kept
 from fastvae.training.archive import DamagedFileError
 from fastvae.training.checkpoints import save_checkpoint, step_penalties
 from fastvae.training.definition import (
@@ -32,7 +33,7 @@ from fastvae.training.definition import (
 from fastvae.training.history import History
 from fastvae.training.loaders import generators_of, length_of, samplers_of
 from fastvae.training.parallel import Team, unwrap
-from fastvae.training.randomness import modes_kept, seed_globals
+from fastvae.training.randomness import seed_globals
 from fastvae.training.resuming import Saved, copy_into, load_into, read_saved
 from fastvae.training.step import NotFiniteError, Stepper
 
