@@ -94,6 +94,38 @@ def test_what_schedulers_change_is_no_damage(
     assert not [warning for warning in recwarn if "going back" in str(warning.message)]
 
 
+class Own(torch.optim.Optimizer):
+    """Keeps what it likes: state of no parameter, hyperparameters that become None or appear later."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01, "warm": 1.0, "waiting": False})
+        self.state["all"] = {"steps": 0}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["all"]["steps"] += 1
+        for values in self.param_groups:
+            values.update(warm=None, waiting=self.state["all"]["steps"], later="text")
+            for parameter in values["params"]:
+                rate = values["lr"] / self.state["all"]["steps"]
+                parameter.sub_(rate * parameter.grad)
+
+
+class OwnAdam(OPTIM.Adam):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Own, OwnAdam])
+def test_an_optimizer_of_ones_own_goes_on_from_whatever_it_keeps(
+    tmp_path: Path, kind: Make, recwarn: Any
+) -> None:
+    whole, end = run(tmp_path / "whole", 3, optimizer=kind)
+    run(tmp_path / "parts", 2, optimizer=kind)
+    parts, same_end = run(tmp_path / "parts", 3, seed=1, optimizer=kind)
+    assert parts.trained_epochs == 1 and parts.train_loss == whole.train_loss and torch.equal(end, same_end)
+    assert not [warning for warning in recwarn if "going back" in str(warning.message)]
+
+
 def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = torch.load(path, weights_only=True)
     change(content)

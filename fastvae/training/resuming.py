@@ -135,8 +135,10 @@ def load_into(
             if saved.best is not None:
                 unwrap(model).load_state_dict(saved.best)
             _load_optimizer(saved, optimizer)
+            loose = not from_torch(optimizer)
             for group, given in zip(optimizer.param_groups, groups, strict=True):
-                _check_like(saved.path, "optimizer", group, {k: v for k, v in given.items() if k != "params"})
+                own = {name: value for name, value in given.items() if name != "params"}
+                _check_like(saved.path, "optimizer", group, own, nothing=loose, flags=loose)
             _keep_given(optimizer, groups, differences, scheduler is not None)
             state = saved.content["optimizer"]["state"]
             check_loaded_state(saved.path, optimizer, state, groups, kept, saved.steps > 0)
@@ -254,7 +256,7 @@ def _check_scheduler(saved: Saved, scheduler: LRScheduler) -> None:
     own, found = scheduler.state_dict(), saved.scheduler or {}
     if missing := sorted(own.keys() & STATE_OF_SCHEDULERS - found.keys()):
         raise DamagedFileError(saved.path, f"a scheduler without {missing[0]}")
-    # A scheduler of somebody else's may set to None what was a number.
+    # One of somebody else's may set to None what was a number.
     strict = type(scheduler).__module__ == LRScheduler.__module__
     _check_like(saved.path, "scheduler", found, own, nothing=not strict, flags=True)
 
