@@ -152,10 +152,11 @@ def careful_score(model: VAE, x: Tensor, case: Case) -> Tensor:
 def vmapped_steps(detector: LikelihoodRegret, x: Tensor) -> Tensor:
     """Mean and log variance of each image's own posterior, [B, 2 d]."""
     copies = VmappedCopies(detector.model, x, detector.adam)
-    objective = PosteriorObjective(detector.model, x)
     with torch.no_grad():
         output = copies.forward()
-        noise = SampleNoise(keys_of(x), 0)(0, detector.num_steps, output.chunk(2, 1)[0])
+        mu = output.chunk(2, 1)[0]
+        objective = PosteriorObjective(detector.model, x, mu)
+        noise = SampleNoise(keys_of(x), 0)(0, detector.num_steps, mu)
         for step in range(detector.num_steps):
             copies.update(objective(output, noise[:, step])[1])
             output = copies.forward()

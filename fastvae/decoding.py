@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastvae.modes import modes_kept
 from fastvae.sigmoids import SigmoidInputs, ending_of_module, ending_of_output
 
 if TYPE_CHECKING:
     from fastvae.likelihoods import Likelihood
     from fastvae.lowering import LoweredNetwork
 
-__all__ = ["check_decoder", "natural_parameters", "transformed"]
+__all__ = ["check_decoder", "ends_in_sigmoid", "natural_parameters", "transformed"]
 
 # As much as rounding puts a probability beyond 0 or 1.
 _SLACK = 1e-3
@@ -26,6 +28,9 @@ _settled: tuple[weakref.WeakSet[nn.Module], weakref.WeakSet[nn.Module]] = (
     weakref.WeakSet(),
     weakref.WeakSet(),
 )
+
+# Decoders whose layers do not end in a Sigmoid, as far as they tell.
+_without_sigmoid: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> LoweredNetwork | None:
@@ -37,16 +42,12 @@ def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> LoweredNetwork 
     """
     from fastvae.lowering import UnsupportedLayer, lower
 
-    modes = [(module, module.training) for module in decoder.modules()]
-    try:
-        for module, _ in modes:
+    network = None
+    with modes_kept(decoder), contextlib.suppress(UnsupportedLayer):
+        # Not eval(), which a user's module may have a version of its own of.
+        for module in decoder.modules():
             module.training = False
         network = lower(decoder)
-    except UnsupportedLayer:
-        network = None
-    finally:
-        for module, training in modes:
-            module.training = training
     if not likelihood.of_logits:
         return network
     if network is None:
@@ -98,6 +99,16 @@ def _is_compiled(decoder: object) -> bool:
         "_orig_mod" in module._modules or module._compiled_call_impl is not None
         for module in decoder.modules()
     )
+
+
+def ends_in_sigmoid(decoder: nn.Module, output: Tensor) -> bool:
+    """Whether a decoder that is not lowered computed this output by a sigmoid; its layers are looked through once."""
+    ending = ending_of_output(output)
+    if ending == "unknown" and decoder not in _without_sigmoid:
+        ending = ending_of_module(decoder)
+        if ending != "sigmoid":
+            _without_sigmoid.add(decoder)
+    return ending == "sigmoid"
 
 
 def transformed() -> bool:

@@ -110,6 +110,41 @@ def test_a_batch_of_one_with_batch_norm_says_what_to_do(role: str) -> None:
     fit(model, DataLoader(TensorDataset(data(5)), batch_size=4, drop_last=True), epochs=1, progress=False)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 2), nn.InstanceNorm1d(2, affine=True)], ids=["group", "instance"]
+)
+def test_a_norm_of_a_single_value_says_what_to_do(norm: nn.Module, role: str, mode: str) -> None:
+    """PyTorch speaks of training, whatever the mode."""
+    single = nn.Sequential(nn.Linear(PIXELS if role == "encoder" else DIM, 2), nn.Unflatten(1, (2, 1)), norm)
+    single.extend([nn.Flatten(), nn.Linear(2, 2 * DIM if role == "encoder" else PIXELS)])
+    networks = {"encoder": mlp(PIXELS, 2 * DIM), "decoder": mlp(DIM, PIXELS), role: single}
+    model = VAE(networks["encoder"], networks["decoder"]).train(mode == "train")
+    kind = "GroupNorm" if isinstance(norm, nn.GroupNorm) else "InstanceNorm"
+    with pytest.raises(ValueError) as caught:
+        model(data(1))
+    assert str(caught.value) == (
+        f"VAE: {role}: {kind} expects more than one value to take the mean of, in eval mode too, and got one: a single "
+        "position of a single channel; leave the layer out there, or put it where images are larger"
+    )
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_batch_norm_or_a_norm_of_a_single_value(mode: str) -> None:
+    """Both are there: the error is of the one that PyTorch refused."""
+    layers = [
+        nn.Linear(PIXELS, 2),
+        nn.BatchNorm1d(2),
+        nn.Unflatten(1, (2, 1)),
+        nn.GroupNorm(2, 2),
+        nn.Flatten(),
+    ]
+    model = VAE(nn.Sequential(*layers, nn.Linear(2, 2 * DIM)), mlp(DIM, PIXELS)).train(mode == "train")
+    with pytest.raises(ValueError, match="BatchNorm in training" if mode == "train" else "GroupNorm expects"):
+        model(data(1))
+
+
 # ---- fit's loader ----
 
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,11 @@ from decoders import DECODERS
 from torch import Tensor, nn
 
 from fastvae import ops
+from fastvae.influence import TracIn
 from fastvae.lowering import UnsupportedLayer, explain, lower, verify
+from fastvae.models import HVAE, VAE
+from fastvae.models.base import BaseVAE
+from fastvae.ood import LikelihoodRegret
 
 CONFIG = {"slope": 0.2}
 
@@ -252,3 +256,48 @@ def test_not_a_module_gets_a_hint() -> None:
             lower(wrong)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"verify: module must be an nn\.Module, " + hint):
             verify(wrong, z)  # type: ignore[arg-type]
+
+
+class Misread(nn.Module):
+    """Of slope 0.9, but for whoever reads it with a stand-in."""
+
+    def __init__(self, inputs: int, outputs: int, honest: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.honest = nn.Linear(inputs, 6), nn.Linear(6, outputs), honest
+
+    def forward(self, z: Tensor) -> Tensor:
+        slope = 0.9 if self.honest or type(z) is Tensor else 0.2
+        return self.second(F.leaky_relu(self.first(z), slope))
+
+
+def misread_model(kind: type[BaseVAE], part: str, honest: bool) -> tuple[BaseVAE, Tensor]:
+    """Its encoder or decoder is misread, unless ``honest``."""
+    torch.manual_seed(0)
+    model = kind(Misread(5, 6, honest or part != "encoder"), Misread(3, 5, honest or part != "decoder"))
+    return model.double().eval(), torch.rand(4, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", [VAE, HVAE])
+@pytest.mark.filterwarnings("ignore:.*slower:UserWarning", "ignore:.*cannot be lowered:UserWarning")
+def test_influence_notices_a_misread_network(kind: type[BaseVAE], part: str) -> None:
+    # The flow's own parameters are covered where its decoder is lowered.
+    uncovered = "materialise" if kind is HVAE and part == "decoder" else "error"
+    found, expected = (
+        TracIn(model, x, None, seed=3, uncovered=uncovered).influence(x[:2])
+        for model, x in (misread_model(kind, part, honest) for honest in (False, True))
+    )
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("target", ["encoder", "posterior"])
+@pytest.mark.filterwarnings("ignore:.*slower:UserWarning", "ignore:.*cannot be lowered:UserWarning")
+def test_likelihood_regret_notices_a_misread_network(target: Any, part: str) -> None:
+    found, expected = (
+        LikelihoodRegret(model, num_steps=5, lr=1e-2, target=target).refit(x)
+        for model, x in (misread_model(VAE, part, honest) for honest in (False, True))
+    )
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.mu, expected.mu, rtol=1e-9, atol=1e-12)

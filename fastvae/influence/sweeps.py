@@ -73,16 +73,16 @@ def calls_of_vae(
         return None
     if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
         return None
+    like, of_decoder = model.likelihood, _lowered(model)
+    rows = like.as_float(x, of_decoder.tensors[0].dtype).flatten(1)
     try:
-        of_encoder = encoder.lower()
+        of_encoder = encoder.lower(compare_at=rows)
     except (UnsupportedLayer, ValueError):
         return None
-    like, of_decoder = model.likelihood, _lowered(model)
     if model.check_finite:
         like.check(x)
     if model.latent_dim is None:
         model.encode(x[:1])
-    rows = like.as_float(x, of_decoder.tensors[0].dtype).flatten(1)
     encoder_stages, decoder_stages = raw.vae_factors(
         rows,
         noise_of(model.latent_dim).to(rows),
@@ -119,7 +119,11 @@ def flow_parameters(model: Any) -> list[str]:
 
 
 def _lowered(model: BaseVAE) -> LoweredNetwork:
-    return lower(model.decoder, strip_sigmoid=model.likelihood.probs)
+    """Compared with the decoder at codes of the prior: whether it is swept is asked before there are others."""
+    like, codes = next(model.decoder.parameters(), None), None
+    if like is not None and model.latent_dim is not None:
+        codes = torch.randn(2, model.latent_dim, generator=torch.Generator().manual_seed(0)).to(like)
+    return lower(model.decoder, strip_sigmoid=model.likelihood.probs, compare_at=codes)
 
 
 @dataclass

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvae._distribution import to_mend
 from fastvae._extension import raw
 from fastvae.arguments import expect_numbers
 from fastvae.influence.audit import AUDITED
-from fastvae.influence.batches import check_order, count_of, tiles_of
+from fastvae.influence.batches import check_order, count_of, tiles_of, with_bar
 from fastvae.influence.cache import FactorCache, fingerprint
 from fastvae.influence.coverage import Coverage
 from fastvae.influence.engine import Engine
 from fastvae.influence.evaluation import Batch, Evaluation
-from fastvae.influence.factors import Factors, concatenate, dot, self_dot
+from fastvae.influence.factors import Factors, concatenate, dot
+from fastvae.influence.scores import InfluenceWithError, self_scores
 from fastvae.influence.sharding import Share
 from fastvae.influence.snapshots import Snapshot, Snapshots
 from fastvae.influence.topk import KMostInfluentialResults, TopK
@@ -42,15 +42,6 @@ with a few more, too."""
 
 _QUERY_BYTES = 2**29
 """Factors of queries held at once; beyond that the training set is gone through again for the rest."""
-
-
-class InfluenceWithError(NamedTuple):
-    """Influence scores, and how far off the finite number of draws may have put them."""
-
-    influence_scores: Tensor
-    """[n_test, n_train]"""
-    standard_errors: Tensor
-    """[n_test, n_train], of the scores as means over draws"""
 
 
 class TracIn:
@@ -241,7 +232,9 @@ class TracIn:
             routes = self._engine.routes(_FEW, None)
             parts = []
             for first, batch in self._tiles(routes, show_progress, inputs):
-                parts.append((first, self._self_scores(evaluation, batch, unbiased)[None]))
+                parts.append(
+                    (first, self_scores(self._snapshots, self._engine, evaluation, batch, unbiased)[None])
+                )
             return self._share.assembled(parts, 1, self._count(inputs))[0]
 
     def forget_checkpoints(self) -> None:
@@ -299,7 +292,7 @@ class TracIn:
         tile = self._tile(evaluation, routes)
         tiles: Iterable[Batch] = tiles_of(data, tile, self.batch_size, evaluation.loss_fn is not None)
         if show_progress:
-            tiles = _with_bar(tiles, -(-count_of(data) // tile))
+            tiles = with_bar(tiles, -(-count_of(data) // tile))
         first = 0
         for index, batch in enumerate(tiles):
             if self._share.is_mine(index):
@@ -383,25 +376,6 @@ class TracIn:
             return torch.stack(found).sum(0)
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def _self_scores(self, evaluation: Evaluation, batch: Batch, unbiased: bool) -> Tensor:
-        """[n] weighted squared norms."""
-        total = torch.zeros(len(batch[0]))
-        for index in range(len(self._snapshots)):
-            weight = self._snapshots.enter(index)
-            routes = self._engine.routes(len(batch[0]), None)
-            score = self_dot(self._engine.factors(evaluation, batch, routes))
-            if unbiased:
-                draws = evaluation.draws_of(batch)
-                if draws < 2:
-                    raise ValueError(
-                        "TracIn: self_influence: unbiased=True expects a model that draws noise and num_samples "
-                        "of at least 2"
-                    )
-                each = self_dot(self._engine.factors(evaluation, batch, routes, fold=False))
-                score = (draws**2 * score - each.view(-1, draws).sum(1)) / (draws * (draws - 1))
-            total = total + weight * score.cpu()
-        return total
-
     def _with_variance(self, queries: Batch, batch: Batch, draws: int) -> tuple[Tensor, Tensor]:
         """Scores [M, n] and their sampling variance."""
         routes = self._routes(queries)
@@ -419,11 +393,3 @@ class TracIn:
             by_sample = by_sample + weight * dot(mean_q, each_t).view(len(queries[0]), -1, draws)
         assert isinstance(by_query, Tensor) and isinstance(by_sample, Tensor)
         return by_query.mean(1).cpu(), (by_query.var(1) / draws + by_sample.var(2) / draws).cpu()
-
-
-def _with_bar(tiles: Iterable[Batch], total: int) -> Iterable[Batch]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(f"TracIn: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}") from error
-    return tqdm(tiles, total=total, desc="TracIn", unit="tile")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import LoweredNetwork, lower
 
@@ -24,7 +24,11 @@ class RowsModule:
         self._module = module if len(shape) == 1 else nn.Sequential(nn.Unflatten(1, tuple(shape)), module)
         self._prefix = "" if len(shape) == 1 else "1."
 
-    def lower(self) -> LoweredNetwork:
-        """See :func:`fastvae.lowering.lower`; the names are those in the module itself."""
-        network = lower(self._module)
+    def lower(self, compare_at: Tensor | None = None) -> LoweredNetwork:
+        """See :func:`fastvae.lowering.lower`; the names are those in the module itself.
+
+        Args:
+            compare_at: flat rows, of which the first two are compared at.
+        """
+        network = lower(self._module, compare_at=compare_at)
         return network._replace(names=tuple(name.removeprefix(self._prefix) for name in network.names))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,7 +15,8 @@ from fastvae.arguments import expect_numbers
 from fastvae.decoding import check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import LoweredNetwork
-from fastvae.models.inputs import check_is_tensor, explained, half_dtype_of, split_posterior
+from fastvae.models.evidence import importance_sampled
+from fastvae.models.inputs import capturing, check_is_tensor, explained, half_dtype_of, split_posterior
 from fastvae.models.steps import Penalty, TrainingStep
 from fastvae.models.terms import note_penalty, note_step
 from fastvae.private import twin_of
@@ -232,12 +232,7 @@ class BaseVAE(nn.Module, ABC):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
         check_is_tensor(self, x)
-        if (
-            self.check_finite
-            and not torch.compiler.is_compiling()
-            and not _capturing(x)
-            and not transformed()
-        ):
+        if self.check_finite and not torch.compiler.is_compiling() and not capturing(x) and not transformed():
             self.likelihood.check(x)
         parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
@@ -320,40 +315,7 @@ class BaseVAE(nn.Module, ABC):
             ValueError: num_samples or chunk_size below 1, or a posterior of another shape.
             TypeError: num_samples or chunk_size that is not a number; an x that is not a tensor.
         """
-        expect_numbers("log_likelihood", num_samples=num_samples, chunk_size=chunk_size)
-        check_is_tensor(self, x)
-        if num_samples < 1:
-            raise ValueError(f"log_likelihood: num_samples: expected at least 1, got {num_samples}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"log_likelihood: chunk_size: expected at least 1, got {chunk_size}")
-        mu, logvar = self.encode(x) if posterior is None else posterior
-        batch = mu.shape[0]
-        if mu.shape != logvar.shape or batch != len(x):
-            raise ValueError(
-                f"log_likelihood: posterior: expected mean and log variance of {len(x)} samples, "
-                f"got {list(mu.shape)} and {list(logvar.shape)}"
-            )
-        if batch == 0:
-            return mu.new_zeros(0)
-        rows = chunk_size if chunk_size is not None else self._codes_at_once(x, mu)
-        total = mu.new_full((batch,), -math.inf)
-        done = 0
-        while done < num_samples:
-            count = max(1, min(rows // batch, num_samples - done))
-            if noise is None:
-                drawn = torch.stack(
-                    [self.draw_noise(mu, generator, self.weight_draws) for _ in range(count)], 1
-                )
-            else:
-                drawn = noise(done, count, mu)
-            for start in range(0, batch, rows):
-                part = slice(start, start + rows)
-                weights = self.log_weights(x[part], mu[part], logvar[part], drawn[:, :, part])
-                total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
-            done += count
-        found = total - math.log(num_samples)
-        self._warn_of_nan(found)
-        return found
+        return importance_sampled(self, x, num_samples, chunk_size, generator, noise, posterior)
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -409,18 +371,6 @@ class BaseVAE(nn.Module, ABC):
             expect_numbers(type(self).__name__, beta=beta)
         return self.beta if beta is None else beta
 
-    def _warn_of_nan(self, log_px: Tensor) -> None:
-        if torch.compiler.is_compiling() or _capturing(log_px) or transformed():
-            return
-        bad = int(torch.isnan(log_px).sum())
-        if bad:
-            warnings.warn(
-                f"{type(self).__name__}: log_likelihood: NaN for {bad} of {len(log_px)} samples: x, the encoder's or "
-                "the decoder's outputs (their weights?) are not finite",
-                RuntimeWarning,
-                stacklevel=4,  # torch.no_grad stands in between
-            )
-
 
 def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) -> _Model:
     """A twin of the model whose ``encode`` of this very x is known; of anything else it is the model's own."""
@@ -429,10 +379,6 @@ def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) ->
         return encoded if other is x else model.encode(other)
 
     return twin_of(model, encode=encode)
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _latent_dim_of(network: LoweredNetwork | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
+__all__ = ["capturing", "check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
 
 
 def check_is_tensor(owner: object, x: object) -> None:
@@ -22,6 +22,11 @@ def check_is_tensor(owner: object, x: object) -> None:
     raise TypeError(f"{name}: x: expected a tensor [B, ...], got {kind}; to mend it: {remedy}")
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether x is recorded into a CUDA graph, so that no value can be looked at."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def half_dtype_of(module: nn.Module) -> torch.dtype | None:
     """bfloat16 or float16, where the module's first floating parameter is of it."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -31,13 +36,20 @@ def half_dtype_of(module: nn.Module) -> torch.dtype | None:
 def explained(error: Exception, model: nn.Module, role: str, given: Tensor) -> Exception | None:
     """An error in place of a network's own that says what to do, or None."""
     name, text = type(model).__name__, str(error)
-    # An InstanceNorm over a single position says the same, in eval mode too, and no larger batch helps it.
+    # GroupNorm says the same of one image whose groups are single values, in eval mode too.
     coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
-    if isinstance(error, ValueError) and coupled and "more than 1 value per channel" in text:
+    per_channel = isinstance(error, ValueError) and "more than 1 value per channel" in text
+    if per_channel and coupled:
         return ValueError(
             f"{name}: {role}: BatchNorm in training mode expects more than one value a channel, got a batch of "
             f"{given.shape[0]}; leave such a batch out (DataLoader(drop_last=True)), make batches larger or call "
             "model.eval()"
+        )
+    if per_channel or (isinstance(error, ValueError) and "more than 1 spatial element" in text):
+        kind = "GroupNorm" if per_channel else "InstanceNorm"
+        return ValueError(
+            f"{name}: {role}: {kind} expects more than one value to take the mean of, in eval mode too, and got one: a "
+            "single position of a single channel; leave the layer out there, or put it where images are larger"
         )
     if "(while checking arguments for embedding)" in text:
         return TypeError(

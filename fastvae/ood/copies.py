@@ -64,10 +64,10 @@ class LoweredCopies(Copies):
     def __init__(self, model: BaseVAE, x: Tensor, adam: Adam, num_steps: int) -> None:
         if type(model).encode is not BaseVAE.encode or type(model)._split is not BaseVAE._split:
             raise UnsupportedLayer(f"lower: {type(model).__name__} encodes in a way of its own")
-        network = lower_encoder(model.encoder, tuple(x.shape[1:]))
+        dtype = next(model.encoder.parameters(), x).dtype
+        rows = model.likelihood.as_float(x, dtype).flatten(1)
+        network = lower_encoder(model.encoder, tuple(x.shape[1:]), rows)
         self._names = network.names
-        like = network.tensors[0]
-        rows = model.likelihood.as_float(x, like.dtype).flatten(1)
         settings = adam.lr, *adam.betas, adam.eps, adam.weight_decay
         self._copies = raw.NetworkCopies(network.spec, network.tensors, rows, *settings, num_steps)
 
@@ -110,9 +110,15 @@ class PosteriorCopies(Copies):
         return {}
 
 
-def lower_encoder(encoder: nn.Module, shape: tuple[int, ...]) -> LoweredNetwork:
-    """The encoder's layers for inputs of this shape, if every sample can own all their parameters."""
-    network = RowsModule(encoder, shape).lower()
+def lower_encoder(
+    encoder: nn.Module, shape: tuple[int, ...], compare_at: Tensor | None = None
+) -> LoweredNetwork:
+    """The encoder's layers for inputs of this shape, if every sample can own all their parameters.
+
+    Args:
+        compare_at: flat rows, of which the first two are compared at.
+    """
+    network = RowsModule(encoder, shape).lower(compare_at)
     own = {id(parameter) for parameter in encoder.parameters()}
     used: set[str] = set()
     for layer in network.spec.split(";"):

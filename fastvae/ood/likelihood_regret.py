@@ -194,7 +194,7 @@ class LikelihoodRegret(Detector):
         """Of one group."""
         mu, logvar = model.encode(x)
         copies = self._encoders(model, x, mu, logvar)
-        objective = PosteriorObjective(model, x)
+        objective = PosteriorObjective(model, x, mu)
         noise = SampleNoise(keys_of(x), self.seed, model.noise_draws)(0, self.num_steps, mu)
         losses = mu.new_empty(self.num_steps, len(x))
         for step in range(self.num_steps):

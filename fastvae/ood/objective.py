@@ -25,11 +25,12 @@ class PosteriorObjective:
     Args:
         model: a private copy in eval mode, its parameters frozen.
         x: [B, ...], on the model's device.
+        codes: [B, d], at the first two of which the decoder is compared with what was read of it.
     """
 
-    def __init__(self, model: BaseVAE, x: Tensor) -> None:
+    def __init__(self, model: BaseVAE, x: Tensor, codes: Tensor) -> None:
         self._model, self._x = model, x
-        self._network = _swept_decoder(model)
+        self._network = _swept_decoder(model, codes)
 
     def __call__(self, posterior: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [B] and its gradient [B, 2 d].
@@ -61,13 +62,13 @@ class PosteriorObjective:
         return loss.detach(), grad
 
 
-def _swept_decoder(model: Any) -> LoweredNetwork | None:
+def _swept_decoder(model: Any, codes: Tensor) -> LoweredNetwork | None:
     """The decoder's layers, where the model's objective is a VAE's own."""
     stock = isinstance(model, VAE) and type(model).objective is VAE.objective
     if not stock or type(model).log_px is not BaseVAE.log_px or not model.likelihood.has_kernel:
         return None
     try:
-        return lower(model.decoder, strip_sigmoid=model.likelihood.probs)
+        return lower(model.decoder, strip_sigmoid=model.likelihood.probs, compare_at=codes)
     except CoupledSamples:
         raise
     except (UnsupportedLayer, ValueError):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
+from fastvae.decoding import ends_in_sigmoid
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
 from fastvae.ops._registration import (
@@ -73,22 +74,22 @@ def jacobian_l1(
         with torch.autocast(z.device.type, enabled=False):
             return _jacobian_by_sweeps(network, z, reduction, output, indices, p)
     if network is None:
+
+        def looked_at(point: Tensor) -> Tensor:
+            y: Tensor = decoder(point)
+            if output == "sigmoid" and isinstance(y, Tensor) and ends_in_sigmoid(decoder, y):
+                raise _sigmoid_of_a_sigmoid()
+            return y
+
         with torch.autocast(z.device.type, enabled=False):
-            return reference.jacobian_l1(decoder, z, reduction, output=output, latents=indices, p=p)
+            return reference.jacobian_l1(looked_at, z, reduction, output=output, latents=indices, p=p)
     spec = network.spec
     if output == "sigmoid":
-        _refuse_sigmoid(network.ends_in_sigmoid)
+        if network.ends_in_sigmoid:
+            raise _sigmoid_of_a_sigmoid()
         spec += ";sigmoid"
     refuse_forward_mode("jacobian_l1", z, *network.tensors)
     return torch.ops.fastvae.jacobian_l1(z, network.tensors, spec, indices, p, reduction)
-
-
-def _refuse_sigmoid(ends_in_sigmoid: bool) -> None:
-    if ends_in_sigmoid:
-        raise ValueError(
-            "fastvae::jacobian_l1: output: 'sigmoid' expects a decoder that returns logits, and this one ends in "
-            "a Sigmoid; pass output='identity', or take the Sigmoid off"
-        )
 
 
 def _jacobian_by_sweeps(
@@ -101,9 +102,17 @@ def _jacobian_by_sweeps(
     refuse_forward_mode("jacobian_l1", z, *(tensor for tensor in network.tensors if tensor is not None))
     if output == "sigmoid":
         last = sweeps.program.last()
-        _refuse_sigmoid(last is not None and last.kind == "sigmoid")
+        if last is not None and last.kind == "sigmoid":
+            raise _sigmoid_of_a_sigmoid()
         sweeps = sweeps.followed_by_sigmoid()
     return sweep_jacobian(sweeps, network.tensors, z, latents, p, reduction)
+
+
+def _sigmoid_of_a_sigmoid() -> ValueError:
+    return ValueError(
+        "fastvae::jacobian_l1: output: 'sigmoid' expects a decoder that returns logits, and this one ends in a "
+        "Sigmoid; pass output='identity', or take the Sigmoid off"
+    )
 
 
 @torch.library.register_fake("fastvae::jacobian_l1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,11 +19,20 @@ from fastvae.likelihoods import Likelihood
 from fastvae.training.loaders import length_of
 from fastvae.training.parallel import unwrap
 
-__all__ = ["Definition", "define", "described", "fingerprint_of_data", "optimizer_prefix"]
+__all__ = [
+    "STATE_OF_SCHEDULERS",
+    "Definition",
+    "define",
+    "described",
+    "fingerprint_of_data",
+    "optimizer_prefix",
+    "optimizer_settings",
+    "scheduler_settings",
+]
 
 # Of a module: its mode, and what a VAE finds out from its networks, whose shapes are compared anyway.
 _STATE_OF_MODULES = {"training", "latent_dim"}
-_STATE_OF_SCHEDULERS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "mode_worse"}
+STATE_OF_SCHEDULERS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "mode_worse"}
 _HASHED_BYTES = 2**24
 """Of a tensor of data; of a larger one so many bytes of rows that are spread evenly over it."""
 _HASHED_ENTRIES = 64
@@ -95,19 +104,11 @@ def define(
     found = Definition(settings={name: repr(value) for name, value in options.items()})
     _define_model(found, unwrap(model))
     for index, group in enumerate(optimizer.param_groups):
-        prefix = optimizer_prefix(optimizer, index)
-        found.parts[f"{prefix}params"] = str(len(group["params"]))
-        # Schedulers leave the rate that they began with.
-        values = {**group, "lr": group.get("initial_lr", group.get("lr"))}
-        _add(
-            found,
-            prefix,
-            {k: v for k, v in values.items() if k not in ("params", "initial_lr", "param_names")},
-        )
+        found.parts[f"{optimizer_prefix(optimizer.param_groups, index)}params"] = str(len(group["params"]))
+    found.settings |= optimizer_settings(optimizer.param_groups)
     if scheduler is not None:
         found.parts["scheduler"] = type(scheduler).__qualname__
-        state = scheduler.state_dict().items()
-        _add(found, "scheduler.", {k: v for k, v in state if k not in _STATE_OF_SCHEDULERS})
+        found.settings |= scheduler_settings(scheduler.state_dict())
     for name, loader in loaders.items():
         if loader is None:
             continue
@@ -120,13 +121,30 @@ def define(
             "length": length_of(loader),
         }
         values["sampler"] = None if sampler is None else type(sampler).__qualname__
-        _add(found, f"{name}.", {key: value for key, value in values.items() if value is not None})
+        found.settings |= _texts(f"{name}.", {k: v for k, v in values.items() if v is not None})
     return found
 
 
-def optimizer_prefix(optimizer: Optimizer, index: int) -> str:
+def optimizer_prefix(groups: Sequence[Mapping[str, Any]], index: int) -> str:
     """Begins the names of a group's settings."""
-    return "optimizer." if len(optimizer.param_groups) == 1 else f"optimizer.groups[{index}]."
+    return "optimizer." if len(groups) == 1 else f"optimizer.groups[{index}]."
+
+
+def optimizer_settings(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of an optimiser's ``param_groups``, or of those in its state: the hyperparameters that define a run."""
+    found: dict[str, str] = {}
+    for index, group in enumerate(groups):
+        # Schedulers leave the rate that they began with.
+        values = {**group, "lr": group.get("initial_lr", group.get("lr"))}
+        for name in ("params", "initial_lr", "param_names"):
+            values.pop(name, None)
+        found |= _texts(optimizer_prefix(groups, index), values)
+    return found
+
+
+def scheduler_settings(state: Mapping[str, Any]) -> dict[str, str]:
+    """Of a scheduler's state: what defines a run, without how far it has come."""
+    return _texts("scheduler.", {k: v for k, v in state.items() if k not in STATE_OF_SCHEDULERS})
 
 
 def _define_model(found: Definition, model: nn.Module) -> None:
@@ -138,7 +156,7 @@ def _define_model(found: Definition, model: nn.Module) -> None:
             # A whole number may be a counter, unless it was given.
             counter = type(value) is int and key not in known and not hasattr(type(module), key)
             if not counter and key not in _STATE_OF_MODULES:
-                _add(found, f"{name}.", {key: value})
+                found.settings |= _texts(f"{name}.", {key: value})
     for path, value in model.state_dict().items():
         if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
             found.parts[f"model.{path}"] = f"{list(value.shape)} {value.dtype}"
@@ -153,11 +171,9 @@ def _constructor_parameters(kind: type) -> Iterator[str]:
             yield from inspect.signature(constructor).parameters
 
 
-def _add(found: Definition, prefix: str, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        text = None if name.startswith("_") else _text(value)
-        if text is not None:
-            found.settings[prefix + name] = text
+def _texts(prefix: str, values: Mapping[Any, Any]) -> dict[str, str]:
+    texts = {n: _text(v) for n, v in values.items() if isinstance(n, str) and not n.startswith("_")}
+    return {prefix + name: text for name, text in texts.items() if text is not None}
 
 
 def _text(value: Any, depth: int = 3) -> str | None:

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastvae.arguments import expect_numbers, is_integer
+from fastvae.modes import modes_kept
 from fastvae.training.history import History
 from fastvae.training.loaders import check_loader
 from fastvae.training.locking import run_folder_held
 from fastvae.training.parallel import Team
-from fastvae.training.randomness import global_generators_kept, modes_kept
+from fastvae.training.randomness import global_generators_kept
 from fastvae.training.run import Run
 from fastvae.training.step import Stepper, parameters_of
 

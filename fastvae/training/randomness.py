@@ -1,4 +1,4 @@
-"""The state that a run borrows: the global generators, and the modes of modules."""
+"""The state that a run borrows: the global generators."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-__all__ = ["global_generators_kept", "global_states", "modes_kept", "seed_globals", "set_global_states"]
+__all__ = ["global_generators_kept", "global_states", "seed_globals", "set_global_states"]
 
 
 def seed_globals(seed: int, purpose: str, epoch: int, rank: int = 0) -> None:
@@ -49,14 +48,3 @@ def global_generators_kept() -> Iterator[None]:
         yield
     finally:
         set_global_states(states)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Leave every module in the mode (train or eval) it was found in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -17,16 +17,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastvae.training.archive import DamagedFileError
 from fastvae.training.atomic import write_atomically
 from fastvae.training.checkpoints import all_or_nothing, read_checkpoint, restore_model
-from fastvae.training.definition import Definition, optimizer_prefix
+from fastvae.training.definition import (
+    STATE_OF_SCHEDULERS,
+    Definition,
+    optimizer_prefix,
+    optimizer_settings,
+    scheduler_settings,
+)
 from fastvae.training.history import History
+from fastvae.training.optimizers import check_loaded_state, from_torch
 from fastvae.training.parallel import unwrap
 
-__all__ = ["Saved", "copy_into", "keep_given", "load_into", "read_saved"]
+__all__ = ["Saved", "copy_into", "load_into", "read_saved"]
 
 _STATE: dict[str, tuple[type, ...]] = {
     "epoch": (int,),
     "steps": (int,),
-    "seed": (object,),
+    "seed": (int,),
     "optimizer": (str,),
     "scheduler": (dict, type(None)),
     "generators": (list,),
@@ -53,7 +60,7 @@ class Saved:
     content: dict[str, Any]
     epoch: int
     steps: int
-    seed: object
+    seed: int
     optimizer: str
     scheduler: dict[str, Any] | None
     generators: list[list[Tensor]]
@@ -72,7 +79,10 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
     """
     content = read_checkpoint(path)
     state = content["state"]
-    if state is None or not state.get("complete"):
+    complete = False if state is None else state.get("complete", False)
+    if not isinstance(complete, bool):
+        raise DamagedFileError(path, f"'complete' of the run's state: {type(complete).__name__}")
+    if not complete:
         raise ValueError(f"{path}: expected the checkpoint of an epoch's end by fit, found another kind")
     for key, kinds in _STATE.items():
         if key not in state or not isinstance(state[key], kinds) or isinstance(state[key], bool):
@@ -96,6 +106,7 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
         raise DamagedFileError(path, f"epoch {epoch} and step {steps}, with a history of {len(rows)} epochs")
     if number is not None and epoch != number:
         raise DamagedFileError(path, f"the state of epoch {epoch}")
+    _check_settings(path, definition, content["optimizer"], state["scheduler"])
     saved = {key: state[key] for key in ("seed", "optimizer", "scheduler", "best")}
     return Saved(
         path, content, epoch, steps, **saved, generators=generators, history=history, definition=definition
@@ -109,9 +120,14 @@ def load_into(
     scheduler: LRScheduler | None,
     generators: Sequence[torch.Generator],
     rank: int,
+    differences: Container[str] = (),
 ) -> None:
-    """Load all of it, or change nothing. ValueError, naming the file, for what does not fit."""
+    """Load all of it, or change nothing. ValueError, naming the file, for what does not fit.
+
+    Of ``differences`` between the definitions of the two runs, the optimiser's keep the values that it has now.
+    """
     _check_optimizer(saved, optimizer)
+    groups, kept = [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
     objects = [unwrap(model), optimizer, *([] if scheduler is None else [scheduler])]
     before = [generator.get_state() for generator in generators]
     try:
@@ -119,8 +135,15 @@ def load_into(
             if saved.best is not None:
                 unwrap(model).load_state_dict(saved.best)
             _load_optimizer(saved, optimizer)
+            loose = not from_torch(optimizer)
+            for group, given in zip(optimizer.param_groups, groups, strict=True):
+                own = {name: value for name, value in given.items() if name != "params"}
+                _check_like(saved.path, "optimizer", group, own, nothing=loose, flags=loose)
+            _keep_given(optimizer, groups, differences, scheduler is not None)
+            state = saved.content["optimizer"]["state"]
+            check_loaded_state(saved.path, optimizer, state, groups, kept, saved.steps > 0)
             if scheduler is not None:
-                _check_like(saved.path, "scheduler", saved.scheduler, scheduler.state_dict())
+                _check_scheduler(saved, scheduler)
                 scheduler.load_state_dict(saved.scheduler or {})
             for generator, state in zip(generators, saved.generators[rank], strict=True):
                 generator.set_state(state)
@@ -136,12 +159,12 @@ def load_into(
         ) from error
 
 
-def keep_given(
+def _keep_given(
     optimizer: Optimizer, given: Sequence[dict[str, Any]], differences: Container[str], scheduled: bool
 ) -> None:
     """Hyperparameters that this run was given and the checkpoint's was not; rates under a scheduler stay its own."""
     for index, (group, values) in enumerate(zip(optimizer.param_groups, given, strict=True)):
-        prefix = optimizer_prefix(optimizer, index)
+        prefix = optimizer_prefix(optimizer.param_groups, index)
         for key, value in values.items():
             if prefix + key in differences and not (key == "lr" and scheduled):
                 group[key] = value
@@ -168,6 +191,19 @@ def copy_into(folder: Path, checkpoints: Sequence[Path]) -> None:
             write_atomically(copied, lambda file, path=path: file.write(path.read_bytes()))  # type: ignore[misc]
 
 
+def _check_settings(path: Path, definition: Definition | None, optimizer: Any, scheduler: Any) -> None:
+    """DamagedFileError where the states of optimiser and scheduler are not what the file's own definition says."""
+    if definition is None or not isinstance(optimizer, dict):
+        return
+    groups = optimizer.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return  # which _check_optimizer says
+    found = optimizer_settings(groups) | ({} if scheduler is None else scheduler_settings(scheduler))
+    for name, value in {**definition.settings, **definition.moved}.items():
+        if name.startswith(("optimizer.", "scheduler.")) and found.get(name) != value:
+            raise DamagedFileError(path, f"{name} of {found.get(name)}, where its definition says {value}")
+
+
 def _check_optimizer(saved: Saved, optimizer: Optimizer) -> None:
     """The parts of the optimiser's state that its ``load_state_dict`` takes as they come."""
     content = saved.content["optimizer"]
@@ -177,7 +213,7 @@ def _check_optimizer(saved: Saved, optimizer: Optimizer) -> None:
     ):
         raise DamagedFileError(saved.path, "an optimizer without param_groups")
     numbers = [number for group in groups for number in group["params"]]
-    if numbers != list(range(len(numbers))):
+    if {type(number) for number in numbers} != {int} or numbers != list(range(len(numbers))):
         raise DamagedFileError(saved.path, "an optimizer whose parameters are not numbered")
     found, expected = [len(g["params"]) for g in groups], [len(g["params"]) for g in optimizer.param_groups]
     if found != expected:
@@ -187,10 +223,11 @@ def _check_optimizer(saved: Saved, optimizer: Optimizer) -> None:
     state = content.get("state")
     if not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
         raise DamagedFileError(saved.path, "an optimizer without a state for each parameter")
+    if from_torch(optimizer) and not {(type(key), key) for key in state} <= {(int, n) for n in numbers}:
+        raise DamagedFileError(saved.path, "an optimizer with state for what is no parameter")
     for group, now in zip(groups, optimizer.param_groups, strict=True):
-        if "lr" in now and not isinstance(group.get("lr"), (float, int, Tensor)):
-            raise DamagedFileError(saved.path, "an optimizer without a learning rate")
-        _check_like(saved.path, "optimizer", group, {k: v for k, v in now.items() if k != "params"})
+        if not all(isinstance(name, str) for name in group):
+            raise DamagedFileError(saved.path, "an optimizer whose hyperparameters are not named")
         kept: set[frozenset[str]] = set()
         for key, parameter in zip(group["params"], now["params"], strict=True):
             values = state.get(key, {})
@@ -215,20 +252,45 @@ def _load_optimizer(saved: Saved, optimizer: Optimizer) -> None:
         raise ValueError(f"{saved.path}: expected this optimizer's state, found another ({error})") from error
 
 
-def _check_like(path: Path, name: str, found: Any, expected: Any) -> None:
-    """DamagedFileError where a number, text or list is not what this run has in its place."""
+def _check_scheduler(saved: Saved, scheduler: LRScheduler) -> None:
+    own, found = scheduler.state_dict(), saved.scheduler or {}
+    if missing := sorted(own.keys() & STATE_OF_SCHEDULERS - found.keys()):
+        raise DamagedFileError(saved.path, f"a scheduler without {missing[0]}")
+    # One of somebody else's may set to None what was a number.
+    strict = type(scheduler).__module__ == LRScheduler.__module__
+    _check_like(saved.path, "scheduler", found, own, nothing=not strict, flags=True)
+
+
+def _check_like(
+    path: Path, name: str, found: Any, expected: Any, *, nothing: bool = False, flags: bool = False
+) -> None:
+    """DamagedFileError where a number, text or list is not what this run has in its place.
+
+    Args:
+        nothing: None may be in any place.
+        flags: a flag may be in the place of a number, a tuple may be of another length, and entries may be missing.
+    """
     if isinstance(expected, dict) and isinstance(found, dict):
-        for key in expected.keys() & found.keys():
-            _check_like(path, f"{name}.{key}", found[key], expected[key])
+        for key in expected:
+            if key in found:
+                _check_like(path, f"{name}.{key}", found[key], expected[key], nothing=nothing, flags=flags)
+            elif not flags:
+                raise DamagedFileError(path, f"{name} without {key}")
     elif isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)):
+        if isinstance(expected, tuple) and not flags and len(found) != len(expected):
+            raise DamagedFileError(path, f"{name}: {len(found)} values for {len(expected)}")
         for one, other in zip(found, expected, strict=False):
-            _check_like(path, name, one, other)
-    elif found is not None and expected is not None and _kind(found) is not _kind(expected):
-        raise DamagedFileError(path, f"{name}: {type(found).__name__} for {type(expected).__name__}")
+            _check_like(path, name, one, other, nothing=nothing, flags=flags)
+    elif expected is not None and not (nothing and found is None):
+        kinds = _kind(found, flags), _kind(expected, flags)
+        # A switch that is left to torch is None, and a flag where somebody has chosen.
+        if kinds[0] is not kinds[1] and not (found is None and kinds[1] is bool):
+            raise DamagedFileError(path, f"{name}: {type(found).__name__} for {type(expected).__name__}")
 
 
-def _kind(value: Any) -> type:
-    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
-    if number:
+def _kind(value: Any, flags: bool = False) -> type:
+    if isinstance(value, bool) and not flags:
+        return bool
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
         return float
     return tuple if isinstance(value, list) else type(value)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.models import DivergenceError
+from fastvae.modes import modes_kept
 from fastvae.training.archive import DamagedFileError
 from fastvae.training.checkpoints import save_checkpoint, step_penalties
 from fastvae.training.definition import (
@@ -32,8 +33,8 @@ from fastvae.training.definition import (
 from fastvae.training.history import History
 from fastvae.training.loaders import generators_of, length_of, samplers_of
 from fastvae.training.parallel import Team, unwrap
-from fastvae.training.randomness import modes_kept, seed_globals
-from fastvae.training.resuming import Saved, copy_into, keep_given, load_into, read_saved
+from fastvae.training.randomness import seed_globals
+from fastvae.training.resuming import Saved, copy_into, load_into, read_saved
 from fastvae.training.step import NotFiniteError, Stepper
 
 __all__ = ["Run"]
@@ -325,9 +326,9 @@ class Run:
                 f"{path}: expected a run with {described(differences)}. Choose another run_dir for another run, "
                 'or on_difference="warn" to go on with this one as it is now'
             )
-        given = [dict(group) for group in self.optimizer.param_groups]
+        rank = self.team.rank
         try:
-            load_into(saved, self.model, self.optimizer, self.scheduler, generators, self.team.rank)
+            load_into(saved, self.model, self.optimizer, self.scheduler, generators, rank, differences)
         except DamagedFileError:
             raise
         except ValueError as error:
@@ -337,7 +338,6 @@ class Run:
             raise DamagedFileError(path, error) from error
         if differences:
             warnings.warn(f"fit: {path}: going on, but not with {described(differences)}", stacklevel=5)
-            keep_given(self.optimizer, given, differences, self.scheduler is not None)
         elif saved.definition is not None and self.definition is not None:
             settings = {**self.definition.settings, **saved.definition.settings}
             self.definition = Definition(saved.definition.parts, settings)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from layer_kinds import Call
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
@@ -27,48 +28,31 @@ ACTIVATIONS: list[Callable[[], nn.Module]] = [
 ]
 
 
-class Functional(nn.Module):
+def functional(size: int, out: int, function: Callable[[Tensor], Tensor]) -> nn.Module:
     """Layers called from a forward, activations as functions."""
-
-    def __init__(self, size: int, out: int, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.second, self.function = nn.Linear(size, 6), nn.Linear(6, out), function
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.second(self.function(self.first(h)))
+    return Call(lambda h, first, second: second(function(first(h))), nn.Linear(size, 6), nn.Linear(6, out))
 
 
-class Residual(nn.Module):
-    def __init__(self, size: int, gate: bool) -> None:
-        super().__init__()
-        self.inner, self.gate = nn.Linear(size, size), gate
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h * torch.sigmoid(self.inner(h)) if self.gate else h + torch.tanh(self.inner(h))
+def residual(size: int, gate: bool) -> nn.Module:
+    if gate:
+        return Call(lambda h, inner: h * torch.sigmoid(inner(h)), nn.Linear(size, size))
+    return Call(lambda h, inner: h + torch.tanh(inner(h)), nn.Linear(size, size))
 
 
-class Joined(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(size, 2)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return torch.cat([torch.tanh(self.inner(h)), h], 1)
+def joined(size: int) -> nn.Module:
+    return Call(lambda h, inner: torch.cat([torch.tanh(inner(h)), h], 1), nn.Linear(size, 2))
 
 
-class Sequence(nn.Module):
+def sequence(rng: random.Random) -> nn.Module:
     """Rows of two through attention or a recurrent layer."""
+    make = rng.choice([nn.LSTM, nn.GRU, nn.RNN, None])
+    if make:
+        return Call(lambda h, r: r(_rows(h))[0].flatten(1), make(2, 2, batch_first=True))
+    return Call(lambda h: F.scaled_dot_product_attention(*[_rows(h)[:, None]] * 3).flatten(1))
 
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__()
-        make = rng.choice([nn.LSTM, nn.GRU, nn.RNN, None])
-        self.recurrent = make(2, 2, batch_first=True) if make else None
 
-    def forward(self, h: Tensor) -> Tensor:
-        rows = h.unflatten(1, (-1, 2))
-        if self.recurrent is not None:
-            return self.recurrent(rows)[0].flatten(1)
-        return F.scaled_dot_product_attention(rows[:, None], rows[:, None], rows[:, None]).flatten(1)
+def _rows(h: Tensor) -> Tensor:
+    return h.unflatten(1, (-1, 2))
 
 
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
@@ -93,13 +77,13 @@ def _of_vectors(rng: random.Random, size: int) -> tuple[nn.Module, Shape]:
     if kind == 7:
         return rng.choice([nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])(size), (size,)
     if kind == 8:
-        return Functional(size, out, rng.choice(FUNCTIONS)), (out,)
+        return functional(size, out, rng.choice(FUNCTIONS)), (out,)
     if kind == 9:
-        return Residual(size, rng.random() < 0.5), (size,)
+        return residual(size, rng.random() < 0.5), (size,)
     if kind == 10:
-        return Joined(size), (size + 2,)
+        return joined(size), (size + 2,)
     if kind == 11 and size % 2 == 0:
-        return (nn.GLU(), (size // 2,)) if rng.random() < 0.5 else (Sequence(rng), (size,))
+        return (nn.GLU(), (size // 2,)) if rng.random() < 0.5 else (sequence(rng), (size,))
     if kind == 12:
         return nn.utils.parametrizations.weight_norm(nn.Linear(size, out)), (out,)
     c, h, w = rng.randint(1, 4), rng.randint(1, 4), rng.randint(1, 4)
