@@ -6,6 +6,7 @@
 #include "common/recycling.h"
 #include "kernels/kernels.h"
 #include "network/copies.h"
+#include "ops/norm_activation.h"
 #include "ops/ops.h"
 
 namespace {
@@ -187,6 +188,17 @@ PYBIND11_MODULE(_C, m) {
       },
       arg("x"), arg("noise"), arg("beta"), arg("encoder_parameters"), arg("encoder"), arg("decoder_parameters"),
       arg("decoder"), arg("likelihood"));
+  using Rules = fastvae::NormActivationRules;
+  pybind11::class_<Rules>(m, "NormActivationRules", "The four rules of a norm and the activation behind it, on a CPU.")
+      .def(pybind11::init<const std::string&, int64_t, double, const std::string&>(), arg("statistics"), arg("groups"),
+           arg("eps"), arg("activation"))
+      .def("forward", &Rules::forward, unlocked, arg("x"), arg("gain"), arg("bias"), arg("mean"), arg("s"))
+      .def("reverse", &Rules::reverse, unlocked, arg("dy"), arg("x"), arg("gain"), arg("bias"), arg("mean"), arg("s"),
+           arg("affine"))
+      .def("tangent", &Rules::tangent, unlocked, arg("x_dot"), arg("x"), arg("gain"), arg("bias"), arg("mean"),
+           arg("s"))
+      .def("adjoint", &Rules::adjoint, unlocked, arg("dy_dot"), arg("dy"), arg("x_dot"), arg("x"), arg("gain"),
+           arg("bias"), arg("mean"), arg("s"), arg("affine"));
   pybind11::class_<fastvae::Recycling>(m, "Recycling", "Inside, large results take the memory of those that died.")
       .def(pybind11::init<>())
       .def("__reduce__",

@@ -13,6 +13,7 @@
 #include "keyed_noise.h"
 #include "math/activations.h"
 #include "math/likelihoods.h"
+#include "norm_activation.h"
 #include "small_network.h"
 
 namespace fastvae {
@@ -335,6 +336,10 @@ FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
 FASTVAE_DECLARE_CPU(conv_transpose_log_prob, ConvTransposeLogProb)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
+FASTVAE_DECLARE_CPU(norm_activation_forward, NormActivation)
+FASTVAE_DECLARE_CPU(norm_activation_reverse, NormActivation)
+FASTVAE_DECLARE_CPU(norm_activation_tangent, NormActivation)
+FASTVAE_DECLARE_CPU(norm_activation_adjoint, NormActivation)
 #undef FASTVAE_DECLARE_CPU
 void sample_keys(const SampleKeys& args, int64_t begin, int64_t end);
 void keyed_numbers(const KeyedNumbers& args, int64_t begin, int64_t end);

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../common/check.h"
+#include "activation_words.h"
 #include "geometry.h"
 #include "words.h"
 
@@ -35,6 +36,17 @@ class Parser {
     return std::move(stages_);
   }
 
+  void expect(bool condition, const std::string& what) const {
+    TORCH_CHECK_VALUE(condition, "fastvae::", op_, ": network: layer '", line_, "' with an input of [", shape_.channels,
+                      ", ", shape_.height, ", ", shape_.width, "] a sample: ", what);
+  }
+
+  void expect_numbers(size_t count) const {
+    expect(words_.size() == count + 1, c10::str("expected ", count, " numbers, got ", words_.size() - 1));
+  }
+
+  double number(size_t index) const { return to_number(op_, "network", words_[index]); }
+
  private:
   void layer(const std::string& line) {
     line_ = line;
@@ -55,17 +67,6 @@ class Parser {
       activation(kind);
     }
   }
-
-  void expect(bool condition, const std::string& what) const {
-    TORCH_CHECK_VALUE(condition, "fastvae::", op_, ": network: layer '", line_, "' with an input of [", shape_.channels,
-                      ", ", shape_.height, ", ", shape_.width, "] a sample: ", what);
-  }
-
-  void expect_numbers(size_t count) const {
-    expect(words_.size() == count + 1, c10::str("expected ", count, " numbers, got ", words_.size() - 1));
-  }
-
-  double number(size_t index) const { return to_number(op_, "network", words_[index]); }
 
   int64_t integer(size_t index) const { return to_integer(op_, "network", words_[index]); }
 
@@ -240,36 +241,8 @@ class Parser {
     }
   }
 
-  ActivationSpec activation_of(const std::string& kind) const {
-    static constexpr std::pair<std::string_view, Activation> kPlain[] = {
-        {"relu", Activation::kRelu}, {"tanh", Activation::kTanh}, {"sigmoid", Activation::kSigmoid},
-        {"silu", Activation::kSilu}, {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh}};
-    for (const auto& [name, plain] : kPlain) {
-      if (kind == name) {
-        expect_numbers(0);
-        return {plain, 0.0, 0.0};
-      }
-    }
-    if (kind == "leaky_relu") {
-      expect_numbers(1);
-      // phi' is read off h, whose sign a negative slope would turn.
-      expect(number(1) >= 0.0, "expected a slope of at least 0");
-      return {Activation::kLeakyRelu, number(1), 0.0};
-    }
-    if (kind == "elu") {
-      expect_numbers(1);
-      expect(number(1) > 0.0, "expected alpha > 0");
-      return {Activation::kElu, number(1), 0.0};
-    }
-    expect(kind == "softplus", "unknown kind of layer");
-    expect_numbers(2);
-    expect(number(1) > 0.0, "expected beta > 0");
-    const bool meets = number(2) >= math::kSoftplusMeets;
-    return {meets ? Activation::kSoftplus : Activation::kSoftplusSharp, number(1), number(2)};
-  }
-
   void activation(const std::string& kind) {
-    const ActivationSpec spec = activation_of(kind);
+    const ActivationSpec spec = activation_of(kind, *this);
     if (stages_.empty() || stages_.back().activation.kind != Activation::kIdentity) {
       begin(Affine::kIdentity);
     }

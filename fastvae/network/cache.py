@@ -40,7 +40,7 @@ class _Known:
                 check_module(path, inner)
             mine = copy_with_modes(module)
             program = read_program(mine, z)
-            self.sweeps[False] = Sweeps(program)
+            self.sweeps[False] = Sweeps(program, z.device.type)
             verify_program(mine, self.sweeps[False], z)
         except (UnsupportedLayer, ImpossibleLayer) as error:
             self.failure = str(error)

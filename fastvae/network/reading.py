@@ -6,6 +6,7 @@ So control flow, assertions, sizes and functional calls are settled facts. What 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.tracing import READING
 from fastvae.network.program import Operation, Program, Slot, Source
 from fastvae.private import private_copy
+
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 BATCH = 2
 """Samples of the batch that is run: torch.export takes one sample for a size that never changes."""
@@ -230,6 +233,12 @@ def _operation(node: Any, index: int, numbers: dict[Any, int]) -> Operation:
             raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
         return tree
 
+    source: Any = node.args[0] if node.args else None
+    if target is operator.getitem and getattr(source, "target", None) is _BATCH_NORM and node.args[1] == 0:
+        # Its other results are of no use: as the one operation that it was.
+        *tensors, momentum, eps = source.args
+        target, args = torch.ops.aten.batch_norm.default, [*tensors, False, momentum, eps, False]
+        return Operation(index, node.name, target, taken(args), {})
     return Operation(
         index, node.name, target, taken(node.args), {key: taken(value) for key, value in node.kwargs.items()}
     )

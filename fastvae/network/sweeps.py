@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.network.layers import AutogradLayer, Gradients, Layer, Point, Products, make_layer
+from fastvae.network.layers import AutogradLayer, Gradients, Layer, Point, Products, fuse, make_layer
 from fastvae.network.program import Program
 
 
@@ -20,17 +20,19 @@ class Sweeps:
 
     Args:
         program: see :class:`fastvae.network.program.Program`.
+        device: "cpu" or another type, which has no kernels of ours for single layers.
         opaque: numbers of operations that autograd is to take although a rule is known.
     """
 
-    def __init__(self, program: Program, opaque: Sequence[int] = ()) -> None:
-        self.program = program
+    def __init__(self, program: Program, device: str, opaque: Sequence[int] = ()) -> None:
+        self.program, self.device = program, device
         active = program.is_active
-        self.layers: list[Layer] = [
+        layers: list[Layer] = [
             (None if operation.index in opaque else make_layer(operation, active))
             or AutogradLayer(operation, active)
             for operation in program.active
         ]
+        self.layers = fuse(layers, program.output, active) if device == "cpu" else layers
         self.backwards = self.layers[::-1]
         self.by_autograd = [layer for layer in self.layers if layer.by_autograd]
         # What no rule looks at again is let go after a forward sweep.
@@ -77,7 +79,7 @@ class Sweeps:
 
     def on(self, program: Program) -> Sweeps:
         """The sweeps of a program that differs in its last operations alone."""
-        sweeps = Sweeps(program)
+        sweeps = Sweeps(program, self.device)
         sweeps.widest, sweeps.kept_numbers = self.widest, self.kept_numbers
         return sweeps
 
@@ -128,12 +130,9 @@ class Sweeps:
         grads = Gradients(point.values, point.wanted)
         grads.add(self.program.output, seed)
         for layer in self.backwards:
-            dy = grads.found.pop(layer.index, None)
-            if dy is not None:
-                layer.reverse(point, dy, grads, products)
-            bent = cotangents.get(layer.index)
-            if bent is not None and any(dots[slot] is not None for slot in layer.slots):
-                layer.bend(point, bent, dots, grads, products)
+            dy_dot, dy = grads.found.pop(layer.index, None), cotangents.get(layer.index)
+            if dy_dot is not None or dy is not None:
+                layer.adjoint(point, dy_dot, dy, dots, grads, products)
         return grads.found
 
 

@@ -6,5 +6,6 @@ from __future__ import annotations
 from . import affine, joins, maps, norms, pointwise, shapes  # noqa: F401
 from .autograd import AutogradLayer
 from .base import Gradients, Layer, Point, Products, make_layer
+from .fused import fuse
 
-__all__ = ["AutogradLayer", "Gradients", "Layer", "Point", "Products", "make_layer"]
+__all__ = ["AutogradLayer", "Gradients", "Layer", "Point", "Products", "fuse", "make_layer"]

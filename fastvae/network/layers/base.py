@@ -146,6 +146,15 @@ class Layer:
     def bend(self, point: Point, dy: Any, dots: Values, grads: Gradients, products: Products) -> None:
         """Add the gradients of <dy, the derivative of y along dots>."""
 
+    def adjoint(
+        self, point: Point, dy_dot: Any, dy: Any, dots: Values, grads: Gradients, products: Products
+    ) -> None:
+        """Add the gradients of <dy_dot, y> + <dy, the derivative of y along dots>; None is zero."""
+        if dy_dot is not None:
+            self.reverse(point, dy_dot, grads, products)
+        if dy is not None and any(dots[slot] is not None for slot in self.slots):
+            self.bend(point, dy, dots, grads, products)
+
     def product(self, values: Values, pairs: list[Pair]) -> list[tuple[int, Tensor]]:
         """The gradients to weights, by number."""
         raise NotImplementedError

@@ -13,6 +13,7 @@ RMSNorm is the same without the means of w and x.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -193,6 +194,7 @@ class LayerNorm(NormLayer):
     def __init__(self, *args: Any, shape: Sequence[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shape = list(shape)
+        self.numel = math.prod(self.shape)
 
     def groups(self, tensor: Tensor, rank: int) -> tuple[Tensor, list[int]]:
         """As it is."""
@@ -328,9 +330,8 @@ class BatchNorm(Layer):
     ) -> None:
         super().__init__(operation, active)
         self.gain, self.bias, self.mean, self.var, self.eps = gain, bias, mean, var, eps
-        self.several = operation.kind != "batch_norm"
 
-    def forward(self, point: Point) -> Any:
+    def forward(self, point: Point) -> Tensor:
         """y; the factors of channels are kept, in the shape in which they are broadcast."""
         x = point.values[self.x]
         shape = (-1, *[1] * (x.dim() - 2))
@@ -341,14 +342,10 @@ class BatchNorm(Layer):
             shift = shift + point.values[self.bias].reshape(shape)
         point.kept[self.index] = s, scale, shape
         y = torch.addcmul(shift, x, scale)
-        return (y, None, None) if self.several else y
+        return y
 
-    def _of_y(self, dy: Any) -> Tensor:
-        return dy[0] if self.several else dy
-
-    def reverse(self, point: Point, dy: Any, grads: Gradients, products: Products | None) -> None:
+    def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """See above."""
-        dy = self._of_y(dy)
         s, scale, shape = point.kept[self.index]
         if grads.wants(self.x):
             grads.add(self.x, dy * scale)
@@ -364,32 +361,25 @@ class BatchNorm(Layer):
         rows = folded(rows, rank)
         return rows.sum([dim for dim in range(rows.dim()) if dim != 1])
 
-    def tangent(self, point: Point, dots: Values) -> Any:
+    def tangent(self, point: Point, dots: Values) -> Tensor:
         """See above."""
-        dot = dots[self.x] * point.kept[self.index][1]
-        return [dot, None, None] if self.several else dot
+        return dots[self.x] * point.kept[self.index][1]
 
-    def bend(self, point: Point, dy: Any, dots: Values, grads: Gradients, products: Products) -> None:
+    def bend(self, point: Point, dy: Tensor, dots: Values, grads: Gradients, products: Products) -> None:
         """See above."""
         if self.gain >= 0 and grads.wants(self.gain) and dots[self.x] is not None:
             s = point.kept[self.index][0]
-            grads.add(
-                self.gain, self._summed(self._of_y(dy) * (dots[self.x] * s), point.values[self.x].dim())
-            )
+            grads.add(self.gain, self._summed(dy * (dots[self.x] * s), point.values[self.x].dim()))
 
 
-@layer_of("_native_batch_norm_legit_no_training", "batch_norm")
+@layer_of("batch_norm")
 def batch_norm(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.batch_norm(x, weight, bias, mean, var, training, momentum, eps, ...) without training."""
     if not _suits(operation, active):
         return None
-    _, weight, bias, mean, var, *rest = operation.args
-    if operation.kind == "batch_norm":
-        training, _, eps, *_ = rest
-        if training or mean is None or var is None:
-            return None
-    else:
-        _, eps = rest
+    _, weight, bias, mean, var, training, _, eps, *_ = operation.args
+    if training or mean is None or var is None:
+        return None
     numbers = _number(weight), _number(bias), _number(mean), _number(var)
     return BatchNorm(operation, active, *numbers, eps)
 

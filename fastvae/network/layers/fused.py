@@ -1,0 +1,185 @@
+"""A norm and the activation behind it, or either alone, by the kernels of csrc/kernels/cpu/norm_activation.cpp.
+
+Where torch needs ten to twenty passes over memory for a second-order term, these take three. On a CPU only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae._extension import raw
+
+from .base import Gradients, Layer, Point, Products, Values
+from .norms import BatchNorm, ChannelNorm, LayerNorm, NormLayer
+from .pointwise import PointwiseLayer
+
+
+def _words(layer: PointwiseLayer) -> str | None:
+    """The activation as the kernels read it; None: they do not know it."""
+    kind, numbers = layer.operation.kind, layer.others
+    if kind in ("relu", "tanh", "sigmoid", "silu") and not numbers:
+        return kind
+    if kind == "gelu":
+        return "gelu_tanh" if "tanh" in numbers else "gelu"
+    if kind == "leaky_relu":
+        slope = float(numbers[0]) if numbers else 0.01
+        return f"leaky_relu {slope!r}" if slope >= 0 else None
+    if kind == "elu":
+        alpha, *scales = [float(number) for number in numbers] or [1.0]
+        return f"elu {alpha!r}" if alpha > 0 and all(scale == 1 for scale in scales) else None
+    if kind == "softplus":
+        beta, threshold = [*(float(number) for number in numbers), *(1.0, 20.0)[len(numbers) :]]
+        return f"softplus {beta!r} {threshold!r}" if beta > 0 else None
+    return None
+
+
+class FusedLayer(Layer):
+    """y = phi(norm(x)); see the kernels for the rules.
+
+    Args:
+        norm: None: the activation alone.
+        activation: None: the norm alone.
+        words: the activation as the kernels read it.
+    """
+
+    keeps_output = False
+
+    def __init__(
+        self,
+        norm: NormLayer | BatchNorm | None,
+        activation: PointwiseLayer | None,
+        words: str,
+        active: Sequence[bool],
+    ) -> None:
+        first = norm or activation
+        last = activation or norm
+        assert first is not None and last is not None
+        super().__init__(first.operation, active)
+        self.index, self.norm, self.words = last.index, norm, words
+        self.gain = -1 if norm is None else norm.gain
+        self.bias = -1 if norm is None else norm.bias
+        piecewise = words.split()[0] in ("identity", "relu", "leaky_relu")
+        self.linear = piecewise and (norm is None or (isinstance(norm, BatchNorm) and norm.gain < 0))
+        self._rules: dict[tuple[int, torch.dtype], Any] = {}
+
+    def _rules_for(self, x: Tensor) -> Any:
+        norm = self.norm
+        groups = (norm.num_groups or x.shape[1]) if isinstance(norm, ChannelNorm) else 1
+        key = groups, x.dtype
+        if key not in self._rules:
+            statistics, eps = "none", 0.0
+            if isinstance(norm, BatchNorm):
+                statistics = "given"
+            elif norm is not None:
+                statistics = "groups" if norm.centred else "root_square"
+                eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+            self._rules[key] = raw.NormActivationRules(statistics, groups, eps, self.words)
+        return self._rules[key]
+
+    def _rows(self, tensor: Tensor, rank: int) -> Tensor:
+        """As the kernels take it: [rows, channels, ...]."""
+        if isinstance(self.norm, LayerNorm):
+            return tensor.reshape(-1, self.norm.numel)
+        if tensor.dim() > rank:
+            tensor = tensor.flatten(0, 1)
+        return tensor if tensor.dim() > 1 else tensor[:, None]
+
+    def _affine(self, values: Values) -> tuple[Tensor | None, Tensor | None]:
+        found = (None if index < 0 else values[index].flatten() for index in (self.gain, self.bias))
+        gain, bias = found
+        return gain, bias
+
+    def _of(self, point: Point) -> tuple[Any, Tensor, tuple[Any, ...], int]:
+        """The rules, x, gain, bias, mean and s, and how many dimensions x has."""
+        x: Tensor = point.values[self.x]
+        rows = self._rows(x, x.dim())
+        return self._rules_for(rows), rows, (*self._affine(point.values), *point.kept[self.index]), x.dim()
+
+    def forward(self, point: Point) -> Tensor:
+        """y; mean and s are kept."""
+        x: Tensor = point.values[self.x]
+        rows = self._rows(x, x.dim())
+        statistics: tuple[Tensor | None, Tensor | None] = None, None
+        if isinstance(self.norm, BatchNorm):
+            s = torch.rsqrt(point.values[self.norm.var] + self.norm.eps)
+            statistics = point.values[self.norm.mean], s
+        y, *statistics_found = self._rules_for(rows).forward(rows, *self._affine(point.values), *statistics)
+        point.kept[self.index] = statistics if isinstance(self.norm, BatchNorm) else tuple(statistics_found)
+        return y.reshape(x.shape)
+
+    def _trains(self, grads: Gradients) -> bool:
+        return any(index >= 0 and grads.wants(index) for index in (self.gain, self.bias))
+
+    def _add(self, point: Point, grads: Gradients, found: tuple[Any, ...], shape: Sequence[int]) -> None:
+        dx, *affine = found
+        if grads.wants(self.x):
+            dx = dx.reshape(shape)
+            grads.add(self.x, dx)
+        for index, gradient in zip((self.gain, self.bias), affine, strict=True):
+            if index >= 0 and gradient is not None and grads.wants(index):
+                grads.add(index, gradient.reshape(point.values[index].shape))
+
+    def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
+        """See ``Layer``."""
+        rules, x, others, rank = self._of(point)
+        found = rules.reverse(self._rows(dy, rank), x, *others, products is not None and self._trains(grads))
+        self._add(point, grads, found, dy.shape)
+
+    def tangent(self, point: Point, dots: Values) -> Tensor:
+        """See ``Layer``."""
+        rules, x, others, rank = self._of(point)
+        dot: Tensor = dots[self.x]
+        found: Tensor = rules.tangent(self._rows(dot, rank), x, *others)
+        return found.reshape(dot.shape)
+
+    def adjoint(
+        self, point: Point, dy_dot: Any, dy: Any, dots: Values, grads: Gradients, products: Products
+    ) -> None:
+        """Both terms in one pass, where no latents stand in front."""
+        dot = dots[self.x]
+        if dot is None or dy is None:
+            if dy_dot is not None:
+                self.reverse(point, dy_dot, grads, products)
+            return
+        rules, x, others, rank = self._of(point)
+        affine = self._trains(grads)
+        if dot.dim() == rank:
+            rows = None if dy_dot is None else self._rows(dy_dot, rank)
+            found = rules.adjoint(rows, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine)
+            self._add(point, grads, found, dot.shape)
+            return
+        if dy_dot is not None:
+            self.reverse(point, dy_dot, grads, products)
+        dx, *of_affine = rules.adjoint(None, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine)
+        self._add(point, grads, (dx.reshape(dot.shape).sum(0), *of_affine), dot.shape[1:])
+
+
+def fuse(layers: Sequence[Layer], output: int, active: Sequence[bool]) -> list[Layer]:
+    """Put norms and activations together where the norm's result is used once, and take the kernels for both."""
+    uses: dict[int, int] = {output: 1}
+    for layer in layers:
+        for slot in layer.slots:
+            uses[slot] = uses.get(slot, 0) + 1
+    norms: dict[int, Layer] = {}
+    found: list[Layer | None] = []
+    places: dict[int, int] = {}
+    for layer in layers:
+        fused: Layer | None = None
+        if isinstance(layer, (NormLayer, BatchNorm)):
+            fused = FusedLayer(layer, None, "identity", active)
+            norms[layer.index] = layer
+            places[layer.index] = len(found)
+        elif isinstance(layer, PointwiseLayer):
+            words = _words(layer)
+            norm = norms.get(layer.x)
+            if words is not None and norm is not None and uses[layer.x] == 1:
+                found[places[layer.x]] = None
+                fused = FusedLayer(norm, layer, words, active)  # type: ignore[arg-type]
+            elif words is not None and layer.function.curve is not None:
+                fused = FusedLayer(None, layer, words, active)
+        found.append(fused or layer)
+    return [layer for layer in found if layer is not None]
