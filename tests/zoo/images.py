@@ -305,7 +305,7 @@ class SpatialBroadcast(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        tiled = z.view(z.shape + (1, 1)).expand(-1, -1, self.side, self.side)
+        tiled = z.view(*z.size(), 1, 1).expand(-1, -1, self.side, self.side)
         return self.net(torch.cat([tiled, self.grid.expand(len(z), -1, -1, -1)], dim=1))
 
 
@@ -345,7 +345,7 @@ def wide_dcgan(width: int) -> nn.Module:
 
 ENTRIES = [
     Entry("DCGAN", DCGAN, (8,)),
-    Entry("wide DCGAN", wide_dcgan, (8,), tags=frozenset({"wide"}), heavy=True),
+    Entry("wide DCGAN", wide_dcgan, (8,), heavy=True),
     Entry("sigmoid at the end", Probabilities, (5,), Bernoulli(probs=True)),
     Entry("ResNet with BatchNorm", ResNet, (6,)),
     Entry("GroupNorm, SiLU, attention", lambda w: GroupNormAttention(w, False), (6,), Gaussian(0.5)),

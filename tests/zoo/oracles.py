@@ -1,6 +1,6 @@
 """What the operators must give, by plain autograd: reverse over reverse alone, nothing of fastvae.
 
-Oracles take ``decode``, a function of the code alone. Each is judged by central differences (:func:`differences_agree`).
+``decode`` is a function of the code alone. Every oracle is judged by central differences (:func:`differences_agree`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], seed: int = 7
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
     found = torch.autograd.grad(list(outputs), list(leaves), weights, allow_unused=True)
-    return [torch.zeros_like(l) if g is None else g for l, g in zip(leaves, found, strict=True)]
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
 
 
 def differences_agree(

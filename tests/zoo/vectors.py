@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -67,7 +68,7 @@ class PlainList(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         sizes = [4, 24 * width, 24 * width, 36]
-        self.layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+        self.layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         for i, layer in enumerate(self.layers):
             self.add_module(f"fc{i}", layer)
 
