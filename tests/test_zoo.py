@@ -6,48 +6,65 @@ is an expected failure, with its reason in the registry (``Entry.today``).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from zoo import ZOO, Entry, Problem, is_installed, oracles, problem
+from torch import Tensor, nn
+from zoo import OPERATORS, ZOO, Entry, Problem, is_installed, oracles, problem
 
 from fastvae import ops
+from fastvae.influence import TracIn
+from fastvae.models import VAE
+from fastvae.noise import SampleNoise, keys_of
+from fastvae.ood import LikelihoodRegret
+from fastvae.ood.likelihood_regret import _FIRST_SAMPLE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be lowered", "ignore:.*without a kernel")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*cannot be lowered",
+    "ignore:.*without a kernel",
+    "ignore:.*are all in \\[0, 1\\]",
+)
 
 FLOAT64 = 1e-10
 # A float32 result may be exact by chance: then ours may be off by some units of the last place of the largest element.
 FLOAT32_FLOOR = 2e-6
 
 
-def each_entry(operator: str, *, slow: bool = False, where: Callable[[Entry], bool] = lambda entry: True):
-    """Parametrise over the zoo; an expected failure where the registry says so."""
-    parameters = []
-    for entry in ZOO.values():
-        if not where(entry):
-            continue
-        marks: list[Any] = []
-        if not is_installed(entry):
-            marks.append(pytest.mark.skip(reason=f"{entry.package} is not installed: make zoo"))
-        if operator in entry.today:
-            marks.append(pytest.mark.xfail(strict=True, reason=entry.today[operator]))
-        if slow or entry.heavy:
-            marks.append(pytest.mark.slow)
-        parameters.append(pytest.param(entry, marks=marks, id=entry.name))
-    return pytest.mark.parametrize("entry", parameters)
+def cases(
+    operators: Mapping[str, Any] | tuple[str, ...], kind: str = "", *, slow: tuple[str, ...] = ()
+) -> Any:
+    """Parametrise over operators and the zoo; an expected failure where the registry says so."""
+    found = []
+    for operator in operators:
+        for entry in ZOO.values():
+            if operator == "regret" and not fits_a_vae(entry):
+                continue
+            marks: list[Any] = []
+            if not is_installed(entry):
+                marks.append(pytest.mark.skip(reason=f"{entry.package} is not installed: see `make zoo`"))
+            reason = entry.today.get(operator + kind, entry.today.get(operator))
+            if reason is not None:
+                marks.append(pytest.mark.xfail(strict=True, reason=reason))
+            if operator in slow or entry.heavy:
+                marks.append(pytest.mark.slow)
+            found.append(pytest.param(operator, entry, marks=marks, id=f"{operator}, {entry.name}"))
+    return pytest.mark.parametrize(("operator", "entry"), found)
 
 
-@functools.lru_cache(maxsize=4)
-def problem_of(name: str, dtype: torch.dtype = torch.float64) -> Problem:
-    return problem(ZOO[name], batch=2 if ZOO[name].heavy else 3, dtype=dtype)
+def fits_a_vae(entry: Entry) -> bool:
+    return len(entry.code) == 1 and entry.condition is None
+
+
+def problem_of(entry: Entry, dtype: torch.dtype = torch.float64) -> Problem:
+    return problem(entry, batch=2 if entry.heavy else 3, dtype=dtype)
 
 
 def conditioned(p: Problem, z: Tensor) -> Tensor:
-    """The decoder of codes for all samples, each repeated as often as z has rows for it."""
+    """The decoder's outputs for codes of all samples, a sample's one after the other."""
     times = len(z) // len(p.z)
     return p.decoder(z, *(c.repeat_interleave(times, 0) for c in p.condition))
 
@@ -73,26 +90,24 @@ def parameters_of(p: Problem) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in p.decoder.named_parameters() if parameter.requires_grad}
 
 
-def error_of(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, of the largest expected magnitude."""
-    assert actual.shape == expected.shape, f"{list(actual.shape)} and not {list(expected.shape)}"
-    if not expected.numel():
-        return 0.0
-    scale = max(float(expected.abs().max()), 1e-3)
-    return float((actual.detach().double() - expected.detach().double()).abs().max()) / scale
-
-
-def assert_near(names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for name, a, e in zip(names, actual, expected, strict=True):
-        error = error_of(a, e)
-        assert error <= FLOAT64, f"{name}: relative error {error:.3g}"
-
-
 # --- the runs, by an operator and by its oracle ------------------------------------------------
 
 
 Run = tuple[Callable[[], list[Tensor]], dict[str, Tensor]]
-"""A function that computes outputs, and the leaves that they depend on."""
+"""A function that computes outputs, and the leaves to which they have gradients."""
+
+
+def log_px_run(p: Problem, by_oracle: bool) -> Run:
+    codes = torch.stack([p.z, 0.5 * p.z.flip(0)])
+
+    def run() -> list[Tensor]:
+        if by_oracle:
+            with torch.no_grad():
+                found = [oracles.log_prob(p.likelihood, conditioned(p, z), p.x) for z in codes]
+            return [torch.stack(found)]
+        return [ops.log_px(p.decoder, codes, p.x, p.likelihood, **options_of(p))]
+
+    return run, {}
 
 
 def flow_run(p: Problem, by_oracle: bool) -> Run:
@@ -101,9 +116,8 @@ def flow_run(p: Problem, by_oracle: bool) -> Run:
     def run() -> list[Tensor]:
         z, rho, step_size, alpha = start.values()
         if by_oracle:
-            with oracles.careful():
-                decode = functools.partial(conditioned, p)
-                return oracles.flow(decode, z, rho, p.x, step_size, alpha, p.likelihood)
+            decode = functools.partial(conditioned, p)
+            return oracles.flow(decode, z, rho, p.x, step_size, alpha, p.likelihood)
         return list(
             ops.hamiltonian_flow(p.decoder, z, rho, p.x, step_size, alpha, p.likelihood, **options_of(p))
         )
@@ -116,60 +130,187 @@ def jacobian_run(p: Problem, by_oracle: bool) -> Run:
 
     def run() -> list[Tensor]:
         if by_oracle:
-            with oracles.careful():
-                return [oracles.jacobian_l1(functools.partial(conditioned, p), z)]
+            return [oracles.jacobian_l1(functools.partial(conditioned, p), z)]
         return [ops.jacobian_l1(p.decoder, z, "none", **options_of(p))]
 
     return run, {"z": z, **parameters_of(p)}
 
 
-RUNS: dict[str, Callable[[Problem, bool], Run]] = {"flow": flow_run, "jacobian": jacobian_run}
+def tracin_run(p: Problem, by_oracle: bool) -> Run:
+    """Dot products of the per-sample gradients of -log p(x | z), and their squared norms."""
+
+    def loss(output: Tensor, x: Tensor) -> Tensor:
+        return -p.likelihood.log_prob_of_output(output, x)
+
+    def run() -> list[Tensor]:
+        samples = (p.z, *p.condition, p.x)
+        if by_oracle:
+            rows = torch.stack(
+                [gradient_of(p, tuple(part[i : i + 1] for part in samples)) for i in range(len(p.z))]
+            )
+            return [rows[:2] @ rows.T, rows.square().sum(1)]
+        tracin = TracIn(p.decoder, samples, None, loss_fn=loss, uncovered="materialise")
+        queries = tuple(part[:2] for part in samples)
+        return [tracin.influence(queries), tracin.self_influence()]
+
+    return run, {}
 
 
-def everything(run: Run) -> tuple[list[str], list[Tensor]]:
-    """Outputs, and the gradients of a combination of them to every leaf."""
-    compute, leaves = run
-    with oracles.careful():
+def gradient_of(p: Problem, sample: tuple[Tensor, ...]) -> Tensor:
+    *inputs, x = sample
+    parameters = list(parameters_of(p).values())
+    value = oracles.log_prob(p.likelihood, p.decoder(*inputs), x).sum()
+    found = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+REFIT: dict[str, Any] = {"num_steps": 3, "num_samples": 4, "lr": 1e-2}
+
+
+def regret_run(p: Problem, by_oracle: bool) -> Run:
+    """An encoder of each image trained for three steps: posteriors, losses and the regret itself."""
+    torch.manual_seed(3)
+    encoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(p.x[0].numel(), 6), nn.Tanh(), nn.Linear(6, 2 * p.z.shape[1])
+    )
+    encoder.to(p.z.dtype)
+    # In float32 under either dtype: noise is keyed by the bytes.
+    x = p.x.float()
+
+    def run() -> list[Tensor]:
+        if not by_oracle:
+            model = VAE(encoder, p.decoder, p.likelihood, latent_dim=p.z.shape[1]).eval()
+            detector = LikelihoodRegret(model, **REFIT)
+            return [*detector.refit(x)[:3], detector.predict(x)]
+        keys = keys_of(x)
+        each = [
+            oracles.regret(
+                encoder,
+                p.decoder,
+                p.likelihood,
+                x[i : i + 1],
+                SampleNoise(keys[i : i + 1], 0, 1)(0, REFIT["num_steps"], p.z[:1])[0],
+                SampleNoise(keys[i : i + 1], 0, 1, start=_FIRST_SAMPLE)(0, REFIT["num_samples"], p.z[:1])[0],
+                lr=REFIT["lr"],
+            )
+            for i in range(len(x))
+        ]
+        return [torch.cat(parts) for parts in zip(*each, strict=True)]
+
+    return run, {}
+
+
+RUNS: dict[str, Callable[[Problem, bool], Run]] = {
+    "log_px": log_px_run,
+    "flow": flow_run,
+    "jacobian": jacobian_run,
+    "tracin": tracin_run,
+    "regret": regret_run,
+}
+DIFFERENTIATED = ("flow", "jacobian")
+
+
+def everything(operator: str, p: Problem, by_oracle: bool) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a combination of them to every leaf, by name."""
+    compute, leaves = RUNS[operator](p, by_oracle)
+    with oracles.careful() if by_oracle else contextlib.nullcontext():
         outputs = compute()
-        found = oracles.gradients(outputs, list(leaves.values()))
-    names = [f"output {i}" for i in range(len(outputs))]
-    return names + [f"gradient to {name}" for name in leaves], [*(o.detach() for o in outputs), *found]
+        gradients = oracles.gradients(outputs, list(leaves.values())) if leaves else []
+    found = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    return found | {f"gradient to {name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-@functools.lru_cache(maxsize=2)
-def exact(name: str, operator: str) -> tuple[list[str], list[Tensor]]:
-    return everything(RUNS[operator](problem_of(name), True))
+@functools.lru_cache(maxsize=4)
+def exact(operator: str, name: str) -> dict[str, Tensor]:
+    return everything(operator, problem_of(ZOO[name]), True)
 
 
-# --- float64 -----------------------------------------------------------------------------------
+def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest difference of each, in units of its largest expected magnitude."""
+    assert actual.keys() == expected.keys()
+    errors = {}
+    for name, e in expected.items():
+        assert actual[name].shape == e.shape, f"{name}: {list(actual[name].shape)} and not {list(e.shape)}"
+        if e.numel():
+            scale = max(float(e.abs().max()), 1e-3)
+            errors[name] = float((actual[name].double() - e.double()).abs().max()) / scale
+    return errors
 
 
-@each_entry("the oracle", where=lambda entry: not (entry.own_gradients or entry.heavy))
-@pytest.mark.parametrize("operator", RUNS)
-def test_oracle_agrees_with_differences(entry: Entry, operator: str) -> None:
-    names, found = exact(entry.name, operator)
-    compute, leaves = RUNS[operator](problem_of(entry.name), True)
-    gradients = found[len(names) - len(leaves) :]
-    assert not (problem := oracles.differences_agree(compute, list(leaves.values()), gradients)), problem
+def assert_near(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name, error in errors_of(actual, expected).items():
+        assert error <= FLOAT64, f"{name}: relative error {error:.3g}"
 
 
-@each_entry("log_px")
-def test_log_px(entry: Entry) -> None:
-    p = problem_of(entry.name)
-    codes = torch.stack([p.z, 0.5 * p.z.flip(0)])
-    with torch.no_grad():
-        expected = [oracles.log_prob(p.likelihood, conditioned(p, z), p.x) for z in codes]
-    found = ops.log_px(p.decoder, codes, p.x, p.likelihood, **options_of(p))
-    assert_near(["log_px"], [found], [torch.stack(expected)])
+# --- the tests ---------------------------------------------------------------------------------
 
 
-@each_entry("flow")
-def test_flow(entry: Entry) -> None:
-    names, expected = exact(entry.name, "flow")
-    assert_near(names, everything(flow_run(problem_of(entry.name), False))[1], expected)
+def test_the_registry_names_operators() -> None:
+    assert tuple(RUNS) == OPERATORS
+    for entry in ZOO.values():
+        assert {key.removesuffix(" float32") for key in entry.today} <= set(OPERATORS), entry.name
 
 
-@each_entry("jacobian")
-def test_jacobian(entry: Entry) -> None:
-    names, expected = exact(entry.name, "jacobian")
-    assert_near(names, everything(jacobian_run(problem_of(entry.name), False))[1], expected)
+@pytest.mark.parametrize(
+    ("operator", "entry"),
+    [
+        pytest.param(
+            operator,
+            entry,
+            id=f"{operator}, {entry.name}",
+            marks=pytest.mark.skipif(
+                not is_installed(entry), reason=f"{entry.package} is not installed: see `make zoo`"
+            ),
+        )
+        for operator in DIFFERENTIATED
+        for entry in ZOO.values()
+        if not (entry.own_gradients or entry.heavy)
+    ],
+)
+def test_oracle_agrees_with_differences(operator: str, entry: Entry) -> None:
+    compute, leaves = RUNS[operator](problem_of(entry), True)
+    expected = exact(operator, entry.name)
+    gradients = [expected[f"gradient to {name}"] for name in leaves]
+    with oracles.careful():
+        problem = oracles.differences_agree(compute, list(leaves.values()), gradients)
+    assert not problem, problem
+
+
+@cases(RUNS, slow=("tracin", "regret"))
+def test_float64(operator: str, entry: Entry) -> None:
+    p = problem_of(entry)
+    before = {name: tensor.clone() for name, tensor in p.decoder.state_dict().items()}
+    assert_near(everything(operator, p, False), exact(operator, entry.name))
+    assert not p.decoder.training
+    for name, tensor in p.decoder.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} was changed"
+
+
+@cases(RUNS, " float32", slow=OPERATORS)
+def test_float32(operator: str, entry: Entry) -> None:
+    p = problem_of(entry, torch.float32)
+    expected = exact(operator, entry.name)
+    allowed = errors_of(everything(operator, p, True), expected)
+    for name, error in errors_of(everything(operator, p, False), expected).items():
+        limit = max(2 * allowed[name], FLOAT32_FLOOR)
+        assert error <= limit, f"{name}: relative error {error:.3g}, eager PyTorch's {allowed[name]:.3g}"
+
+
+@cases(DIFFERENTIATED, slow=DIFFERENTIATED)
+def test_a_sample_does_not_depend_on_its_batch(operator: str, entry: Entry) -> None:
+    """Outputs and the gradient to z of 16 samples, and of each part of them."""
+
+    def run(p: Problem) -> list[Tensor]:
+        with torch.random.fork_rng():
+            compute, leaves = RUNS[operator](p, False)
+        outputs = compute()
+        return [*outputs, torch.autograd.grad(sum(o.sum() for o in outputs), leaves["z"])[0]]
+
+    p = problem(entry, batch=2 if entry.heavy else 16)
+    whole = run(p)
+    for part in (slice(0, 1), slice(1, 5)):
+        few = p._replace(z=p.z[part], x=p.x[part], condition=tuple(c[part] for c in p.condition))
+        assert_near(
+            {str(index): found for index, found in enumerate(run(few))},
+            {str(index): found[part] for index, found in enumerate(whole)},
+        )

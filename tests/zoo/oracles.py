@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvae.likelihoods import Bernoulli, Likelihood
@@ -71,6 +73,52 @@ def jacobian_l1(decode: Decode, z: Tensor) -> Tensor:
     (pushed,) = torch.autograd.grad(pulled, probe, directions, retain_graph=True)
     (entries,) = torch.autograd.grad(y, rows, pushed.sign(), create_graph=True)
     return (entries * directions).flatten(1).sum(1).reshape(len(z), latents).sum(1)
+
+
+def regret(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    likelihood: Likelihood,
+    x: Tensor,
+    noise: Tensor,
+    samples: Tensor,
+    *,
+    lr: float,
+) -> list[Tensor]:
+    """Mean, log variance, losses and regret of one image, as published: an encoder of its own, ``torch.optim.Adam``.
+
+    ``noise`` [steps, 1, d] of the steps, ``samples`` [count, 1, d] of the importance sampled likelihood.
+    """
+    private = copy.deepcopy(encoder).requires_grad_()
+    optimizer = torch.optim.Adam(private.parameters(), lr=lr, weight_decay=5e-5)
+    seen = likelihood.as_float(x, noise.dtype)
+    x = x.to(noise.dtype)
+
+    def evidence() -> Tensor:
+        mu, logvar = private(seen).chunk(2, 1)
+        z = mu + torch.exp(logvar / 2) * samples
+        repeated = x.expand(len(samples), *x.shape[1:])
+        log_px = log_prob(likelihood, decoder(z.flatten(0, 1)), repeated)
+        log_ratio = 0.5 * (samples.square() + logvar - z.square()).sum((1, 2))
+        return torch.logsumexp(log_px + log_ratio, 0) - math.log(len(samples))
+
+    with torch.no_grad():
+        before = evidence()
+    losses = []
+    for eps in noise:
+        mu, logvar = private(seen).chunk(2, 1)
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        loss = (kl - log_prob(likelihood, decoder(mu + torch.exp(logvar / 2) * eps), x)).sum()
+        optimizer.zero_grad()
+        for parameter, gradient in zip(
+            private.parameters(), torch.autograd.grad(loss, list(private.parameters())), strict=True
+        ):
+            parameter.grad = gradient
+        optimizer.step()
+        losses.append(loss.detach())
+    with torch.no_grad():
+        mu, logvar = private(seen).chunk(2, 1)
+        return [mu, logvar, torch.stack(losses)[None], (evidence() - before)[None]]
 
 
 def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], seed: int = 7) -> list[Tensor]:

@@ -48,7 +48,6 @@ def pythae(name: str, where: str, latent_dim: int, input_dim: tuple[int, ...], h
         f"pythae, {name}",
         build(f"pythae.models.nn.{where}", config),
         (latent_dim,),
-        # It ends in a Sigmoid, where pythae's celeba networks do, too.
         Bernoulli(probs=True),
         origin=f"PyPI: pythae {version_of('pythae')}",
         package="pythae",
