@@ -31,7 +31,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 FLOAT64 = 1e-10
 # A float32 result may be exact by chance: then ours may be off by some units of the last place of the largest element.
-FLOAT32_FLOOR = 2e-6
+# Adam's first steps are signs of the gradient: one that is nearly zero moves a weight by 1e-2.
+FLOAT32_FLOOR = {"log_px": 2e-6, "flow": 2e-6, "jacobian": 2e-6, "tracin": 2e-6, "regret": 1e-4}
 
 
 def cases(
@@ -226,13 +227,19 @@ def exact(operator: str, name: str) -> dict[str, Tensor]:
 
 
 def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """The largest difference of each, in units of its largest expected magnitude."""
+    """The largest difference of each, in units of its largest expected magnitude.
+
+    Not below a tenth of the largest of all gradients: that to a bias in front of an InstanceNorm is zero, a sum
+    whose terms cancel.
+    """
     assert actual.keys() == expected.keys()
+    gradients = [e for name, e in expected.items() if name.startswith("gradient") and e.numel()]
+    least = 0.1 * max([1e-2, *(float(e.abs().max()) for e in gradients)])
     errors = {}
     for name, e in expected.items():
         assert actual[name].shape == e.shape, f"{name}: {list(actual[name].shape)} and not {list(e.shape)}"
         if e.numel():
-            scale = max(float(e.abs().max()), 1e-3)
+            scale = max(float(e.abs().max()), least if name.startswith("gradient") else 1e-3)
             errors[name] = float((actual[name].double() - e.double()).abs().max()) / scale
     return errors
 
@@ -292,25 +299,30 @@ def test_float32(operator: str, entry: Entry) -> None:
     expected = exact(operator, entry.name)
     allowed = errors_of(everything(operator, p, True), expected)
     for name, error in errors_of(everything(operator, p, False), expected).items():
-        limit = max(2 * allowed[name], FLOAT32_FLOOR)
+        limit = max(2 * allowed[name], FLOAT32_FLOOR[operator])
         assert error <= limit, f"{name}: relative error {error:.3g}, eager PyTorch's {allowed[name]:.3g}"
 
 
 @cases(DIFFERENTIATED, slow=DIFFERENTIATED)
 def test_a_sample_does_not_depend_on_its_batch(operator: str, entry: Entry) -> None:
     """Outputs and the gradient to z of 16 samples, and of each part of them."""
-
-    def run(p: Problem) -> list[Tensor]:
-        with torch.random.fork_rng():
-            compute, leaves = RUNS[operator](p, False)
-        outputs = compute()
-        return [*outputs, torch.autograd.grad(sum(o.sum() for o in outputs), leaves["z"])[0]]
-
     p = problem(entry, batch=2 if entry.heavy else 16)
-    whole = run(p)
+    start = momenta(p)
+
+    def run(part: slice) -> dict[str, Tensor]:
+        few = p._replace(z=leaf(p.z[part]), x=p.x[part], condition=tuple(c[part] for c in p.condition))
+        if operator == "jacobian":
+            outputs = [ops.jacobian_l1(few.decoder, few.z, "none", **options_of(few))]
+        else:
+            pace = start["step_size"], start["alpha"]
+            outputs = list(
+                ops.hamiltonian_flow(
+                    few.decoder, few.z, start["rho"][part], few.x, *pace, few.likelihood, **options_of(few)
+                )
+            )
+        outputs += torch.autograd.grad(sum(output.sum() for output in outputs), few.z)
+        return {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+
+    whole = run(slice(None))
     for part in (slice(0, 1), slice(1, 5)):
-        few = p._replace(z=p.z[part], x=p.x[part], condition=tuple(c[part] for c in p.condition))
-        assert_near(
-            {str(index): found for index, found in enumerate(run(few))},
-            {str(index): found[part] for index, found in enumerate(whole)},
-        )
+        assert_near(run(part), {name: output[part] for name, output in whole.items()})

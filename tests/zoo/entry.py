@@ -145,5 +145,10 @@ def labels(classes: int) -> Callable[[int, torch.Generator], Tensor]:
 NO_CONDITION = dict.fromkeys(("log_px", "flow", "jacobian"), "operators take no condition")
 """``Entry.today`` of a decoder with a second argument."""
 
+VOLUME = {
+    "regret": "LikelihoodRegret takes data of at most three dimensions a sample where the encoder is lowered"
+}
+"""``Entry.today`` of a decoder of volumes."""
+
 SPATIAL = dict.fromkeys(("log_px", "flow", "jacobian"), "operators take codes [B, d] alone")
 """``Entry.today`` of a decoder of codes [B, c, h, w]."""

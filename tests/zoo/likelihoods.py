@@ -17,6 +17,7 @@ class PoissonRates(Likelihood):
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         rate, x = self._match(params, x)
+        x = x.to(rate.dtype)
         return (x * torch.log(rate) - rate - torch.lgamma(x + 1)).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:

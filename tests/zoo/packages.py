@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Bernoulli, Gaussian
 
-from .entry import SPATIAL, Entry
+from .entry import SPATIAL, VOLUME, Entry
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "zoo-requirements.txt"
 
@@ -84,7 +84,7 @@ def disent(name: str, kind: str, heavy: bool = False, **options: Any) -> Entry:
     )
 
 
-def monai(name: str, code: int, **options: Any) -> Entry:
+def monai(name: str, code: int, *, today: Mapping[str, str] | None = None, **options: Any) -> Entry:
     return Entry(
         f"MONAI, {name}",
         build("monai.networks.nets:VarAutoEncoder", latent_size=code, out_channels=1, **options),
@@ -93,6 +93,7 @@ def monai(name: str, code: int, **options: Any) -> Entry:
         origin=f"PyPI: monai {version_of('monai')}",
         package="monai",
         method="decode_forward",
+        today=today or {},
     )
 
 
@@ -133,7 +134,7 @@ ENTRIES = [
     ),
     disent("convolutional, BatchNorm", "DecoderConv64Norm", norm="batch", norm_pre_act=False),
     monai("2-D", 4, spatial_dims=2, in_shape=(1, 16, 16), channels=(4, 8, 8), strides=(1, 2, 2)),
-    monai("3-D", 4, spatial_dims=3, in_shape=(1, 8, 8, 8), channels=(4, 8), strides=(2, 2)),
+    monai("3-D", 4, spatial_dims=3, in_shape=(1, 8, 8, 8), channels=(4, 8), strides=(2, 2), today=VOLUME),
     monai(
         "2-D, residual units, BatchNorm",
         4,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Categorical, Gaussian
 
-from .entry import Entry
+from .entry import VOLUME, Entry
 
 
 class Series(nn.Module):
@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
 
 ENTRIES = [
     Entry("time series, Conv1d", Series, (4,), Gaussian(0.5)),
-    Entry("volume, Conv3d", Volume, (5,)),
+    Entry("volume, Conv3d", Volume, (5,), today=VOLUME),
     Entry("LSTM", LSTM, (4,), Gaussian(0.5)),
     Entry("GRU cell in a loop", GRULoop, (4,), Gaussian(0.5)),
     Entry("transformer over tokens", Transformer, (4,), Categorical(6)),
