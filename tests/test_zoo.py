@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 FLOAT64 = 1e-10
 # A float32 result may be exact by chance: then ours may be off by some units of the last place of the largest element.
 # Adam's first steps are signs of the gradient: one that is nearly zero moves a weight by 1e-2.
-FLOAT32_FLOOR = {"log_px": 2e-6, "flow": 2e-6, "jacobian": 2e-6, "tracin": 2e-6, "regret": 1e-4}
+FLOAT32_FLOOR = {"log_px": 2e-6, "flow": 5e-6, "jacobian": 5e-6, "tracin": 5e-6, "regret": 1e-4}
 
 
 def cases(
@@ -52,7 +53,7 @@ def cases(
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             if operator in slow or entry.heavy:
                 marks.append(pytest.mark.slow)
-            found.append(pytest.param(operator, entry, marks=marks, id=f"{operator}, {entry.name}"))
+            found.append(pytest.param(operator, entry, marks=marks, id=f"{operator}-{entry.name}"))
     return pytest.mark.parametrize(("operator", "entry"), found)
 
 
@@ -253,8 +254,9 @@ def assert_near(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def test_the_registry_names_operators() -> None:
-    assert tuple(RUNS) == OPERATORS
-    for entry in ZOO.values():
+    assert tuple(RUNS) == OPERATORS and len(ZOO) >= 45
+    for name, entry in ZOO.items():
+        assert re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name) and bool(entry.package) == (entry.origin != "own")
         assert {key.removesuffix(" float32") for key in entry.today} <= set(OPERATORS), entry.name
 
 
@@ -264,7 +266,7 @@ def test_the_registry_names_operators() -> None:
         pytest.param(
             operator,
             entry,
-            id=f"{operator}, {entry.name}",
+            id=f"{operator}-{entry.name}",
             marks=pytest.mark.skipif(
                 not is_installed(entry), reason=f"{entry.package} is not installed: see `make zoo`"
             ),

@@ -12,16 +12,16 @@ from .entry import OPERATORS, Entry, Problem, build, problem
 
 __all__ = ["OPERATORS", "ZOO", "Entry", "Problem", "build", "is_installed", "problem"]
 
-ZOO: dict[str, Entry] = {
-    entry.name: entry
-    for entry in [
-        *vectors.ENTRIES,
-        *images.ENTRIES,
-        *sequences.ENTRIES,
-        *own_gradients.ENTRIES,
-        *packages.ENTRIES,
-    ]
-}
+_ENTRIES = (
+    *vectors.ENTRIES,
+    *images.ENTRIES,
+    *sequences.ENTRIES,
+    *own_gradients.ENTRIES,
+    *packages.ENTRIES,
+)
+
+ZOO: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+assert len(ZOO) == len(_ENTRIES), "two entries of one name"
 
 
 def is_installed(entry: Entry) -> bool:

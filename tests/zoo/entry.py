@@ -23,7 +23,7 @@ class Entry:
     """A decoder as its author wrote it.
 
     Attributes:
-        name: of the entry, in words.
+        name: of the entry, in words joined by hyphens.
         make: width -> the module; 1 for tests, 4 in benchmarks. Networks of a fixed size ignore it.
         code: shape of one code, (d,) or (c, h, w).
         likelihood: of what the module returns.
@@ -50,7 +50,6 @@ class Entry:
     method: str = "forward"
     own_gradients: str = ""
     heavy: bool = False
-    tags: frozenset[str] = frozenset()
     today: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -66,9 +65,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.network, self.method, self.output = network, method, output
 
-    def forward(self, z: Tensor, *condition: Tensor) -> Tensor:
-        decode = self.network if self.method == "forward" else getattr(self.network, self.method)
-        found = decode(z, *condition)
+    def forward(self, z: Tensor) -> Tensor:
+        found = self.network(z) if self.method == "forward" else getattr(self.network, self.method)(z)
         return found if self.output is None else self.output(found)
 
 

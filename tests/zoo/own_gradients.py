@@ -86,22 +86,22 @@ class Detached(nn.Module):
 
 ENTRIES = [
     Entry(
-        "straight-through rounding",
+        "straight-through",
         lambda w: WithFunction(w, Round),
         (4,),
         Gaussian(0.5),
         own_gradients="rounding passes its gradient straight through",
     ),
-    Entry("Swish as a Function", lambda w: WithFunction(w, Swish), (4,), Gaussian(0.5)),
+    Entry("swish-function", lambda w: WithFunction(w, Swish), (4,), Gaussian(0.5)),
     Entry(
-        "codebook, straight through",
+        "codebook",
         Quantised,
         (6,),
         Gaussian(0.5),
         own_gradients="quantising passes its gradient straight through",
     ),
     Entry(
-        "no_grad and detach",
+        "no-grad-and-detach",
         Detached,
         (4,),
         Gaussian(0.5),

@@ -45,7 +45,7 @@ def sample(found: Any) -> Tensor:
 def pythae(name: str, where: str, latent_dim: int, input_dim: tuple[int, ...], heavy: bool = False) -> Entry:
     config = SimpleNamespace(latent_dim=latent_dim, input_dim=input_dim)
     return Entry(
-        f"pythae, {name}",
+        f"pythae-{name}",
         build(f"pythae.models.nn.{where}", config),
         (latent_dim,),
         Bernoulli(probs=True),
@@ -60,7 +60,7 @@ def pythae_quantised(name: str, where: str, code: tuple[int, ...]) -> Entry:
     """Of a VQ-VAE: from an embedding of each position."""
     config = SimpleNamespace(latent_dim=code[0])
     return Entry(
-        f"pythae, {name}",
+        f"pythae-{name}",
         build(f"pythae.models.nn.{where}", config),
         code,
         Bernoulli(probs=True),
@@ -75,7 +75,7 @@ def pythae_quantised(name: str, where: str, code: tuple[int, ...]) -> Entry:
 def disent(name: str, kind: str, heavy: bool = False, **options: Any) -> Entry:
     options = {"x_shape": (1, 64, 64), "z_size": 6, **options}
     return Entry(
-        f"disent, {name}",
+        f"disent-{name}",
         build(f"disent.model.ae:{kind}", **options),
         (options["z_size"],),
         origin=f"PyPI: disent {version_of('disent')}",
@@ -86,7 +86,7 @@ def disent(name: str, kind: str, heavy: bool = False, **options: Any) -> Entry:
 
 def monai(name: str, code: int, *, today: Mapping[str, str] | None = None, **options: Any) -> Entry:
     return Entry(
-        f"MONAI, {name}",
+        f"monai-{name}",
         build("monai.networks.nets:VarAutoEncoder", latent_size=code, out_channels=1, **options),
         (code,),
         Bernoulli(probs=True),
@@ -99,7 +99,7 @@ def monai(name: str, code: int, *, today: Mapping[str, str] | None = None, **opt
 
 def diffusers(name: str, kind: str, code: tuple[int, ...], own_gradients: str = "", **options: Any) -> Entry:
     return Entry(
-        f"diffusers, {name}",
+        f"diffusers-{name}",
         build(f"diffusers:{kind}", **options),
         code,
         Gaussian(0.5),
@@ -113,30 +113,30 @@ def diffusers(name: str, kind: str, code: tuple[int, ...], own_gradients: str = 
 
 
 ENTRIES = [
-    pythae("default MLP", "default_architectures:Decoder_AE_MLP", 5, (1, 12, 12)),
-    pythae("MNIST ConvNet", "benchmarks.mnist:Decoder_Conv_AE_MNIST", 4, (1, 28, 28), heavy=True),
-    pythae("MNIST ResNet", "benchmarks.mnist:Decoder_ResNet_AE_MNIST", 4, (1, 28, 28)),
-    pythae("CIFAR ConvNet", "benchmarks.cifar:Decoder_Conv_AE_CIFAR", 4, (3, 32, 32), heavy=True),
-    pythae("CIFAR ResNet", "benchmarks.cifar:Decoder_ResNet_AE_CIFAR", 4, (3, 32, 32), heavy=True),
-    pythae("CelebA ConvNet", "benchmarks.celeba:Decoder_Conv_AE_CELEBA", 3, (3, 64, 64), heavy=True),
-    pythae("CelebA ResNet", "benchmarks.celeba:Decoder_ResNet_AE_CELEBA", 3, (3, 64, 64), heavy=True),
-    pythae_quantised("MNIST ResNet of a VQ-VAE", "benchmarks.mnist:Decoder_ResNet_VQVAE_MNIST", (4, 7, 7)),
+    pythae("mlp", "default_architectures:Decoder_AE_MLP", 5, (1, 12, 12)),
+    pythae("mnist-convnet", "benchmarks.mnist:Decoder_Conv_AE_MNIST", 4, (1, 28, 28), heavy=True),
+    pythae("mnist-resnet", "benchmarks.mnist:Decoder_ResNet_AE_MNIST", 4, (1, 28, 28)),
+    pythae("cifar-convnet", "benchmarks.cifar:Decoder_Conv_AE_CIFAR", 4, (3, 32, 32), heavy=True),
+    pythae("cifar-resnet", "benchmarks.cifar:Decoder_ResNet_AE_CIFAR", 4, (3, 32, 32), heavy=True),
+    pythae("celeba-convnet", "benchmarks.celeba:Decoder_Conv_AE_CELEBA", 3, (3, 64, 64), heavy=True),
+    pythae("celeba-resnet", "benchmarks.celeba:Decoder_ResNet_AE_CELEBA", 3, (3, 64, 64), heavy=True),
+    pythae_quantised("mnist-resnet-vqvae", "benchmarks.mnist:Decoder_ResNet_VQVAE_MNIST", (4, 7, 7)),
     disent("linear", "DecoderLinear"),
-    disent("fully connected", "DecoderFC", x_shape=(1, 16, 16)),
-    disent("convolutional", "DecoderConv64"),
-    disent("convolutional, LayerNorm", "DecoderConv64Norm", heavy=True, norm="layer"),
+    disent("fc", "DecoderFC", x_shape=(1, 16, 16)),
+    disent("conv64", "DecoderConv64"),
+    disent("conv64-layernorm", "DecoderConv64Norm", heavy=True, norm="layer"),
     disent(
-        "convolutional, InstanceNorm, Swish",
+        "conv64-instancenorm-swish",
         "DecoderConv64Norm",
         norm="instance",
         activation="swish",
         heavy=True,
     ),
-    disent("convolutional, BatchNorm", "DecoderConv64Norm", norm="batch", norm_pre_act=False),
-    monai("2-D", 4, spatial_dims=2, in_shape=(1, 16, 16), channels=(4, 8, 8), strides=(1, 2, 2)),
-    monai("3-D", 4, spatial_dims=3, in_shape=(1, 8, 8, 8), channels=(4, 8), strides=(2, 2), today=VOLUME),
+    disent("conv64-batchnorm", "DecoderConv64Norm", norm="batch", norm_pre_act=False),
+    monai("2d", 4, spatial_dims=2, in_shape=(1, 16, 16), channels=(4, 8, 8), strides=(1, 2, 2)),
+    monai("3d", 4, spatial_dims=3, in_shape=(1, 8, 8, 8), channels=(4, 8), strides=(2, 2), today=VOLUME),
     monai(
-        "2-D, residual units, BatchNorm",
+        "2d-residual-batchnorm",
         4,
         spatial_dims=2,
         in_shape=(1, 16, 16),
@@ -150,7 +150,7 @@ ENTRIES = [
         dropout=0.1,
     ),
     diffusers(
-        "AutoencoderKL",
+        "autoencoder-kl",
         "AutoencoderKL",
         (4, 4, 4),
         block_out_channels=(8, 16),
@@ -160,7 +160,7 @@ ENTRIES = [
         norm_num_groups=4,
     ),
     diffusers(
-        "AutoencoderTiny",
+        "autoencoder-tiny",
         "AutoencoderTiny",
         (4, 4, 4),
         encoder_block_out_channels=(8, 8),
@@ -169,7 +169,7 @@ ENTRIES = [
         num_decoder_blocks=(1, 1),
     ),
     diffusers(
-        "VQModel",
+        "vq-model",
         "VQModel",
         (3, 4, 4),
         own_gradients="quantising passes its gradient straight through",

@@ -128,10 +128,10 @@ class CrossAttention(nn.Module):
 
 
 ENTRIES = [
-    Entry("time series, Conv1d", Series, (4,), Gaussian(0.5)),
-    Entry("volume, Conv3d", Volume, (5,), today=VOLUME),
-    Entry("LSTM", LSTM, (4,), Gaussian(0.5)),
-    Entry("GRU cell in a loop", GRULoop, (4,), Gaussian(0.5)),
-    Entry("transformer over tokens", Transformer, (4,), Categorical(6)),
-    Entry("cross-attention of learned queries", CrossAttention, (6,), Gaussian(0.5)),
+    Entry("time-series", Series, (4,), Gaussian(0.5)),
+    Entry("volume", Volume, (5,), today=VOLUME),
+    Entry("lstm", LSTM, (4,), Gaussian(0.5)),
+    Entry("gru-loop", GRULoop, (4,), Gaussian(0.5)),
+    Entry("transformer", Transformer, (4,), Categorical(6)),
+    Entry("cross-attention", CrossAttention, (6,), Gaussian(0.5)),
 ]
