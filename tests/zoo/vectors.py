@@ -191,6 +191,19 @@ class Conditional(nn.Module):
         return self.fc2(F.relu(self.fc1(torch.cat((z, c), dim=-1))))
 
 
+class LabelEmbedding(nn.Module):
+    """A class's embedding, looked up by its number, times the code's features."""
+
+    def __init__(self, width: int, classes: int = 5) -> None:
+        super().__init__()
+        h = 24 * width
+        self.inp, self.embedding = nn.Linear(4, h), nn.Embedding(classes, h)
+        self.out = nn.Linear(h, 36)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.out(F.elu(self.inp(z) * self.embedding(y)))
+
+
 class FiLM(nn.Module):
     """Features scaled and shifted by a function of a label (Perez et al. 2018)."""
 
@@ -268,6 +281,10 @@ class Simplex(nn.Module):
         return F.softmax(self.norm(self.beta(F.softmax(z, dim=1))), dim=1)
 
 
+def class_numbers(samples: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 5, (samples,), generator=generator)
+
+
 def library_sizes(samples: int, generator: torch.Generator) -> Tensor:
     return 3 + torch.rand(samples, 1, generator=generator)
 
@@ -316,6 +333,7 @@ ENTRIES = [
     ),
     Entry("mean-and-log-scale", TwoHeads, (4,), MeanAndLogScale()),
     Entry("labels", Conditional, (4,), condition=labels(5), today=NO_CONDITION),
+    Entry("label-embedding", LabelEmbedding, (4,), condition=class_numbers, today=NO_CONDITION),
     Entry("film", FiLM, (4,), condition=labels(4), today=NO_CONDITION),
     Entry("single-cells", SingleCell, (6,), PoissonRates()),
     Entry(
