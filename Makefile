@@ -9,6 +9,8 @@
 #   make format      clang-format and ruff put the sources in shape
 #   make bench       every operator at every size, JAX among the rivals    (ARGS=--quick: under 5 minutes)
 #   make bench-flow  one thing in depth: flow, models, jacobian, consistency, log_likelihood, regret, tracin, scale
+#   make zoo         the operators on other people's decoders, PyPI's installed        (ARGS="-k disent")
+#   make bench-zoo   and how quick they are on each, an hour               (ARGS=--quick, ARGS="--only mlp,disent-fc")
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
 #   make test-pytorch-ood   that build under pytorch-ood's loops, whose torchvision is built for CUDA
@@ -22,8 +24,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-BENCHMARKS := $(addprefix bench-,flow models jacobian consistency log_likelihood regret tracin scale)
-.PHONY: demo test test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
+BENCHMARKS := $(addprefix bench-,flow models jacobian consistency log_likelihood regret tracin scale zoo)
+.PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -72,6 +74,11 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.packages
 	$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH) -r $(VENV)/requirements-bench.txt
 	touch $@
 
+# Packages whose decoders are in the zoo. Without what they ask for, which would bring another torch.
+$(VENV)/.zoo: tests/zoo-requirements.txt $(VENV)/.packages
+	$(PY) -m pip install --quiet --no-deps -r tests/zoo-requirements.txt
+	touch $@
+
 # pytorch-ood imports torchvision, whose builds for CUDA fit this torch and not that of .venv.
 .venv-cuda/.torch-$(TORCH_CUDA): pyproject.toml constraints.txt
 	@$(CHECK_TOOLS)
@@ -103,11 +110,14 @@ demo: build/.extension
 test: test-cpp test-py
 
 # Tests run side by side, so a thread that has nothing to do must not spin.
-test-py test-slow test-asan: export OMP_WAIT_POLICY := PASSIVE
+test-py test-slow test-asan zoo: export OMP_WAIT_POLICY := PASSIVE
 PYTEST_ARGS := -q -n auto --maxprocesses 4 --dist worksteal
 
 test-py: build/.extension
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow" $(ARGS)
+
+zoo: build/.extension $(VENV)/.zoo
+	$(PY) -m pytest $(PYTEST_ARGS) tests/test_zoo.py $(ARGS)
 
 test-cpp: build/cpp/default/.built
 	ctest --preset default
@@ -155,6 +165,8 @@ format: $(VENV)/.packages
 
 bench: build/.extension $(VENV)/.bench
 	$(PY) -m benchmarks.suite $(ARGS)
+
+bench-zoo: $(VENV)/.zoo
 
 $(BENCHMARKS): bench-%: build/.extension $(VENV)/.bench
 	$(PY) -m benchmarks.$* $(ARGS)

@@ -36,6 +36,16 @@ def test_every_package_of_make_has_one_release(python: str, capsys: pytest.Captu
     assert set(closure(asked)) - FREE <= set(names)
 
 
+def test_the_zoo_pins_every_package_and_none_differently() -> None:
+    lines = (ROOT / "tests" / "zoo-requirements.txt").read_text().splitlines()
+    zoo = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in zoo)
+    assert not FREE & {canonicalize_name(pin.name) for pin in zoo}
+    others = {canonicalize_name(pin.name): pin.specifier for pin in pins()}
+    for pin in zoo:
+        assert others.get(canonicalize_name(pin.name), pin.specifier) == pin.specifier, pin.name
+
+
 def test_every_action_is_a_commit() -> None:
     used = re.findall(r"uses: (.*)", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
     assert used and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line) for line in used), used
