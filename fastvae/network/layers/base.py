@@ -69,11 +69,12 @@ class Products:
 
     Args:
         values: by number, with the weights.
+        wanted: by number, which gradients are of use.
         found: gradients by number, which are added to.
     """
 
-    def __init__(self, values: Values, found: dict[int, Tensor]) -> None:
-        self.values, self.found = values, found
+    def __init__(self, values: Values, wanted: Sequence[bool], found: dict[int, Tensor]) -> None:
+        self.values, self.wanted, self.found = values, wanted, found
         self.waiting: dict[int, tuple[Layer, list[Pair]]] = {}
 
     def add(self, layer: Layer, weight: Tensor, pair: Pair) -> None:
@@ -94,7 +95,7 @@ class Products:
         self.found[index] = self.found[index] + gradient if index in self.found else gradient
 
     def _form(self, layer: Layer, pairs: list[Pair]) -> None:
-        for index, gradient in layer.product(self.values, pairs):
+        for index, gradient in layer.product(self.values, pairs, self.wanted):
             self.put(index, gradient)
 
 
@@ -146,8 +147,10 @@ class Layer:
     def bend(self, point: Point, dy: Any, dots: Values, grads: Gradients, products: Products) -> None:
         """Add the gradients of <dy, the derivative of y along dots>."""
 
-    def product(self, values: Values, pairs: list[Pair]) -> list[tuple[int, Tensor]]:
-        """The gradients to weights, by number."""
+    def product(
+        self, values: Values, pairs: list[Pair], wanted: Sequence[bool]
+    ) -> list[tuple[int, Tensor]]:
+        """The gradients to weights, by number; of those that are wanted alone."""
         raise NotImplementedError
 
 
