@@ -101,7 +101,7 @@ class _WayBack:
     def __init__(self, ctx: Any, z_steps: Tensor, rho_steps: Tensor, steps: Tensor, alpha: Tensor) -> None:
         self.ctx, self.z, self.rho, self.steps, self.alpha = ctx, z_steps, rho_steps, steps, alpha
         self.found: dict[int, Tensor] = {}
-        self.products = Products(ctx.passive, self.found)
+        self.products = Products(ctx.passive, ctx.inputs.wanted, self.found)
         self.of_x: Tensor | None = None
 
     def evaluation(self, k: int) -> Evaluation:
@@ -178,7 +178,7 @@ class _Force(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_log_px: Tensor | None, u: Tensor | None) -> Any:
         found: dict[int, Tensor] = {}
-        products = Products(ctx.passive, found)
+        products = Products(ctx.passive, ctx.inputs.wanted, found)
         of_z, of_x = ctx.at.adjoint(u, of_log_px, products)
         products.finish()
         return None, None, None, of_z, of_x, *(found.get(index) for index in ctx.inputs.trained)

@@ -95,7 +95,7 @@ class _Gradient:
     def __init__(self, plan: Plan, z: Tensor, weight: Tensor) -> None:
         self.plan, self.weight, self.of_z = plan, weight, torch.zeros_like(z)
         self.found: dict[int, Tensor] = {}
-        self.products = Products(plan.passive, self.found)
+        self.products = Products(plan.passive, plan.inputs.wanted, self.found)
 
     def add(self, term: Term) -> None:
         """One term more."""

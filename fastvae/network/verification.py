@@ -102,7 +102,7 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
         dz, cotangents = sweeps.reverse(at, v)
         dots = sweeps.tangent(at, u)
         found: dict[int, Tensor] = {}
-        products = Products(passive, found)
+        products = Products(passive, inputs.wanted, found)
         gradients = sweeps.adjoint(at, dots, cotangents, w, products)
         of_z = gradients.pop(0, torch.zeros_like(z))
         for index, gradient in gradients.items():

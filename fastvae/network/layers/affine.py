@@ -72,13 +72,18 @@ class AffineLayer(Layer):
             pair = Pair(folded(dots[self.x], rank), folded(dy, rank), False)
             products.add(self, point.values[self.weight], pair)
 
-    def product(self, values: Values, pairs: list[Pair]) -> list[tuple[int, Tensor]]:
+    def product(
+        self, values: Values, pairs: list[Pair], wanted: Sequence[bool]
+    ) -> list[tuple[int, Tensor]]:
         """dA of all pairs at once, db of those that have one."""
-        x, dy = stacked([pair.x for pair in pairs]), stacked([pair.dy for pair in pairs])
-        found = [(self.weight, self.outer(x, dy, values[self.weight]))]
-        of_bias = [self.sums(pair.dy) for pair in pairs if pair.of_bias]
-        if self.bias >= 0 and of_bias:
-            found.append((self.bias, sum(of_bias[1:], of_bias[0])))
+        found = []
+        if wanted[self.weight]:
+            x, dy = stacked([pair.x for pair in pairs]), stacked([pair.dy for pair in pairs])
+            found.append((self.weight, self.outer(x, dy, values[self.weight])))
+        of_bias = [pair.dy for pair in pairs if pair.of_bias]
+        if self.bias >= 0 and wanted[self.bias] and of_bias:
+            sums = [self.sums(dy) for dy in of_bias]
+            found.append((self.bias, sum(sums[1:], sums[0])))
         return found
 
     def _trains(self, grads: Gradients) -> bool:
@@ -179,6 +184,41 @@ class ConvolutionLayer(AffineLayer):
         return torch.ops.aten.convolution_backward(dy, x, weight, None, *self.geometry, mask)
 
 
+class SameConvolution(ConvolutionLayer):
+    """padding="same": zeros around x, of which the end has one more where they cannot be shared out evenly."""
+
+    def _padded(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.pad(x, [count for pair in self._zeros(weight)[::-1] for count in pair])
+
+    def _zeros(self, weight: Tensor) -> list[tuple[int, int]]:
+        """Before and behind, by dimension."""
+        extents = zip(self.geometry.dilation, weight.shape[2:], strict=True)
+        return [(n // 2, n - n // 2) for n in (dilation * (size - 1) for dilation, size in extents)]
+
+    def forward(self, point: Point) -> Tensor:
+        """y."""
+        weight = point.values[self.weight]
+        bias = point.values[self.bias] if self.bias >= 0 else None
+        return torch.convolution(
+            self._padded(point.values[self.x], weight), weight, bias, *self.geometry
+        )
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See ``AffineLayer``."""
+        return super().apply(self._padded(x, weight), weight)
+
+    def pull(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """See ``AffineLayer``."""
+        found = super().pull(dy, self._padded(x, weight), weight)
+        for dim, (before, _) in enumerate(self._zeros(weight), 2):
+            found = found.narrow(dim, before, x.shape[dim])
+        return found
+
+    def outer(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+        """See ``AffineLayer``."""
+        return super().outer(self._padded(x, weight), dy, weight)
+
+
 def _several(value: Any, dims: int) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * dims if len(values) == 1 else values
@@ -196,11 +236,13 @@ def convolution(operation: Any, active: Sequence[bool]) -> Layer | None:
     x, weight, bias, *numbers = _padded(operation.args, (None, None, None, 1, 0, 1, 1))
     places = _places(active, x, weight, bias)
     stride, padding, dilation, groups = numbers
-    if places is None or isinstance(padding, str):
+    if places is None:
         return None
+    kind = SameConvolution if padding == "same" else ConvolutionLayer
+    padding = 0 if isinstance(padding, str) else padding
     each = [_several(value, dims) for value in (stride, padding, dilation)]
     geometry = Geometry(each[0], each[1], each[2], False, [0] * dims, groups)
-    return ConvolutionLayer(operation, active, *places, geometry)
+    return kind(operation, active, *places, geometry)
 
 
 @layer_of("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

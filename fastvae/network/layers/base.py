@@ -69,11 +69,12 @@ class Products:
 
     Args:
         values: by number, with the weights.
+        wanted: by number, which gradients are of use.
         found: gradients by number, which are added to.
     """
 
-    def __init__(self, values: Values, found: dict[int, Tensor]) -> None:
-        self.values, self.found = values, found
+    def __init__(self, values: Values, wanted: Sequence[bool], found: dict[int, Tensor]) -> None:
+        self.values, self.wanted, self.found = values, wanted, found
         self.waiting: dict[int, tuple[Layer, list[Pair]]] = {}
 
     def add(self, layer: Layer, weight: Tensor, pair: Pair) -> None:
@@ -94,7 +95,7 @@ class Products:
         self.found[index] = self.found[index] + gradient if index in self.found else gradient
 
     def _form(self, layer: Layer, pairs: list[Pair]) -> None:
-        for index, gradient in layer.product(self.values, pairs):
+        for index, gradient in layer.product(self.values, pairs, self.wanted):
             self.put(index, gradient)
 
 
@@ -120,11 +121,13 @@ class Layer:
     """Whether the rules take latents in front of dot rows."""
     keeps_inputs = True
     keeps_output = True
+    stops = False
+    """Whether no cotangent of its result goes on to active inputs."""
     by_autograd = False
     """Whether it is evaluated through PyTorch's autograd, as a part that no rule of ours knows."""
 
     def __init__(self, operation: Operation, active: Sequence[bool]) -> None:
-        self.operation, self.index = operation, operation.index
+        self.operation, self.index, self.active = operation, operation.index, active
         self.slots = operation.slots
         self.x = next((slot for slot in self.slots if active[slot]), -1)
 
@@ -155,8 +158,10 @@ class Layer:
         if dy is not None and any(dots[slot] is not None for slot in self.slots):
             self.bend(point, dy, dots, grads, products)
 
-    def product(self, values: Values, pairs: list[Pair]) -> list[tuple[int, Tensor]]:
-        """The gradients to weights, by number."""
+    def product(
+        self, values: Values, pairs: list[Pair], wanted: Sequence[bool]
+    ) -> list[tuple[int, Tensor]]:
+        """The gradients to weights, by number; of those that are wanted alone."""
         raise NotImplementedError
 
 

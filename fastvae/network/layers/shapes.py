@@ -81,10 +81,22 @@ def _register(*targets: Any) -> Callable[[type[ShapeLayer]], type[ShapeLayer]]:
     return register
 
 
+_VIEWS = ("view", "_unsafe_view", "view_copy", "_reshape_alias")
+
+
 @_register("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "clone", "contiguous",
            "alias", "lift_fresh_copy", "lift_fresh", "dropout", "view_copy", "_reshape_alias")  # fmt: skip
 class Reshape(ShapeLayer):
     """The same numbers in the same order."""
+
+    def forward(self, point: Point) -> Any:
+        """y; a view becomes a copy where x lies in memory otherwise than it does in the module."""
+        x = point.values[self.x]
+        if self.operation.kind not in _VIEWS:
+            return super().forward(point)
+        y = x.reshape(self.operation.arguments(point.values)[1])
+        point.kept[self.index] = x.shape, y.shape
+        return y
 
     def move(self, dot: Tensor, latents: int | None, x: torch.Size, y: torch.Size) -> Tensor:
         """See ``ShapeLayer``."""
