@@ -86,6 +86,16 @@ def _register(*targets: Any) -> Callable[[type[ShapeLayer]], type[ShapeLayer]]:
 class Reshape(ShapeLayer):
     """The same numbers in the same order."""
 
+    def forward(self, point: Point) -> Any:
+        """y; with a copy where the layout that a layer of ours has put x in allows no view."""
+        arguments = self.operation.arguments(point.values)
+        if self.operation.kind not in ("view", "_unsafe_view") or isinstance(arguments[1], torch.dtype):
+            return super().forward(point)
+        x = point.values[self.x]
+        y = x.reshape(arguments[1])
+        point.kept[self.index] = x.shape, y.shape
+        return y
+
     def move(self, dot: Tensor, latents: int | None, x: torch.Size, y: torch.Size) -> Tensor:
         """See ``ShapeLayer``."""
         return dot.reshape(_front(latents, y))
