@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, l
 from fastvae.lowering.checks import check_is_module, check_uncoupled
 from fastvae.lowering.errors import NotADecoder
 from fastvae.network.cache import ReadNetwork, read_network
+from fastvae.network.sweeps import Sweeps
 
 
 def cast_under_autocast(name: str) -> None:
@@ -100,6 +102,8 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
 _warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
+_settled: weakref.WeakKeyDictionary[Sweeps, set[tuple[bool, bool, bool]]] = weakref.WeakKeyDictionary()
+"""What was read, and the kinds of likelihood with which it was found to fit together."""
 
 
 def lower_or_read(
@@ -149,12 +153,78 @@ def lower_or_read(
             _warn_of_likelihood(name, type(likelihood), instead)
         return found
     _refuse_half(name, z, network.tensors)
+    _refuse_sigmoid(name, network, likelihood)
+    return network
+
+
+def read_decoder(
+    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood
+) -> ReadNetwork | None:
+    """The decoder for an operator that has no kernel: read for the sweeps in PyTorch, whatever its layers.
+
+    As :func:`lower_or_read` it refuses and, where it is None, warns once. Tensors come in the dtype of z.
+    """
+    check_is_module(f"fastvae::{name}: decoder", decoder)
+    asked = isinstance(likelihood, Bernoulli), likelihood.of_logits, likelihood.probs
+    with contextlib.suppress(UnsupportedLayer), torch.inference_mode(False):
+        known = read_network(decoder, z, strip_sigmoid=likelihood.probs)
+        if asked in _settled.get(known.sweeps, ()):
+            return known
+    own = [p for p in decoder.parameters() if p.is_floating_point()]
+    network, reason = None, ""
+    try:
+        network = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=z)
+    except (CoupledSamples, NotADecoder):
+        raise
+    except UnsupportedLayer as error:
+        reason = f"cannot be lowered: {error}"
+        check_uncoupled(decoder)
+    _refuse_half(name, z, own)
+    if network is not None:
+        _refuse_sigmoid(name, network, likelihood)
+    # A decoder in half precision that autocast is to compute in float32 is read as it is.
+    half = bool(own) and own[0].dtype in (torch.float16, torch.bfloat16) and own[0].dtype != z.dtype
+    rows = z if len(z) else z.new_zeros(1, *z.shape[1:])
+    found, unread = _read(decoder, rows.to(own[0].dtype) if half else rows, likelihood)
+    if found is not None:
+        if half:
+            return _in_dtype(found, z.dtype)
+        _settled.setdefault(found.sweeps, set()).add(asked)
+        return found
+    _refuse_half(name, z, own, even_under_autocast=True)
+    if network is not None:
+        _refuse_codes(name, network, z)
+    _warn_of_decoder(
+        name, decoder, f"is not read, so PyTorch's {instead} runs instead, slower. {reason}{unread}"
+    )
+    return None
+
+
+def _in_dtype(network: ReadNetwork, dtype: torch.dtype) -> ReadNetwork:
+    return network._replace(
+        tensors=[
+            tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+            for tensor in network.tensors
+        ]
+    )
+
+
+def _refuse_sigmoid(name: str, network: LoweredNetwork, likelihood: Likelihood | None) -> None:
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
             "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
-    return network
+
+
+def _refuse_codes(name: str, network: LoweredNetwork, z: Tensor) -> None:
+    """Raise, in the kernels' words, where a chain of layers does not take codes like these."""
+    tensors = [tensor.detach() for tensor in network.tensors]
+    try:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            torch.ops.fastvae.jacobian_l1(z.detach(), tensors, network.spec, [], 1, "sum")
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("fastvae::jacobian_l1", f"fastvae::{name}")) from None
 
 
 def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
@@ -197,11 +267,13 @@ def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
         )
 
 
-def _refuse_half(name: str, z: Tensor, tensors: Sequence[Tensor]) -> None:
+def _refuse_half(
+    name: str, z: Tensor, tensors: Sequence[Tensor], *, even_under_autocast: bool = False
+) -> None:
     """Raise TypeError where the decoder alone is in half precision, which only autocast turns into float32."""
     half = (torch.float16, torch.bfloat16)
     if z.dtype not in half and tensors and all(tensor.dtype in half for tensor in tensors):
-        if torch.is_autocast_enabled(z.device.type):
+        if torch.is_autocast_enabled(z.device.type) and not even_under_autocast:
             return
         raise TypeError(
             f"fastvae::{name}: decoder: expected parameters in float32 or float64, got {tensors[0].dtype}; to mend it: "
