@@ -385,12 +385,24 @@ def test_function_transforms_raise(name: str, transform: str) -> None:
         TRANSFORMS[transform](lambda t: replace(p, **{name: t}).run()[1], getattr(p, name))
 
 
+def emptied(t: Tensor) -> Tensor:
+    """As sharded training leaves a tensor."""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def without_a_weight(p: Problem) -> Problem:
+    p.decoder[0].weight.untyped_storage().resize_(0)
+    return p
+
+
 ERRORS: dict[str, tuple[type[Exception], str, Callable[[Problem], Any]]] = {
     "z_dims": (ValueError, r"z: expected shape \[B, d\], got \[3\]", lambda p: replace(p, z=p.z[0])),
     "z_half": (TypeError, r"z: expected float32 or float64, got torch\.float16", lambda p: p.to("cpu", torch.half)),
     "z_integer": (TypeError, r"z: expected float32 or float64", lambda p: replace(p, z=p.z.long())),
     "z_type": (TypeError, "z: expected a tensor, got list", lambda p: replace(p, z=[[0.0]])),
-    "z_meta": (ValueError, "z: expected a dense tensor with numbers", lambda p: replace(p, z=p.z.to("meta"))),
+    "z_meta": (ValueError, "z: expected a tensor with numbers", lambda p: replace(p, z=p.z.to("meta"))),
     "z_features": (ValueError, "expected 3 features", lambda p: replace(p, z=p.z[:, :2])),
     "decoder_dtype": (
         TypeError,
@@ -406,6 +418,10 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[Problem], Any]]] = {
     "x_scalar": (ValueError, "x: expected 3 samples as z has", lambda p: replace(p, x=p.x[0, 0])),
     "x_elements": (ValueError, "x: 2 elements a sample need 2", lambda p: replace(p, x=p.x[:, :2])),
     "x_dtype": (ValueError, "x: expected uint8, bool or a floating dtype", lambda p: replace(p, x=p.x.long())),
+    "x_sparse": (ValueError, "x: expected a dense tensor", lambda p: replace(p, x=p.x.to_sparse())),
+    "z_emptied": (ValueError, "z: expected a storage of at least 72", lambda p: replace(p, z=emptied(p.z))),
+    "x_emptied": (ValueError, "x: expected a storage of at least 96", lambda p: replace(p, x=emptied(p.x))),
+    "weight_emptied": (ValueError, "0.weight: expected a storage", lambda p: without_a_weight(p)),
     "x_device": (ValueError, "x: expected cpu as z, got .* on meta", lambda p: replace(p, x=p.x.to("meta"))),
     "likelihood": (ValueError, "likelihood: expected one of .*'poisson'", lambda p: replace(p, likelihood="poisson")),
     "likelihood_type": (TypeError, "likelihood: expected a name", lambda p: replace(p, likelihood=3)),
@@ -437,6 +453,23 @@ def test_errors(case: str, inference: bool) -> None:
     p = problem()
     with torch.inference_mode(inference), pytest.raises(kind, match=message):
         change(p).run()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_weights_without_their_memory_are_refused_by_every_operator(known: bool) -> None:
+    """PyTorch reads what lies there, or crashes."""
+    p = problem("residual", "gaussian")
+    calls = (
+        p.run,
+        lambda: ops.jacobian_l1(p.decoder, p.z),
+        lambda: ops.hamiltonian_flow(p.decoder, p.z, p.z, p.x, 0.1, p.z.new_ones(2), p.likelihood),
+    )
+    for call in calls if known else ():
+        call()
+    p.decoder.inp.weight.untyped_storage().resize_(0)
+    for call in calls:
+        with pytest.raises(ValueError, match="expected a storage of at least"):
+            call()
 
 
 # --- torch.compile and torch.export

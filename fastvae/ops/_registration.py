@@ -15,7 +15,7 @@ import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 from fastvae.decoding import check_outputs
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import check_is_module, check_uncoupled
+from fastvae.lowering.checks import PLAIN, check_is_module, check_uncoupled
 from fastvae.lowering.errors import NotADecoder
 from fastvae.network.cache import ReadNetwork, read_network
 from fastvae.network.sweeps import Sweeps
@@ -39,6 +39,27 @@ def check_tensors(name: str, **arguments: object) -> None:
     for argument, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got {type(value).__name__}")
+
+
+def check_memory(name: str, **tensors: Tensor) -> None:
+    """Raise ValueError, by name, for a tensor that is not dense or without the memory that it stands for.
+
+    Its owner may have taken that away, as sharded training does; PyTorch's own operations read it all the same.
+    """
+    for argument, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"fastvae::{name}: {argument}: expected a dense tensor, got one of {tensor.layout}"
+            )
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+        if needed > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"fastvae::{name}: {argument}: expected a storage of at least {needed} bytes, got "
+                f"{tensor.untyped_storage().nbytes()} bytes behind {list(tensor.shape)} {tensor.dtype}"
+            )
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -101,6 +122,7 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 
 
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
+_looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
 _settled: weakref.WeakKeyDictionary[Sweeps, set[tuple[bool, bool, bool]]] = weakref.WeakKeyDictionary()
 """What was read, and the kinds of likelihood with which it was found to fit together."""
@@ -139,7 +161,7 @@ def lower_or_read(
             raise
         _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         check_uncoupled(decoder)
-        found, reason = _read(decoder, z, likelihood) if read else (None, "")
+        found, reason = _read(name, decoder, z, likelihood) if read else (None, "")
         if found is None:
             _warn_of_decoder(
                 name,
@@ -148,7 +170,7 @@ def lower_or_read(
             )
         return found
     if without_kernel:
-        found, _ = _read(decoder, z, likelihood) if read else (None, "")
+        found, _ = _read(name, decoder, z, likelihood) if read else (None, "")
         if found is None and read:
             _warn_of_likelihood(name, type(likelihood), instead)
         return found
@@ -165,10 +187,12 @@ def read_decoder(
     As :func:`lower_or_read` it refuses and, where it is None, warns once. Tensors come in the dtype of z.
     """
     check_is_module(f"fastvae::{name}: decoder", decoder)
+    _check_first_memory(name, decoder)
     asked = isinstance(likelihood, Bernoulli), likelihood.of_logits, likelihood.probs
     with contextlib.suppress(UnsupportedLayer), torch.inference_mode(False):
         known = read_network(decoder, z, strip_sigmoid=likelihood.probs)
         if asked in _settled.get(known.sweeps, ()):
+            _check_network_memory(name, known)
             return known
     own = [p for p in decoder.parameters() if p.is_floating_point()]
     network, reason = None, ""
@@ -185,7 +209,7 @@ def read_decoder(
     # A decoder in half precision that autocast is to compute in float32 is read as it is.
     half = bool(own) and own[0].dtype in (torch.float16, torch.bfloat16) and own[0].dtype != z.dtype
     rows = z if len(z) else z.new_zeros(1, *z.shape[1:])
-    found, unread = _read(decoder, rows.to(own[0].dtype) if half else rows, likelihood)
+    found, unread = _read(name, decoder, rows.to(own[0].dtype) if half else rows, likelihood)
     if found is not None:
         if half:
             return _in_dtype(found, z.dtype)
@@ -234,12 +258,15 @@ def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
         warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=4)
 
 
-def _read(decoder: nn.Module, z: Tensor, likelihood: Likelihood | None) -> tuple[ReadNetwork | None, str]:
+def _read(
+    name: str, decoder: nn.Module, z: Tensor, likelihood: Likelihood | None
+) -> tuple[ReadNetwork | None, str]:
     """The decoder for the sweeps in PyTorch, or why there is none."""
     tensors = [*decoder.parameters(), *decoder.buffers()]
     if z.dim() < 2 or not len(z) or any(t.is_floating_point() and t.dtype != z.dtype for t in tensors):
         return None, ""
     strip = likelihood is not None and likelihood.probs
+    _check_first_memory(name, decoder)
     try:
         with torch.inference_mode(False):
             found = read_network(decoder, z, strip_sigmoid=strip)
@@ -247,9 +274,24 @@ def _read(decoder: nn.Module, z: Tensor, likelihood: Likelihood | None) -> tuple
         raise
     except UnsupportedLayer as error:
         return None, f"; nor read as a graph: {error}"
+    _check_network_memory(name, found)
     if likelihood is not None:
         check_outputs(decoder, z, likelihood)
     return found, ""
+
+
+def _check_first_memory(name: str, decoder: nn.Module) -> None:
+    """Once, since reading a decoder runs it; later calls look at the tensors that were found."""
+    if decoder not in _looked_at:
+        tensors = [*decoder.named_parameters(), *decoder.named_buffers()]
+        check_memory(name, **{at: t for at, t in tensors if type(t) in PLAIN and t.layout == torch.strided})
+        _looked_at.add(decoder)
+
+
+def _check_network_memory(name: str, network: ReadNetwork) -> None:
+    check_memory(
+        name, **{f"decoder's tensor {at}": t for at, t in enumerate(network.tensors) if t is not None}
+    )
 
 
 def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:

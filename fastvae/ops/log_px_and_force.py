@@ -15,6 +15,7 @@ from fastvae.network.flow import log_px_and_force as sweep
 from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs
 from fastvae.ops._registration import (
+    check_memory,
     check_tensors,
     float32_under_autocast,
     read_decoder,
@@ -79,14 +80,14 @@ def _check(name: str, z: Tensor, x: Tensor) -> None:
         raise ValueError(f"fastvae::{name}: z: expected shape [B, d], got {list(z.shape)}")
     if z.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"fastvae::{name}: z: expected float32 or float64, got {z.dtype}")
-    if z.is_meta or z.layout != torch.strided:
-        got = f"a {z.layout} tensor on {z.device}"
-        raise ValueError(f"fastvae::{name}: z: expected a dense tensor with numbers, got {got}")
+    if z.is_meta:
+        raise ValueError(f"fastvae::{name}: z: expected a tensor with numbers, got one on {z.device}")
     if x.dim() == 0 or len(x) != len(z):
         raise ValueError(f"fastvae::{name}: x: expected {len(z)} samples as z has, got {list(x.shape)}")
     if x.device != z.device:
         got = f"{list(x.shape)} on {x.device}"
         raise ValueError(f"fastvae::{name}: x: expected {z.device} as z, got {got}")
+    check_memory(name, z=z, x=x)
 
 
 def _by_sweeps(
