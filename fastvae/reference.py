@@ -11,10 +11,18 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastvae._jacobian_reference import jacobian_l1, resolve_latents
-from fastvae._second_order import check_output, check_twice, no_gradient, own_leaf, twice_differentiable
-from fastvae.decoding import natural_parameters
+from fastvae._second_order import (
+    check_output,
+    check_twice,
+    needs_a_graph,
+    no_gradient,
+    own_leaf,
+    twice_differentiable,
+)
+from fastvae.decoding import natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "leapfrog_kick_drift",
     "leapfrog_kick_temper",
     "log_px",
+    "log_px_and_force",
     "resolve_latents",
 ]
 
@@ -118,36 +127,92 @@ def leapfrog_kick_temper(
 
 
 class _Force:
-    """log p(x | z) and force grad_z log p(x | z) - z, by autograd."""
+    """log p(x | z) and force grad_z log p(x | z) - z, by autograd; ``name`` of the operator, for errors."""
 
-    def __init__(self, decoder: Decoder, x: Tensor, likelihood: Likelihood, create_graph: bool) -> None:
-        self.decoder, self.x, self.likelihood, self.create_graph = decoder, x, likelihood, create_graph
-        self.checked = False
+    def __init__(
+        self, name: str, decoder: Decoder, x: Tensor, likelihood: Likelihood, create_graph: bool
+    ) -> None:
+        self.name, self.decoder, self.x, self.likelihood = name, decoder, x, likelihood
+        self.create_graph, self.checked = create_graph, False
 
     def log_px(self, z: Tensor) -> Tensor:
         with twice_differentiable():
             params = natural_parameters(self.decoder, z, self.likelihood)
-        check_output("hamiltonian_flow", params, len(z))
+        check_output(self.name, params, len(z))
         return self.likelihood.log_prob(params, self.x)
 
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def without_prior(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(x | z), its gradient, and the point that gradients of both lead to: z, or a leaf in its place."""
         with torch.enable_grad():
             # A leaf that needs no gradient outside still needs one for its own force.
             point = z if self.create_graph and z.requires_grad else own_leaf(z)
             log_px = self.log_px(point)
             if not log_px.requires_grad:
-                raise no_gradient("hamiltonian_flow")
+                raise no_gradient(self.name)
             (gradient,) = torch.autograd.grad(
                 log_px.sum(), point, create_graph=self.create_graph, allow_unused=True
             )
         if gradient is None:
-            raise no_gradient("hamiltonian_flow")
+            raise no_gradient(self.name)
         if self.create_graph and not self.checked:
-            check_twice("hamiltonian_flow", gradient, point)
+            check_twice(self.name, gradient, point)
             self.checked = True
-        if not self.create_graph:
-            log_px = log_px.detach()
+        return log_px if self.create_graph else log_px.detach(), gradient, point
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        log_px, gradient, point = self.without_prior(z)
         return log_px, gradient - (point if self.create_graph else z)
+
+
+def log_px_and_force(
+    decoder: Decoder,
+    z: Tensor,
+    x: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    create_graph: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fastvae.ops.log_px_and_force`, by autograd: differentiable as often as PyTorch can, also inside
+    torch.func transforms and in forward mode.
+
+    Args:
+        decoder: any callable [B, d] -> decoder output that PyTorch can differentiate (twice, with ``create_graph``).
+        z: [B, d], float32 or float64.
+        x: [B, ...] data, with as many elements a sample as the likelihood needs.
+        likelihood: a name or a Likelihood; ``Bernoulli(probs=True)`` if the decoder returns probabilities.
+        create_graph: keep the graph, so that the results can be differentiated; without it, and under ``no_grad`` or
+            ``inference_mode``, both are detached.
+
+    Returns:
+        log p(x | z) [B] and grad_z log p(x | z) [B, d].
+
+    Raises:
+        ValueError: shapes that do not fit, or an output without a gradient to z.
+        NotImplementedError: the decoder cannot be differentiated twice.
+    """
+    like = resolve(likelihood)
+    if z.dim() != 2 or not z.is_floating_point():
+        raise ValueError(
+            f"log_px_and_force: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}"
+        )
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return log_px_and_force(decoder, z.clone(), x.clone(), like, create_graph=False)
+    create_graph = create_graph and torch.is_grad_enabled()
+    force = _Force("log_px_and_force", decoder, x, like, create_graph)
+    if transformed():
+        log_px, pull, *_ = torch.func.vjp(force.log_px, z)
+        return log_px, pull(torch.ones_like(log_px))[0]
+    if not len(z):
+        # Of no rows a convolution has no graph; the gradient of none is none.
+        with torch.set_grad_enabled(create_graph):
+            return force.log_px(z), z.clone()
+    with torch.set_grad_enabled(create_graph):
+        log_px, gradient, point = force.without_prior(z)
+    # Nothing but our own leaf would get a gradient; a tangent of forward mode stays.
+    if create_graph and point is not z and forward_ad._current_level < 0 and not needs_a_graph(log_px, point):
+        return log_px.detach(), gradient.detach()
+    return log_px, gradient
 
 
 def check_state(z: Tensor, rho: Tensor, alpha: Tensor) -> None:
@@ -271,7 +336,7 @@ def _flow(
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
     check_state(z, rho, alpha)
     eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
-    force_at = _Force(decoder, x, likelihood, create_graph)
+    force_at = _Force("hamiltonian_flow", decoder, x, likelihood, create_graph)
     with torch.set_grad_enabled(create_graph):
         log_px, force = force_at(z)
         points = [(z, rho, log_px)]
@@ -304,7 +369,7 @@ def hamiltonian_flow_2k(
     like = resolve(likelihood)
     check_state(z, rho, alpha)
     eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
-    force_at = _Force(decoder, x, like, create_graph=torch.is_grad_enabled())
+    force_at = _Force("hamiltonian_flow", decoder, x, like, create_graph=torch.is_grad_enabled())
     for k in range(len(alpha)):
         z, rho = leapfrog_kick_drift(z, rho, force_at(z)[1], eps[k])
         rho = leapfrog_kick_temper(rho, force_at(z)[1], eps[k], alpha[k])

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
+from fastvae.network.once import differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
 
 
@@ -171,19 +172,36 @@ class _Force(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.passive, ctx.inputs = inputs.detached(), inputs
         ctx.at = Evaluation(sweeps, ctx.passive, inputs.wanted, head, z.detach())
+        # What was evaluated is at hand; autograd watches over changes in place of what it was evaluated from.
+        ctx.save_for_backward(z, x, *parameters)
         ctx.set_materialize_grads(False)
         return ctx.at.log_px.clone(), ctx.at.gradient.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_log_px: Tensor | None, u: Tensor | None) -> Any:
+        z, x, *parameters = ctx.saved_tensors
         found: dict[int, Tensor] = {}
-        products = Products(ctx.passive, ctx.inputs.wanted, found)
-        of_z, of_x = ctx.at.adjoint(u, of_log_px, products)
-        products.finish()
-        return None, None, None, of_z, of_x, *(found.get(index) for index in ctx.inputs.trained)
+        with torch.no_grad():
+            products = Products(ctx.passive, ctx.inputs.wanted, found)
+            of_z, of_x = ctx.at.adjoint(u, of_log_px, products)
+            products.finish()
+            of_parameters = [
+                found.get(index, torch.zeros_like(parameter))
+                for index, parameter in zip(ctx.inputs.trained, parameters, strict=True)
+            ]
+        sources = [z, x, *parameters, of_log_px, u]
+        return (
+            None,
+            None,
+            None,
+            *differentiable_once("log_px_and_force", [of_z, of_x, *of_parameters], sources),
+        )
 
 
 def log_px_and_force(sweeps: Sweeps, inputs: Inputs, head: Head, z: Tensor) -> tuple[Tensor, Tensor]:
     """log p(x | z) [B] and grad_z log p(x | z)."""
+    if not torch.is_grad_enabled() or not (z.requires_grad or head.of_x or inputs.trained):
+        with torch.no_grad():
+            at = Evaluation(sweeps, inputs.detached(), inputs.wanted, head, z.detach())
+        return at.log_px, at.gradient
     return _Force.apply(sweeps, inputs, head, z, head.x, *inputs.parameters)

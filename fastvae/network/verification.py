@@ -140,7 +140,12 @@ def _tensor(module: nn.Module, source: Any) -> Tensor | None:
 
 def _to_leaves(inputs: Inputs, found: dict[int, Tensor], leaves: list[Tensor]) -> list[Tensor]:
     """From passive values, some computed of others, to the parameters."""
-    given = [(inputs.passive[index], gradient) for index, gradient in found.items()]
+    # A layer's weight brings its bias along, frozen or not.
+    given = [
+        (inputs.passive[index], gradient)
+        for index, gradient in found.items()
+        if inputs.passive[index].requires_grad
+    ]
     if not given or not leaves:
         return [torch.zeros_like(leaf) for leaf in leaves]
     return list(

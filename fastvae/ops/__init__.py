@@ -6,6 +6,7 @@ from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 from fastvae.ops.jacobian_l1 import jacobian_l1
 from fastvae.ops.leapfrog import leapfrog_kick_drift, leapfrog_kick_temper
 from fastvae.ops.log_px import log_px
+from fastvae.ops.log_px_and_force import log_px_and_force
 
 __all__ = [
     "gaussian_kl",
@@ -15,4 +16,5 @@ __all__ = [
     "leapfrog_kick_drift",
     "leapfrog_kick_temper",
     "log_px",
+    "log_px_and_force",
 ]

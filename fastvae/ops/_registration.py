@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 from fastvae.decoding import check_outputs
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import check_is_module, check_uncoupled
+from fastvae.lowering.checks import PLAIN, check_is_module, check_uncoupled
 from fastvae.lowering.errors import NotADecoder
 from fastvae.network.cache import ReadNetwork, read_network
+from fastvae.network.sweeps import Sweeps
 
 
 def cast_under_autocast(name: str) -> None:
@@ -37,6 +39,27 @@ def check_tensors(name: str, **arguments: object) -> None:
     for argument, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"fastvae::{name}: {argument}: expected a tensor, got {type(value).__name__}")
+
+
+def check_memory(name: str, **tensors: Tensor) -> None:
+    """Raise ValueError, by name, for a tensor that is not dense or without the memory that it stands for.
+
+    Its owner may have taken that away, as sharded training does; PyTorch's own operations read it all the same.
+    """
+    for argument, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"fastvae::{name}: {argument}: expected a dense tensor, got one of {tensor.layout}"
+            )
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+        if needed > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"fastvae::{name}: {argument}: expected a storage of at least {needed} bytes, got "
+                f"{tensor.untyped_storage().nbytes()} bytes behind {list(tensor.shape)} {tensor.dtype}"
+            )
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -99,7 +122,10 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 
 
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
+_looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
+_settled: weakref.WeakKeyDictionary[Sweeps, set[tuple[bool, bool, bool]]] = weakref.WeakKeyDictionary()
+"""What was read, and the kinds of likelihood with which it was found to fit together."""
 
 
 def lower_or_read(
@@ -135,7 +161,7 @@ def lower_or_read(
             raise
         _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         check_uncoupled(decoder)
-        found, reason = _read(decoder, z, likelihood) if read else (None, "")
+        found, reason = _read(name, decoder, z, likelihood) if read else (None, "")
         if found is None:
             _warn_of_decoder(
                 name,
@@ -144,17 +170,85 @@ def lower_or_read(
             )
         return found
     if without_kernel:
-        found, _ = _read(decoder, z, likelihood) if read else (None, "")
+        found, _ = _read(name, decoder, z, likelihood) if read else (None, "")
         if found is None and read:
             _warn_of_likelihood(name, type(likelihood), instead)
         return found
     _refuse_half(name, z, network.tensors)
+    _refuse_sigmoid(name, network, likelihood)
+    return network
+
+
+def read_decoder(
+    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood
+) -> ReadNetwork | None:
+    """The decoder for an operator that has no kernel: read for the sweeps in PyTorch, whatever its layers.
+
+    As :func:`lower_or_read` it refuses and, where it is None, warns once. Tensors come in the dtype of z.
+    """
+    check_is_module(f"fastvae::{name}: decoder", decoder)
+    _check_first_memory(name, decoder)
+    asked = isinstance(likelihood, Bernoulli), likelihood.of_logits, likelihood.probs
+    with contextlib.suppress(UnsupportedLayer), torch.inference_mode(False):
+        known = read_network(decoder, z, strip_sigmoid=likelihood.probs)
+        if asked in _settled.get(known.sweeps, ()):
+            _check_network_memory(name, known)
+            return known
+    own = [p for p in decoder.parameters() if p.is_floating_point()]
+    network, reason = None, ""
+    try:
+        network = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=z)
+    except (CoupledSamples, NotADecoder):
+        raise
+    except UnsupportedLayer as error:
+        reason = f"cannot be lowered: {error}"
+        check_uncoupled(decoder)
+    _refuse_half(name, z, own)
+    if network is not None:
+        _refuse_sigmoid(name, network, likelihood)
+    # A decoder in half precision that autocast is to compute in float32 is read as it is.
+    half = bool(own) and own[0].dtype in (torch.float16, torch.bfloat16) and own[0].dtype != z.dtype
+    rows = z if len(z) else z.new_zeros(1, *z.shape[1:])
+    found, unread = _read(name, decoder, rows.to(own[0].dtype) if half else rows, likelihood)
+    if found is not None:
+        if half:
+            return _in_dtype(found, z.dtype)
+        _settled.setdefault(found.sweeps, set()).add(asked)
+        return found
+    _refuse_half(name, z, own, even_under_autocast=True)
+    if network is not None:
+        _refuse_codes(name, network, z)
+    _warn_of_decoder(
+        name, decoder, f"is not read, so PyTorch's {instead} runs instead, slower. {reason}{unread}"
+    )
+    return None
+
+
+def _in_dtype(network: ReadNetwork, dtype: torch.dtype) -> ReadNetwork:
+    return network._replace(
+        tensors=[
+            tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+            for tensor in network.tensors
+        ]
+    )
+
+
+def _refuse_sigmoid(name: str, network: LoweredNetwork, likelihood: Likelihood | None) -> None:
     if isinstance(likelihood, Bernoulli) and network.ends_in_sigmoid:
         raise ValueError(
             f"fastvae::{name}: likelihood: 'bernoulli' expects a decoder that returns logits, and this one ends in a "
             "Sigmoid; pass Bernoulli(probs=True), or take the Sigmoid off"
         )
-    return network
+
+
+def _refuse_codes(name: str, network: LoweredNetwork, z: Tensor) -> None:
+    """Raise, in the kernels' words, where a chain of layers does not take codes like these."""
+    tensors = [tensor.detach() for tensor in network.tensors]
+    try:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            torch.ops.fastvae.jacobian_l1(z.detach(), tensors, network.spec, [], 1, "sum")
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("fastvae::jacobian_l1", f"fastvae::{name}")) from None
 
 
 def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
@@ -164,12 +258,15 @@ def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
         warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=4)
 
 
-def _read(decoder: nn.Module, z: Tensor, likelihood: Likelihood | None) -> tuple[ReadNetwork | None, str]:
+def _read(
+    name: str, decoder: nn.Module, z: Tensor, likelihood: Likelihood | None
+) -> tuple[ReadNetwork | None, str]:
     """The decoder for the sweeps in PyTorch, or why there is none."""
     tensors = [*decoder.parameters(), *decoder.buffers()]
     if z.dim() < 2 or not len(z) or any(t.is_floating_point() and t.dtype != z.dtype for t in tensors):
         return None, ""
     strip = likelihood is not None and likelihood.probs
+    _check_first_memory(name, decoder)
     try:
         with torch.inference_mode(False):
             found = read_network(decoder, z, strip_sigmoid=strip)
@@ -177,9 +274,24 @@ def _read(decoder: nn.Module, z: Tensor, likelihood: Likelihood | None) -> tuple
         raise
     except UnsupportedLayer as error:
         return None, f"; nor read as a graph: {error}"
+    _check_network_memory(name, found)
     if likelihood is not None:
         check_outputs(decoder, z, likelihood)
     return found, ""
+
+
+def _check_first_memory(name: str, decoder: nn.Module) -> None:
+    """Once, since reading a decoder runs it; later calls look at the tensors that were found."""
+    if decoder not in _looked_at:
+        tensors = [*decoder.named_parameters(), *decoder.named_buffers()]
+        check_memory(name, **{at: t for at, t in tensors if type(t) in PLAIN and t.layout == torch.strided})
+        _looked_at.add(decoder)
+
+
+def _check_network_memory(name: str, network: ReadNetwork) -> None:
+    check_memory(
+        name, **{f"decoder's tensor {at}": t for at, t in enumerate(network.tensors) if t is not None}
+    )
 
 
 def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
@@ -197,11 +309,13 @@ def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
         )
 
 
-def _refuse_half(name: str, z: Tensor, tensors: Sequence[Tensor]) -> None:
+def _refuse_half(
+    name: str, z: Tensor, tensors: Sequence[Tensor], *, even_under_autocast: bool = False
+) -> None:
     """Raise TypeError where the decoder alone is in half precision, which only autocast turns into float32."""
     half = (torch.float16, torch.bfloat16)
     if z.dtype not in half and tensors and all(tensor.dtype in half for tensor in tensors):
-        if torch.is_autocast_enabled(z.device.type):
+        if torch.is_autocast_enabled(z.device.type) and not even_under_autocast:
             return
         raise TypeError(
             f"fastvae::{name}: decoder: expected parameters in float32 or float64, got {tensors[0].dtype}; to mend it: "

@@ -20,6 +20,7 @@ from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs
 from fastvae.ops._registration import (
     cast_under_autocast,
+    check_memory,
     check_one_device,
     check_rank,
     check_tensors,
@@ -179,6 +180,7 @@ def _flow_by_sweeps(
                 network, z, rho, x, step_size, alpha, likelihood, memory, return_trajectory
             )
     reference.check_state(z, rho, alpha)
+    check_memory("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
     steps = reference.expand_step_size(step_size, len(alpha), z.shape[1], z)
     tensors = [tensor for tensor in network.tensors if tensor is not None]
     refuse_forward_mode("hamiltonian_flow", z, rho, x, steps, alpha, *tensors)

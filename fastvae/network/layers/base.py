@@ -158,9 +158,7 @@ class Layer:
         if dy is not None and any(dots[slot] is not None for slot in self.slots):
             self.bend(point, dy, dots, grads, products)
 
-    def product(
-        self, values: Values, pairs: list[Pair], wanted: Sequence[bool]
-    ) -> list[tuple[int, Tensor]]:
+    def product(self, values: Values, pairs: list[Pair], wanted: Sequence[bool]) -> list[tuple[int, Tensor]]:
         """The gradients to weights, by number; of those that are wanted alone."""
         raise NotImplementedError
 

@@ -81,20 +81,18 @@ def _register(*targets: Any) -> Callable[[type[ShapeLayer]], type[ShapeLayer]]:
     return register
 
 
-_VIEWS = ("view", "_unsafe_view", "view_copy", "_reshape_alias")
-
-
 @_register("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "clone", "contiguous",
            "alias", "lift_fresh_copy", "lift_fresh", "dropout", "view_copy", "_reshape_alias")  # fmt: skip
 class Reshape(ShapeLayer):
     """The same numbers in the same order."""
 
     def forward(self, point: Point) -> Any:
-        """y; a view becomes a copy where x lies in memory otherwise than it does in the module."""
-        x = point.values[self.x]
-        if self.operation.kind not in _VIEWS:
+        """y; with a copy where the layout that a layer of ours has put x in allows no view."""
+        arguments = self.operation.arguments(point.values)
+        if self.operation.kind not in ("view", "_unsafe_view") or isinstance(arguments[1], torch.dtype):
             return super().forward(point)
-        y = x.reshape(self.operation.arguments(point.values)[1])
+        x = point.values[self.x]
+        y = x.reshape(arguments[1])
         point.kept[self.index] = x.shape, y.shape
         return y
 

@@ -1,0 +1,101 @@
+"""log p(x | z) and its gradient to z, for any sampler: one forward and one reverse sweep of the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import reference
+from fastvae.likelihoods import Likelihood, resolve
+from fastvae.lowering import UnsupportedLayer
+from fastvae.network.cache import ReadNetwork
+from fastvae.network.flow import log_px_and_force as sweep
+from fastvae.network.heads import make_head
+from fastvae.network.sweeps import Inputs
+from fastvae.ops._registration import (
+    check_memory,
+    check_tensors,
+    float32_under_autocast,
+    read_decoder,
+    refuse_forward_mode,
+    refuse_function_transforms,
+)
+
+
+def log_px_and_force(
+    decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihood = "bernoulli"
+) -> tuple[Tensor, Tensor]:
+    """log p(x | z) and grad_z log p(x | z), what every sampler over a decoder's posterior is made of.
+
+    The prior is not in it: for a standard normal one, grad_z log p(x, z) is the second result minus z. The gradient
+    through both is exact, of second order where it passes through the force, and reaches z, x (where it is real and
+    the likelihood has such a gradient) and every parameter of the decoder.
+
+    Args:
+        decoder: any module from [B, d] to natural parameters that treats each sample by itself. Its forward is read
+            once as a graph of operations and swept in PyTorch; one that cannot be read runs through autograd, after one
+            warning. In a function under ``torch.compile`` it is a graph break, with ``fullgraph=True`` an error.
+        z: codes [B, d], float32 or float64.
+        x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
+        likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
+
+    Returns:
+        log_px [B] in nats and force [B, d], differentiable once; detached under ``no_grad`` and ``inference_mode``.
+        Under autocast both are computed in float32. A sample with a NaN has NaN, and no other.
+
+    Raises:
+        ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end under "bernoulli".
+        TypeError: dtypes other than float32 and float64, or mixed.
+        CoupledSamples: BatchNorm or Dropout in training mode.
+        UnsupportedLayer: inside ``torch.export``.
+        NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative: use
+            :func:`fastvae.reference.log_px_and_force`.
+    """
+    name = "log_px_and_force"
+    if torch.compiler.is_dynamo_compiling():
+        return _outside_of_graphs(decoder, z, x, likelihood)
+    if torch.compiler.is_compiling():
+        raise UnsupportedLayer(f"fastvae.ops.{name}: it has no kernel, so it cannot be exported")
+    check_tensors(name, z=z, x=x)
+    refuse_function_transforms(name, z)
+    refuse_function_transforms(name, x)
+    like = resolve(likelihood)
+    z = float32_under_autocast(z)
+    _check(name, z, x)
+    network = read_decoder(name, decoder, z, "autograd", like)
+    with torch.autocast(z.device.type, enabled=False):
+        if network is None:
+            return reference.log_px_and_force(decoder, z, x, like)
+        return _by_sweeps(name, network, z, x, like)
+
+
+# By this name, since Dynamo looks it up where the function is defined.
+_outside_of_graphs: Any = torch.compiler.disable(log_px_and_force)
+
+
+def _check(name: str, z: Tensor, x: Tensor) -> None:
+    if z.dim() != 2:
+        raise ValueError(f"fastvae::{name}: z: expected shape [B, d], got {list(z.shape)}")
+    if z.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"fastvae::{name}: z: expected float32 or float64, got {z.dtype}")
+    if z.is_meta:
+        raise ValueError(f"fastvae::{name}: z: expected a tensor with numbers, got one on {z.device}")
+    if x.dim() == 0 or len(x) != len(z):
+        raise ValueError(f"fastvae::{name}: x: expected {len(z)} samples as z has, got {list(x.shape)}")
+    if x.device != z.device:
+        got = f"{list(x.shape)} on {x.device}"
+        raise ValueError(f"fastvae::{name}: x: expected {z.device} as z, got {got}")
+    check_memory(name, z=z, x=x)
+
+
+def _by_sweeps(
+    name: str, network: ReadNetwork, z: Tensor, x: Tensor, likelihood: Likelihood
+) -> tuple[Tensor, Tensor]:
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return _by_sweeps(name, network, z.clone(), x.clone(), likelihood)
+    refuse_forward_mode(name, z, x, *(tensor for tensor in network.tensors if tensor is not None))
+    inputs = Inputs(network.sweeps, z, network.tensors)
+    return sweep(network.sweeps, inputs, make_head(likelihood, x, z), z)
