@@ -1,15 +1,15 @@
 """From a module to a program: its forward is run once by torch.export, on a private copy, and written down.
 
 So control flow, assertions, sizes and functional calls are settled facts. What export does not see is looked for:
-``no_grad`` and ``detach`` are kept as what they are, a user's ``autograd.Function`` and random numbers are refused.
+``no_grad`` and ``detach`` are kept as what they are, a user's ``autograd.Function`` is called as one operation, and
+random numbers are refused.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.fx import GraphModule
 from fastvae._second_order import twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.tracing import READING
+from fastvae.network.alignment import aligned
+from fastvae.network.expansion import expanded
+from fastvae.network.functions import Call, marked
 from fastvae.network.program import Operation, Program, Slot, Source
 from fastvae.private import private_copy
 
@@ -48,17 +51,25 @@ def read_program(module: nn.Module, z: Tensor) -> Program:
     example = torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)
     with READING, warnings.catch_warnings(), torch.autocast(z.device.type, enabled=False):
         warnings.simplefilter("ignore")
-        _refuse_functions(module, example)
-        exported = _export(module, example)
-    return _program(exported, module)
-
-
-def _refuse_functions(module: nn.Module, example: Tensor) -> None:
-    """Refuse a user's autograd.Function, whose output torch.export sees but not its gradient."""
-    with torch.enable_grad():
+        _check_output(module, example)
         try:
-            with twice_differentiable():
-                output = module(example.clone().requires_grad_())
+            traced = _traced(module, example, any_batch=True)
+        except _Untraced as first:
+            try:
+                return _of_two_batches(module, example).program()
+            except _Untraced:
+                raise UnsupportedLayer(str(first)) from first
+    return traced.program()
+
+
+class _Untraced(Exception):  # noqa: N818
+    """Why torch.export could not run a forward."""
+
+
+def _check_output(module: nn.Module, example: Tensor) -> None:
+    with torch.enable_grad(), twice_differentiable():
+        try:
+            output = module(example.clone().requires_grad_())
         except Exception as error:
             raise UnsupportedLayer(
                 f"its forward raised {type(error).__name__}: {_first_line(error)}"
@@ -69,44 +80,53 @@ def _refuse_functions(module: nn.Module, example: Tensor) -> None:
         raise UnsupportedLayer(
             f"of {BATCH} codes its forward makes {list(output.shape)}, expected a row for each"
         )
-    for node in _graph(output):
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            raise UnsupportedLayer(
-                f"it calls an autograd.Function ({type(node).__name__.removesuffix('Backward')})"
-            )
 
 
-def _graph(output: Tensor) -> Iterator[Any]:
-    stack: list[Any] = [output.grad_fn]
-    seen: set[Any] = {None}
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack += [below for below, _ in node.next_functions]
+class _Traced(NamedTuple):
+    """What a run wrote down."""
+
+    sources: list[Source]
+    operations: list[Operation]
+    output: int
+
+    def program(self) -> Program:
+        """With operations written out that are several."""
+        operations, output = expanded(self.operations, self.output)
+        return Program(self.sources, operations, output)
+
+
+def _traced(module: nn.Module, example: Tensor, *, any_batch: bool) -> _Traced:
+    """One run; with ``any_batch`` sizes stay symbols, otherwise they are those of the example."""
+    from torch.export import Dim, export
+
+    shapes = ({0: Dim("batch")},) if any_batch else None
+    try:
+        with torch.enable_grad(), twice_differentiable(), marked() as calls:
+            exported = export(module, (example,), dynamic_shapes=shapes, strict=False)
+            _keep_no_grad(exported.graph_module)
+            exported = exported.run_decompositions({})
+    except Exception as error:
+        text = f"torch.export cannot run its forward: {type(error).__name__}: {_first_line(error)}"
+        raise _Untraced(text) from error
+    return _written_down(exported, module, calls)
+
+
+def _of_two_batches(module: nn.Module, example: Tensor) -> _Traced:
+    """For a forward that takes the number of samples for a constant: from a run with 2 and one with 3."""
+    batches = BATCH, BATCH + 1
+    one, other = (
+        _traced(module, example.new_zeros(batch, *example.shape[1:]), any_batch=False) for batch in batches
+    )
+    if [each[:3] for each in one.sources] != [
+        each[:3] for each in other.sources
+    ] or one.output != other.output:
+        raise UnsupportedLayer("its forward does other things for other numbers of samples")
+    operations, numbers = aligned(one.operations, other.operations, batches, 1 + len(one.sources))
+    return _Traced(one.sources, operations, numbers.get(one.output, one.output))
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def _export(module: nn.Module, example: Tensor) -> Any:
-    from torch.export import Dim, export
-
-    failures = []
-    for batch in (Dim("batch"), Dim.AUTO):
-        try:
-            with torch.enable_grad(), twice_differentiable():
-                exported = export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
-            _keep_no_grad(exported.graph_module)
-            return exported.run_decompositions({})
-        except Exception as error:
-            failures.append(error)
-    first = failures[0]
-    raise UnsupportedLayer(
-        f"torch.export cannot run its forward: {type(first).__name__}: {_first_line(first)}"
-    ) from first
 
 
 def _keep_no_grad(exported: GraphModule) -> None:
@@ -127,7 +147,7 @@ def _keep_no_grad(exported: GraphModule) -> None:
     exported.recompile()
 
 
-def _program(exported: Any, module: nn.Module) -> Program:
+def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Traced:
     signature = exported.graph_signature
     constants = {**dict(exported.constants), **dict(exported.tensor_constants)}
     held = _held_tensors(module)
@@ -162,7 +182,7 @@ def _program(exported: Any, module: nn.Module) -> Program:
     for node in graph_module.graph.nodes:
         if node.op == "call_function":
             index = 1 + len(sources) + len(operations)
-            operations.append(_operation(node, index, numbers))
+            operations.append(_operation(node, index, numbers, calls))
             numbers[node] = index
         elif node.op == "output":
             results = node.args[0]
@@ -172,7 +192,7 @@ def _program(exported: Any, module: nn.Module) -> Program:
         elif node.op != "placeholder":
             raise UnsupportedLayer(f"its forward uses {node.op} ({node.target})")
     assert output is not None
-    return Program(sources, operations, output)
+    return _Traced(sources, operations, output)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -215,7 +235,7 @@ def follow(module: nn.Module, steps: tuple[tuple[str, Any], ...]) -> Tensor:
     return value
 
 
-def _operation(node: Any, index: int, numbers: dict[Any, int]) -> Operation:
+def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]) -> Operation:
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
         raise UnsupportedLayer(f"its forward uses control flow of torch ({target.__name__})")
@@ -233,6 +253,10 @@ def _operation(node: Any, index: int, numbers: dict[Any, int]) -> Operation:
             raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
         return tree
 
+    if target is torch.ops.fastvae.function_ends.default:
+        number = node.args[1]
+        begins = next(each for each in node.graph.nodes if _begins(each) and each.args[1] == number)
+        return Operation(index, node.name, calls[number], [taken(begins.args[0])], {})
     source: Any = node.args[0] if node.args else None
     if target is operator.getitem and getattr(source, "target", None) is _BATCH_NORM and node.args[1] == 0:
         # Its other results are of no use: as the one operation that it was.
@@ -242,6 +266,10 @@ def _operation(node: Any, index: int, numbers: dict[Any, int]) -> Operation:
     return Operation(
         index, node.name, target, taken(node.args), {key: taken(value) for key, value in node.kwargs.items()}
     )
+
+
+def _begins(node: Any) -> bool:
+    return node.target is torch.ops.fastvae.function_begins.default
 
 
 def _drops_out(node: Any) -> bool:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.network.layers import AutogradLayer, Gradients, Layer, Point, Products, fuse, make_layer
+from fastvae.network.layers import (
+    AutogradLayer,
+    Gradients,
+    Layer,
+    Point,
+    Products,
+    fuse,
+    make_layer,
+    without_cotangents,
+)
 from fastvae.network.program import Program
 
 
@@ -32,6 +41,7 @@ class Sweeps:
             or AutogradLayer(operation, active)
             for operation in program.active
         ]
+        layers = without_cotangents(layers, program.output)
         self.layers = fuse(layers, program.output, active) if device == "cpu" else layers
         self.backwards = self.layers[::-1]
         self.by_autograd = [layer for layer in self.layers if layer.by_autograd]

@@ -63,7 +63,7 @@ class Lookup(ForwardLayer):
 @layer_of("embedding")
 def embedding(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.embedding(table, numbers, padding_idx=-1, ...)."""
-    table, numbers, *rest = operation.args
+    table, _, *rest = operation.args
     if active[table.index] or any(rest[1:]) or (rest and rest[0] not in (-1,)):
         return None
     return Lookup(operation, active)

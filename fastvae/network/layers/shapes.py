@@ -233,6 +233,8 @@ class Total(ShapeLayer):
 class Detach(ShapeLayer):
     """The value goes on, and nothing of it comes back."""
 
+    stops = True
+
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """Nothing."""
 
