@@ -29,7 +29,7 @@ class ReadNetwork(NamedTuple):
 class _Known:
     """A module's program, or why there is none, and the facts that it was read from."""
 
-    def __init__(self, module: nn.Module, z: Tensor) -> None:
+    def __init__(self, module: nn.Module, z: Tensor, condition: Tensor | None) -> None:
         # As text: a traceback would hold the module, and so keep its entry alive.
         self.failure = ""
         self.sweeps: dict[bool, Sweeps] = {}
@@ -39,9 +39,9 @@ class _Known:
             for path, inner in named(module):
                 check_module(path, inner)
             mine = copy_with_modes(module)
-            program = read_program(mine, z)
+            program = read_program(mine, z, condition)
             self.sweeps[False] = Sweeps(program, z.device.type)
-            verify_program(mine, self.sweeps[False], z)
+            verify_program(mine, self.sweeps[False], z, condition)
         except (UnsupportedLayer, ImpossibleLayer) as error:
             self.failure = str(error)
         wanted = set()
@@ -61,7 +61,9 @@ class _Known:
             self.sweeps[True] = self.sweeps[False].on(program.without(last))
         return self.sweeps[True]
 
-    def tensors(self, module: nn.Module, found: Sequence[Tensor]) -> list[Tensor | None]:
+    def tensors(
+        self, module: nn.Module, found: Sequence[Tensor], condition: Tensor | None
+    ) -> list[Tensor | None]:
         """By source."""
         by_name = dict(zip(self.names, found, strict=True))
         program = self.sweeps[False].program
@@ -70,6 +72,8 @@ class _Known:
         for place, source in enumerate(program.sources, 1):
             if place not in used:
                 tensors.append(None)
+            elif source.is_condition:
+                tensors.append(condition)
             elif source.constant is not None:
                 tensors.append(source.constant)
             elif source.steps:
@@ -83,7 +87,9 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
-def read_network(module: nn.Module, z: Tensor, *, strip_sigmoid: bool = False) -> ReadNetwork:
+def read_network(
+    module: nn.Module, z: Tensor, *, condition: Tensor | None = None, strip_sigmoid: bool = False
+) -> ReadNetwork:
     """The sweeps of a module for codes like z, read at the first call and when it has changed.
 
     Raises:
@@ -92,15 +98,17 @@ def read_network(module: nn.Module, z: Tensor, *, strip_sigmoid: bool = False) -
         CoupledSamples: BatchNorm or Dropout in training mode.
     """
     check_uncoupled(module)
-    key = (z.dtype, z.device, tuple(z.shape[1:]), torch.get_default_dtype())
-    found = _current(module, key)
+    given = (z,) if condition is None else (z, condition)
+    forms = tuple((tensor.dtype, tensor.device, tuple(tensor.shape[1:])) for tensor in given)
+    key = forms, torch.get_default_dtype()
+    found = _current(module, key, condition)
     if found is None:
         with _lock:
-            found = _current(module, key)
+            found = _current(module, key, condition)
             if found is None:
-                fresh = _Known(module, z)
+                fresh = _Known(module, z, condition)
                 _known.setdefault(module, {})[key] = fresh
-                found = fresh, [] if fresh.failure else _visited(module, fresh)
+                found = fresh, [] if fresh.failure else _visited(module, fresh, condition)
     known, tensors = found
     if known.failure:
         raise UnsupportedLayer(known.failure)
@@ -110,14 +118,16 @@ def read_network(module: nn.Module, z: Tensor, *, strip_sigmoid: bool = False) -
     return ReadNetwork(sweeps, tensors)
 
 
-def _visited(module: nn.Module, known: _Known) -> list[Tensor | None]:
+def _visited(module: nn.Module, known: _Known, condition: Tensor | None) -> list[Tensor | None]:
     collected = visit(module, known.lines)
     if collected is None:
         raise UnsupportedLayer(f"the {type(module).__name__} changes when it is read")
-    return known.tensors(module, collected.found)
+    return known.tensors(module, collected.found, condition)
 
 
-def _current(module: nn.Module, key: Any) -> tuple[_Known, list[Tensor | None]] | None:
+def _current(
+    module: nn.Module, key: Any, condition: Tensor | None
+) -> tuple[_Known, list[Tensor | None]] | None:
     """What is remembered of a module, if it has not changed since, and its tensors."""
     known = _known.get(module, {}).get(key)
     if known is None:
@@ -126,7 +136,7 @@ def _current(module: nn.Module, key: Any) -> tuple[_Known, list[Tensor | None]] 
         collected = visit(module, known.lines)
         if collected is None:
             return None
-        return known, [] if known.failure else known.tensors(module, collected.found)
+        return known, [] if known.failure else known.tensors(module, collected.found, condition)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         # Something is gone, or does not compare with what is remembered: the module changed.
         return None

@@ -35,6 +35,14 @@ class Plan:
         parts = -(-len(latents) * len(z) * sweeps.widest // NUMBERS_AT_ONCE)
         self.times = -(-len(latents) // max(1, min(parts, len(latents))))
         rows = z if self.in_front else z.detach().repeat(max(self.times, 1), *[1] * (z.dim() - 1))
+        if not self.in_front:
+            # A condition goes with its code.
+            tensors = [
+                tensor.repeat(max(self.times, 1), *[1] * (tensor.dim() - 1))
+                if source.is_condition and tensor is not None
+                else tensor
+                for source, tensor in zip(sweeps.program.sources, tensors, strict=True)
+            ]
         self.inputs = Inputs(sweeps, rows, tensors)
         self.passive = self.inputs.detached()
 

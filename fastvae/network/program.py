@@ -19,17 +19,19 @@ class Slot:
 
 
 class Source(NamedTuple):
-    """Where a tensor of the network comes from: one of three.
+    """Where a tensor of the network comes from: one of four.
 
     path, name: a parameter or buffer of the submodule at ``path``.
     steps: attributes and items that lead to it from the module, where it is registered nowhere.
     constant: what the forward made of numbers.
+    is_condition: the module's second argument, a row for each sample.
     """
 
     path: str
     name: str
     steps: tuple[tuple[str, Any], ...] = ()
     constant: Tensor | None = None
+    is_condition: bool = False
 
 
 Function = Callable[..., Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,25 +39,28 @@ def copy_with_modes(module: nn.Module) -> nn.Module:
     return made
 
 
-def read_program(module: nn.Module, z: Tensor) -> Program:
+def read_program(module: nn.Module, z: Tensor, condition: Tensor | None = None) -> Program:
     """The program of a copy of a module, which only this thread uses.
 
     Args:
         module: see :func:`copy_with_modes`.
         z: one code [1 or more, ...]; its numbers do not matter.
+        condition: what goes with the codes, [1 or more, ...], as the second argument.
 
     Raises:
         UnsupportedLayer: the forward cannot be run that way, or does what a program cannot say.
     """
-    example = torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)
+    examples = [torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)]
+    if condition is not None:
+        examples.append(rows_of(condition, BATCH))
     with READING, warnings.catch_warnings(), torch.autocast(z.device.type, enabled=False):
         warnings.simplefilter("ignore")
-        _check_output(module, example)
+        _check_output(module, examples)
         try:
-            traced = _traced(module, example, any_batch=True)
+            traced = _traced(module, examples, any_batch=True)
         except _Untraced as first:
             try:
-                return _of_two_batches(module, example).program()
+                return _of_two_batches(module, examples).program()
             except _Untraced:
                 raise UnsupportedLayer(str(first)) from first
     return traced.program()
@@ -66,10 +70,16 @@ class _Untraced(Exception):  # noqa: N818
     """Why torch.export could not run a forward."""
 
 
-def _check_output(module: nn.Module, example: Tensor) -> None:
+def rows_of(tensor: Tensor, count: int) -> Tensor:
+    """So many rows of a tensor, again from the first where it has fewer; without a graph."""
+    return tensor.detach()[torch.arange(count, device=tensor.device) % len(tensor)]
+
+
+def _check_output(module: nn.Module, examples: Sequence[Tensor]) -> None:
+    z, *others = examples
     with torch.enable_grad(), twice_differentiable():
         try:
-            output = module(example.clone().requires_grad_())
+            output = module(z.clone().requires_grad_(), *others)
         except Exception as error:
             raise UnsupportedLayer(
                 f"its forward raised {type(error).__name__}: {_first_line(error)}"
@@ -95,14 +105,15 @@ class _Traced(NamedTuple):
         return Program(self.sources, operations, output)
 
 
-def _traced(module: nn.Module, example: Tensor, *, any_batch: bool) -> _Traced:
-    """One run; with ``any_batch`` sizes stay symbols, otherwise they are those of the example."""
+def _traced(module: nn.Module, examples: Sequence[Tensor], *, any_batch: bool) -> _Traced:
+    """One run; with ``any_batch`` sizes stay symbols, otherwise they are those of the examples."""
     from torch.export import Dim, export
 
-    shapes = ({0: Dim("batch")},) if any_batch else None
+    batch = Dim("batch")
+    shapes = tuple({0: batch} for _ in examples) if any_batch else None
     try:
         with torch.enable_grad(), twice_differentiable(), marked() as calls:
-            exported = export(module, (example,), dynamic_shapes=shapes, strict=False)
+            exported = export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
             _keep_no_grad(exported.graph_module)
             exported = exported.run_decompositions({})
     except Exception as error:
@@ -111,11 +122,12 @@ def _traced(module: nn.Module, example: Tensor, *, any_batch: bool) -> _Traced:
     return _written_down(exported, module, calls)
 
 
-def _of_two_batches(module: nn.Module, example: Tensor) -> _Traced:
+def _of_two_batches(module: nn.Module, examples: Sequence[Tensor]) -> _Traced:
     """For a forward that takes the number of samples for a constant: from a run with 2 and one with 3."""
     batches = BATCH, BATCH + 1
     one, other = (
-        _traced(module, example.new_zeros(batch, *example.shape[1:]), any_batch=False) for batch in batches
+        _traced(module, [rows_of(example, batch) for example in examples], any_batch=False)
+        for batch in batches
     )
     if [each[:3] for each in one.sources] != [
         each[:3] for each in other.sources
@@ -155,8 +167,6 @@ def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Trace
     by_name = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     codes = [node for node in placeholders if by_name[node.name].kind.name == "USER_INPUT"]
-    if len(codes) != 1:
-        raise UnsupportedLayer(f"its forward takes {len(codes)} inputs, expected one")
     if any(spec.kind.name != "USER_OUTPUT" for spec in signature.output_specs):
         raise UnsupportedLayer("its forward changes buffers of the module")
     numbers[codes[0]] = 0
@@ -167,7 +177,9 @@ def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Trace
             continue
         spec = by_name[node.name]
         kind = spec.kind.name
-        if kind in ("PARAMETER", "BUFFER"):
+        if kind == "USER_INPUT":
+            source = Source("", node.name, is_condition=True)
+        elif kind in ("PARAMETER", "BUFFER"):
             path, _, name = spec.target.rpartition(".")
             source = Source(path, name)
         elif kind == "CONSTANT_TENSOR" and isinstance(constants.get(spec.target), Tensor):
@@ -285,4 +297,4 @@ def _schema(target: Any) -> list[Any]:
     return [] if schema is None else list(schema.arguments)
 
 
-__all__ = ["copy_with_modes", "follow", "read_program"]
+__all__ = ["copy_with_modes", "follow", "read_program", "rows_of"]

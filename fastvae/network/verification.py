@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvae._second_order import twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.network.layers import Products
-from fastvae.network.reading import follow
+from fastvae.network.reading import follow, rows_of
 from fastvae.network.sweeps import Inputs, Sweeps
 
 _ROWS = 3
@@ -23,28 +23,26 @@ _ROWS = 3
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 
 
-def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor) -> None:
+def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None = None) -> None:
     """Compare, in float64 where the program allows it.
 
     Args:
         module: the copy that was read; it is changed.
         sweeps: of its program.
         z: some codes [1 or more, ...].
+        condition: of the codes, or None.
 
     Raises:
         UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
     """
-    rows = (
-        z.detach()[torch.arange(_ROWS, device=z.device) % len(z)]
-        if len(z)
-        else z.new_zeros(_ROWS, *z.shape[1:])
-    )
+    rows = rows_of(z, _ROWS) if len(z) else z.new_zeros(_ROWS, *z.shape[1:])
+    given = None if condition is None else rows_of(condition, _ROWS)
     noise = torch.empty(rows.shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0))
     rows = rows + 0.1 * noise.to(rows)
     error = None
     try:
         twin = copy.deepcopy(module).double()
-        error = _error(twin, sweeps, rows.double())
+        error = _error(twin, sweeps, rows.double(), _widened(given))
     except UnsupportedLayer:
         raise
     except Exception:
@@ -52,7 +50,7 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor) -> None:
         error = None
     if error is None:
         try:
-            error = _error(module, sweeps, rows)
+            error = _error(module, sweeps, rows, given)
         except UnsupportedLayer:
             raise
         except Exception as failure:
@@ -65,10 +63,15 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor) -> None:
         raise UnsupportedLayer(f"the {what} of the network read from it is not its own")
 
 
-def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
+def _widened(condition: Tensor | None) -> Tensor | None:
+    """In float64 if it is floating."""
+    return condition.double() if condition is not None and condition.is_floating_point() else condition
+
+
+def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None) -> tuple[float, str]:
     """The largest difference in units of the tolerance, and of what."""
     program = sweeps.program
-    tensors = [_tensor(module, source) for source in program.sources]
+    tensors = [condition if source.is_condition else _tensor(module, source) for source in program.sources]
     leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad and tensor.is_leaf]
     generator = torch.Generator().manual_seed(1)
 
@@ -78,7 +81,7 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         point = z.detach().requires_grad_()
         with twice_differentiable():
-            own = module(point)
+            own = module(point) if condition is None else module(point, condition)
         v, w, u = draw(own), draw(own), draw(z)
         if not own.requires_grad:
             raise UnsupportedLayer("its output has no gradient to z")
