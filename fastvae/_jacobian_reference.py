@@ -200,7 +200,7 @@ def jacobian_l1(
     Args:
         decoder: any callable [B, d] -> [B, ...] that treats samples independently and that PyTorch can differentiate
             twice.
-        z: [B, d].
+        z: [B, d], or [B, ...] where the decoder takes such codes.
         reduction: "mean" or "sum" over the samples, or "none".
         output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
         latents: the i to sum over, distinct integers; None for all.
@@ -216,6 +216,17 @@ def jacobian_l1(
         NotImplementedError: the decoder cannot be differentiated twice.
     """
     check_jacobian_options(reduction, output, p)
+    if z.dim() > 2:
+        shape = z.shape[1:]
+        flat = z.flatten(1)
+        return jacobian_l1(
+            lambda codes: decoder(codes.reshape(-1, *shape)),
+            flat,
+            reduction,
+            output=output,
+            latents=latents,
+            p=p,
+        )
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"jacobian_l1: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}")
     indices = resolve_latents(latents, z.shape[1])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastvae.likelihoods import Likelihood
     from fastvae.lowering import LoweredNetwork
 
-__all__ = ["check_decoder", "ends_in_sigmoid", "natural_parameters", "transformed"]
+__all__ = ["check_decoder", "conditioned", "ends_in_sigmoid", "natural_parameters", "transformed"]
 
 # As much as rounding puts a probability beyond 0 or 1.
 _SLACK = 1e-3
@@ -52,9 +52,9 @@ def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> LoweredNetwork 
         return network
     if network is None:
         if not likelihood.probs and ending_of_module(decoder) == "sigmoid":
-            raise _contradiction(likelihood)
+            raise contradiction(likelihood)
     elif network.ends_in_sigmoid != likelihood.probs:
-        raise _contradiction(likelihood)
+        raise contradiction(likelihood)
     else:
         _settled[likelihood.probs].add(decoder)
     return network
@@ -84,6 +84,19 @@ def natural_parameters(decoder: Callable[[Tensor], Tensor], z: Tensor, likelihoo
         return logits
     _look_at(output, decoder, likelihood)
     return likelihood.params_of_output(output)
+
+
+def conditioned(decoder: Callable[..., Tensor], condition: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The decoder as a function of codes alone; of several times as many, repeated one after the other."""
+    if condition is None:
+        return decoder
+
+    def decode(z: Tensor) -> Tensor:
+        times = len(z) // max(len(condition), 1)
+        found: Tensor = decoder(z, condition.repeat(times, *[1] * (condition.dim() - 1)))
+        return found
+
+    return decode
 
 
 def check_outputs(decoder: nn.Module, z: Tensor, likelihood: Likelihood) -> None:
@@ -129,7 +142,7 @@ def _look_at(output: Any, decoder: Any, likelihood: Likelihood) -> None:
         ending = ending_of_output(output)
         ending = ending_of_module(decoder) if ending == "unknown" else ending
         if ending == "sigmoid":
-            raise _contradiction(likelihood)
+            raise contradiction(likelihood)
         if ending == "signed":
             settled.add(decoder)
             return
@@ -150,7 +163,8 @@ def _look_at(output: Any, decoder: Any, likelihood: Likelihood) -> None:
     settled.add(decoder)
 
 
-def _contradiction(likelihood: Likelihood) -> ValueError:
+def contradiction(likelihood: Likelihood) -> ValueError:
+    """The error for a decoder that ends otherwise than its likelihood expects."""
     wanted = "ends in a Sigmoid" if likelihood.probs else "returns logits, and this one ends in a Sigmoid"
     remedy = "for probabilities pass Bernoulli(probs=True), for logits 'bernoulli'"
     return ValueError(f"likelihood: {likelihood} expects a decoder that {wanted}; {remedy}")

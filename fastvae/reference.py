@@ -22,7 +22,7 @@ from fastvae._second_order import (
     own_leaf,
     twice_differentiable,
 )
-from fastvae.decoding import natural_parameters, transformed
+from fastvae.decoding import conditioned, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 
 __all__ = [
@@ -63,7 +63,7 @@ class Trajectory(NamedTuple):
 
     def energy(self) -> Tensor:
         """H = -log p(x | z) + |z|^2 / 2 + |rho|^2 / 2 of every point, in nats: [K + 1, B]."""
-        return self.z.square().sum(-1) / 2 + self.rho.square().sum(-1) / 2 - self.log_px
+        return (self.z.square() + self.rho.square()).flatten(2).sum(2) / 2 - self.log_px
 
 
 def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor) -> Tensor:
@@ -92,6 +92,15 @@ def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor
             f"got {list(eps.shape)}{hint}"
         )
     return eps.expand(num_steps, dim)
+
+
+def steps_of_codes(step_size: StepSize, num_steps: int, z: Tensor) -> Tensor:
+    """:func:`expand_step_size` for codes z [B, ...]: [K, ...]. A step may also have the shape of a code, or [K] such."""
+    rank = z.dim() - 1
+    eps = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
+    if rank > 1 and eps.shape[-rank:] == z.shape[1:]:
+        eps = eps.flatten(-rank)
+    return expand_step_size(eps, num_steps, math.prod(z.shape[1:]), z).reshape(num_steps, *z.shape[1:])
 
 
 def leapfrog_kick_drift(
@@ -216,8 +225,8 @@ def log_px_and_force(
 
 
 def check_state(z: Tensor, rho: Tensor, alpha: Tensor) -> None:
-    """Raise ValueError unless z and rho are codes [B, d] and alpha is [K]."""
-    if z.dim() != 2 or not z.is_floating_point():
+    """Raise ValueError unless z and rho are codes [B, d], or [B, ...], and alpha is [K]."""
+    if z.dim() < 2 or not z.is_floating_point():
         raise ValueError(
             f"hamiltonian_flow: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}"
         )
@@ -335,7 +344,7 @@ def _flow(
     create_graph: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
     check_state(z, rho, alpha)
-    eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
+    eps = steps_of_codes(step_size, len(alpha), z)
     force_at = _Force("hamiltonian_flow", decoder, x, likelihood, create_graph)
     with torch.set_grad_enabled(create_graph):
         log_px, force = force_at(z)
@@ -368,7 +377,7 @@ def hamiltonian_flow_2k(
     """
     like = resolve(likelihood)
     check_state(z, rho, alpha)
-    eps = expand_step_size(step_size, len(alpha), z.shape[1], z)
+    eps = steps_of_codes(step_size, len(alpha), z)
     force_at = _Force("hamiltonian_flow", decoder, x, like, create_graph=torch.is_grad_enabled())
     for k in range(len(alpha)):
         z, rho = leapfrog_kick_drift(z, rho, force_at(z)[1], eps[k])
@@ -376,8 +385,15 @@ def hamiltonian_flow_2k(
     return z, rho, force_at.log_px(z)
 
 
-def log_px(decoder: Decoder, z: Tensor, x: Tensor, likelihood: str | Likelihood = "bernoulli") -> Tensor:
-    """As ``fastvae.ops.log_px``: log p(x_b | z_sb), [S, B], for z [S, B, d]; differentiable here.
+def log_px(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    x: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """As ``fastvae.ops.log_px``: log p(x_b | z_sb), [S, B], for z [S, B, ...]; differentiable here.
 
     The decoder runs in parts of about 2**22 outputs, of one draw or of several.
     """
@@ -390,7 +406,8 @@ def log_px(decoder: Decoder, z: Tensor, x: Tensor, likelihood: str | Likelihood 
     def part(first: int, start: int) -> Tensor:
         codes, data = z[first : first + together, start : start + rows], x[start : start + rows]
         repeated = data.expand(len(codes), *data.shape).flatten(0, 1)
-        params = natural_parameters(decoder, codes.flatten(0, 1), like)
+        given = None if condition is None else condition[start : start + rows]
+        params = natural_parameters(conditioned(decoder, given), codes.flatten(0, 1), like)
         check_output("log_px", params, len(repeated))
         return like.log_prob(params, repeated).reshape(codes.shape[:2])
 

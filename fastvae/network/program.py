@@ -138,6 +138,12 @@ class Program:
             last = by_index.get(last.args[0].index)
         return last
 
+    @property
+    def ends_in_sigmoid(self) -> bool:
+        """Whether the result is a sigmoid's, reshaped or not."""
+        last = self.last()
+        return last is not None and last.kind == "sigmoid"
+
     def without(self, operation: Operation) -> Program:
         """The program in which one operation of one tensor hands that tensor on."""
         passed = operation.replaced(torch.ops.aten.alias.default, operation.args[:1])

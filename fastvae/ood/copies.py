@@ -118,6 +118,8 @@ def lower_encoder(
     Args:
         compare_at: flat rows, of which the first two are compared at.
     """
+    if len(shape) > 3:
+        raise UnsupportedLayer(f"lower: a sample of more than three dimensions, {list(shape)}")
     network = RowsModule(encoder, shape).lower(compare_at)
     own = {id(parameter) for parameter in encoder.parameters()}
     used: set[str] = set()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
-from fastvae.decoding import check_outputs
+from fastvae.decoding import check_outputs, contradiction
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.lowering.checks import PLAIN, check_is_module, check_uncoupled
@@ -135,9 +135,13 @@ def lower_or_read(
     instead: str,
     likelihood: Likelihood | None = None,
     *,
+    condition: Tensor | None = None,
+    flat: bool = True,
     read: bool = True,
 ) -> LoweredNetwork | ReadNetwork | None:
     """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
+
+    Kernels take no condition, and no codes that are not vectors (``flat``).
 
     Where there are no kernels for decoder or likelihood, the decoder read for the sweeps in PyTorch (unless ``read`` is
     False). None where that is impossible, too: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning
@@ -151,6 +155,10 @@ def lower_or_read(
     if without_kernel and (not read or torch.compiler.is_compiling()):
         _warn_of_likelihood(name, type(likelihood), instead)
     try:
+        if condition is not None or not flat:
+            raise UnsupportedLayer(
+                "lower: " + ("it takes a condition" if flat else "its codes are no vectors")
+            )
         network = lower(decoder, strip_sigmoid=strip, compare_at=z)
     except (CoupledSamples, NotADecoder):
         raise
@@ -161,7 +169,7 @@ def lower_or_read(
             raise
         _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         check_uncoupled(decoder)
-        found, reason = _read(name, decoder, z, likelihood) if read else (None, "")
+        found, reason = _read(name, decoder, z, likelihood, condition) if read else (None, "")
         if found is None:
             _warn_of_decoder(
                 name,
@@ -259,7 +267,11 @@ def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
 
 
 def _read(
-    name: str, decoder: nn.Module, z: Tensor, likelihood: Likelihood | None
+    name: str,
+    decoder: nn.Module,
+    z: Tensor,
+    likelihood: Likelihood | None,
+    condition: Tensor | None = None,
 ) -> tuple[ReadNetwork | None, str]:
     """The decoder for the sweeps in PyTorch, or why there is none."""
     tensors = [*decoder.parameters(), *decoder.buffers()]
@@ -269,15 +281,30 @@ def _read(
     _check_first_memory(name, decoder)
     try:
         with torch.inference_mode(False):
-            found = read_network(decoder, z, strip_sigmoid=strip)
+            found = read_network(decoder, z, condition=condition, strip_sigmoid=strip)
     except CoupledSamples:
         raise
     except UnsupportedLayer as error:
         return None, f"; nor read as a graph: {error}"
     _check_network_memory(name, found)
-    if likelihood is not None:
+    if likelihood is not None and condition is None:
         check_outputs(decoder, z, likelihood)
+    elif (
+        likelihood is not None and likelihood.of_logits and not strip and found.sweeps.program.ends_in_sigmoid
+    ):
+        raise contradiction(likelihood)
     return found, ""
+
+
+def check_condition(name: str, condition: Tensor | None, rows: int) -> None:
+    """Raise unless a condition, where there is one, is a tensor with a row for each sample."""
+    if condition is None:
+        return
+    check_tensors(name, condition=condition)
+    if condition.dim() == 0 or len(condition) != rows:
+        raise ValueError(
+            f"fastvae::{name}: condition: expected {rows} samples as z has, got {list(condition.shape)}"
+        )
 
 
 def _check_first_memory(name: str, decoder: nn.Module) -> None:

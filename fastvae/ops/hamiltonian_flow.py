@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._extension import raw
+from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import hamiltonian_flow as sweep_flow
@@ -20,6 +21,7 @@ from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs
 from fastvae.ops._registration import (
     cast_under_autocast,
+    check_condition,
     check_memory,
     check_one_device,
     check_rank,
@@ -47,6 +49,7 @@ def hamiltonian_flow(
     alpha: Tensor,
     likelihood: str | Likelihood = ...,
     *,
+    condition: Tensor | None = ...,
     memory: str = ...,
     return_trajectory: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -62,6 +65,7 @@ def hamiltonian_flow(
     alpha: Tensor,
     likelihood: str | Likelihood = ...,
     *,
+    condition: Tensor | None = ...,
     memory: str = ...,
     return_trajectory: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
@@ -76,6 +80,7 @@ def hamiltonian_flow(
     alpha: Tensor,
     likelihood: str | Likelihood = "bernoulli",
     *,
+    condition: Tensor | None = None,
     memory: str = "auto",
     return_trajectory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
@@ -91,21 +96,24 @@ def hamiltonian_flow(
     through every force) and reaches z, rho, x, step_size, alpha and every parameter of the decoder.
 
     Args:
-        decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters.
-            Any other module that PyTorch can differentiate twice works through autograd, after one warning;
-            under ``torch.compile(fullgraph=True)`` it raises instead.
-        z: start [B, d], float32 or float64, CPU or CUDA.
-        rho: momentum [B, d].
+        decoder: any module from codes to natural parameters that treats each sample by itself. What
+            :func:`fastvae.lowering.lower` can take runs in kernels; any other is read as a graph of operations and
+            swept in PyTorch; what cannot be read runs through autograd, after one warning. Under
+            ``torch.compile(fullgraph=True)`` the first alone works.
+        z: start [B, d], or [B, ...] where the decoder takes such codes; float32 or float64, CPU or CUDA.
+        rho: momentum, of the shape of z.
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
-        step_size: a number, [d], [K, 1] or [K, d].
+        step_size: a number, [d], [K, 1] or [K, d], with d the numbers of a code; or of a code's shape, or K such.
         alpha: [K], the factor on the momentum at the end of each step (1: no tempering).
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
+        condition: [B, ...], handed to the decoder after the codes: ``decoder(z, condition)``; constant along the
+            trajectory, with a gradient where it is real.
         memory: "store" keeps the activations of all steps for the backward pass, "recompute" only z_k
             and rho_k (peak memory then hardly grows with K; about a third more time), "auto" decides by size.
         return_trajectory: also return z, rho, log_px of every step, not differentiable.
 
     Returns:
-        z_K [B, d], rho_K [B, d], log_px = log p(x | z_K) [B] in nats, and, if asked for, a
+        z_K and rho_K of the shape of z, log_px = log p(x | z_K) [B] in nats, and, if asked for, a
         :class:`fastvae.reference.Trajectory` of z, rho [K + 1, B, d] and log_px [K + 1, B].
 
     Raises:
@@ -122,19 +130,24 @@ def hamiltonian_flow(
         raise ValueError(
             f"fastvae::hamiltonian_flow: memory: expected 'auto', 'store' or 'recompute', got {memory!r}"
         )
-    if z.dim() != 2:
+    if z.dim() < 2:
         raise ValueError(f"fastvae::hamiltonian_flow: z: expected shape [B, d], got {list(z.shape)}")
+    check_condition("hamiltonian_flow", condition, len(z))
     if alpha.dim() != 1:
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))
-    network = lower_or_read("hamiltonian_flow", decoder, z, "autograd", like)
+    network = lower_or_read(
+        "hamiltonian_flow", decoder, z, "autograd", like, condition=condition, flat=z.dim() == 2
+    )
     if isinstance(network, ReadNetwork):
         with torch.autocast(z.device.type, enabled=False):
             return _flow_by_sweeps(network, z, rho, x, step_size, alpha, like, memory, return_trajectory)
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
             return reference.hamiltonian_flow(
-                decoder, z, rho, x, step_size, alpha, like, return_trajectory=return_trajectory
+                conditioned(decoder, condition),
+                *(z, rho, x, step_size, alpha, like),
+                return_trajectory=return_trajectory,
             )
     observed = observed_rows(x, z, like)
     step_sizes = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
@@ -181,7 +194,7 @@ def _flow_by_sweeps(
             )
     reference.check_state(z, rho, alpha)
     check_memory("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
-    steps = reference.expand_step_size(step_size, len(alpha), z.shape[1], z)
+    steps = reference.steps_of_codes(step_size, len(alpha), z)
     tensors = [tensor for tensor in network.tensors if tensor is not None]
     refuse_forward_mode("hamiltonian_flow", z, rho, x, steps, alpha, *tensors)
     kept = (len(alpha) + 1) * z.shape[0] * network.sweeps.kept_numbers * z.element_size()

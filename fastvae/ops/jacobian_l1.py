@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
-from fastvae.decoding import ends_in_sigmoid
+from fastvae.decoding import conditioned, ends_in_sigmoid
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
 from fastvae.ops._registration import (
     cast_under_autocast,
+    check_condition,
     check_memory,
     check_one_device,
     check_rank,
@@ -35,6 +37,7 @@ def jacobian_l1(
     output: str = "identity",
     latents: Sequence[int] | Tensor | None = None,
     p: int = 1,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Sum over latents i and outputs o of |d y_o / d z_i|^p, y = psi(decoder(z)), for each sample.
 
@@ -42,14 +45,16 @@ def jacobian_l1(
     NeurIPS 2021, equation (5); exact, where the authors take forward differences.
 
     Args:
-        decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to [B, ...].
-            Any other module that PyTorch can differentiate twice works through autograd, after one warning; under
-            ``torch.compile(fullgraph=True)`` it raises instead.
-        z: codes [B, d], float32 or float64, CPU or CUDA.
+        decoder: any module from codes to [B, ...] that treats each sample by itself. What
+            :func:`fastvae.lowering.lower` can take runs in kernels; any other is read as a graph of operations and
+            swept in PyTorch; what cannot be read runs through autograd, after one warning. Under
+            ``torch.compile(fullgraph=True)`` the first alone works.
+        z: codes [B, d], or [B, ...] where the decoder takes such; float32 or float64, CPU or CUDA.
         reduction: "mean" or "sum" over the samples, or "none".
         output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
-        latents: the i to sum over, distinct integers in [0, d); None for all.
+        latents: the i to sum over, distinct integers in [0, d), counted through a code that is no vector; None for all.
         p: 1 for absolute values, 2 for squares (no root and no factor).
+        condition: [B, ...], handed to the decoder after the codes.
 
     Returns:
         [] or, with "none", [B]; the gradient reaches z and every parameter of the decoder. "mean" and "sum" compute
@@ -66,18 +71,20 @@ def jacobian_l1(
     check_tensors("jacobian_l1", z=z)
     refuse_function_transforms("jacobian_l1", z)
     check_jacobian_options(reduction, output, p)
-    if z.dim() != 2:
+    if z.dim() < 2:
         raise ValueError(f"fastvae::jacobian_l1: z: expected shape [B, d], got {list(z.shape)}")
-    indices = resolve_latents(latents, z.shape[1])
+    check_condition("jacobian_l1", condition, len(z))
+    indices = resolve_latents(latents, math.prod(z.shape[1:]))
     z = float32_under_autocast(z)
-    network = lower_or_read("jacobian_l1", decoder, z, "autograd")
+    network = lower_or_read("jacobian_l1", decoder, z, "autograd", condition=condition, flat=z.dim() == 2)
     if isinstance(network, ReadNetwork):
         with torch.autocast(z.device.type, enabled=False):
             return _jacobian_by_sweeps(network, z, reduction, output, indices, p)
     if network is None:
+        decode = conditioned(decoder, condition)
 
         def looked_at(point: Tensor) -> Tensor:
-            y: Tensor = decoder(point)
+            y: Tensor = decode(point)
             if output == "sigmoid" and isinstance(y, Tensor) and ends_in_sigmoid(decoder, y):
                 raise _sigmoid_of_a_sigmoid()
             return y
@@ -103,8 +110,7 @@ def _jacobian_by_sweeps(
     check_memory("jacobian_l1", z=z)
     refuse_forward_mode("jacobian_l1", z, *(tensor for tensor in network.tensors if tensor is not None))
     if output == "sigmoid":
-        last = sweeps.program.last()
-        if last is not None and last.kind == "sigmoid":
+        if sweeps.program.ends_in_sigmoid:
             raise _sigmoid_of_a_sigmoid()
         sweeps = sweeps.followed_by_sigmoid()
     return sweep_jacobian(sweeps, network.tensors, z, latents, p, reduction)

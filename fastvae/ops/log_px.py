@@ -13,6 +13,7 @@ from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import LoweredNetwork
 from fastvae.ops._registration import (
     cast_under_autocast,
+    check_condition,
     check_one_device,
     check_rank,
     check_tensors,
@@ -23,7 +24,14 @@ from fastvae.ops._registration import (
 )
 
 
-def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihood = "bernoulli") -> Tensor:
+def log_px(
+    decoder: nn.Module,
+    z: Tensor,
+    x: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    condition: Tensor | None = None,
+) -> Tensor:
     """log p(x_b | z_sb) in nats for every code z_sb of every x_b, forward only.
 
     The decoder runs in tiles that stay in a core's caches. On a CPU a last transposed convolution to 8 channels
@@ -34,9 +42,10 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
         decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters.
             Any other module runs as it is, in parts of 2**22 outputs, after one warning; under
             ``torch.compile(fullgraph=True)`` it raises instead.
-        z: codes [S, B, d], float32 or float64, CPU or CUDA.
+        z: codes [S, B, d], or [S, B, ...] where the decoder takes such; float32 or float64, CPU or CUDA.
         x: data, B samples with as many elements as the likelihood needs, in any shape; float, uint8 or bool.
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
+        condition: [B, ...], handed to the decoder after the codes.
 
     Returns:
         [S, B]; it has no gradient, and ``backward`` through it raises NotImplementedError.
@@ -50,15 +59,18 @@ def log_px(decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihoo
     check_tensors("log_px", z=z, x=x)
     refuse_function_transforms("log_px", z)
     like = resolve(likelihood)
-    if z.dim() != 3:
+    if z.dim() < 3:
         raise ValueError(f"fastvae::log_px: z: expected shape [S, B, d], got {list(z.shape)}")
     if x.dim() == 0 or x.shape[0] != z.shape[1]:
         raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
     z = float32_under_autocast(z)
-    network = lower_or_read("log_px", decoder, z, "own operators", like, read=False)
+    check_condition("log_px", condition, z.shape[1])
+    network = lower_or_read(
+        *("log_px", decoder, z, "own operators", like), condition=condition, flat=z.dim() == 3, read=False
+    )
     if not isinstance(network, LoweredNetwork):
         with torch.no_grad():
-            return reference.log_px(decoder, z, x, like)
+            return reference.log_px(decoder, z, x, like, condition=condition)
     observed = like.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
     refuse_forward_mode("log_px", z, observed, *network.tensors)
     return torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, like.spec)

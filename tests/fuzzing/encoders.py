@@ -238,7 +238,11 @@ def run_case(seed: int) -> str:
         for name, parameter in expected.items():
             # Adam divides by the gradient's size: of one that is zero but for rounding (a bias that a norm takes away)
             # it makes steps of rounding, far below lr.
-            moved = float((parameter - state[f"encoder.{name}"]).detach().abs().max()) if parameter.numel() else 0.0
+            moved = (
+                float((parameter - state[f"encoder.{name}"]).detach().abs().max())
+                if parameter.numel()
+                else 0.0
+            )
             share = 1e-6 if moved > 1e-3 * lr else 1e-3
             _agree(name, refit.parameters[name][index], parameter, 1e-8 + share * lr * steps)
         with torch.no_grad():

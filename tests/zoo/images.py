@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
 
-from .entry import SPATIAL, Entry
+from .entry import Entry
 
 
 class DCGAN(nn.Module):
@@ -354,7 +354,6 @@ ENTRIES = [
         lambda w: GroupNormAttention(w, True),
         (2, 4, 4),
         Gaussian(0.5),
-        today=SPATIAL,
     ),
     Entry("nearest-reflect-instancenorm", reflecting, (5,)),
     Entry("pixelshuffle-prelu", sub_pixel, (5,), Gaussian(0.5)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Bernoulli, Gaussian
 
-from .entry import SPATIAL, VOLUME, Entry
+from .entry import Entry
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "zoo-requirements.txt"
 
@@ -68,7 +68,6 @@ def pythae_quantised(name: str, where: str, code: tuple[int, ...]) -> Entry:
         package="pythae",
         output=reconstruction,
         heavy=True,
-        today=SPATIAL,
     )
 
 
@@ -108,7 +107,6 @@ def diffusers(name: str, kind: str, code: tuple[int, ...], own_gradients: str = 
         method="decode",
         output=sample,
         own_gradients=own_gradients,
-        today=SPATIAL,
     )
 
 
@@ -134,7 +132,7 @@ ENTRIES = [
     ),
     disent("conv64-batchnorm", "DecoderConv64Norm", norm="batch", norm_pre_act=False),
     monai("2d", 4, spatial_dims=2, in_shape=(1, 16, 16), channels=(4, 8, 8), strides=(1, 2, 2)),
-    monai("3d", 4, spatial_dims=3, in_shape=(1, 8, 8, 8), channels=(4, 8), strides=(2, 2), today=VOLUME),
+    monai("3d", 4, spatial_dims=3, in_shape=(1, 8, 8, 8), channels=(4, 8), strides=(2, 2)),
     monai(
         "2d-residual-batchnorm",
         4,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Categorical, Gaussian
 
-from .entry import VOLUME, Entry
+from .entry import Entry
 
 
 class Series(nn.Module):
@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
 
 ENTRIES = [
     Entry("time-series", Series, (4,), Gaussian(0.5)),
-    Entry("volume", Volume, (5,), today=VOLUME),
+    Entry("volume", Volume, (5,)),
     Entry("lstm", LSTM, (4,), Gaussian(0.5)),
     Entry("gru-loop", GRULoop, (4,), Gaussian(0.5)),
     Entry("transformer", Transformer, (4,), Categorical(6)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Categorical, Gaussian
 
-from .entry import NO_CONDITION, Entry, labels
+from .entry import Entry, labels
 from .likelihoods import MeanAndLogScale, PoissonRates
 
 
@@ -332,9 +332,9 @@ ENTRIES = [
         output=lambda found: found.mean,
     ),
     Entry("mean-and-log-scale", TwoHeads, (4,), MeanAndLogScale()),
-    Entry("labels", Conditional, (4,), condition=labels(5), today=NO_CONDITION),
-    Entry("label-embedding", LabelEmbedding, (4,), condition=class_numbers, today=NO_CONDITION),
-    Entry("film", FiLM, (4,), condition=labels(4), today=NO_CONDITION),
+    Entry("labels", Conditional, (4,), condition=labels(5)),
+    Entry("label-embedding", LabelEmbedding, (4,), condition=class_numbers),
+    Entry("film", FiLM, (4,), condition=labels(4)),
     Entry("single-cells", SingleCell, (6,), PoissonRates()),
     Entry(
         "single-cells-library",
@@ -342,7 +342,6 @@ ENTRIES = [
         (6,),
         PoissonRates(),
         condition=library_sizes,
-        today=NO_CONDITION,
     ),
     Entry("fourier-features", FourierFeatures, (3,)),
     Entry("glu-highway", Gated, (4,)),
