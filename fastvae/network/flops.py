@@ -39,7 +39,7 @@ def flops_of(operation: Operation, values: Sequence[Any]) -> int:
     if kind in _PRODUCTS or kind in _ADDED_PRODUCTS:
         left: Tensor = arguments[0] if kind in _PRODUCTS else arguments[1]
         return 2 * y.numel() * left.shape[-1]
-    if kind == "scaled_dot_product_attention":
+    if kind in ("scaled_dot_product_attention", "_scaled_dot_product_attention_math"):
         query, key, value = arguments[:3]
         return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     if kind in _RECURRENT:
