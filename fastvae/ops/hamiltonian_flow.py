@@ -92,8 +92,9 @@ def hamiltonian_flow(
 
     Args:
         decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters.
-            Any other module that PyTorch can differentiate twice works through autograd, after one warning;
-            under ``torch.compile(fullgraph=True)`` it raises instead.
+            Any other module is read as a graph of operations and swept in PyTorch; one that cannot be read runs
+            through autograd, after one warning, if PyTorch can differentiate it twice. Under
+            ``torch.compile(fullgraph=True)`` both raise instead.
         z: start [B, d], float32 or float64, CPU or CUDA.
         rho: momentum [B, d].
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.

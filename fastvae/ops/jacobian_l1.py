@@ -43,8 +43,9 @@ def jacobian_l1(
 
     Args:
         decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to [B, ...].
-            Any other module that PyTorch can differentiate twice works through autograd, after one warning; under
-            ``torch.compile(fullgraph=True)`` it raises instead.
+            Any other module is read as a graph of operations and swept in PyTorch; one that cannot be read runs
+            through autograd, after one warning, if PyTorch can differentiate it twice. Under
+            ``torch.compile(fullgraph=True)`` both raise instead.
         z: codes [B, d], float32 or float64, CPU or CUDA.
         reduction: "mean" or "sum" over the samples, or "none".
         output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
