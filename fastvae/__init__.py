@@ -2,6 +2,7 @@
 
 fastvae.ops             operators (C++ and CUDA), drop-in for your own code
 fastvae.VAE, HVAE, ...  models assembled from them
+fastvae.Network         what the operators make of a module of yours
 fastvae.penalties       further terms of a model's loss
 fastvae.fit, data       training and images
 fastvae.architectures   the networks of the papers
@@ -29,6 +30,7 @@ from fastvae import (
 from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
 from fastvae.models import HVAE, IWAE, VAE, ConsistencyVAE, DivergenceError, JacobianL1VAE
+from fastvae.network import Network
 from fastvae.training import History, fit
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Gaussian",
     "History",
     "JacobianL1VAE",
+    "Network",
     "__version__",
     "architectures",
     "data",

@@ -95,7 +95,7 @@ def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor
 
 
 def steps_of_codes(step_size: StepSize, num_steps: int, z: Tensor) -> Tensor:
-    """:func:`expand_step_size` for codes z [B, ...]: [K, ...]. A step may also have the shape of a code, or [K] such."""
+    """:func:`expand_step_size` for z [B, ...]: [K, ...]. A step may also have the shape of a code, or [K] such."""
     rank = z.dim() - 1
     eps = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
     if rank > 1 and eps.shape[-rank:] == z.shape[1:]:

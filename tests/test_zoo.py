@@ -27,6 +27,7 @@ from fastvae.ood.likelihood_regret import _FIRST_SAMPLE
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*cannot be lowered",
     "ignore:.*without a kernel",
+    "ignore:.*trained by torch.vmap",
     "ignore:.*are all in \\[0, 1\\]",
 )
 

@@ -43,8 +43,8 @@ class Decoder(nn.Module):
     """A pythae decoder as fastvae's models call one: z [B, d] -> [B, ...].
 
     ``fastvae.lowering`` reads through it: loops over a ModuleList and the final reshape are followed, so that
-    pythae's MLP and convolutional decoders run in the fused sweeps. Those with skip connections (ResNet) run
-    through autograd, after one warning.
+    pythae's MLP and convolutional decoders run in kernels. Those with skip connections (ResNet) are read as a
+    graph of operations and swept in PyTorch.
     """
 
     def __init__(self, network: nn.Module) -> None:

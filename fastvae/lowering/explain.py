@@ -9,9 +9,11 @@ from .errors import CoupledSamples, ImpossibleLayer, NotADecoder, UnsupportedLay
 from .reading import render
 from .structure import Structure, current, verify
 
-_THROUGH_AUTOGRAD = (
-    "The operators run it through autograd instead, which takes more time, if it maps z alone to one tensor, each "
-    "sample by itself, and PyTorch can differentiate it twice; if not, they say what is missing."
+_AS_A_GRAPH = (
+    "hamiltonian_flow, jacobian_l1 and log_px_and_force read its forward as a graph of operations instead and sweep "
+    "that in PyTorch (fastvae.Network(module, z=codes).explain() shows it); log_px and importance sampling run the "
+    "module itself. What cannot be read goes through autograd, which takes more time, if it maps z alone to one "
+    "tensor, each sample by itself, and PyTorch can differentiate it twice; if not, they say what is missing."
 )
 _WITHOUT_A_DERIVATIVE = (
     "A quantised network has no derivative: log_px runs it, the flow and the Jacobian raise."
@@ -50,7 +52,7 @@ def explain(module: nn.Module) -> str:
         problem, consequence = str(error), "No operator takes it: a decoder maps z alone to one tensor."
     except UnsupportedLayer as error:
         problem = str(error)
-        consequence = _WITHOUT_A_DERIVATIVE if _is_quantised(module) else _THROUGH_AUTOGRAD
+        consequence = _WITHOUT_A_DERIVATIVE if _is_quantised(module) else _AS_A_GRAPH
     rows = [("layer", "kind", "parameters", "output", "lowered")]
     layers = known.layers if known else ()
     for layer in layers:

@@ -118,6 +118,22 @@ def read_network(
     return ReadNetwork(sweeps, tensors)
 
 
+def verify_network(module: nn.Module, z: Tensor) -> None:
+    """Compare what was read of a module with the module as it is now; what differs is dropped and read again later.
+
+    Raises:
+        UnsupportedLayer: they differ, or the module cannot be read.
+        CoupledSamples: BatchNorm or Dropout in training mode.
+    """
+    with torch.inference_mode(False):
+        network = read_network(module, z)
+        try:
+            verify_program(copy_with_modes(module), network.sweeps, z)
+        except UnsupportedLayer:
+            _known.pop(module, None)
+            raise
+
+
 def _visited(module: nn.Module, known: _Known, condition: Tensor | None) -> list[Tensor | None]:
     collected = visit(module, known.lines)
     if collected is None:
