@@ -6,6 +6,7 @@ So control flow, assertions, sizes and functional calls are settled facts. What 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -97,13 +98,50 @@ def _export(module: nn.Module, example: Tensor) -> Any:
             with torch.enable_grad(), twice_differentiable():
                 exported = export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
             _keep_no_grad(exported.graph_module)
-            return exported.run_decompositions({})
+            return exported.run_decompositions(_simpler())
         except Exception as error:
             failures.append(error)
     first = failures[0]
     raise UnsupportedLayer(
         f"torch.export cannot run its forward: {type(first).__name__}: {_first_line(first)}"
     ) from first
+
+
+@functools.cache
+def _simpler() -> dict[Any, Any]:
+    """Operators that are written down as what they are made of, for which there are rules."""
+    aten = torch.ops.aten
+    composite = torch.export.default_decompositions()
+    return {
+        **{
+            operator: composite[operator]
+            for operator in (aten.einsum.default, aten._scaled_dot_product_attention_math.default)
+        },
+        aten.addmm.default: _sum_and_product,
+        aten.baddbmm.default: _sum_and_product,
+        aten.addcmul.default: lambda a, b, c, *, value=1: a + b * c * value,
+        aten.addcdiv.default: lambda a, b, c, *, value=1: a + b / c * value,
+        aten.lerp.Scalar: lambda a, b, weight: a + (b - a) * weight,
+        aten.lerp.Tensor: lambda a, b, weight: a + (b - a) * weight,
+        aten.glu.default: _gated,
+        aten.prelu.default: _rectified,
+        aten.threshold.default: lambda x, threshold, value: torch.where(x > threshold, x, value),
+    }
+
+
+def _sum_and_product(a: Tensor, b: Tensor, c: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return (a if beta == 1 else a * beta) + (b @ c if alpha == 1 else b @ c * alpha)
+
+
+def _gated(x: Tensor, dim: int = -1) -> Tensor:
+    first, second = x.chunk(2, dim)
+    return first * second.sigmoid()
+
+
+def _rectified(x: Tensor, slope: Tensor) -> Tensor:
+    # One slope, or one a channel.
+    slope = slope if slope.numel() == 1 else slope.reshape(-1, *[1] * (x.dim() - 2))
+    return x.relu() + slope * x.clamp_max(0)
 
 
 def _keep_no_grad(exported: GraphModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Importing a file registers its layers.
-from . import affine, joins, maps, norms, pointwise, shapes  # noqa: F401
+from . import affine, choices, joins, maps, norms, pointwise, shapes  # noqa: F401
 from .autograd import AutogradLayer
 from .base import Gradients, Layer, Point, Products, make_layer
 

@@ -72,9 +72,7 @@ class AffineLayer(Layer):
             pair = Pair(folded(dots[self.x], rank), folded(dy, rank), False)
             products.add(self, point.values[self.weight], pair)
 
-    def product(
-        self, values: Values, pairs: list[Pair], wanted: Sequence[bool]
-    ) -> list[tuple[int, Tensor]]:
+    def product(self, values: Values, pairs: list[Pair], wanted: Sequence[bool]) -> list[tuple[int, Tensor]]:
         """dA of all pairs at once, db of those that have one."""
         found = []
         if wanted[self.weight]:
@@ -199,9 +197,7 @@ class SameConvolution(ConvolutionLayer):
         """y."""
         weight = point.values[self.weight]
         bias = point.values[self.bias] if self.bias >= 0 else None
-        return torch.convolution(
-            self._padded(point.values[self.x], weight), weight, bias, *self.geometry
-        )
+        return torch.convolution(self._padded(point.values[self.x], weight), weight, bias, *self.geometry)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """See ``AffineLayer``."""

@@ -147,16 +147,14 @@ class Layer:
     def bend(self, point: Point, dy: Any, dots: Values, grads: Gradients, products: Products) -> None:
         """Add the gradients of <dy, the derivative of y along dots>."""
 
-    def product(
-        self, values: Values, pairs: list[Pair], wanted: Sequence[bool]
-    ) -> list[tuple[int, Tensor]]:
+    def product(self, values: Values, pairs: list[Pair], wanted: Sequence[bool]) -> list[tuple[int, Tensor]]:
         """The gradients to weights, by number; of those that are wanted alone."""
         raise NotImplementedError
 
 
 def reduced(gradient: Tensor, shape: Sequence[int]) -> Tensor:
     """Summed down to ``shape``, from which it was broadcast."""
-    return gradient if gradient.shape == torch.Size(shape) else gradient.sum_to_size(*shape)
+    return gradient if gradient.shape == torch.Size(shape) else gradient.sum_to_size(tuple(shape))
 
 
 def folded(dot: Tensor, rank: int) -> Tensor:
