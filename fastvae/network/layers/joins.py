@@ -127,11 +127,9 @@ class ProductLayer(Layer):
             if grads.wants(index) and (products is not None or self.active[index]):
                 self._add(point, grads, index, back(gradient(), like, rank))
 
-    @staticmethod
-    def _add(point: Point, grads: Gradients, index: int, gradient: Tensor) -> None:
-        """Add a gradient to a value; to a vector, in its own shape and not as a matrix."""
-        value = point.values[index]
-        grads.add(index, gradient.reshape(value.shape) if value.dim() == 1 else gradient)
+    def _add(self, point: Point, grads: Gradients, index: int, gradient: Tensor) -> None:
+        """Add a gradient to a value; to a passive one in its own shape, which may be a vector's and not a matrix's."""
+        grads.add(index, gradient if self.active[index] else gradient.reshape(point.values[index].shape))
 
     def tangent(self, point: Point, dots: Values) -> Tensor | None:
         """adot b + a bdot."""
