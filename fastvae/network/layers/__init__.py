@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 # Importing a file registers its layers.
-from . import affine, joins, maps, norms, pointwise, selection, shapes  # noqa: F401
+from . import affine, choices, joins, maps, norms, pointwise, shapes, tables  # noqa: F401
 from .autograd import AutogradLayer
 from .base import Gradients, Layer, Point, Products, make_layer
+from .choices import without_cotangents
 from .fused import fuse
-from .selection import without_cotangents
 
 __all__ = [
     "AutogradLayer",

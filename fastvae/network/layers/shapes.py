@@ -229,17 +229,29 @@ class Total(ShapeLayer):
         return each.reshape(_front(latents, kept)).expand(_front(latents, x))
 
 
-@_register("detach")
-class Detach(ShapeLayer):
-    """The value goes on, and nothing of it comes back."""
+@_register("to", "_to_copy", "type_as")
+class Cast(ShapeLayer):
+    """The same numbers in another dtype."""
+
+    def forward(self, point: Point) -> Any:
+        """y; both dtypes are kept."""
+        x = point.values[self.x]
+        y = self.operation.call(point.values)
+        point.kept[self.index] = x.dtype, y.dtype
+        return y
 
     stops = True
 
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
-        """Nothing."""
+        """dy in the dtype of x; nothing to what is no floating number."""
+        dtype, _ = point.kept[self.index]
+        if grads.wants(self.x) and dtype.is_floating_point:
+            grads.add(self.x, dy.to(dtype))
 
-    def tangent(self, point: Point, dots: Values) -> None:
-        """None: zero."""
+    def tangent(self, point: Point, dots: Values) -> Any:
+        """xdot in the dtype of y."""
+        _, dtype = point.kept[self.index]
+        return dots[self.x].to(dtype) if dtype.is_floating_point else None
 
 
 @_register("split", "split_with_sizes", "chunk", "unbind")
