@@ -8,6 +8,7 @@ from .autograd import AutogradLayer
 from .base import Gradients, Layer, Point, Products, make_layer
 from .choices import without_cotangents
 from .fused import fuse
+from .layout import put_channels_last
 
 __all__ = [
     "AutogradLayer",
@@ -17,5 +18,6 @@ __all__ = [
     "Products",
     "fuse",
     "make_layer",
+    "put_channels_last",
     "without_cotangents",
 ]
