@@ -127,3 +127,9 @@ def test_recompute_memory_does_not_grow_with_steps(device: torch.device) -> None
         return sum(kept)
 
     assert kept_by(9) - kept_by(4) == 5 * (2 * 5 * 3 + 3 + 1)
+
+
+def test_what_cannot_be_read_is_said_once_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="cannot be lowered"):
+        problem(_Unread(3, 4)).run()
+    assert capfd.readouterr() == ("", "")

@@ -23,6 +23,7 @@ from fastvae.lowering.tracing import READING
 from fastvae.network.alignment import aligned
 from fastvae.network.functions import Call, marked
 from fastvae.network.program import Operation, Program, Slot, Source
+from fastvae.network.quiet import quietly
 from fastvae.private import private_copy
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -111,7 +112,7 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], *, any_batch: bool) -
     batch = Dim("batch")
     shapes = tuple({0: batch} for _ in examples) if any_batch else None
     try:
-        with torch.enable_grad(), twice_differentiable(), marked() as calls:
+        with torch.enable_grad(), twice_differentiable(), quietly(), marked() as calls:
             exported = export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
             _keep_no_grad(exported.graph_module)
             exported = exported.run_decompositions(_simpler())
