@@ -52,7 +52,7 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
     return output, weights if wanted else None
 
 
-def _lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], *weights: Tensor) -> tuple[Tensor, Tensor]:
+def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], *weights: Tensor) -> tuple[Tensor, Tensor]:
     """torch.lstm_cell, for a state that is a projection, too (``proj_size``)."""
     of_input, of_state, *biases = weights
     gates = F.linear(x, of_input, *biases[:1]) + F.linear(state[0], of_state, *biases[1:])
@@ -119,8 +119,8 @@ _MATH: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
 }
 # cuDNN's recurrent layers have no second derivative; PyTorch's own on a CPU have.
-_RECURRENT: dict[str, Callable[..., Any]] = {
-    "lstm": _layers_of_cells(_lstm_cell, True),
+RECURRENT: dict[str, Callable[..., Any]] = {
+    "lstm": _layers_of_cells(lstm_cell, True),
     "gru": _layers_of_cells(torch.gru_cell, False),
     "rnn_tanh": _layers_of_cells(torch.rnn_tanh_cell, False),
     "rnn_relu": _layers_of_cells(torch.rnn_relu_cell, False),
@@ -143,7 +143,7 @@ class _ByProducts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _MATH:
             return _MATH[func](*args, **kwargs)
-        recurrent = _RECURRENT.get(getattr(func, "__name__", ""))
+        recurrent = RECURRENT.get(getattr(func, "__name__", ""))
         # The form for packed sequences has its parameters in the place of has_biases.
         if recurrent is not None and args[0].is_cuda and isinstance(args[3], bool):
             return recurrent(*args, **kwargs)

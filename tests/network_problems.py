@@ -21,6 +21,7 @@ from fastvae.network.sweeps import Inputs
 
 # Both sides sum a few hundred products in another order; a term left out shows at 1e-2.
 NEAR = 1e-11
+GAUSSIAN = Gaussian(0.7)
 
 
 def codes(batch: int = 3, latents: int = 3, seed: int = 4) -> Tensor:
@@ -141,16 +142,19 @@ def check_flow(
     module: nn.Module,
     z: Tensor,
     memory: str,
-    likelihood: str | Likelihood = Gaussian(0.7),
+    likelihood: str | Likelihood = GAUSSIAN,
 ) -> None:
     """Results and the gradients to everything, against the reference."""
     like = resolve(likelihood)
     with torch.no_grad():
         shape = module(z).shape
     given = {
-        "z": 0.7 * z, "rho": 0.5 * drawn(z.shape, 5), "x": 0.3 * drawn(shape, 6), "steps": 0.05 + 0.02 * drawn((2, z.shape[1]), 7).abs(),
+        "z": 0.7 * z,
+        "rho": 0.5 * drawn(z.shape, 5),
+        "x": 0.3 * drawn(shape, 6),
+        "steps": 0.05 + 0.02 * drawn((2, z.shape[1]), 7).abs(),
         "alpha": torch.tensor([0.9, 0.8], dtype=z.dtype),
-    }  # fmt: skip
+    }
     results = []
     for by_sweeps in (True, False):
         mine = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}

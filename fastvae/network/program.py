@@ -52,6 +52,8 @@ class Operation:
     ) -> None:
         self.index, self.name, self.target = index, name, target
         self.args, self.kwargs = tuple(args), kwargs
+        # An overload's own call adds a layer of Python to it.
+        self._run: Function = getattr(target, "_op", target)
         self.slots = tuple(dict.fromkeys(_slots((self.args, tuple(kwargs.values())))))
         self._flat = not kwargs and not any(
             isinstance(arg, (list, tuple)) for arg in self.args if not isinstance(arg, Slot)
@@ -66,9 +68,9 @@ class Operation:
     def call(self, values: Sequence[Any]) -> Any:
         """The result."""
         if not self.kwargs:
-            return self.target(*self.arguments(values))
+            return self._run(*self.arguments(values))
         kwargs = {key: _filled(value, values) for key, value in self.kwargs.items()}
-        return self.target(*self.arguments(values), **kwargs)
+        return self._run(*self.arguments(values), **kwargs)
 
     def replaced(self, target: Function, args: Sequence[Any]) -> Operation:
         """Another operation in its place."""

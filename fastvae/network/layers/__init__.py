@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 # Importing a file registers its layers.
-from . import affine, joins, maps, norms, pointwise, selection, shapes  # noqa: F401
+from . import affine, choices, joins, maps, norms, pointwise, shapes, tables  # noqa: F401
 from .autograd import AutogradLayer
 from .base import Gradients, Layer, Point, Products, make_layer
+from .choices import without_cotangents
 from .fused import fuse
-from .selection import without_cotangents
+from .layout import put_channels_last
 
 __all__ = [
     "AutogradLayer",
@@ -17,5 +18,6 @@ __all__ = [
     "Products",
     "fuse",
     "make_layer",
+    "put_channels_last",
     "without_cotangents",
 ]

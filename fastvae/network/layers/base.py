@@ -165,7 +165,7 @@ class Layer:
 
 def reduced(gradient: Tensor, shape: Sequence[int]) -> Tensor:
     """Summed down to ``shape``, from which it was broadcast."""
-    return gradient if gradient.shape == torch.Size(shape) else gradient.sum_to_size(*shape)
+    return gradient if gradient.shape == torch.Size(shape) else gradient.sum_to_size(tuple(shape))
 
 
 def folded(dot: Tensor, rank: int) -> Tensor:

@@ -83,14 +83,16 @@ class FusedLayer(Layer):
     def _rows(self, tensor: Tensor, rank: int) -> Tensor:
         """As the kernels take it: [rows, channels, ...]."""
         if isinstance(self.norm, LayerNorm):
-            return tensor.reshape(-1, self.norm.numel)
+            known = tensor.dim() == 2 and tensor.shape[1] == self.norm.numel
+            return tensor if known else tensor.reshape(-1, self.norm.numel)
         if tensor.dim() > rank:
             tensor = tensor.flatten(0, 1)
         return tensor if tensor.dim() > 1 else tensor[:, None]
 
     def _affine(self, values: Values) -> tuple[Tensor | None, Tensor | None]:
-        found = (None if index < 0 else values[index].flatten() for index in (self.gain, self.bias))
-        gain, bias = found
+        gain, bias = (None if index < 0 else values[index] for index in (self.gain, self.bias))
+        if isinstance(self.norm, LayerNorm) and len(self.norm.shape) > 1:
+            gain, bias = (None if each is None else each.flatten() for each in (gain, bias))
         return gain, bias
 
     def _of(self, point: Point) -> tuple[Any, Tensor, tuple[Any, ...], int]:
@@ -109,7 +111,7 @@ class FusedLayer(Layer):
             statistics = point.values[self.norm.mean], s
         y, *statistics_found = self._rules_for(rows).forward(rows, *self._affine(point.values), *statistics)
         point.kept[self.index] = statistics if isinstance(self.norm, BatchNorm) else tuple(statistics_found)
-        return y.reshape(x.shape)
+        return _shaped(y, x.shape)
 
     def _trains(self, grads: Gradients) -> bool:
         return any(index >= 0 and grads.wants(index) for index in (self.gain, self.bias))
@@ -117,11 +119,10 @@ class FusedLayer(Layer):
     def _add(self, point: Point, grads: Gradients, found: tuple[Any, ...], shape: Sequence[int]) -> None:
         dx, *affine = found
         if grads.wants(self.x):
-            dx = dx.reshape(shape)
-            grads.add(self.x, dx)
+            grads.add(self.x, _shaped(dx, shape))
         for index, gradient in zip((self.gain, self.bias), affine, strict=True):
             if index >= 0 and gradient is not None and grads.wants(index):
-                grads.add(index, gradient.reshape(point.values[index].shape))
+                grads.add(index, _shaped(gradient, point.values[index].shape))
 
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """See ``Layer``."""
@@ -134,7 +135,7 @@ class FusedLayer(Layer):
         rules, x, others, rank = self._of(point)
         dot: Tensor = dots[self.x]
         found: Tensor = rules.tangent(self._rows(dot, rank), x, *others)
-        return found.reshape(dot.shape)
+        return _shaped(found, dot.shape)
 
     def adjoint(
         self, point: Point, dy_dot: Any, dy: Any, dots: Values, grads: Gradients, products: Products
@@ -156,6 +157,11 @@ class FusedLayer(Layer):
             self.reverse(point, dy_dot, grads, products)
         dx, *of_affine = rules.adjoint(None, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine)
         self._add(point, grads, (dx.reshape(dot.shape).sum(0), *of_affine), dot.shape[1:])
+
+
+def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A reshape costs as much as a small kernel, also where there is nothing to do."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def fuse(layers: Sequence[Layer], output: int, active: Sequence[bool]) -> list[Layer]:

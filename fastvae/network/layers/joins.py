@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.network.program import Slot
 
 from .base import Gradients, Layer, Point, Products, Values, layer_of, over_latents, reduced
 
 
-def _raised(dot: Tensor, like: Tensor, rank: int) -> Tensor:
+def raised(dot: Tensor, like: Tensor, rank: int) -> Tensor:
     """A dot row of a value that is broadcast to ``rank`` dimensions: those come behind the latents."""
     missing = rank - like.dim()
-    if dot.dim() == like.dim() or missing == 0:
+    if missing == 0:
         return dot
-    return dot.reshape(dot.shape[0], *[1] * missing, *like.shape)
+    front = dot.shape[: dot.dim() - like.dim()]
+    return dot.reshape(*front, *[1] * missing, *like.shape)
 
 
-def _back(gradient: Tensor, like: Tensor, rank: int) -> Tensor:
+def back(gradient: Tensor, like: Tensor, rank: int) -> Tensor:
     """The cotangent of a dot row, summed to where the value was broadcast from."""
     if gradient.dim() == rank:
         return reduced(gradient, like.shape)
@@ -62,7 +64,7 @@ class SumLayer(Layer):
                 and grads.wants(index)
                 and (products is not None or self.active[index])
             ):
-                grads.add(index, _back(dy if factor == 1 else dy * factor, like, len(y)))
+                grads.add(index, back(dy if factor == 1 else dy * factor, like, len(y)))
 
     def tangent(self, point: Point, dots: Values) -> Tensor | None:
         """The sum of what is not zero, in the shape of y."""
@@ -70,7 +72,7 @@ class SumLayer(Layer):
         total: Tensor | None = None
         for (index, factor), like in zip(self.terms, shapes, strict=True):
             if dots[index] is not None:
-                dot = _raised(dots[index], like, len(y))
+                dot = raised(dots[index], like, len(y))
                 dot = dot if factor == 1 else dot * factor
                 total = dot if total is None else total + dot
         if total is None:
@@ -105,46 +107,51 @@ class ProductLayer(Layer):
         multiply: Callable[[Tensor, Tensor], Tensor],
         to_a: Callable[[Tensor, Tensor], Tensor],
         to_b: Callable[[Tensor, Tensor], Tensor],
-        ranks_follow: bool,
     ) -> None:
         super().__init__(operation, active)
         self.a, self.b = (arg.index for arg in operation.args[:2])
-        self.multiply, self.to_a, self.to_b, self.ranks_follow = multiply, to_a, to_b, ranks_follow
-        self.active = active
-        self.linear = False
+        self.multiply, self.to_a, self.to_b, self.active = multiply, to_a, to_b, active
 
-    def _rank(self, point: Point) -> int:
-        return max(point.values[self.a].dim(), point.values[self.b].dim())
+    def factors(self, point: Point) -> tuple[Tensor, Tensor]:
+        """a and b."""
+        return point.values[self.a], point.values[self.b]
 
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """da = dy b, db = a dy."""
-        a, b, rank = point.values[self.a], point.values[self.b], self._rank(point)
+        a, b = self.factors(point)
+        rank = max(a.dim(), b.dim())
         for index, like, gradient in (
             (self.a, a, lambda: self.to_a(dy, b)),
             (self.b, b, lambda: self.to_b(a, dy)),
         ):
             if grads.wants(index) and (products is not None or self.active[index]):
-                grads.add(index, _back(gradient(), like, rank))
+                self._add(point, grads, index, back(gradient(), like, rank))
+
+    def _add(self, point: Point, grads: Gradients, index: int, gradient: Tensor) -> None:
+        """Add a gradient to a value; to a passive one in its own shape, which may be a vector's and not a matrix's."""
+        grads.add(index, gradient if self.active[index] else gradient.reshape(point.values[index].shape))
 
     def tangent(self, point: Point, dots: Values) -> Tensor | None:
         """adot b + a bdot."""
-        a, b, rank = point.values[self.a], point.values[self.b], self._rank(point)
+        a, b = self.factors(point)
+        rank = max(a.dim(), b.dim())
         parts = []
         if dots[self.a] is not None:
-            parts.append(self.multiply(_raised(dots[self.a], a, rank), b))
+            parts.append(self.multiply(raised(dots[self.a], a, rank), b))
         if dots[self.b] is not None:
-            parts.append(self.multiply(a, _raised(dots[self.b], b, rank)))
+            parts.append(self.multiply(a, raised(dots[self.b], b, rank)))
         return None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def bend(self, point: Point, dy: Tensor, dots: Values, grads: Gradients, products: Products) -> None:
         """da = dy bdot, db = adot dy."""
-        a, b, rank = point.values[self.a], point.values[self.b], self._rank(point)
+        a, b = self.factors(point)
+        rank = max(a.dim(), b.dim())
         if dots[self.b] is not None and grads.wants(self.a):
-            gradient = self.to_a(dy, _raised(dots[self.b], b, rank))
-            grads.add(self.a, over_latents(_back(gradient, a, rank), a.dim()))
+            gradient = self.to_a(dy, raised(dots[self.b], b, rank))
+            self._add(point, grads, self.a, over_latents(back(gradient, a, rank), a.dim()))
         if dots[self.a] is not None and grads.wants(self.b):
-            gradient = self.to_b(_raised(dots[self.a], a, rank), dy)
-            grads.add(self.b, over_latents(_back(gradient, b, rank), b.dim()))
+            gradient = self.to_b(raised(dots[self.a], a, rank), dy)
+            self._add(point, grads, self.b, over_latents(back(gradient, b, rank), b.dim()))
 
 
 def _are_tensors(operation: Any) -> bool:
@@ -160,7 +167,7 @@ def product(operation: Any, active: Sequence[bool]) -> Layer | None:
         return ScaleLayer(operation, active, float(b))
     if not _are_tensors(operation):
         return None
-    return ProductLayer(operation, active, torch.mul, torch.mul, torch.mul, True)
+    return ProductLayer(operation, active, torch.mul, torch.mul, torch.mul)
 
 
 class ScaleLayer(Layer):
@@ -183,39 +190,104 @@ class ScaleLayer(Layer):
         return dots[self.x] * self.factor
 
 
+class QuotientLayer(ProductLayer):
+    """y = a / b, element by element: da = dy / b, db = -dy y / b; ydot = (adot - y bdot) / b.
+
+    The second-order term: da = -dy bdot / b^2, db = -dy (adot - 2 y bdot) / b^2.
+    """
+
+    def __init__(self, operation: Any, active: Sequence[bool]) -> None:
+        super().__init__(operation, active, torch.div, torch.div, torch.mul)
+
+    def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
+        """See above."""
+        a, b = self.factors(point)
+        rank, each = max(a.dim(), b.dim()), dy / b
+        if grads.wants(self.a) and (products is not None or self.active[self.a]):
+            grads.add(self.a, back(each, a, rank))
+        if grads.wants(self.b) and (products is not None or self.active[self.b]):
+            grads.add(self.b, back(-each * (a / b), b, rank))
+
+    def tangent(self, point: Point, dots: Values) -> Tensor | None:
+        """See above."""
+        a, b = self.factors(point)
+        rank = max(a.dim(), b.dim())
+        total: Tensor | None = None
+        if dots[self.a] is not None:
+            total = raised(dots[self.a], a, rank) / b
+        if dots[self.b] is not None:
+            part = raised(dots[self.b], b, rank) * (a / b) / -b
+            total = part if total is None else total + part
+        return total
+
+    def bend(self, point: Point, dy: Tensor, dots: Values, grads: Gradients, products: Products) -> None:
+        """See above."""
+        a, b = self.factors(point)
+        rank, each = max(a.dim(), b.dim()), -dy / b.square()
+        adot = None if dots[self.a] is None else raised(dots[self.a], a, rank)
+        bdot = None if dots[self.b] is None else raised(dots[self.b], b, rank)
+        if bdot is not None and grads.wants(self.a):
+            grads.add(self.a, over_latents(back(each * bdot, a, rank), a.dim()))
+        if grads.wants(self.b):
+            along = bdot if bdot is None else bdot * (a / b) * -2
+            along = along if adot is None else adot if along is None else adot + along
+            if along is not None:
+                grads.add(self.b, over_latents(back(each * along, b, rank), b.dim()))
+
+
 @layer_of("div")
 def quotient(operation: Any, active: Sequence[bool]) -> Layer | None:
-    """aten.div(a, number); of two tensors it is left to autograd."""
+    """aten.div(a, b)."""
     if operation.kwargs or len(operation.args) != 2:
         return None
     a, b = operation.args
     if isinstance(a, Slot) and isinstance(b, (int, float)) and b != 0:
         return ScaleLayer(operation, active, 1 / b)
-    return None
+    return QuotientLayer(operation, active) if _are_tensors(operation) else None
 
 
 @layer_of("mm", "bmm", "matmul")
 def matrix_product(operation: Any, active: Sequence[bool]) -> Layer | None:
-    """aten.matmul(a, b) of matrices or batches of them."""
-    if not _are_tensors(operation):
-        return None
-    return MatrixProduct(operation, active)
+    """aten.matmul(a, b) of matrices, batches of them, and of those with a vector that does not depend on z."""
+    return MatrixProduct(operation, active) if _are_tensors(operation) else None
 
 
 class MatrixProduct(ProductLayer):
-    """y = a b; vectors are left to autograd, which is found out at the first use."""
+    """y = a b; a vector is a matrix of one row or column."""
 
     def __init__(self, operation: Any, active: Sequence[bool]) -> None:
-        super().__init__(
-            operation, active, torch.matmul, lambda dy, b: dy @ b.mT, lambda a, dy: a.mT @ dy, False
-        )
+        super().__init__(operation, active, torch.matmul, lambda dy, b: dy @ b.mT, lambda a, dy: a.mT @ dy)
+
+    def factors(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Both as matrices."""
+        a, b = super().factors(point)
+        return a.unsqueeze(0) if a.dim() == 1 else a, b.unsqueeze(1) if b.dim() == 1 else b
+
+    def _one(self, point: Point) -> int:
+        """The dimension of y that a vector leaves out; 0 if neither is one."""
+        a, b = super().factors(point)
+        return -2 if a.dim() == 1 else -1 if b.dim() == 1 else 0
 
     def forward(self, point: Point) -> Tensor:
         """y."""
-        a, b = point.values[self.a], point.values[self.b]
-        if a.dim() < 2 or b.dim() < 2:
-            raise NotImplementedError("a matrix product with a vector")
+        if any(self.active[index] and point.values[index].dim() < 2 for index in (self.a, self.b)):
+            raise UnsupportedLayer("it multiplies a vector of one number of each sample by a matrix")
         return super().forward(point)
+
+    def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
+        """See ``ProductLayer``."""
+        one = self._one(point)
+        super().reverse(point, dy.unsqueeze(one) if one else dy, grads, products)
+
+    def tangent(self, point: Point, dots: Values) -> Tensor | None:
+        """See ``ProductLayer``."""
+        one, dot = self._one(point), super().tangent(point, dots)
+        return dot.squeeze(one) if one and dot is not None else dot
+
+    def bend(self, point: Point, dy: Tensor, dots: Values, grads: Gradients, products: Products) -> None:
+        """See ``ProductLayer``."""
+        one = self._one(point)
+        super().bend(point, dy.unsqueeze(one) if one else dy, dots, grads, products)
 
 
 class Concatenation(Layer):

@@ -311,9 +311,12 @@ def group_norm(operation: Any, active: Sequence[bool]) -> Layer | None:
 @layer_of("instance_norm")
 def instance_norm(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, ...)."""
-    _, weight, bias, _, _, of_input, _, eps, *_ = operation.args
-    if not _suits(operation, active) or not of_input:
+    _, weight, bias, mean, var, of_input, _, eps, *_ = operation.args
+    if not _suits(operation, active):
         return None
+    if not of_input:
+        numbers = _number(weight), _number(bias), _number(mean), _number(var)
+        return None if mean is None or var is None else BatchNorm(operation, active, *numbers, eps)
     return ChannelNorm(operation, active, _number(weight), _number(bias), eps, num_groups=0)
 
 
@@ -421,7 +424,7 @@ class Softmax(Layer):
         grads.add(self.x, over_latents(bent, y.dim()))
 
 
-@layer_of("softmax", "_softmax")
+@layer_of("softmax", "_softmax", "_safe_softmax")
 def softmax(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.softmax(x, dim)."""
     third = operation.args[2] if len(operation.args) > 2 else None

@@ -96,6 +96,20 @@ def _elu_curve(y: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: f
     return ((y + alpha * scale) * input_scale**2).masked_fill(y > 0, 0.0)
 
 
+def _celu_factors(alpha: float) -> tuple[float, float, float]:
+    # As PyTorch's own derivative has it, which takes alpha in float32.
+    return alpha, 1.0, 1 / float(torch.tensor(alpha, dtype=torch.float32))
+
+
+def _celu_slope(v: Tensor, x: Tensor, alpha: float = 1.0) -> Tensor:
+    return aten.elu_backward(v, *_celu_factors(alpha), False, x.expand_as(v))
+
+
+def _celu_curve(x: Tensor, alpha: float = 1.0) -> Tensor:
+    _, _, scale = _celu_factors(alpha)
+    return (alpha * scale**2 * torch.exp(x * scale)).masked_fill(x > 0, 0.0)
+
+
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
 
 
@@ -163,10 +177,7 @@ FUNCTIONS: dict[str, Pointwise] = {
     ),
     "elu": _of_y(_elu_slope, _elu_curve),
     "selu": _of_y(lambda v, y: _elu_slope(v, y, *_SELU), lambda y: _elu_curve(y, *_SELU)),
-    "celu": _of_y(
-        lambda v, y, alpha=1.0: _elu_slope(v, y, alpha, 1.0, 1 / alpha),
-        lambda y, alpha=1.0: _elu_curve(y, alpha, 1.0, 1 / alpha),
-    ),
+    "celu": _of_x(_celu_slope, _celu_curve),
     "tanh": _of_y(lambda v, y: v * (1 - y * y), lambda y: -2 * y * (1 - y * y)),
     "sigmoid": _of_y(lambda v, y: v * (y * (1 - y)), lambda y: y * (1 - y) * (1 - 2 * y)),
     "softplus": _of_x(_softplus_slope, _softplus_curve),

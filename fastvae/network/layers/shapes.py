@@ -62,6 +62,9 @@ class ShapeLayer(Layer):
         return self.move(dots[self.x], *self.shapes(point, dots[self.x]))
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _front(latents: int | None, shape: Sequence[int]) -> list[int]:
     return list(shape) if latents is None else [latents, *shape]
 
@@ -86,19 +89,30 @@ def _register(*targets: Any) -> Callable[[type[ShapeLayer]], type[ShapeLayer]]:
 class Reshape(ShapeLayer):
     """The same numbers in the same order."""
 
+    makes_images = False
+    """Whether y, where it is an image, gets its channels last."""
+
     def forward(self, point: Point) -> Any:
         """y; with a copy where the layout that a layer of ours has put x in allows no view."""
         arguments = self.operation.arguments(point.values)
         if self.operation.kind not in ("view", "_unsafe_view") or isinstance(arguments[1], torch.dtype):
             return super().forward(point)
         x = point.values[self.x]
-        y = x.reshape(arguments[1])
+        y = self._laid_out(x.reshape(arguments[1]))
         point.kept[self.index] = x.shape, y.shape
         return y
 
+    def _laid_out(self, y: Tensor) -> Tensor:
+        layout = _CHANNELS_LAST.get(y.dim()) if self.makes_images else None
+        return y if layout is None else y.contiguous(memory_format=layout)
+
     def move(self, dot: Tensor, latents: int | None, x: torch.Size, y: torch.Size) -> Tensor:
         """See ``ShapeLayer``."""
-        return dot.reshape(_front(latents, y))
+        if not self.makes_images:
+            return dot.reshape(_front(latents, y))
+        rows = y[:1] if latents is None else (latents * y[0],)
+        moved = self._laid_out(dot.reshape(*rows, *y[1:]))
+        return moved if latents is None else moved.unflatten(0, (latents, -1))
 
     def back(self, dy: Tensor, latents: int | None, x: torch.Size, y: torch.Size) -> Tensor:
         """See ``ShapeLayer``."""
@@ -229,17 +243,29 @@ class Total(ShapeLayer):
         return each.reshape(_front(latents, kept)).expand(_front(latents, x))
 
 
-@_register("detach")
-class Detach(ShapeLayer):
-    """The value goes on, and nothing of it comes back."""
+@_register("to", "_to_copy", "type_as")
+class Cast(ShapeLayer):
+    """The same numbers in another dtype."""
+
+    def forward(self, point: Point) -> Any:
+        """y; both dtypes are kept."""
+        x = point.values[self.x]
+        y = self.operation.call(point.values)
+        point.kept[self.index] = x.dtype, y.dtype
+        return y
 
     stops = True
 
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
-        """Nothing."""
+        """dy in the dtype of x; nothing to what is no floating number."""
+        dtype, _ = point.kept[self.index]
+        if grads.wants(self.x) and dtype.is_floating_point:
+            grads.add(self.x, dy.to(dtype))
 
-    def tangent(self, point: Point, dots: Values) -> None:
-        """None: zero."""
+    def tangent(self, point: Point, dots: Values) -> Any:
+        """xdot in the dtype of y."""
+        _, dtype = point.kept[self.index]
+        return dots[self.x].to(dtype) if dtype.is_floating_point else None
 
 
 @_register("split", "split_with_sizes", "chunk", "unbind")

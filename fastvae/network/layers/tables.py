@@ -1,7 +1,4 @@
-"""Operations that choose or count: what has no derivative, look-ups in a table, masks, and PReLU.
-
-A value that reaches the output through such an operation alone is only computed, and nothing of it comes back.
-"""
+"""Look-ups in a table, and PReLU: tensors of the network that are chosen from by what depends on z."""
 
 from __future__ import annotations
 
@@ -11,38 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.network.program import Slot
-
 from .base import Gradients, Layer, Point, Products, Values, layer_of, over_latents
-from .shapes import ShapeLayer
+from .choices import Constant
 
 
-class ForwardLayer(Layer):
-    """An operation whose result is looked at and not differentiated."""
-
-    linear = True
-    keeps_inputs = keeps_output = False
-    stops = True
-
-    def reverse(self, point: Point, dy: Any, grads: Gradients, products: Products | None) -> None:
-        """Nothing."""
-
-    def tangent(self, point: Point, dots: Values) -> None:
-        """None: zero."""
-
-
-@layer_of(
-    "argmin", "argmax", "eq", "ne", "lt", "le", "gt", "ge", "isfinite", "isnan", "isinf", "logical_not", "logical_and",
-    "logical_or", "sign", "round", "floor", "ceil", "trunc", "zeros_like", "ones_like", "full_like", "empty_like",
-    "new_zeros", "new_ones", "new_full", "new_empty", "one_hot", "argsort", "floor_divide", "bitwise_not",
-    "bitwise_and", "bitwise_or", "heaviside", "nonzero", "searchsorted", "bucketize",
-)  # fmt: skip
-def without_derivative(operation: Any, active: Sequence[bool]) -> Layer:
-    """Comparisons, counts, roundings, and tensors of which the shape alone is another's."""
-    return ForwardLayer(operation, active)
-
-
-class Lookup(ForwardLayer):
+class Lookup(Constant):
     """Rows of a passive table, by numbers that depend on z: dtable = the rows of dy added up by number."""
 
     keeps_inputs = True
@@ -67,38 +37,6 @@ def embedding(operation: Any, active: Sequence[bool]) -> Layer | None:
     if active[table.index] or any(rest[1:]) or (rest and rest[0] not in (-1,)):
         return None
     return Lookup(operation, active)
-
-
-class MaskedFill(ShapeLayer):
-    """x, and a number where a mask is set: dx = dy outside of the mask."""
-
-    keeps_inputs = True
-
-    def _masked(self, point: Point, dot: Tensor) -> Tensor:
-        mask = point.values[self.operation.args[1].index]
-        return dot.masked_fill(mask, 0)
-
-    def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
-        """See above."""
-        if grads.wants(self.x):
-            latents, x, _ = self.shapes(point, dy, of_y=True)
-            masked = self._masked(point, dy)
-            front = [] if latents is None else [latents]
-            grads.add(self.x, masked if masked.shape == dy.shape and x == dy.shape[len(front) :] else
-                      masked.sum_to_size(*front, *x))  # fmt: skip
-
-    def tangent(self, point: Point, dots: Values) -> Tensor:
-        """See above."""
-        return self._masked(point, dots[self.x])
-
-
-@layer_of("masked_fill")
-def masked_fill(operation: Any, active: Sequence[bool]) -> Layer | None:
-    """aten.masked_fill(x, mask, number)."""
-    x, mask, value = operation.args
-    if not active[x.index] or isinstance(value, Slot) or not isinstance(mask, Slot):
-        return None
-    return MaskedFill(operation, active)
 
 
 class PReLU(Layer):
@@ -148,15 +86,3 @@ def prelu(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.prelu(x, weight)."""
     x, weight = operation.args
     return PReLU(operation, active) if active[x.index] and not active[weight.index] else None
-
-
-def without_cotangents(layers: Sequence[Layer], output: int) -> list[Layer]:
-    """Layers whose results reach the output through others that stop: they are only computed."""
-    differentiated = {output}
-    for layer in reversed(layers):
-        if layer.index in differentiated and not layer.stops:
-            differentiated.update(layer.slots)
-    return [
-        layer if layer.index in differentiated or layer.stops else ForwardLayer(layer.operation, layer.active)
-        for layer in layers
-    ]
