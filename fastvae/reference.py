@@ -185,22 +185,22 @@ def log_px_and_force(
     torch.func transforms and in forward mode.
 
     Args:
-        decoder: any callable [B, d] -> decoder output that PyTorch can differentiate (twice, with ``create_graph``).
-        z: [B, d], float32 or float64.
+        decoder: any callable [B, ...] -> decoder output that PyTorch can differentiate (twice, with ``create_graph``).
+        z: [B, d] or [B, ...], float32 or float64.
         x: [B, ...] data, with as many elements a sample as the likelihood needs.
         likelihood: a name or a Likelihood; ``Bernoulli(probs=True)`` if the decoder returns probabilities.
         create_graph: keep the graph, so that the results can be differentiated; without it, and under ``no_grad`` or
             ``inference_mode``, both are detached.
 
     Returns:
-        log p(x | z) [B] and grad_z log p(x | z) [B, d].
+        log p(x | z) [B] and grad_z log p(x | z), of the shape of z.
 
     Raises:
         ValueError: shapes that do not fit, or an output without a gradient to z.
         NotImplementedError: the decoder cannot be differentiated twice.
     """
     like = resolve(likelihood)
-    if z.dim() != 2 or not z.is_floating_point():
+    if z.dim() < 2 or not z.is_floating_point():
         raise ValueError(
             f"log_px_and_force: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}"
         )

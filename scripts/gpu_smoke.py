@@ -113,6 +113,20 @@ def log_px(name: str) -> Case:
     return run
 
 
+def force(name: str) -> Case:
+    """log p(x | z) and its gradient, in sweeps of PyTorch operators."""
+    decoder, likelihood, shape = decoders()[name]
+
+    def run(place: Place) -> list[Tensor]:
+        network = decoder.to(*place).eval()
+        x = draw(7, *shape, seed=2).sigmoid().to(*place)
+        (z,) = leaves(place, draw(7, 5, seed=1))
+        outputs = fastvae.ops.log_px_and_force(network, z, x, likelihood)
+        return with_gradients(list(outputs), [z, *network.parameters()])
+
+    return run
+
+
 def leapfrog(place: Place) -> list[Tensor]:
     """Both halves of a step."""
     z, rho, force = inputs = leaves(place, *(draw(7, 5, seed=seed) for seed in (1, 2, 3)))
@@ -157,6 +171,7 @@ def cases() -> dict[str, Case]:
             found[name if memory == "store" else f"{name}-{memory}"] = flow(name, memory)
     found |= {f"jacobian-{name}": jacobian(name) for name in ("small", "activations", "image")}
     found |= {f"log_px-{name}": log_px(name) for name in ("small", "image", "categorical")}
+    found |= {f"log_px_and_force-{name}": force(name) for name in ("small", "image", "categorical")}
     return found | {
         "leapfrog": leapfrog,
         "grad_dot": grad_dot,

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flow_problems import MEMORY, Problem, conv, mlp, problem
+from flow_problems import MEMORY, Problem, Residual, conv, mlp, problem
+from layer_kinds import Around, Call
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -227,3 +228,33 @@ def test_coupled_samples_raise(device: torch.device) -> None:
         p = replace(problem(), decoder=training).to(device)
         with pytest.raises(CoupledSamples, match=r"BatchNorm|Dropout"):
             p.run()
+
+
+SWEPT = {"residual": lambda: Residual(3, 4), "opaque": lambda: Around(Call(torch.special.erfcx), (4,))}
+
+
+@pytest.mark.parametrize("names", [None, ["z"], ["alpha"], ["x"], ["weights"]], ids=str)
+@pytest.mark.parametrize("decoder", SWEPT)
+@each_memory
+def test_second_derivative_raises_in_sweeps(decoder: str, memory: str, names: list[str] | None) -> None:
+    """Also where the cotangent requires no gradient, without which torch would leave the terms out in silence."""
+    p = problem(SWEPT[decoder](), "gaussian")
+    weights = [name for name, _ in p.decoder.named_parameters()][:1]
+    p.require(weights if names == ["weights"] else names)
+    leaves = [leaf for leaf in p.leaves().values() if leaf.requires_grad]
+    for output in p.run(memory=memory)[::2]:
+        first = torch.autograd.grad(output.sum(), leaves, create_graph=True, allow_unused=True)
+        for gradient in (each for each in first if each is not None):
+            with pytest.raises(NotImplementedError, match=r"fastvae::hamiltonian_flow.*fastvae\.reference"):
+                torch.autograd.grad(gradient.sum(), leaves, retain_graph=True)
+
+
+@pytest.mark.parametrize("name", ["z", "x", "alpha", "inp.weight"])
+@each_memory
+def test_a_change_in_place_before_the_gradient_is_seen(name: str, memory: str) -> None:
+    p = problem(Residual(3, 4), "gaussian").require()
+    outputs = p.run(memory=memory)
+    with torch.no_grad():
+        p.leaves()[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(output.sum() for output in outputs).backward()

@@ -265,6 +265,24 @@ def test_second_derivative_raises(reduction: str, frozen: bool, device: torch.de
             torch.autograd.grad(gradient.sum(), leaves, retain_graph=True)
 
 
+@each_reduction
+def test_in_sweeps_a_second_derivative_and_a_change_in_place_raise(reduction: str) -> None:
+    """Also where the cotangent requires no gradient, without which torch would leave the terms out in silence."""
+    decoder = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4)).double()
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [z, *(p for name, p in decoder.named_parameters() if name != "3.bias")]
+    value = jacobian_l1(decoder, z, reduction)
+    for gradient in torch.autograd.grad(value.sum(), leaves, create_graph=True):
+        with pytest.raises(NotImplementedError, match=r"fastvae::jacobian_l1.*fastvae\.reference"):
+            torch.autograd.grad(gradient.sum(), leaves, retain_graph=True)
+    for leaf in leaves[:2]:
+        value = jacobian_l1(decoder, z, reduction)
+        with torch.no_grad():
+            leaf.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.sum().backward()
+
+
 def test_forward_mode_raises(device: torch.device) -> None:
     decoder, z = on(*problem(), device)
     with forward_ad.dual_level():

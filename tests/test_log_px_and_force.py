@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flow_problems import FLOAT32, FLOAT64, Residual, assert_near, conv, cotangents, mlp, seeded
-from layer_kinds import Around, Call, Wave
+from layer_kinds import Around, Call
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -62,9 +62,13 @@ def normalised(outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, outputs))
 
 
+def looked_at(h: Tensor) -> Tensor:
+    """What it does depends on numbers, which no graph of operations has."""
+    return torch.sin(h) if h.sum() < 1e9 else h
+
+
 def unreadable(outputs: int) -> nn.Module:
-    """A Function of one's own, of which reading would miss the gradient."""
-    return nn.Sequential(Around(Call(Wave.apply), (6,)), nn.Linear(6, outputs))
+    return nn.Sequential(Around(Call(looked_at), (6,)), nn.Linear(6, outputs))
 
 
 DECODERS: dict[str, Callable[[int], nn.Module]] = {
@@ -220,6 +224,37 @@ def test_expanded_and_strided_inputs() -> None:
         assert_near(found, wanted.detach(), FLOAT64)
 
 
+class Conditional(nn.Module):
+    def __init__(self, step: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.first, self.of_condition, self.last = nn.Linear(6, 5), nn.Linear(2, 5), nn.Linear(5, 4)
+        self.step = step
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        return self.last(self.step(self.first(z.flatten(1)) + self.of_condition(condition)))
+
+
+@quiet
+@pytest.mark.parametrize("batch", [3, 0])
+@pytest.mark.parametrize("step", [torch.tanh, looked_at], ids=["read", "not read"])
+def test_a_condition_and_codes_that_are_no_vectors(step: Callable[[Tensor], Tensor], batch: int) -> None:
+    module = seeded(Conditional(step))
+    z, c = torch.randn(batch, 3, 2, dtype=torch.float64), torch.randn(batch, 2, dtype=torch.float64)
+    x = torch.rand(batch, 4, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (z, c, x, *module.parameters())]
+    found = ops.log_px_and_force(module, z, x, "gaussian", condition=c)
+    assert found[1].shape == z.shape
+    log_px = Gaussian().log_prob(module(z, c), x)
+    wanted = log_px, torch.autograd.grad(log_px.sum(), z, create_graph=True)[0]
+    for value, expected in zip(found, wanted, strict=True):
+        assert_near(value, expected, FLOAT64)
+    gradients = [torch.autograd.grad(list(each), leaves, cotangents(each)) for each in (found, wanted)]
+    for gradient, expected in zip(*gradients, strict=True):
+        assert_near(gradient, expected, FLOAT64)
+    with pytest.raises(ValueError, match="condition: expected"):
+        ops.log_px_and_force(module, z, x, "gaussian", condition=torch.zeros(5, 2))
+
+
 @quiet
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_empty_batch(decoder: str) -> None:
@@ -316,7 +351,9 @@ def test_a_decoder_that_changes_is_read_again() -> None:
 
 def test_a_decoder_that_cannot_be_read_is_warned_of_once() -> None:
     p = problem("unreadable")
-    with pytest.warns(UserWarning, match=r"log_px_and_force: this decoder is not read.*autograd\.Function"):
+    with pytest.warns(
+        UserWarning, match=r"log_px_and_force: this decoder is not read.*torch\.export cannot run"
+    ):
         p.run()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._second_order import twice_differentiable
-from fastvae.decoding import natural_parameters
+from fastvae.decoding import conditioned, natural_parameters
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import UnsupportedLayer, explain, lower, verify
 from fastvae.lowering.checks import check_is_module, check_uncoupled
 from fastvae.network.cache import ReadNetwork, read_network, verify_network
+from fastvae.network.reading import BATCH, rows_of
 from fastvae.network.table import Line, lines_of, rendered, share_of
 
 __all__ = ["Network"]
@@ -31,47 +32,57 @@ class Network:
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`; None: only
             what needs no likelihood can be asked.
         z: codes [1 or more, ...], of which shape, dtype and device matter and numbers do not.
+        condition: what the module takes after the codes, as ``module(z, condition)``; a row for each.
 
     Raises:
         TypeError: ``module`` is not an ``nn.Module``; ``likelihood`` neither a name nor a likelihood; z no tensor.
     """
 
     def __init__(
-        self, module: nn.Module, likelihood: str | Likelihood | None = None, *, z: Tensor | None = None
+        self,
+        module: nn.Module,
+        likelihood: str | Likelihood | None = None,
+        *,
+        z: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> None:
         check_is_module("fastvae.Network: module", module)
         self.module = module
         self.likelihood = None if likelihood is None else resolve(likelihood)
         self._codes: Tensor | None = None
+        self._condition: Tensor | None = None
         if z is not None:
-            self._see(z)
+            self._see(z, condition)
             self._reading()
 
     def __repr__(self) -> str:
         return f"Network({type(self.module).__name__}, {self.likelihood})"
 
-    def log_px(self, z: Tensor, x: Tensor) -> Tensor:
+    def log_px(self, z: Tensor, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """log p(x | z) in nats: [B].
 
         It is the module's own forward and can be differentiated like it. For many codes of each x, without a gradient,
         see :func:`fastvae.ops.log_px`.
 
         Args:
-            z: codes [B, d].
+            z: codes [B, ...].
             x: data, as the likelihood takes it.
+            condition: [B, ...], handed to the module after the codes.
 
         Raises:
             ValueError: shapes that do not fit, or a Network without a likelihood.
             CoupledSamples: BatchNorm or Dropout in training mode.
         """
         likelihood = self._likelihood("log_px")
-        self._see(z)
+        self._see(z, condition)
         check_uncoupled(self.module)
         with twice_differentiable():
-            return likelihood.log_prob(natural_parameters(self.module, z, likelihood), x)
+            return likelihood.log_prob(
+                natural_parameters(conditioned(self.module, condition), z, likelihood), x
+            )
 
-    def force(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x | z) [B] and grad_z log p(x | z) [B, d]; see :func:`fastvae.ops.log_px_and_force`.
+    def force(self, z: Tensor, x: Tensor, *, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log p(x | z) [B] and grad_z log p(x | z), of the shape of z; see :func:`fastvae.ops.log_px_and_force`.
 
         Raises:
             ValueError: also for a Network without a likelihood.
@@ -79,8 +90,8 @@ class Network:
         from fastvae.ops import log_px_and_force
 
         likelihood = self._likelihood("force")
-        self._see(z)
-        return log_px_and_force(self.module, z, x, likelihood)
+        self._see(z, condition)
+        return log_px_and_force(self.module, z, x, likelihood, condition=condition)
 
     @property
     def lowered(self) -> float:
@@ -123,7 +134,7 @@ class Network:
         network, reason = self._reading()
         if network is None:
             return f"{explain(self.module)}\nNot read as a graph: {reason}"
-        lines = lines_of(network, self._codes.shape[1:])
+        lines = lines_of(network, self._codes)
         reason = self._without_kernels()
         text = [rendered(lines), ""]
         text.append(
@@ -140,7 +151,7 @@ class Network:
         )
         return "\n".join(text)
 
-    def verify(self, z: Tensor | None = None) -> None:
+    def verify(self, z: Tensor | None = None, *, condition: Tensor | None = None) -> None:
         """Compare what was read with what the module does now: output, gradient and a second-order product.
 
         Operators do so when they first use a reading. What a forward reads besides its module, such as a global of its
@@ -149,18 +160,19 @@ class Network:
 
         Args:
             z: codes [1 or more, ...] near which to compare; None: some standard normal ones, like those last seen.
+            condition: of the codes, where z is given.
 
         Raises:
             UnsupportedLayer: the two differ, or the module cannot be read.
             ValueError: no codes were given or seen.
         """
         if z is not None:
-            self._see(z)
-        codes = self._drawn() if z is None else z.detach()
+            self._see(z, condition)
+        codes, given = (self._drawn(), self._condition) if z is None else (z.detach(), condition)
         failures = []
         for compare in (verify_network, self._verify_kernels):
             try:
-                compare(self.module, codes)
+                compare(self.module, codes, given)
             except UnsupportedLayer as failure:
                 failures.append(failure)
         if failures:
@@ -174,7 +186,7 @@ class Network:
             )
         return self.likelihood
 
-    def _see(self, z: Tensor) -> None:
+    def _see(self, z: Tensor, condition: Tensor | None) -> None:
         if not isinstance(z, Tensor):
             raise TypeError(f"fastvae.Network: z: expected a tensor, got {type(z).__name__}")
         if z.dim() < 2 or not z.is_floating_point():
@@ -182,7 +194,8 @@ class Network:
                 f"fastvae.Network: z: expected floating codes [B, ...], got {z.dtype} {list(z.shape)}"
             )
         with torch.inference_mode(False):
-            self._codes = torch.zeros((1, *z.shape[1:]), dtype=z.dtype, device=z.device)
+            self._codes = torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)
+            self._condition = None if condition is None else rows_of(condition, BATCH)
 
     def _seen(self) -> Tensor:
         if self._codes is None:
@@ -194,16 +207,23 @@ class Network:
     def _drawn(self) -> Tensor:
         codes = self._seen()
         generator = torch.Generator().manual_seed(0)
-        return torch.randn((3, *codes.shape[1:]), generator=generator, dtype=torch.float64).to(codes)
+        return torch.randn((BATCH, *codes.shape[1:]), generator=generator, dtype=torch.float64).to(codes)
 
-    def _verify_kernels(self, module: nn.Module, codes: Tensor) -> None:
-        if not self._without_kernels() and codes.dim() == 2 and codes.dtype in (torch.float32, torch.float64):
+    def _verify_kernels(self, module: nn.Module, codes: Tensor, condition: Tensor | None) -> None:
+        if (
+            condition is None
+            and not self._without_kernels()
+            and codes.dim() == 2
+            and codes.dtype in (torch.float32, torch.float64)
+        ):
             verify(module, codes)
 
     def _without_kernels(self) -> str:
         """Why kernels do not take the module; empty where they do."""
         if self.likelihood is not None and not self.likelihood.has_kernel:
             return f"{type(self.likelihood).__name__} is a likelihood without a kernel."
+        if self._condition is not None:
+            return "It takes a condition, which kernels do not."
         try:
             lower(self.module)
         except (UnsupportedLayer, ValueError) as error:
@@ -215,11 +235,11 @@ class Network:
         codes = self._seen()
         try:
             with torch.inference_mode(False):
-                return read_network(self.module, codes), ""
+                return read_network(self.module, codes, condition=self._condition), ""
         except UnsupportedLayer as error:
             return None, str(error)
 
     def _lines(self) -> list[Line] | None:
         codes = self._seen()
         network, _ = self._reading()
-        return None if network is None else lines_of(network, codes.shape[1:])
+        return None if network is None else lines_of(network, codes)

@@ -118,7 +118,7 @@ def read_network(
     return ReadNetwork(sweeps, tensors)
 
 
-def verify_network(module: nn.Module, z: Tensor) -> None:
+def verify_network(module: nn.Module, z: Tensor, condition: Tensor | None = None) -> None:
     """Compare what was read of a module with the module as it is now; what differs is dropped and read again later.
 
     Raises:
@@ -126,9 +126,9 @@ def verify_network(module: nn.Module, z: Tensor) -> None:
         CoupledSamples: BatchNorm or Dropout in training mode.
     """
     with torch.inference_mode(False):
-        network = read_network(module, z)
+        network = read_network(module, z, condition=condition)
         try:
-            verify_program(copy_with_modes(module), network.sweeps, z)
+            verify_program(copy_with_modes(module), network.sweeps, z, condition)
         except UnsupportedLayer:
             _known.pop(module, None)
             raise

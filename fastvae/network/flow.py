@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
@@ -63,7 +62,8 @@ class _Flow(torch.autograd.Function):
         alpha: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        passive, z, rho = inputs.detached(), z.detach(), rho.detach()
+        passive, given_z, given_rho = inputs.detached(), z, rho
+        z, rho = z.detach(), rho.detach()
         differentiated = any(ctx.needs_input_grad)
         at = Evaluation(sweeps, passive, inputs.wanted, head, z)
         points, kept = [(z, rho, at.log_px)], [at]
@@ -81,19 +81,22 @@ class _Flow(torch.autograd.Function):
         ctx.kept = kept if store and differentiated else None
         ctx.count = len(alpha)
         z_steps, rho_steps, log_px = (torch.stack(column) for column in zip(*points, strict=True))
-        ctx.save_for_backward(z_steps, rho_steps, steps, alpha)
+        # The inputs too, so that autograd sees what is changed in place.
+        ctx.save_for_backward(z_steps, rho_steps, steps, alpha, given_z, given_rho, x, *parameters)
         ctx.mark_non_differentiable(z_steps, rho_steps, log_px)
         ctx.set_materialize_grads(False)
         return z.clone(), rho.clone(), points[-1][2].clone(), z_steps, rho_steps, log_px
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gz: Tensor | None, grho: Tensor | None, of_log_px: Tensor | None, *_: Any) -> Any:
-        z_steps, rho_steps, steps, alpha = ctx.saved_tensors
-        walk = _WayBack(ctx, z_steps, rho_steps, steps, alpha)
-        gz = torch.zeros_like(z_steps[0]) if gz is None else gz
-        grho = torch.zeros_like(gz) if grho is None else grho
-        return None, None, None, None, *walk.run(gz, grho, of_log_px)
+        z_steps, rho_steps, steps, alpha, *inputs = ctx.saved_tensors
+        sources = [*inputs, steps, alpha, gz, grho, of_log_px]
+        with torch.no_grad():
+            walk = _WayBack(ctx, z_steps, rho_steps, steps, alpha)
+            gz = torch.zeros_like(z_steps[0]) if gz is None else gz
+            grho = torch.zeros_like(gz) if grho is None else grho
+            found = walk.run(gz, grho, of_log_px)
+        return None, None, None, None, *differentiable_once("hamiltonian_flow", found, sources)
 
 
 class _WayBack:

@@ -72,7 +72,9 @@ class _Untraced(Exception):  # noqa: N818
 
 
 def rows_of(tensor: Tensor, count: int) -> Tensor:
-    """So many rows of a tensor, again from the first where it has fewer; without a graph."""
+    """So many rows of a tensor, again from the first where it has fewer, zeros where it has none; without a graph."""
+    if not len(tensor):
+        return tensor.new_zeros(count, *tensor.shape[1:])
     return tensor.detach()[torch.arange(count, device=tensor.device) % len(tensor)]
 
 

@@ -12,7 +12,6 @@ from fastvae.network.cache import ReadNetwork
 from fastvae.network.flops import flops_of
 from fastvae.network.layers.fused import FusedLayer
 from fastvae.network.program import is_size
-from fastvae.network.reading import BATCH
 from fastvae.network.sweeps import Inputs, Sweeps
 
 
@@ -35,20 +34,14 @@ class Line(NamedTuple):
     opaque: bool
 
 
-def lines_of(network: ReadNetwork, shape: Sequence[int]) -> list[Line]:
+def lines_of(network: ReadNetwork, z: Tensor) -> list[Line]:
     """The operations in order, but for those on sizes alone.
 
     Args:
-        network: at hand.
-        shape: of one code.
+        network: read for codes like z, with a condition of as many rows if it takes one.
+        z: codes [2 or more, ...].
     """
     program = network.sweeps.program
-    like = next((t for t in network.tensors if t is not None and t.is_floating_point()), None)
-    z = torch.zeros(
-        (BATCH, *shape),
-        dtype=None if like is None else like.dtype,
-        device=network.sweeps.device if like is None else like.device,
-    )
     # Each operation by itself, whatever the sweeps have put together.
     plain = Sweeps(program, "")
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(z.device.type, enabled=False):
@@ -71,7 +64,7 @@ def lines_of(network: ReadNetwork, shape: Sequence[int]) -> list[Line]:
         assert layer is not None
         rule = "autograd" if layer.by_autograd else type(layer).__name__
         rule += "" if operation.index in alone else ", fused"
-        flops = flops_of(operation, values) / BATCH
+        flops = flops_of(operation, values) / len(z)
         found.append(Line(operation.name, operation.kind, rule, _shape(y, True), flops, layer.by_autograd))
     return found
 

@@ -35,7 +35,7 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
     Raises:
         UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
     """
-    rows = rows_of(z, _ROWS) if len(z) else z.new_zeros(_ROWS, *z.shape[1:])
+    rows = rows_of(z, _ROWS)
     given = None if condition is None else rows_of(condition, _ROWS)
     noise = torch.empty(rows.shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0))
     rows = rows + 0.1 * noise.to(rows)
@@ -71,6 +71,8 @@ def _widened(condition: Tensor | None) -> Tensor | None:
 def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None) -> tuple[float, str]:
     """The largest difference in units of the tolerance, and of what."""
     program = sweeps.program
+    if not program.is_active[program.output]:
+        raise UnsupportedLayer("its output is not computed from z")
     tensors = [condition if source.is_condition else _tensor(module, source) for source in program.sources]
     leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad and tensor.is_leaf]
     generator = torch.Generator().manual_seed(1)

@@ -188,7 +188,12 @@ def lower_or_read(
 
 
 def read_decoder(
-    name: str, decoder: nn.Module, z: Tensor, instead: str, likelihood: Likelihood
+    name: str,
+    decoder: nn.Module,
+    z: Tensor,
+    instead: str,
+    likelihood: Likelihood,
+    condition: Tensor | None = None,
 ) -> ReadNetwork | None:
     """The decoder for an operator that has no kernel: read for the sweeps in PyTorch, whatever its layers.
 
@@ -198,26 +203,36 @@ def read_decoder(
     _check_first_memory(name, decoder)
     asked = isinstance(likelihood, Bernoulli), likelihood.of_logits, likelihood.probs
     with contextlib.suppress(UnsupportedLayer), torch.inference_mode(False):
-        known = read_network(decoder, z, strip_sigmoid=likelihood.probs)
+        known = read_network(decoder, z, condition=condition, strip_sigmoid=likelihood.probs)
         if asked in _settled.get(known.sweeps, ()):
             _check_network_memory(name, known)
             return known
     own = [p for p in decoder.parameters() if p.is_floating_point()]
     network, reason = None, ""
     try:
-        network = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=z)
+        if condition is None and z.dim() == 2:
+            network = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=z)
     except (CoupledSamples, NotADecoder):
         raise
     except UnsupportedLayer as error:
         reason = f"cannot be lowered: {error}"
-        check_uncoupled(decoder)
+    check_uncoupled(decoder)
     _refuse_half(name, z, own)
     if network is not None:
         _refuse_sigmoid(name, network, likelihood)
     # A decoder in half precision that autocast is to compute in float32 is read as it is.
     half = bool(own) and own[0].dtype in (torch.float16, torch.bfloat16) and own[0].dtype != z.dtype
-    rows = z if len(z) else z.new_zeros(1, *z.shape[1:])
-    found, unread = _read(name, decoder, rows.to(own[0].dtype) if half else rows, likelihood)
+    codes, given = z, condition
+    if half:
+        codes = z.to(own[0].dtype)
+        given = given.to(own[0].dtype) if given is not None and given.is_floating_point() else given
+    if len(z):
+        found, unread = _read(name, decoder, codes, likelihood, given)
+    else:
+        one = None if given is None else given.new_zeros(1, *given.shape[1:])
+        found, unread = _read(name, decoder, codes.new_zeros(1, *z.shape[1:]), likelihood, one)
+        if found is not None:
+            found = read_network(decoder, codes, condition=given, strip_sigmoid=likelihood.probs)
     if found is not None:
         if half:
             return _in_dtype(found, z.dtype)

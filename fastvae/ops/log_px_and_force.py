@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
+from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import UnsupportedLayer
 from fastvae.network.cache import ReadNetwork
@@ -15,6 +16,7 @@ from fastvae.network.flow import log_px_and_force as sweep
 from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs
 from fastvae.ops._registration import (
+    check_condition,
     check_memory,
     check_tensors,
     float32_under_autocast,
@@ -25,7 +27,12 @@ from fastvae.ops._registration import (
 
 
 def log_px_and_force(
-    decoder: nn.Module, z: Tensor, x: Tensor, likelihood: str | Likelihood = "bernoulli"
+    decoder: nn.Module,
+    z: Tensor,
+    x: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(x | z) and grad_z log p(x | z), what every sampler over a decoder's posterior is made of.
 
@@ -34,16 +41,18 @@ def log_px_and_force(
     the likelihood has such a gradient) and every parameter of the decoder.
 
     Args:
-        decoder: any module from [B, d] to natural parameters that treats each sample by itself. Its forward is read
+        decoder: any module from codes to natural parameters that treats each sample by itself. Its forward is read
             once as a graph of operations and swept in PyTorch; one that cannot be read runs through autograd, after one
             warning. In a function under ``torch.compile`` it is a graph break, with ``fullgraph=True`` an error.
-        z: codes [B, d], float32 or float64.
+        z: codes [B, d], or [B, ...] where the decoder takes such; float32 or float64.
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
+        condition: [B, ...], handed to the decoder after the codes: ``decoder(z, condition)``; with a gradient where it
+            is real.
 
     Returns:
-        log_px [B] in nats and force [B, d], differentiable once; detached under ``no_grad`` and ``inference_mode``.
-        Under autocast both are computed in float32. A sample with a NaN has NaN, and no other.
+        log_px [B] in nats and force, of the shape of z, differentiable once; detached under ``no_grad`` and
+        ``inference_mode``. Under autocast both are computed in float32. A sample with a NaN has NaN, and no other.
 
     Raises:
         ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end under "bernoulli".
@@ -55,7 +64,7 @@ def log_px_and_force(
     """
     name = "log_px_and_force"
     if torch.compiler.is_dynamo_compiling():
-        return _outside_of_graphs(decoder, z, x, likelihood)
+        return _outside_of_graphs(decoder, z, x, likelihood, condition=condition)
     if torch.compiler.is_compiling():
         raise UnsupportedLayer(f"fastvae.ops.{name}: it has no kernel, so it cannot be exported")
     check_tensors(name, z=z, x=x)
@@ -64,10 +73,13 @@ def log_px_and_force(
     like = resolve(likelihood)
     z = float32_under_autocast(z)
     _check(name, z, x)
-    network = read_decoder(name, decoder, z, "autograd", like)
+    check_condition(name, condition, len(z))
+    if condition is not None:
+        check_memory(name, condition=condition)
+    network = read_decoder(name, decoder, z, "autograd", like, condition)
     with torch.autocast(z.device.type, enabled=False):
         if network is None:
-            return reference.log_px_and_force(decoder, z, x, like)
+            return reference.log_px_and_force(conditioned(decoder, condition), z, x, like)
         return _by_sweeps(name, network, z, x, like)
 
 
@@ -76,7 +88,7 @@ _outside_of_graphs: Any = torch.compiler.disable(log_px_and_force)
 
 
 def _check(name: str, z: Tensor, x: Tensor) -> None:
-    if z.dim() != 2:
+    if z.dim() < 2:
         raise ValueError(f"fastvae::{name}: z: expected shape [B, d], got {list(z.shape)}")
     if z.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"fastvae::{name}: z: expected float32 or float64, got {z.dtype}")

@@ -77,6 +77,16 @@ def eager_flow(module: nn.Module, z: Tensor, case: Case) -> tuple[Tensor, ...]:
     return z, rho, log_px
 
 
+def force(module: nn.Module, z: Tensor, case: Case) -> tuple[Tensor, ...]:
+    return ops.log_px_and_force(module, z, case["x"], case["likelihood"])
+
+
+def eager_force(module: nn.Module, z: Tensor, case: Case) -> tuple[Tensor, ...]:
+    point = z if z.requires_grad else z.detach().requires_grad_()
+    value = case["likelihood"].log_prob(module(point), case["x"])
+    return value, torch.autograd.grad(value.sum(), point, create_graph=True)[0]
+
+
 def log_px(module: nn.Module, z: Tensor, case: Case) -> tuple[Tensor, ...]:
     return (ops.log_px(module, z.expand(2, *z.shape), case["x"], case["likelihood"]).detach(),)
 
@@ -90,6 +100,7 @@ Run = Callable[[nn.Module, Tensor, Case], tuple[Tensor, ...]]
 OPERATORS: tuple[tuple[Run, Run], ...] = (
     (jacobian, eager_jacobian),
     (flow, eager_flow),
+    (force, eager_force),
     (log_px, eager_log_px),
 )
 
