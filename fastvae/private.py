@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["PrivateCopies", "Turns", "private_copy", "twin_of"]
+__all__ = ["PrivateCopies", "Turns", "origin_of", "private_copy", "twin_of"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -71,7 +71,17 @@ def private_copy(model: _Module) -> _Module:
                 f"fastvae: model: expected a module that copy.deepcopy can copy, because scores work on a copy of "
                 f"it; the copy of {type(model).__name__} has the same {name or 'object'} as the module itself"
             )
+    for part, own in zip(made.modules(), model.modules(), strict=True):
+        _origins[part] = weakref.ref(origin_of(own) or own)
     return made.eval()
+
+
+_origins: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]] = weakref.WeakKeyDictionary()
+
+
+def origin_of(copy_of: nn.Module) -> nn.Module | None:
+    """The module that a private copy, or a part of one, or a copy of it, was made from; None for any other."""
+    return _origins.get(copy_of, lambda: None)()
 
 
 class Turns:

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
-from fastvae import Network
+from fastvae import Network, ops
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
+from fastvae.network import cache
 from fastvae.network.cache import read_network
 from fastvae.network.table import lines_of
+from fastvae.private import private_copy
 
 Z = torch.zeros(1, 3, dtype=torch.float64)
 
@@ -296,3 +299,25 @@ def test_in_inference_mode() -> None:
         assert network.lowered == 1.0 and "sin" in network.explain()
         found = network.log_px(z * 1, torch.zeros(2, 4, dtype=torch.float64))
     torch.testing.assert_close(found, Gaussian().log_prob(module(z), torch.zeros(2, 4)).detach())
+
+
+def test_private_copies_share_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each score works on copies of its own; reading every one of them would take a second each."""
+    read: list[nn.Module] = []
+    own = cache.read_program
+
+    def counted(module: nn.Module, *args: Any) -> Any:
+        read.append(module)
+        return own(module, *args)
+
+    monkeypatch.setattr(cache, "read_program", counted)
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 5)))
+    z = torch.randn(2, 3)
+    model.train()
+    found = [ops.jacobian_l1(private_copy(model)[0], z) for _ in range(3)]
+    assert len(read) == 1 and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    with torch.no_grad():
+        model[0][0].weight.mul_(2)
+    again = private_copy(model)[0]
+    assert torch.equal(ops.jacobian_l1(again, z), ops.jacobian_l1(model[0].eval(), z))
+    assert not torch.equal(ops.jacobian_l1(again, z), found[0]) and len(read) == 2

@@ -17,6 +17,7 @@ from fastvae.network.program import Program
 from fastvae.network.reading import copy_with_modes, follow, read_program
 from fastvae.network.sweeps import Sweeps
 from fastvae.network.verification import verify_program
+from fastvae.private import origin_of
 
 
 class ReadNetwork(NamedTuple):
@@ -84,6 +85,8 @@ class _Known:
 
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
+_of_copies: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
+"""What was read of a module's private copies, for the next ones: each score works on some of its own."""
 _lock = threading.RLock()
 
 
@@ -106,8 +109,13 @@ def read_network(
         with _lock:
             found = _current(module, key, condition)
             if found is None:
+                found = _of_origin(module, key, condition)
+            if found is None:
                 fresh = _Known(module, z, condition)
                 _known.setdefault(module, {})[key] = fresh
+                origin = origin_of(module)
+                if origin is not None:
+                    _of_copies.setdefault(origin, {})[key] = fresh
                 found = fresh, [] if fresh.failure else _visited(module, fresh, condition)
     known, tensors = found
     if known.failure:
@@ -116,6 +124,23 @@ def read_network(
     if sweeps is None:
         raise UnsupportedLayer("the module does not end in a sigmoid")
     return ReadNetwork(sweeps, tensors)
+
+
+def _of_origin(
+    module: nn.Module, key: Any, condition: Tensor | None
+) -> tuple[_Known, list[Tensor | None]] | None:
+    """For a private copy what is known of the module that it is a copy of, or of another copy, if that holds for it."""
+    origin = origin_of(module)
+    if origin is None:
+        return None
+    for store in (_known, _of_copies):
+        known = store.get(origin, {}).get(key)
+        if known is not None:
+            _known.setdefault(module, {})[key] = known
+            found = _current(module, key, condition)
+            if found is not None:
+                return found
+    return None
 
 
 def verify_network(module: nn.Module, z: Tensor, condition: Tensor | None = None) -> None:
