@@ -1,0 +1,421 @@
+"""Random graphs of layers through the sweeps of fastvae.network: the flow and the Jacobian against the reference.
+
+In float64, with the gradients to everything. A sample's result does not depend on its batch; now and then both methods
+are held against central differences, too.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from network_problems import (
+    assert_all_near,
+    by_autograd,
+    check_rules,
+    flow_by_sweeps,
+    grads,
+    kinds,
+    leaves,
+    names_of,
+)
+from torch import Tensor, nn
+
+from fastvae import reference
+from fastvae.likelihoods import Bernoulli, Gaussian
+from fastvae.network.cache import ReadNetwork, read_network
+from fastvae.network.jacobian import jacobian_l1
+
+from .decoders import ACTIVATIONS
+
+CASES = 12
+# Both sides add the same numbers in another order; deep graphs make rounding larger, and a lost term shows at 1e-2.
+NEAR = 1e-8
+
+Shape = tuple[int, ...]
+Step = tuple[Callable[..., Tensor], list[int], nn.Module | None, Shape]
+
+CONVOLUTIONS = {
+    2: (nn.Conv1d, nn.ConvTranspose1d),
+    3: (nn.Conv2d, nn.ConvTranspose2d),
+    4: (nn.Conv3d, nn.ConvTranspose3d),
+}
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}
+INSTANCE_NORMS = {2: nn.InstanceNorm1d, 3: nn.InstanceNorm2d, 4: nn.InstanceNorm3d}
+POOLS = {2: F.avg_pool1d, 3: F.avg_pool2d, 4: F.avg_pool3d}
+INTERPOLATED = {2: "linear", 3: "bilinear", 4: "trilinear"}
+
+
+class Graph(nn.Module):
+    """Steps in order, each of some values before it; all values that nothing takes are returned, side by side."""
+
+    def __init__(self, steps: list[Step], results: list[int]) -> None:
+        super().__init__()
+        self.steps = tuple((function, taken) for function, taken, _, _ in steps)
+        self.inner = nn.ModuleList([nn.Identity() if module is None else module for _, _, module, _ in steps])
+        self.results = results
+
+    def forward(self, z: Tensor) -> Tensor:
+        values = [z]
+        for (function, taken), inner in zip(self.steps, self.inner, strict=True):
+            given = [values[index] for index in taken]
+            values.append(function(inner, *given))
+        return torch.cat([values[index].flatten(1) for index in self.results], 1)
+
+
+class Held(nn.Module):
+    """A parameter."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.tensor = nn.Parameter(torch.randn(shape))
+
+
+def drawn_graph(rng: random.Random, latents: int) -> Graph:
+    shapes: list[Shape] = [(latents,)]
+    steps: list[Step] = []
+    unused = {0}
+    shared: dict[tuple[Any, ...], nn.Module] = {}
+    wanted = rng.randint(2, 12)
+    for _ in range(60):
+        if len(steps) == wanted:
+            break
+        # Mostly on from the last value: deep rather than wide.
+        at = len(shapes) - 1 if rng.random() < 0.6 else rng.randrange(len(shapes))
+        step = drawn_step(rng, at, shapes, shared)
+        if step is None or torch.Size(step[3]).numel() > 48:
+            continue
+        steps.append(step)
+        unused -= set(step[1])
+        unused.add(len(shapes))
+        shapes.append(step[3])
+    return Graph(steps, sorted(unused))
+
+
+def drawn_step(
+    rng: random.Random, at: int, shapes: list[Shape], shared: dict[tuple[Any, ...], nn.Module]
+) -> Step | None:
+    shape = shapes[at]
+    kinds = [activation, gate, join, join, passive, part, softmax, stop]
+    kinds += (
+        [vector, vector, image, rows]
+        if len(shape) == 1
+        else [convolution, convolution, resized, padded, flat]
+    )
+    kinds += [norm, normed_rows]
+    kind = rng.choice(kinds)
+    found = kind(rng, at, shapes)
+    if found is None:
+        return None
+    # A layer that fits is now and then one that was used before.
+    function, taken, module, new = found
+    if module is not None and shape == new:
+        key = (shape, kind.__name__, type(module).__name__)
+        if rng.random() < 0.4:
+            module = shared.get(key, module)
+        shared[key] = module
+    return function, taken, module, new
+
+
+def activation(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    module = rng.choice(ACTIVATIONS)()
+    function = rng.choice(
+        [lambda m, h: m(h)] * 3 + [lambda _, h: h.sin(), lambda _, h: h.square() / (2 + h.cos())]
+    )
+    return function, [at], module, shapes[at]
+
+
+def vector(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    out = shapes[at][0] if rng.random() < 0.5 else rng.randint(1, 9)
+    module = nn.Linear(shapes[at][0], out, bias=rng.random() < 0.8)
+    if rng.random() < 0.2:
+        module = nn.utils.parametrizations.weight_norm(module)
+    return (lambda m, h: m(h)), [at], module, (out,)
+
+
+def image(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    new = tuple(rng.randint(1, 3) for _ in range(rng.randint(2, 4)))
+    module = nn.Linear(shapes[at][0], torch.Size(new).numel())
+    return (lambda m, h: m(h).view(h.shape[0], *new)), [at], module, new
+
+
+def rows(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    """Attention over a vector's parts."""
+    if shapes[at][0] % 2:
+        return None
+    scale = rng.random()
+
+    def function(m: nn.Module, h: Tensor) -> Tensor:
+        r = h.unflatten(1, (-1, 2))
+        return (torch.softmax(m(r) @ r.mT * scale, -1) @ r).flatten(1)
+
+    return function, [at], nn.Linear(2, 2), shapes[at]
+
+
+def flat(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    order = list(range(1, len(shapes[at]) + 1))
+    rng.shuffle(order)
+    return (lambda _, h: h.permute(0, *order).flatten(1)), [at], None, (torch.Size(shapes[at]).numel(),)
+
+
+def convolution(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    c, *sizes = shapes[at]
+    k, s, d = rng.randint(1, 3), rng.randint(1, 2), rng.randint(1, 2)
+    p, groups = rng.randint(0, k // 2), rng.choice([g for g in range(1, c + 1) if c % g == 0])
+    out = groups * rng.randint(1, 2)
+    plain, transposed = CONVOLUTIONS[len(shapes[at])]
+    bias = rng.random() < 0.7
+    if rng.random() < 0.5:
+        new = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n in sizes]
+        module = plain(c, out, k, s, p, d, groups, bias)
+        if any(n + 2 * p < d * (k - 1) + 1 for n in sizes):
+            return None
+    else:
+        extra = rng.randint(0, s - 1)
+        new = [(n - 1) * s - 2 * p + d * (k - 1) + extra + 1 for n in sizes]
+        module = transposed(c, out, k, s, p, extra, groups, bias, d)
+    return None if min(new) < 1 else ((lambda m, h: m(h)), [at], module, (out, *new))
+
+
+def resized(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    c, *sizes = shapes[at]
+    if rng.random() < 0.4:
+        if min(sizes) < 2:
+            return None
+        return (lambda _, h: POOLS[h.dim() - 1](h, 2)), [at], None, (c, *(n // 2 for n in sizes))
+    mode = rng.choice(["nearest", INTERPOLATED[len(shapes[at])]])
+    new = tuple(n + rng.randint(0, 2) for n in sizes)
+    return (lambda _, h: F.interpolate(h, size=new, mode=mode)), [at], None, (c, *new)
+
+
+def padded(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    c, *sizes = shapes[at]
+    mode = rng.choice(["constant", "reflect", "replicate", "circular"])
+    pads = [rng.randint(0, 2 if mode == "constant" else n - 1) for n in sizes[::-1] for _ in range(2)]
+    value = rng.choice([0.0, 0.7]) if mode == "constant" else None
+    new = [n + pads[-2 * i - 2] + pads[-2 * i - 1] for i, n in enumerate(sizes)]
+    return (lambda _, h: F.pad(h, pads, mode, value)), [at], None, (c, *new)
+
+
+def norm(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    shape = shapes[at]
+    groups = rng.choice([g for g in range(1, shape[0] + 1) if shape[0] % g == 0])
+    affine = rng.random() < 0.7
+    kinds: list[Callable[[], nn.Module]] = [lambda: BATCH_NORMS[len(shape)](shape[0], affine=affine)]
+    # Over one or two values a norm is constant, and what is left is rounding.
+    if torch.Size(shape).numel() > 2 * groups:
+        kinds.append(lambda: nn.GroupNorm(groups, shape[0], eps=0.1, affine=affine))
+    if len(shape) > 1 and torch.Size(shape[1:]).numel() > 2:
+        kinds.append(lambda: INSTANCE_NORMS[len(shape)](shape[0], eps=0.1, affine=affine))
+    return (lambda m, h: m(h)), [at], rng.choice(kinds)(), shape
+
+
+def normed_rows(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    over = shapes[at][rng.randrange(len(shapes[at])) :]
+    if torch.Size(over).numel() < 3:
+        return None
+    kind = rng.choice([nn.LayerNorm, nn.RMSNorm])
+    return (lambda m, h: m(h)), [at], kind(over, eps=0.1), shapes[at]
+
+
+def gate(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    size = shapes[at][0]
+    channels = (-1, *[1] * (len(shapes[at]) - 1))
+
+    def function(m: nn.Module, h: Tensor) -> Tensor:
+        whole = h if h.dim() == 2 else h.flatten(2).mean(2)
+        return h * torch.sigmoid(m(whole)).unflatten(1, channels)
+
+    return function, [at], nn.Linear(size, size), shapes[at]
+
+
+def join(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    shape = shapes[at]
+    alike = [index for index, other in enumerate(shapes) if other == shape]
+    beside = [
+        index for index, other in enumerate(shapes) if len(other) == len(shape) and other[1:] == shape[1:]
+    ]
+    other = rng.choice(alike)
+    kind = rng.randrange(5)
+    if kind == 0:
+        return (lambda _, a, b: a + 0.5 * b), [at, other], None, shape
+    if kind == 1:
+        return (lambda _, a, b: a * b), [at, other], None, shape
+    if kind == 2:
+        return (lambda _, a, b: a / (2 + b.square())), [at, other], None, shape
+    if kind == 3:
+        # Of another rank: one number a sample.
+        return (
+            (lambda _, a, b: (a.flatten(1) * b.flatten(1).mean(1, keepdim=True)).view(a.shape)),
+            [at, other],
+            None,
+            shape,
+        )
+    other = rng.choice(beside)
+    return (
+        (lambda _, a, b: torch.cat([a, b], 1)),
+        [at, other],
+        None,
+        (shape[0] + shapes[other][0], *shape[1:]),
+    )
+
+
+def passive(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    shape = shapes[at]
+    size = tuple(rng.choice([1, n]) for n in shape[rng.randrange(len(shape) + 1) :])
+    functions = [
+        lambda m, h: h * m.tensor,
+        lambda m, h: h - m.tensor,
+        lambda m, h: torch.cat([h, m.tensor.expand_as(h)], 1),
+        lambda m, h: torch.where(m.tensor > 0, h, m.tensor),
+        lambda m, h: h + (torch.ones(h.shape[0], 1).to(h) * m.tensor.sum()).view(-1, *[1] * (h.dim() - 1)),
+    ]
+    kind = rng.randrange(len(functions))
+    new = (2 * shape[0], *shape[1:]) if kind == 2 else shape
+    return functions[kind], [at], Held(*size), new
+
+
+def part(rng: random.Random, at: int, shapes: list[Shape]) -> Step | None:
+    dim = rng.randrange(len(shapes[at]))
+    size = shapes[at][dim]
+    if size < 2:
+        return None
+    cut = rng.randint(1, size - 1)
+    sizes = [cut, size - cut]
+    new = [*shapes[at]]
+    dim_of_h = rng.choice([dim + 1, dim - len(shapes[at])])
+    kind = rng.randrange(3)
+    if kind == 0:
+        new[dim] = cut
+        return (lambda _, h: h.split(sizes, dim_of_h)[0]), [at], None, tuple(new)
+    if kind == 1:
+        new[dim] = size - cut
+        return (lambda _, h: h.narrow(dim_of_h, cut, size - cut)), [at], None, tuple(new)
+    if size % 2:
+        return None
+    new[dim] = size // 2
+    return (lambda _, h: (lambda a, b: a * b.sigmoid())(*h.chunk(2, dim_of_h))), [at], None, tuple(new)
+
+
+def softmax(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    dim = rng.choice([-1, 1])
+    return rng.choice([lambda _, h: h.softmax(dim), lambda _, h: h.log_softmax(dim)]), [at], None, shapes[at]
+
+
+def stop(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    return (
+        rng.choice([lambda _, h: h.detach() * h, lambda _, h: h + h.sin().detach()]),
+        [at],
+        None,
+        shapes[at],
+    )
+
+
+def run_case(seed: int) -> str:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    latents, batch = rng.randint(1, 4), rng.choice([1, 2, 5])
+    module = drawn_graph(rng, latents).double().eval()
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    for parameter in module.parameters():
+        parameter.requires_grad_(rng.random() < 0.85)
+    z = torch.randn(batch, latents, dtype=torch.float64)
+    if not module(z.clone().requires_grad_()).requires_grad:
+        return "no gradient to z"
+    network = read_network(module, z)
+    check_rules(network, module, z, NEAR)
+    agrees_in_jacobian(rng, network, module, z)
+    agrees_in_flow(rng, network, module, z)
+    return "agreed, in part by autograd" if by_autograd(network) else "agreed"
+
+
+def agrees_in_jacobian(rng: random.Random, network: ReadNetwork, module: nn.Module, z: Tensor) -> None:
+    p, chosen = rng.choice([1, 2]), rng.sample(range(z.shape[1]), rng.randint(0, z.shape[1]))
+    chosen = chosen if rng.random() < 0.5 else list(range(z.shape[1]))
+    results = []
+    for by_sweeps in (True, False):
+        point = z.detach().clone().requires_grad_()
+        if by_sweeps:
+            value = jacobian_l1(network.sweeps, network.tensors, point, chosen, p, "none")
+        else:
+            value = reference.jacobian_l1(module, point, "none", latents=chosen, p=p)
+        weights = torch.linspace(0.5, 1.5, len(z)).to(z)
+        # Where an entry is next to zero its sign is rounding's.
+        found = [] if p == 1 and has_kink(module, z) else grads([value], leaves(module, point), [weights])
+        results.append([value, *found])
+    names = names_of(module, f"Jacobian, p = {p}: value", "z")
+    assert_all_near(*results, names[: len(results[0])], NEAR)
+    alone = jacobian_l1(network.sweeps, network.tensors, z[-1:], chosen, p, "none")
+    torch.testing.assert_close(results[0][0][-1:], alone, rtol=1e-10, atol=1e-12)
+    if rng.random() < 0.2 and not stops(network):
+        step = 1e-6 * torch.eye(z.shape[1]).to(z)
+        with torch.no_grad():
+            columns = [(module(z + step[i]) - module(z - step[i])) / 2e-6 for i in chosen]
+        total = sum((column.abs() ** p).sum(1) for column in columns) if chosen else z.new_zeros(len(z))
+        torch.testing.assert_close(results[0][0].detach(), total, rtol=1e-4, atol=1e-4)
+
+
+def stops(network: ReadNetwork) -> bool:
+    """Whether differences see more than derivatives do."""
+    return "detach" in kinds(network)
+
+
+def has_kink(module: nn.Module, z: Tensor) -> bool:
+    """Whether an entry of the Jacobian is next to zero."""
+    point = z.detach().clone().requires_grad_()
+    columns = module(point).unbind(1)
+    sizes = torch.stack(
+        [torch.autograd.grad(c.sum(), point, retain_graph=True)[0].abs() for c in columns if c.requires_grad]
+    )
+    present = sizes[sizes > 0]
+    return bool(len(present)) and float(present.min() / present.max()) < 1e-9
+
+
+def agrees_in_flow(rng: random.Random, network: ReadNetwork, module: nn.Module, z: Tensor) -> None:
+    like = rng.choice([Bernoulli(), Gaussian(0.7)])
+    steps = rng.randint(0, 3)
+    with torch.no_grad():
+        x = torch.rand_like(module(z))
+    given: dict[str, Tensor] = {
+        "z": z,
+        "rho": torch.randn_like(z),
+        "x": x,
+        "steps": 0.02
+        + 0.05 * torch.rand(rng.choice([(steps, z.shape[1]), (steps, 1), (z.shape[1],), ()])).to(z),
+        "alpha": 0.7 + 0.3 * torch.rand(steps).to(z),
+    }
+    results: list[Any] = []
+    for by_sweeps in (True, False):
+        mine = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
+        if by_sweeps:
+            outputs = flow_by_sweeps(network, *mine.values(), like, rng.choice(["store", "recompute"]))
+        else:
+            outputs = reference.hamiltonian_flow(module, *mine.values(), like)
+        seeds = [torch.full_like(output, 0.3) + 0.1 * output.detach() for output in outputs]
+        results.append([*outputs, *grads(outputs, leaves(module, *mine.values()), seeds)])
+    assert_all_near(*results, names_of(module, "z_K", "rho_K", "log_px", *given), NEAR)
+    first = {name: tensor[:1] if name in ("z", "rho", "x") else tensor for name, tensor in given.items()}
+    for whole, alone in zip(
+        results[0][:3], flow_by_sweeps(network, *first.values(), like, "store"), strict=True
+    ):
+        torch.testing.assert_close(whole[:1].detach(), alone.detach(), rtol=1e-9, atol=1e-9)
+    if rng.random() < 0.2 and not stops(network):
+        along = torch.randn_like(z)
+
+        def log_px(z: Tensor) -> Tensor:
+            return reference.hamiltonian_flow(module, z, *list(given.values())[1:], like)[2]
+
+        with torch.no_grad():
+            slope = (log_px(z + 1e-6 * along) - log_px(z - 1e-6 * along)) / 2e-6
+        point = z.clone().requires_grad_()
+        value = flow_by_sweeps(network, point, *list(given.values())[1:], like, "store")[2]
+        (found,) = torch.autograd.grad(value.sum(), point)
+        error = abs(float((found * along).sum() - slope.sum()))
+        assert error <= 1e-4 * (1 + abs(float(slope.sum()))) and math.isfinite(error), error
