@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
-from fastvae.lowering.errors import ImpossibleLayer, UnsupportedLayer, join
+from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
 from fastvae.lowering.snapshot import Node, compile_program, visit
 from fastvae.network.program import Program
 from fastvae.network.reading import copy_with_modes, follow, read_program
@@ -31,7 +31,7 @@ class _Known:
 
     def __init__(self, module: nn.Module, z: Tensor) -> None:
         # As text: a traceback would hold the module, and so keep its entry alive.
-        self.failure = ""
+        self.failure = self.coupled = ""
         self.sweeps: dict[bool, Sweeps] = {}
         program: Program | None = None
         check_readable(module)
@@ -40,8 +40,14 @@ class _Known:
                 check_module(path, inner)
             mine = copy_with_modes(module)
             program = read_program(mine, z)
-            self.sweeps[False] = Sweeps(program)
-            verify_program(mine, self.sweeps[False], z)
+            try:
+                self.sweeps[False] = _verified(mine, program, z)
+            except UnsupportedLayer:
+                # Its forward may have taken the size of the batch for a constant.
+                program = read_program(mine, z, apart=True)
+                self.sweeps[False] = _verified(mine, program, z)
+        except CoupledSamples as error:
+            self.coupled = str(error)
         except (UnsupportedLayer, ImpossibleLayer) as error:
             self.failure = str(error)
         wanted = set()
@@ -79,6 +85,15 @@ class _Known:
         return tensors
 
 
+def _verified(mine: nn.Module, program: Program, z: Tensor) -> Sweeps:
+    sweeps = Sweeps(program)
+    verify_program(mine, sweeps, z)
+    return sweeps
+
+
+_GONE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""Something is gone, or does not compare with what is remembered: the module changed."""
+
 _known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
@@ -89,7 +104,7 @@ def read_network(module: nn.Module, z: Tensor, *, strip_sigmoid: bool = False) -
     Raises:
         UnsupportedLayer: the module cannot be read, or what was read is not what it does; ``strip_sigmoid`` and it
             does not end in a sigmoid.
-        CoupledSamples: BatchNorm or Dropout in training mode.
+        CoupledSamples: BatchNorm or Dropout in training mode, or a sample's output depends on its batch.
     """
     check_uncoupled(module)
     key = (z.dtype, z.device, tuple(z.shape[1:]), torch.get_default_dtype())
@@ -100,8 +115,10 @@ def read_network(module: nn.Module, z: Tensor, *, strip_sigmoid: bool = False) -
             if found is None:
                 fresh = _Known(module, z)
                 _known.setdefault(module, {})[key] = fresh
-                found = fresh, [] if fresh.failure else _visited(module, fresh)
+                found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh)
     known, tensors = found
+    if known.coupled:
+        raise CoupledSamples(known.coupled)
     if known.failure:
         raise UnsupportedLayer(known.failure)
     sweeps = known.stripped() if strip_sigmoid else known.sweeps[False]
@@ -111,10 +128,14 @@ def read_network(module: nn.Module, z: Tensor, *, strip_sigmoid: bool = False) -
 
 
 def _visited(module: nn.Module, known: _Known) -> list[Tensor | None]:
-    collected = visit(module, known.lines)
-    if collected is None:
-        raise UnsupportedLayer(f"the {type(module).__name__} changes when it is read")
-    return known.tensors(module, collected.found)
+    changes = f"the {type(module).__name__} changes when it is read"
+    try:
+        collected = visit(module, known.lines)
+        if collected is not None:
+            return known.tensors(module, collected.found)
+    except _GONE as error:
+        raise UnsupportedLayer(changes) from error
+    raise UnsupportedLayer(changes)
 
 
 def _current(module: nn.Module, key: Any) -> tuple[_Known, list[Tensor | None]] | None:
@@ -126,7 +147,6 @@ def _current(module: nn.Module, key: Any) -> tuple[_Known, list[Tensor | None]] 
         collected = visit(module, known.lines)
         if collected is None:
             return None
-        return known, [] if known.failure else known.tensors(module, collected.found)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        # Something is gone, or does not compare with what is remembered: the module changed.
+        return known, [] if known.failure or known.coupled else known.tensors(module, collected.found)
+    except _GONE:
         return None

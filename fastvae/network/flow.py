@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
+from fastvae.network.once import differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
 
 
@@ -62,6 +62,7 @@ class _Flow(torch.autograd.Function):
         alpha: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
+        given = z, rho, x, *parameters
         passive, z, rho = inputs.detached(), z.detach(), rho.detach()
         differentiated = any(ctx.needs_input_grad)
         at = Evaluation(sweeps, passive, inputs.wanted, head, z)
@@ -80,15 +81,16 @@ class _Flow(torch.autograd.Function):
         ctx.kept = kept if store and differentiated else None
         ctx.count = len(alpha)
         z_steps, rho_steps, log_px = (torch.stack(column) for column in zip(*points, strict=True))
-        ctx.save_for_backward(z_steps, rho_steps, steps, alpha)
+        # What was given is saved so that a change of it before the backward pass is noticed.
+        ctx.save_for_backward(z_steps, rho_steps, steps, alpha, *given)
         ctx.mark_non_differentiable(z_steps, rho_steps, log_px)
         ctx.set_materialize_grads(False)
         return z.clone(), rho.clone(), points[-1][2].clone(), z_steps, rho_steps, log_px
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("hamiltonian_flow")
     def backward(ctx: Any, gz: Tensor | None, grho: Tensor | None, of_log_px: Tensor | None, *_: Any) -> Any:
-        z_steps, rho_steps, steps, alpha = ctx.saved_tensors
+        z_steps, rho_steps, steps, alpha = (t.detach() for t in ctx.saved_tensors[:4])
         walk = _WayBack(ctx, z_steps, rho_steps, steps, alpha)
         gz = torch.zeros_like(z_steps[0]) if gz is None else gz
         grho = torch.zeros_like(gz) if grho is None else grho
@@ -171,12 +173,14 @@ class _Force(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.passive, ctx.inputs = inputs.detached(), inputs
         ctx.at = Evaluation(sweeps, ctx.passive, inputs.wanted, head, z.detach())
+        ctx.save_for_backward(z, x, *parameters)
         ctx.set_materialize_grads(False)
         return ctx.at.log_px.clone(), ctx.at.gradient.clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("hamiltonian_flow")
     def backward(ctx: Any, of_log_px: Tensor | None, u: Tensor | None) -> Any:
+        _ = ctx.saved_tensors  # Raises if one of them was changed meanwhile.
         found: dict[int, Tensor] = {}
         products = Products(ctx.passive, ctx.inputs.wanted, found)
         of_z, of_x = ctx.at.adjoint(u, of_log_px, products)

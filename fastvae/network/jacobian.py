@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvae.network.layers import Products
+from fastvae.network.once import differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
 
 NUMBERS_AT_ONCE = 2**21
@@ -119,7 +119,7 @@ class _JacobianL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, weight: float | None, z: Tensor, *parameters: Tensor) -> Tensor:
         ctx.plan, ctx.early = plan, None
-        ctx.save_for_backward(z)
+        ctx.save_for_backward(z, *parameters)
         z = z.detach()
         if weight is not None and any(ctx.needs_input_grad):
             ctx.early = _Gradient(plan, z, z.new_full((len(z),), weight))
@@ -132,11 +132,11 @@ class _JacobianL1(torch.autograd.Function):
         return total if weight is None else total.sum() * weight
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("jacobian_l1")
     def backward(ctx: Any, gradient: Tensor) -> Any:
         if ctx.early is not None:
             return None, None, *ctx.early.results(gradient)
-        (z,) = ctx.saved_tensors
+        z = ctx.saved_tensors[0].detach()
         found = _Gradient(ctx.plan, z, gradient)
         for latents in ctx.plan.terms():
             found.add(Term(ctx.plan, z, latents))

@@ -6,23 +6,21 @@ So control flow, assertions, sizes and functional calls are settled facts. What 
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from fastvae._second_order import twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.tracing import READING
-from fastvae.network.program import Operation, Program, Slot, Source
+from fastvae.network.exporting import BATCHES, Called, example, export, first_line, quiet, takes_any
+from fastvae.network.program import Operation, Program, Slot, Source, rows_of
 from fastvae.private import private_copy
 
-BATCH = 2
-"""Samples of the batch that is run: torch.export takes one sample for a size that never changes."""
+Held = dict[tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
 def copy_with_modes(module: nn.Module) -> nn.Module:
@@ -33,39 +31,42 @@ def copy_with_modes(module: nn.Module) -> nn.Module:
     return made
 
 
-def read_program(module: nn.Module, z: Tensor) -> Program:
+def read_program(module: nn.Module, z: Tensor, apart: bool = False) -> Program:
     """The program of a copy of a module, which only this thread uses.
 
     Args:
         module: see :func:`copy_with_modes`.
         z: one code [1 or more, ...]; its numbers do not matter.
+        apart: run it with two batches and compare, for what took the size of one for a constant.
 
     Raises:
         UnsupportedLayer: the forward cannot be run that way, or does what a program cannot say.
     """
-    example = torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)
-    with READING, warnings.catch_warnings(), torch.autocast(z.device.type, enabled=False):
+    # What the module holds before a forward of the copy adds to it.
+    held = _held_tensors(module)
+    called = Called(module) if takes_any(module) else module
+    with READING, warnings.catch_warnings(), quiet(), torch.autocast(z.device.type, enabled=False):
         warnings.simplefilter("ignore")
-        _refuse_functions(module, example)
-        exported = _export(module, example)
-    return _program(exported, module)
+        _refuse_functions(module, example(z, BATCHES[0]))
+        exported = export(called, z, apart)
+    return _program(exported, held, "" if called is module else "module.")
 
 
-def _refuse_functions(module: nn.Module, example: Tensor) -> None:
+def _refuse_functions(module: nn.Module, codes: Tensor) -> None:
     """Refuse a user's autograd.Function, whose output torch.export sees but not its gradient."""
     with torch.enable_grad():
         try:
             with twice_differentiable():
-                output = module(example.clone().requires_grad_())
+                output = module(codes.clone().requires_grad_())
         except Exception as error:
             raise UnsupportedLayer(
-                f"its forward raised {type(error).__name__}: {_first_line(error)}"
+                f"its forward raised {type(error).__name__}: {first_line(error)}"
             ) from error
     if not isinstance(output, Tensor):
         raise UnsupportedLayer(f"its forward returns a {type(output).__name__}, expected one tensor")
-    if output.dim() == 0 or len(output) != BATCH:
+    if output.dim() == 0 or len(output) != BATCHES[0]:
         raise UnsupportedLayer(
-            f"of {BATCH} codes its forward makes {list(output.shape)}, expected a row for each"
+            f"of {BATCHES[0]} codes its forward makes {list(output.shape)}, expected a row for each"
         )
     for node in _graph(output):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -85,120 +86,32 @@ def _graph(output: Tensor) -> Iterator[Any]:
             stack += [below for below, _ in node.next_functions]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def _export(module: nn.Module, example: Tensor) -> Any:
-    from torch.export import Dim, export
-
-    failures = []
-    for batch in (Dim("batch"), Dim.AUTO):
-        try:
-            with torch.enable_grad(), twice_differentiable():
-                exported = export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
-            _keep_no_grad(exported.graph_module)
-            return exported.run_decompositions(_simpler())
-        except Exception as error:
-            failures.append(error)
-    first = failures[0]
-    raise UnsupportedLayer(
-        f"torch.export cannot run its forward: {type(first).__name__}: {_first_line(first)}"
-    ) from first
-
-
-@functools.cache
-def _simpler() -> dict[Any, Any]:
-    """Operators that are written down as what they are made of, for which there are rules."""
-    aten = torch.ops.aten
-    composite = torch.export.default_decompositions()
-    return {
-        **{
-            operator: composite[operator]
-            for operator in (aten.einsum.default, aten._scaled_dot_product_attention_math.default)
-        },
-        aten.addmm.default: _sum_and_product,
-        aten.baddbmm.default: _sum_and_product,
-        aten.addcmul.default: lambda a, b, c, *, value=1: a + b * c * value,
-        aten.addcdiv.default: lambda a, b, c, *, value=1: a + b / c * value,
-        aten.lerp.Scalar: lambda a, b, weight: a + (b - a) * weight,
-        aten.lerp.Tensor: lambda a, b, weight: a + (b - a) * weight,
-        aten.glu.default: _gated,
-        aten.prelu.default: _rectified,
-        aten.threshold.default: lambda x, threshold, value: torch.where(x > threshold, x, value),
-    }
-
-
-def _sum_and_product(a: Tensor, b: Tensor, c: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return (a if beta == 1 else a * beta) + (b @ c if alpha == 1 else b @ c * alpha)
-
-
-def _gated(x: Tensor, dim: int = -1) -> Tensor:
-    first, second = x.chunk(2, dim)
-    return first * second.sigmoid()
-
-
-def _rectified(x: Tensor, slope: Tensor) -> Tensor:
-    # One slope, or one a channel.
-    slope = slope if slope.numel() == 1 else slope.reshape(-1, *[1] * (x.dim() - 2))
-    return x.relu() + slope * x.clamp_max(0)
-
-
-def _keep_no_grad(exported: GraphModule) -> None:
-    """What is computed under no_grad is written down as detached; the decompositions would forget it."""
-    graph = exported.graph
-    for node in list(graph.nodes):
-        if (
-            node.op == "call_function"
-            and getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled"
-        ):
-            if node.args[0]:
-                continue
-            for result in list(node.users):
-                with graph.inserting_after(result):
-                    stopped = graph.call_function(torch.ops.aten.detach.default, (result,))
-                    stopped.meta = dict(result.meta)
-                result.replace_all_uses_with(stopped, lambda user, new=stopped: user is not new)
-    exported.recompile()
-
-
-def _program(exported: Any, module: nn.Module) -> Program:
-    signature = exported.graph_signature
-    constants = {**dict(exported.constants), **dict(exported.tensor_constants)}
-    held = _held_tensors(module)
-    graph_module, numbers = exported.graph_module, {}
+def _program(exported: list[Any], held: Held, prefix: str) -> Program:
+    first = exported[0]
+    signature = first.graph_signature
+    constants = {**dict(first.constants), **dict(first.tensor_constants)}
     by_name = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    nodes, *others = (list(each.graph_module.graph.nodes) for each in exported)
+    if any(_outline(other) != _outline(nodes) for other in others):
+        raise UnsupportedLayer("its forward does something else for batches of another size")
+    twins = {node: twin for other in others for node, twin in zip(nodes, other, strict=True)}
+    placeholders = [node for node in nodes if node.op == "placeholder"]
     codes = [node for node in placeholders if by_name[node.name].kind.name == "USER_INPUT"]
     if len(codes) != 1:
         raise UnsupportedLayer(f"its forward takes {len(codes)} inputs, expected one")
     if any(spec.kind.name != "USER_OUTPUT" for spec in signature.output_specs):
         raise UnsupportedLayer("its forward changes buffers of the module")
-    numbers[codes[0]] = 0
+    numbers = {codes[0]: 0}
     sources: list[Source] = []
-    operations: list[Operation] = []
     for node in placeholders:
-        if node is codes[0]:
-            continue
-        spec = by_name[node.name]
-        kind = spec.kind.name
-        if kind in ("PARAMETER", "BUFFER"):
-            path, _, name = spec.target.rpartition(".")
-            source = Source(path, name)
-        elif kind == "CONSTANT_TENSOR" and isinstance(constants.get(spec.target), Tensor):
-            constant = constants[spec.target]
-            steps = held.get(_identity(constant), ())
-            source = Source("", spec.target, steps, None if steps else constant.detach())
-        else:
-            raise UnsupportedLayer(f"its forward reads a {kind.lower().replace('_', ' ')} ({spec.target})")
-        sources.append(source)
-        numbers[node] = len(sources)
+        if node is not codes[0]:
+            sources.append(_source(by_name[node.name], constants, held, prefix))
+            numbers[node] = len(sources)
+    written = _Written(numbers, 1 + len(sources))
     output = None
-    for node in graph_module.graph.nodes:
+    for node in nodes:
         if node.op == "call_function":
-            index = 1 + len(sources) + len(operations)
-            operations.append(_operation(node, index, numbers))
-            numbers[node] = index
+            written.add(node, twins.get(node, node))
         elif node.op == "output":
             results = node.args[0]
             if len(results) != 1 or results[0] not in numbers:
@@ -207,7 +120,23 @@ def _program(exported: Any, module: nn.Module) -> Program:
         elif node.op != "placeholder":
             raise UnsupportedLayer(f"its forward uses {node.op} ({node.target})")
     assert output is not None
-    return Program(sources, operations, output)
+    return Program(sources, written.operations, output)
+
+
+def _outline(nodes: list[Any]) -> list[tuple[str, str]]:
+    return [(node.op, node.name if node.op == "placeholder" else str(node.target)) for node in nodes]
+
+
+def _source(spec: Any, constants: dict[str, Any], held: Held, prefix: str) -> Source:
+    kind, target = spec.kind.name, spec.target
+    if kind in ("PARAMETER", "BUFFER"):
+        path, _, name = target.removeprefix(prefix).rpartition(".")
+        return Source(path, name)
+    if kind == "CONSTANT_TENSOR" and isinstance(constants.get(target), Tensor):
+        constant = constants[target]
+        steps = held.get(_identity(constant), ())
+        return Source("", target, steps, None if steps else constant.detach())
+    raise UnsupportedLayer(f"its forward reads a {kind.lower().replace('_', ' ')} ({target})")
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -215,9 +144,9 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _held_tensors(module: nn.Module) -> dict[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+def _held_tensors(module: nn.Module) -> Held:
     """The way from the module to tensors that it holds unregistered, such as those of modules in a plain list."""
-    found: dict[tuple[Any, ...], tuple[tuple[str, Any], ...]] = {}
+    found: Held = {}
 
     def look(value: Any, steps: tuple[tuple[str, Any], ...], depth: int) -> None:
         if isinstance(value, Tensor):
@@ -250,27 +179,48 @@ def follow(module: nn.Module, steps: tuple[tuple[str, Any], ...]) -> Tensor:
     return value
 
 
-def _operation(node: Any, index: int, numbers: dict[Any, int]) -> Operation:
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        raise UnsupportedLayer(f"its forward uses control flow of torch ({target.__name__})")
-    if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and _drops_out(node):
-        raise UnsupportedLayer(f"its forward draws random numbers ({target})")
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in _schema(target)):
-        raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
+class _Written:
+    """Operations in order, as they are written down from nodes."""
 
-    def taken(tree: Any) -> Any:
+    def __init__(self, numbers: dict[Any, int], start: int) -> None:
+        self.numbers, self.start = numbers, start
+        self.operations: list[Operation] = []
+
+    def add(self, node: Any, twin: Any) -> None:
+        """The operation of a node; ``twin`` is the same node of another batch, or the node itself."""
+        target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise UnsupportedLayer(f"its forward uses control flow of torch ({target.__name__})")
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and _drops_out(node):
+            raise UnsupportedLayer(f"its forward draws random numbers ({target})")
+        if any(arg.alias_info is not None and arg.alias_info.is_write for arg in _schema(target)):
+            raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
+        args = self._taken(node.args, twin.args)
+        kwargs = {key: self._taken(value, twin.kwargs[key]) for key, value in node.kwargs.items()}
+        is_number = isinstance(
+            node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+        )
+        self.numbers[node] = self._append(node.name, target, args, kwargs, is_number)
+
+    def _append(self, name: str, target: Any, args: Any, kwargs: dict[str, Any], is_number: bool) -> int:
+        index = self.start + len(self.operations)
+        self.operations.append(Operation(index, name, target, args, kwargs, is_number))
+        return index
+
+    def _taken(self, tree: Any, twin: Any) -> Any:
         if isinstance(tree, torch.fx.Node):
-            return Slot(numbers[tree])
+            return Slot(self.numbers[tree])
         if isinstance(tree, (list, tuple)):
-            return [taken(entry) for entry in tree]
+            return [self._taken(*pair) for pair in zip(tree, twin, strict=True)]
         if isinstance(tree, slice):
-            raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
-        return tree
-
-    return Operation(
-        index, node.name, target, taken(node.args), {key: taken(value) for key, value in node.kwargs.items()}
-    )
+            raise UnsupportedLayer("its forward indexes in a way that is not read")
+        if tree is twin or tree == twin:
+            return tree
+        if type(tree) is int and type(twin) is int:
+            small, large = BATCHES
+            times = (twin - tree) // (large - small)
+            return Slot(self._append("rows", rows_of, [Slot(0), times, tree - times * small], {}, True))
+        raise UnsupportedLayer(f"its forward makes {tree} of one batch and {twin} of another")
 
 
 def _drops_out(node: Any) -> bool:

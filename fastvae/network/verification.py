@@ -6,16 +6,15 @@ reverse: an output alone would not tell a straight-through estimator or a detach
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvae._second_order import twice_differentiable
-from fastvae.lowering.errors import UnsupportedLayer
+from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
 from fastvae.network.layers import Products
-from fastvae.network.reading import follow
+from fastvae.network.reading import copy_with_modes, follow
 from fastvae.network.sweeps import Inputs, Sweeps
 
 _ROWS = 3
@@ -33,6 +32,7 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor) -> None:
 
     Raises:
         UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
+        CoupledSamples: a sample's output depends on the other samples of its batch, or on how many they are.
     """
     rows = (
         z.detach()[torch.arange(_ROWS, device=z.device) % len(z)]
@@ -40,12 +40,14 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor) -> None:
         else z.new_zeros(_ROWS, *z.shape[1:])
     )
     noise = torch.empty(rows.shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0))
-    rows = rows + 0.1 * noise.to(rows)
+    rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
+    # The user's codes may be where nothing changes any more.
+    rows[-1] = noise[-1].to(rows)
     error = None
     try:
-        twin = copy.deepcopy(module).double()
+        twin = copy_with_modes(module).double()
         error = _error(twin, sweeps, rows.double())
-    except UnsupportedLayer:
+    except (UnsupportedLayer, CoupledSamples):
         raise
     except Exception:
         # Something in it is of one dtype only.
@@ -53,7 +55,7 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor) -> None:
     if error is None:
         try:
             error = _error(module, sweeps, rows)
-        except UnsupportedLayer:
+        except (UnsupportedLayer, CoupledSamples):
             raise
         except Exception as failure:
             text = (str(failure).strip().splitlines() or [""])[0]
@@ -99,6 +101,7 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
         output = sweeps.output(at)
         if output.shape != own.shape:
             return float("inf"), "output"
+        _check_alone(module, sweeps, tensors, z, own)
         dz, cotangents = sweeps.reverse(at, v)
         dots = sweeps.tangent(at, u)
         found: dict[int, Tensor] = {}
@@ -125,6 +128,34 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
         if error > worst:
             worst, what = error, name
     return worst, what
+
+
+def _check_alone(
+    module: nn.Module, sweeps: Sweeps, tensors: list[Tensor | None], z: Tensor, own: Tensor
+) -> None:
+    """The last sample by itself: the network that was read does as the module, and that what it does in a batch."""
+    z = z.detach()[-1:]
+    with twice_differentiable():
+        try:
+            alone = module(z)
+        except Exception as failure:
+            raise UnsupportedLayer(f"of one code it raises {type(failure).__name__}") from failure
+    inputs = Inputs(sweeps, z, tensors)
+    found = sweeps.output(sweeps.forward(inputs.detached(), z, inputs.wanted))
+    if not _alike(found, alone):
+        raise UnsupportedLayer("what was read of it does something else with one code than with several")
+    if not _alike(alone, own[-1:]):
+        raise CoupledSamples(
+            "in its forward a sample's output depends on the other samples of its batch, or on their number; make it "
+            "independent of them"
+        )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    near = 100 * _TOLERANCE[a.dtype]
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=near, atol=near * max(float(b.abs().max()), 1e-3), equal_nan=True
+    )
 
 
 def _tensor(module: nn.Module, source: Any) -> Tensor | None:

@@ -17,7 +17,7 @@ from fastvae.likelihoods import Likelihood, resolve
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import hamiltonian_flow as sweep_flow
 from fastvae.network.heads import make_head
-from fastvae.network.sweeps import Inputs
+from fastvae.network.sweeps import Inputs, usual_tensor
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
@@ -171,6 +171,7 @@ def _flow_by_sweeps(
     memory: str,
     return_trajectory: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+    check_one_device("hamiltonian_flow", z, "z", rho=rho, x=x, alpha=alpha)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             z, rho, x, alpha = (t.clone() for t in (z, rho, x, alpha))
@@ -178,6 +179,8 @@ def _flow_by_sweeps(
             return _flow_by_sweeps(
                 network, z, rho, x, step_size, alpha, likelihood, memory, return_trajectory
             )
+    z, rho, x, alpha = (usual_tensor(t) for t in (z, rho, x, alpha))
+    step_size = usual_tensor(step_size) if isinstance(step_size, Tensor) else step_size
     reference.check_state(z, rho, alpha)
     steps = reference.expand_step_size(step_size, len(alpha), z.shape[1], z)
     tensors = [tensor for tensor in network.tensors if tensor is not None]

@@ -12,6 +12,7 @@ from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
 from fastvae.decoding import ends_in_sigmoid
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
+from fastvae.network.sweeps import usual_tensor
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
@@ -99,6 +100,7 @@ def _jacobian_by_sweeps(
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             return _jacobian_by_sweeps(network, z.clone(), reduction, output, latents, p)
+    z = usual_tensor(z)
     refuse_forward_mode("jacobian_l1", z, *(tensor for tensor in network.tensors if tensor is not None))
     if output == "sigmoid":
         last = sweeps.program.last()
