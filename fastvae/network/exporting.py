@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fastvae._compiling import exporting
 from fastvae._second_order import twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
 
@@ -112,10 +113,10 @@ def export(module: nn.Module, z: Tensor, apart: bool) -> list[Any]:
 
 def _exported(module: nn.Module, codes: Tensor, batch: Any) -> Any:
     shapes = None if batch is None else ({0: batch},)
-    with torch.enable_grad(), twice_differentiable():
+    with torch.enable_grad(), twice_differentiable(), exporting():
         exported = torch.export.export(module, (codes,), dynamic_shapes=shapes, strict=False)
-    _keep_no_grad(exported.graph_module)
-    return exported.run_decompositions(_simpler())
+        _keep_no_grad(exported.graph_module)
+        return exported.run_decompositions(_simpler())
 
 
 def _any_batch(exported: Any) -> bool:

@@ -85,9 +85,9 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
         if not own.requires_grad:
             raise UnsupportedLayer("its output has no gradient to z")
         try:
-            (pulled,) = torch.autograd.grad(
-                own, point, v, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            (pulled,) = torch.autograd.grad(own, point, v, create_graph=True, allow_unused=True)
+            if pulled is None:
+                raise UnsupportedLayer("its output has no gradient to z")
             total = (own * w).sum() + (pulled * u).sum()
             wanted = torch.autograd.grad(total, [point, *leaves], allow_unused=True, materialize_grads=True)
         except (RuntimeError, NotImplementedError) as failure:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
+from fastvae._compiling import is_compiling
 from fastvae._extension import raw
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.network.cache import ReadNetwork
@@ -221,7 +222,7 @@ def _stash_shape(
 def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
     """Numbers that the op keeps of the forward pass with memory="store"."""
     shapes: tuple[tuple[int, ...], ...] = tuple([tensor.shape for tensor in tensors])
-    if type(z) is not Tensor or torch.compiler.is_compiling():  # symbolic sizes become numbers
+    if type(z) is not Tensor or is_compiling():  # symbolic sizes become numbers
         shapes = tuple(tuple(operator.index(size) for size in shape) for shape in shapes)
     cuda_index = z.device.index or 0 if z.device.type == "cuda" else -1
     numel, multiple = _stash_shape(
