@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvae._second_order import twice_differentiable
 from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
-from fastvae.network.layers import Products
+from fastvae.network.layers import Point, Products
 from fastvae.network.reading import copy_with_modes, follow
 from fastvae.network.sweeps import Inputs, Sweeps
 
@@ -104,6 +104,8 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
         _check_alone(module, sweeps, tensors, z, own)
         dz, cotangents = sweeps.reverse(at, v)
         dots = sweeps.tangent(at, u)
+        moved = dots[program.output]
+        several = _several(sweeps, at, u) if all(layer.many for layer in sweeps.layers) else None
         found: dict[int, Tensor] = {}
         products = Products(passive, inputs.wanted, found)
         gradients = sweeps.adjoint(at, dots, cotangents, w, products)
@@ -113,6 +115,8 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
         products.finish()
     of_leaves = _to_leaves(inputs, found, leaves)
     pairs = [("output", output, own), ("gradient", torch.zeros_like(z) if dz is None else dz, pulled)]
+    if moved is not None and several is not None:
+        pairs += [("derivative along several latents", several, torch.stack([moved, -moved]))]
     pairs += [("second derivative", of_z, wanted[0])]
     pairs += [("second derivative to parameters", a, b) for a, b in zip(of_leaves, wanted[1:], strict=True)]
     scale = max(float(b.detach().abs().max()) for _, _, b in pairs if b.numel()) or 1.0
@@ -128,6 +132,12 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor) -> tuple[float, str]:
         if error > worst:
             worst, what = error, name
     return worst, what
+
+
+def _several(sweeps: Sweeps, at: Point, u: Tensor) -> Tensor | None:
+    """The output's tangents along u and -u, both in front of one value."""
+    found: Tensor | None = sweeps.tangent(at, torch.stack([u, -u]))[sweeps.program.output]
+    return found
 
 
 def _check_alone(
