@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from fastvae._compiling import is_compiling
+
 # What autograd puts where a backward pass has no derivative. torch.autograd.grad leaves such a node out in silence.
 _DEAD_ENDS = frozenset({"torch::autograd::NotImplemented", "torch::autograd::Error"})
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -152,7 +154,7 @@ class _ByProducts(TorchFunctionMode):
 
 def twice_differentiable() -> contextlib.AbstractContextManager[Any]:
     """The context in which a decoder is called whose gradient is to be differentiated again."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _ByProducts()
+    return contextlib.nullcontext() if is_compiling() else _ByProducts()
 
 
 def _nodes(tensor: Tensor, until: Any) -> Iterator[Any]:

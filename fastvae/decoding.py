@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_compiling
 from fastvae.modes import modes_kept
 from fastvae.sigmoids import SigmoidInputs, ending_of_module, ending_of_output
 
@@ -71,7 +72,7 @@ def natural_parameters(decoder: Callable[[Tensor], Tensor], z: Tensor, likelihoo
         ValueError: a decoder of logits that ends in a Sigmoid, or one of probabilities whose first outputs
             are none. Where neither its layers nor autograd tell, a warning if the first outputs are all in [0, 1].
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return likelihood.params_of_output(decoder(z))
     if not likelihood.probs or _is_compiled(decoder):
         output = decoder(z)

@@ -70,7 +70,7 @@ def names_of(module: nn.Module, *others: str) -> list[str]:
     return [*others, *(name for name, p in module.named_parameters() if p.requires_grad)]
 
 
-def check_rules(network: ReadNetwork, module: nn.Module, z: Tensor) -> None:
+def check_rules(network: ReadNetwork, module: nn.Module, z: Tensor, tolerance: float = NEAR) -> None:
     """Forward, reverse, tangent and bend against reverse over reverse: the gradient of <w, y> + <u, J^T v>."""
     sweeps = network.sweeps
     point = z.detach().clone().requires_grad_()
@@ -104,8 +104,8 @@ def check_rules(network: ReadNetwork, module: nn.Module, z: Tensor) -> None:
     if given and trained:
         of_leaves = grads([pair[0] for pair in given], trained, [pair[1] for pair in given])
     results = [sweeps.output(at), dz, torch.zeros_like(own) if moved is None else moved]
-    assert_all_near(results, [own, pulled, pushed], ["output", "reverse", "tangent"], NEAR)
-    assert_all_near([of_z, *of_leaves], wanted, names_of(module, "z"), NEAR)
+    assert_all_near(results, [own, pulled, pushed], ["output", "reverse", "tangent"], tolerance)
+    assert_all_near([of_z, *of_leaves], wanted, names_of(module, "z"), tolerance)
 
 
 def check_jacobian(network: ReadNetwork, module: nn.Module, z: Tensor, p: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
+from fastvae._compiling import is_compiling
 from fastvae.likelihoods import Gaussian
 
 from .checks import check_global_hooks, check_is_module
@@ -85,7 +86,7 @@ def checked(
 
 def _can_compare(z: Tensor, tensors: list[Tensor]) -> bool:
     """Whether numbers can be looked at: not while compiling, tracing or capturing a CUDA graph."""
-    if torch.compiler.is_compiling() or type(z) is not Tensor or z.numel() == 0 or z.is_meta:
+    if is_compiling() or type(z) is not Tensor or z.numel() == 0 or z.is_meta:
         return False
     if any(tensor.dtype != z.dtype or tensor.device != z.device for tensor in tensors):
         return False

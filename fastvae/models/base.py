@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_compiling
 from fastvae.arguments import expect_numbers
 from fastvae.decoding import check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
@@ -232,7 +233,7 @@ class BaseVAE(nn.Module, ABC):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
         check_is_tensor(self, x)
-        if self.check_finite and not torch.compiler.is_compiling() and not capturing(x) and not transformed():
+        if self.check_finite and not is_compiling() and not capturing(x) and not transformed():
             self.likelihood.check(x)
         parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
@@ -367,7 +368,7 @@ class BaseVAE(nn.Module, ABC):
 
     def _kl_weight(self, beta: float | None) -> float:
         """The beta that ``objective`` is given, or the model's own."""
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             expect_numbers(type(self).__name__, beta=beta)
         return self.beta if beta is None else beta
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastvae._compiling import is_compiling
 from fastvae.arguments import expect_numbers
 from fastvae.decoding import transformed
 from fastvae.models.inputs import capturing, check_is_tensor
@@ -66,7 +67,7 @@ def importance_sampled(
 
 
 def _warn_of_nan(model: BaseVAE, log_px: Tensor) -> None:
-    if torch.compiler.is_compiling() or capturing(log_px) or transformed():
+    if is_compiling() or capturing(log_px) or transformed():
         return
     bad = int(torch.isnan(log_px).sum())
     if bad:

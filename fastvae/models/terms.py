@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_compiling
 from fastvae.models.steps import TrainingStep
 
 __all__ = ["describe", "note_penalty", "note_step", "recorded_terms"]
@@ -33,7 +34,7 @@ def recorded_terms() -> Iterator[dict[str, Tensor]]:
 
 def note_step(step: TrainingStep) -> None:
     """What the loss is made of, in the order in which one thing follows from the other."""
-    if torch.compiler.is_compiling() or (terms := _recorded.get()) is None:
+    if is_compiling() or (terms := _recorded.get()) is None:
         return
     terms["the mean of q(z | x)"] = step.mu.detach()
     terms["the log variance of q(z | x)"] = step.logvar.detach()
@@ -45,7 +46,7 @@ def note_step(step: TrainingStep) -> None:
 
 def note_penalty(penalty: nn.Module, term: Tensor) -> None:
     """What a penalty adds to the loss."""
-    if not torch.compiler.is_compiling() and (terms := _recorded.get()) is not None:
+    if not is_compiling() and (terms := _recorded.get()) is not None:
         terms[f"the penalty {type(penalty).__name__}"] = term.detach()
 
 

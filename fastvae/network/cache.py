@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
-from fastvae.lowering.errors import ImpossibleLayer, UnsupportedLayer, join
+from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
 from fastvae.lowering.snapshot import Node, compile_program, visit
 from fastvae.network.program import Program
 from fastvae.network.reading import copy_with_modes, follow, read_program
@@ -32,7 +32,7 @@ class _Known:
 
     def __init__(self, module: nn.Module, z: Tensor, condition: Tensor | None) -> None:
         # As text: a traceback would hold the module, and so keep its entry alive.
-        self.failure = ""
+        self.failure = self.coupled = ""
         self.sweeps: dict[bool, Sweeps] = {}
         program: Program | None = None
         check_readable(module)
@@ -84,6 +84,15 @@ class _Known:
         return tensors
 
 
+def _verified(mine: nn.Module, program: Program, z: Tensor) -> Sweeps:
+    sweeps = Sweeps(program)
+    verify_program(mine, sweeps, z)
+    return sweeps
+
+
+_GONE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""Something is gone, or does not compare with what is remembered: the module changed."""
+
 _known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
 _of_copies: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
 """What was read of a module's private copies, for the next ones: each score works on some of its own."""
@@ -98,7 +107,7 @@ def read_network(
     Raises:
         UnsupportedLayer: the module cannot be read, or what was read is not what it does; ``strip_sigmoid`` and it
             does not end in a sigmoid.
-        CoupledSamples: BatchNorm or Dropout in training mode.
+        CoupledSamples: BatchNorm or Dropout in training mode, or a sample's output depends on its batch.
     """
     check_uncoupled(module)
     given = (z,) if condition is None else (z, condition)
@@ -118,6 +127,8 @@ def read_network(
                     _of_copies.setdefault(origin, {})[key] = fresh
                 found = fresh, [] if fresh.failure else _visited(module, fresh, condition)
     known, tensors = found
+    if known.coupled:
+        raise CoupledSamples(known.coupled)
     if known.failure:
         raise UnsupportedLayer(known.failure)
     sweeps = known.stripped() if strip_sigmoid else known.sweeps[False]

@@ -45,16 +45,25 @@ class Operation:
         name: as torch.export calls it; for messages and tables.
         target: an ATen operator, or a function of numbers (sizes).
         args, kwargs: constants, and :class:`Slot` where a value goes, also inside lists.
+        is_number: whether the result is no tensor but a number.
     """
 
     def __init__(
-        self, index: int, name: str, target: Function, args: Sequence[Any], kwargs: dict[str, Any]
+        self,
+        index: int,
+        name: str,
+        target: Function,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        is_number: bool = False,
     ) -> None:
-        self.index, self.name, self.target = index, name, target
+        self.index, self.name, self.target, self.is_number = index, name, target, is_number
         self.args, self.kwargs = tuple(args), kwargs
         # An overload's own call adds a layer of Python to it.
         self._run: Function = getattr(target, "_op", target)
         self.slots = tuple(dict.fromkeys(_slots((self.args, tuple(kwargs.values())))))
+        self.numbers: frozenset[int] = frozenset()
+        """Slots that hold no tensor but a number, such as a size; set by the program."""
         self._flat = not kwargs and not any(
             isinstance(arg, (list, tuple)) for arg in self.args if not isinstance(arg, Slot)
         )
@@ -74,7 +83,7 @@ class Operation:
 
     def replaced(self, target: Function, args: Sequence[Any]) -> Operation:
         """Another operation in its place."""
-        return Operation(self.index, self.name, target, args, {})
+        return Operation(self.index, self.name, target, args, {}, self.is_number)
 
     @property
     def kind(self) -> str:
@@ -120,6 +129,9 @@ class Program:
             if operation.index in needed:
                 needed.update(operation.slots)
         live = [operation for operation in operations if operation.index in needed]
+        numbers = frozenset(operation.index for operation in operations if operation.is_number)
+        for operation in live:
+            operation.numbers = numbers & frozenset(operation.slots)
         depends = {0}
         self.active: list[Operation] = []
         self.passive: list[Operation] = []
@@ -172,7 +184,14 @@ _MOVES = frozenset(
     {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "clone", "permute", "transpose", "alias"}
 )
 
+
+def rows_of(z: Tensor, times: int, more: int) -> int:
+    """A size that was seen to follow the batch's."""
+    return len(z) * times + more
+
+
 _SIZES = {
+    rows_of,
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.truediv,
     operator.pow, operator.getitem, max, min, int,
 }  # fmt: skip

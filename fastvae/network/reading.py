@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from fastvae._second_order import RECURRENT, lstm_cell, twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
@@ -85,13 +84,13 @@ def _check_output(module: nn.Module, examples: Sequence[Tensor]) -> None:
             output = module(z.clone().requires_grad_(), *others)
         except Exception as error:
             raise UnsupportedLayer(
-                f"its forward raised {type(error).__name__}: {_first_line(error)}"
+                f"its forward raised {type(error).__name__}: {first_line(error)}"
             ) from error
     if not isinstance(output, Tensor):
         raise UnsupportedLayer(f"its forward returns a {type(output).__name__}, expected one tensor")
-    if output.dim() == 0 or len(output) != BATCH:
+    if output.dim() == 0 or len(output) != BATCHES[0]:
         raise UnsupportedLayer(
-            f"of {BATCH} codes its forward makes {list(output.shape)}, expected a row for each"
+            f"of {BATCHES[0]} codes its forward makes {list(output.shape)}, expected a row for each"
         )
 
 
@@ -236,13 +235,16 @@ def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Trace
     held = _held_tensors(module)
     graph_module, numbers = exported.graph_module, {}
     by_name = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    nodes, *others = (list(each.graph_module.graph.nodes) for each in exported)
+    if any(_outline(other) != _outline(nodes) for other in others):
+        raise UnsupportedLayer("its forward does something else for batches of another size")
+    twins = {node: twin for other in others for node, twin in zip(nodes, other, strict=True)}
+    placeholders = [node for node in nodes if node.op == "placeholder"]
     codes = [node for node in placeholders if by_name[node.name].kind.name == "USER_INPUT"]
     if any(spec.kind.name != "USER_OUTPUT" for spec in signature.output_specs):
         raise UnsupportedLayer("its forward changes buffers of the module")
-    numbers[codes[0]] = 0
+    numbers = {codes[0]: 0}
     sources: list[Source] = []
-    operations: list[Operation] = []
     for node in placeholders:
         if node is codes[0]:
             continue
@@ -262,7 +264,7 @@ def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Trace
         sources.append(source)
         numbers[node] = len(sources)
     output = None
-    for node in graph_module.graph.nodes:
+    for node in nodes:
         if node.op == "call_function":
             index = 1 + len(sources) + len(operations)
             operations.append(_operation(node, index, numbers, calls))
@@ -283,9 +285,9 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _held_tensors(module: nn.Module) -> dict[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+def _held_tensors(module: nn.Module) -> Held:
     """The way from the module to tensors that it holds unregistered, such as those of modules in a plain list."""
-    found: dict[tuple[Any, ...], tuple[tuple[str, Any], ...]] = {}
+    found: Held = {}
 
     def look(value: Any, steps: tuple[tuple[str, Any], ...], depth: int) -> None:
         if isinstance(value, Tensor):
@@ -327,11 +329,36 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in _schema(target)):
         raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
 
-    def taken(tree: Any) -> Any:
+    def __init__(self, numbers: dict[Any, int], start: int) -> None:
+        self.numbers, self.start = numbers, start
+        self.operations: list[Operation] = []
+
+    def add(self, node: Any, twin: Any) -> None:
+        """The operation of a node; ``twin`` is the same node of another batch, or the node itself."""
+        target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise UnsupportedLayer(f"its forward uses control flow of torch ({target.__name__})")
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and _drops_out(node):
+            raise UnsupportedLayer(f"its forward draws random numbers ({target})")
+        if any(arg.alias_info is not None and arg.alias_info.is_write for arg in _schema(target)):
+            raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
+        args = self._taken(node.args, twin.args)
+        kwargs = {key: self._taken(value, twin.kwargs[key]) for key, value in node.kwargs.items()}
+        is_number = isinstance(
+            node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+        )
+        self.numbers[node] = self._append(node.name, target, args, kwargs, is_number)
+
+    def _append(self, name: str, target: Any, args: Any, kwargs: dict[str, Any], is_number: bool) -> int:
+        index = self.start + len(self.operations)
+        self.operations.append(Operation(index, name, target, args, kwargs, is_number))
+        return index
+
+    def _taken(self, tree: Any, twin: Any) -> Any:
         if isinstance(tree, torch.fx.Node):
-            return Slot(numbers[tree])
+            return Slot(self.numbers[tree])
         if isinstance(tree, (list, tuple)):
-            return [taken(entry) for entry in tree]
+            return [self._taken(*pair) for pair in zip(tree, twin, strict=True)]
         if isinstance(tree, slice):
             raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
         return tree

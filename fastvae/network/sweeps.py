@@ -149,6 +149,11 @@ class Sweeps:
         return grads.found
 
 
+def usual_tensor(tensor: Tensor) -> Tensor:
+    """A copy of what inference mode left behind, which cannot be saved for a backward pass; others as they are."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor
+
+
 class Inputs:
     """The passive part of a call: what autograd differentiates once, and the numbers that sweeps read.
 
@@ -160,7 +165,7 @@ class Inputs:
 
     def __init__(self, sweeps: Sweeps, z: Tensor, tensors: Sequence[Tensor | None]) -> None:
         program, self.layers = sweeps.program, sweeps.layers
-        self.passive = program.start(z, tensors)
+        self.passive = program.start(z, [None if t is None else usual_tensor(t) for t in tensors])
         read = sorted({slot for operation in program.active for slot in operation.slots})
         self.trained = [
             index

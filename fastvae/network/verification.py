@@ -6,7 +6,6 @@ reverse: an output alone would not tell a straight-through estimator or a detach
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -34,11 +33,14 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
 
     Raises:
         UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
+        CoupledSamples: a sample's output depends on the other samples of its batch, or on how many they are.
     """
     rows = rows_of(z, _ROWS)
     given = None if condition is None else rows_of(condition, _ROWS)
     noise = torch.empty(rows.shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0))
-    rows = rows + 0.1 * noise.to(rows)
+    rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
+    # The user's codes may be where nothing changes any more.
+    rows[-1] = noise[-1].to(rows)
     error = None
     try:
         twin = copy.deepcopy(module).double()
@@ -88,9 +90,9 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         if not own.requires_grad:
             raise UnsupportedLayer("its output has no gradient to z")
         try:
-            (pulled,) = torch.autograd.grad(
-                own, point, v, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            (pulled,) = torch.autograd.grad(own, point, v, create_graph=True, allow_unused=True)
+            if pulled is None:
+                raise UnsupportedLayer("its output has no gradient to z")
             total = (own * w).sum() + (pulled * u).sum()
             wanted = torch.autograd.grad(total, [point, *leaves], allow_unused=True, materialize_grads=True)
         except (RuntimeError, NotImplementedError) as failure:
@@ -104,8 +106,11 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         output = sweeps.output(at)
         if output.shape != own.shape:
             return float("inf"), "output"
+        _check_alone(module, sweeps, tensors, z, own)
         dz, cotangents = sweeps.reverse(at, v)
         dots = sweeps.tangent(at, u)
+        moved = dots[program.output]
+        several = _several(sweeps, at, u) if all(layer.many for layer in sweeps.layers) else None
         found: dict[int, Tensor] = {}
         products = Products(passive, inputs.wanted, found)
         gradients = sweeps.adjoint(at, dots, cotangents, w, products)
@@ -115,6 +120,8 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         products.finish()
     of_leaves = _to_leaves(inputs, found, leaves)
     pairs = [("output", output, own), ("gradient", torch.zeros_like(z) if dz is None else dz, pulled)]
+    if moved is not None and several is not None:
+        pairs += [("derivative along several latents", several, torch.stack([moved, -moved]))]
     pairs += [("second derivative", of_z, wanted[0])]
     pairs += [("second derivative to parameters", a, b) for a, b in zip(of_leaves, wanted[1:], strict=True)]
     scale = max(float(b.detach().abs().max()) for _, _, b in pairs if b.numel()) or 1.0
@@ -130,6 +137,40 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         if error > worst:
             worst, what = error, name
     return worst, what
+
+
+def _several(sweeps: Sweeps, at: Point, u: Tensor) -> Tensor | None:
+    """The output's tangents along u and -u, both in front of one value."""
+    found: Tensor | None = sweeps.tangent(at, torch.stack([u, -u]))[sweeps.program.output]
+    return found
+
+
+def _check_alone(
+    module: nn.Module, sweeps: Sweeps, tensors: list[Tensor | None], z: Tensor, own: Tensor
+) -> None:
+    """The last sample by itself: the network that was read does as the module, and that what it does in a batch."""
+    z = z.detach()[-1:]
+    with twice_differentiable():
+        try:
+            alone = module(z)
+        except Exception as failure:
+            raise UnsupportedLayer(f"of one code it raises {type(failure).__name__}") from failure
+    inputs = Inputs(sweeps, z, tensors)
+    found = sweeps.output(sweeps.forward(inputs.detached(), z, inputs.wanted))
+    if not _alike(found, alone):
+        raise UnsupportedLayer("what was read of it does something else with one code than with several")
+    if not _alike(alone, own[-1:]):
+        raise CoupledSamples(
+            "in its forward a sample's output depends on the other samples of its batch, or on their number; make it "
+            "independent of them"
+        )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    near = 100 * _TOLERANCE[a.dtype]
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=near, atol=near * max(float(b.abs().max()), 1e-3), equal_nan=True
+    )
 
 
 def _tensor(module: nn.Module, source: Any) -> Tensor | None:

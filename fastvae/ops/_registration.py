@@ -99,7 +99,7 @@ def empty_gradients(name: str, like: Tensor, tensors: Sequence[Tensor], needs: S
 
 def refuse_forward_mode(name: str, *tensors: Tensor) -> None:
     """Raise if a tensor carries a tangent, before autograd raises without naming an alternative."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
@@ -109,7 +109,7 @@ def refuse_forward_mode(name: str, *tensors: Tensor) -> None:
 
 def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
     """Raise under torch.func transforms (vmap, grad, jvp, ...), which would give zeros or a slow loop."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if (
         torch._C._functorch.maybe_get_level(tensors[0]) != -1
@@ -148,11 +148,11 @@ def lower_or_read(
     says so and why, once for a decoder or likelihood. While compiling it raises instead, and always where autograd
     cannot take the decoder either. TypeError for a decoder in half precision whose codes are not, outside of autocast.
     """
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         check_is_module(f"fastvae::{name}: decoder", decoder)
     strip = likelihood is not None and likelihood.probs
     without_kernel = likelihood is not None and not likelihood.has_kernel
-    if without_kernel and (not read or torch.compiler.is_compiling()):
+    if without_kernel and (not read or is_compiling()):
         _warn_of_likelihood(name, type(likelihood), instead)
     try:
         if condition is not None or not flat:
@@ -165,7 +165,7 @@ def lower_or_read(
     except UnsupportedLayer as error:
         if without_kernel and not read:
             return None
-        if torch.compiler.is_compiling():
+        if is_compiling():
             raise
         _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         check_uncoupled(decoder)
@@ -339,7 +339,7 @@ def _check_network_memory(name: str, network: ReadNetwork) -> None:
 def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
     """Say once that a likelihood has no kernel; while compiling, raise."""
     reason = f"{kind.__name__} is a likelihood of its own, without a kernel"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         raise UnsupportedLayer(f"fastvae.ops.{name}: {reason}")
     known = _warned_of_likelihood.setdefault(name, weakref.WeakSet())
     if kind not in known:

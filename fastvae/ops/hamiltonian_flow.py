@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
+from fastvae._compiling import is_compiling
 from fastvae._extension import raw
 from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import hamiltonian_flow as sweep_flow
 from fastvae.network.heads import make_head
-from fastvae.network.sweeps import Inputs
+from fastvae.network.sweeps import Inputs, usual_tensor
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_condition,
@@ -185,6 +186,7 @@ def _flow_by_sweeps(
     memory: str,
     return_trajectory: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+    check_one_device("hamiltonian_flow", z, "z", rho=rho, x=x, alpha=alpha)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             z, rho, x, alpha = (t.clone() for t in (z, rho, x, alpha))
@@ -192,6 +194,8 @@ def _flow_by_sweeps(
             return _flow_by_sweeps(
                 network, z, rho, x, step_size, alpha, likelihood, memory, return_trajectory
             )
+    z, rho, x, alpha = (usual_tensor(t) for t in (z, rho, x, alpha))
+    step_size = usual_tensor(step_size) if isinstance(step_size, Tensor) else step_size
     reference.check_state(z, rho, alpha)
     check_memory("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
     steps = reference.steps_of_codes(step_size, len(alpha), z)
@@ -233,7 +237,7 @@ def _stash_shape(
 def _stash_numel(spec: str, likelihood: str, tensors: Sequence[Tensor], z: Tensor, steps: int) -> int:
     """Numbers that the op keeps of the forward pass with memory="store"."""
     shapes: tuple[tuple[int, ...], ...] = tuple([tensor.shape for tensor in tensors])
-    if type(z) is not Tensor or torch.compiler.is_compiling():  # symbolic sizes become numbers
+    if type(z) is not Tensor or is_compiling():  # symbolic sizes become numbers
         shapes = tuple(tuple(operator.index(size) for size in shape) for shape in shapes)
     cuda_index = z.device.index or 0 if z.device.type == "cuda" else -1
     numel, multiple = _stash_shape(

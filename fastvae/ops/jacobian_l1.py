@@ -13,6 +13,7 @@ from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
 from fastvae.decoding import conditioned, ends_in_sigmoid
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
+from fastvae.network.sweeps import usual_tensor
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_condition,

@@ -90,7 +90,7 @@ def choice(operation: Any, active: Sequence[bool]) -> Layer | None:
     if len(operation.args) != 3 or operation.kwargs:
         return None
     mask, a, b = operation.args
-    return Choice(operation, active, mask.index, a, b)
+    return None if operation.numbers else Choice(operation, active, mask.index, a, b)
 
 
 @layer_of("masked_fill")

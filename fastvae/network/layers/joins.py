@@ -156,7 +156,8 @@ class ProductLayer(Layer):
 
 def _are_tensors(operation: Any) -> bool:
     first = operation.args[:2]
-    return len(first) == 2 and all(isinstance(arg, Slot) for arg in first) and not operation.kwargs
+    tensors = all(isinstance(arg, Slot) and arg.index not in operation.numbers for arg in first)
+    return len(first) == 2 and tensors and not operation.kwargs
 
 
 @layer_of("mul")
