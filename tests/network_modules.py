@@ -126,6 +126,9 @@ READ: dict[str, Callable[[], nn.Module]] = {
     "no_grad": of(in_no_grad),
     "enable_grad in no_grad": of(grad_in_no_grad),
     "detach": of(lambda m, z: m.last(m.first(z).detach().sin() * m.first(z) + m.first.weight.detach().sum())),
+    "a function of one's own": of(lambda m, z: m.last(Wave.apply(m.first(z)))),
+    "a function of one's own on a weight": of(lambda m, z: F.linear(m.first(z).sin(), Wave.apply(m.last.weight))),
+    "a nested function of one's own": lambda: Through(of(lambda m, z: m.last(Wave.apply(m.first(z))))()),
     "a function of one's own under no_grad": of(
         lambda m, z: m.last(torch.no_grad()(Wave.apply)(m.first(z)) * m.first(z).tanh())
     ),
@@ -186,15 +189,6 @@ class Counts(Plain):
 
 # Not read, with a word of the reason; by autograd what the module is.
 NOT_READ: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a function of one's own": (of(lambda m, z: m.last(Wave.apply(m.first(z)))), "autograd.Function"),
-    "a function of one's own on a weight": (
-        of(lambda m, z: F.linear(m.first(z).sin(), Wave.apply(m.last.weight))),
-        "autograd.Function",
-    ),
-    "a nested function of one's own": (
-        lambda: Through(of(lambda m, z: m.last(Wave.apply(m.first(z))))()),
-        "autograd.Function",
-    ),
     "a branch on the code": (of(branches), "torch.export cannot run"),
     "a branch on a parameter": (of(of_the_parameters), "torch.export cannot run"),
     "data": (of(lambda m, z: m.last(m.first(z).data.sin() * m.first(z).tanh())), "torch.export cannot run"),
@@ -205,9 +199,9 @@ NOT_READ: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a hook on a value": (of(hooked), "not its own"),
     "a loop over samples": (
         of(lambda m, z: torch.stack([Plain.forward(m, row) for row in z])),
-        "batches of another size",
+        "not its own",
     ),
-    "one sample as no other": (of(alone), "with one code"),
+    "one sample as no other": (of(alone), "batches of another size"),
     "buffers that change": (Counts, "buffers"),
     "TorchScript": (
         lambda: Through(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))),

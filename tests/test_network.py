@@ -306,9 +306,9 @@ def test_private_copies_share_what_was_read(monkeypatch: pytest.MonkeyPatch) -> 
     read: list[nn.Module] = []
     own = cache.read_program
 
-    def counted(module: nn.Module, *args: Any) -> Any:
+    def counted(module: nn.Module, *args: Any, **options: Any) -> Any:
         read.append(module)
-        return own(module, *args)
+        return own(module, *args, **options)
 
     monkeypatch.setattr(cache, "read_program", counted)
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 5)))

@@ -201,7 +201,7 @@ def test_first_codes_that_are_no_numbers() -> None:
 
 def test_modules_are_let_go() -> None:
     """Neither the cache nor a copy keeps one, read or not."""
-    for make in (Plain, NOT_READ["a function of one's own"][0], NOT_READ["a branch on the code"][0]):
+    for make in (Plain, READ["a function of one's own"], NOT_READ["a branch on the code"][0]):
         module = made(make)
         sum(part.sum() for part in flow(module, codes().requires_grad_())).backward()
         ops.jacobian_l1(module, codes())

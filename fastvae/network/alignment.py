@@ -33,8 +33,8 @@ def aligned(
         UnsupportedLayer: the runs differ in more than sizes.
     """
     if [each.target for each in first] != [each.target for each in second]:
-        raise UnsupportedLayer("its forward does other things for other numbers of samples")
-    found = [Operation(start, "batch", torch.ops.aten.sym_size.int, [Slot(0), 0], {})]
+        raise UnsupportedLayer("its forward does something else for batches of another size")
+    found = [Operation(start, "batch", torch.ops.aten.sym_size.int, [Slot(0), 0], {}, True)]
     numbers: dict[int, int] = {}
     sizes: dict[tuple[int, int], int] = {}
 
@@ -46,7 +46,7 @@ def aligned(
             raise UnsupportedLayer("its forward has a size that is not linear in the number of samples")
         if (slope, offset) not in sizes:
             index = start + len(found)
-            found.append(Operation(index, "size", linear_size, [Slot(start), slope, offset], {}))
+            found.append(Operation(index, "size", linear_size, [Slot(start), slope, offset], {}, True))
             sizes[slope, offset] = index
         return Slot(sizes[slope, offset])
 
@@ -64,8 +64,8 @@ def aligned(
     for one, other in zip(first, second, strict=True):
         args = merged(one.args, other.args)
         if set(one.kwargs) != set(other.kwargs):
-            raise UnsupportedLayer("its forward does other things for other numbers of samples")
+            raise UnsupportedLayer("its forward does something else for batches of another size")
         kwargs = {key: merged(value, other.kwargs[key]) for key, value in one.kwargs.items()}
         numbers[one.index] = start + len(found)
-        found.append(Operation(start + len(found), one.name, one.target, args, kwargs))
+        found.append(Operation(start + len(found), one.name, one.target, args, kwargs, one.is_number))
     return found, numbers

@@ -40,9 +40,21 @@ class _Known:
             for path, inner in named(module):
                 check_module(path, inner)
             mine = copy_with_modes(module)
-            program = read_program(mine, z, condition)
-            self.sweeps[False] = Sweeps(program, z.device.type)
-            verify_program(mine, self.sweeps[False], z, condition)
+            try:
+                self.sweeps[False] = _verified(mine, z, condition, apart=False)
+            except CoupledSamples:
+                raise
+            except UnsupportedLayer as first:
+                # Its forward may have taken the size of the batch for a constant.
+                try:
+                    self.sweeps[False] = _verified(mine, z, condition, apart=True)
+                except CoupledSamples:
+                    raise
+                except UnsupportedLayer:
+                    raise first from None
+            program = self.sweeps[False].program
+        except CoupledSamples as error:
+            self.coupled = str(error)
         except (UnsupportedLayer, ImpossibleLayer) as error:
             self.failure = str(error)
         wanted = set()
@@ -84,9 +96,9 @@ class _Known:
         return tensors
 
 
-def _verified(mine: nn.Module, program: Program, z: Tensor) -> Sweeps:
-    sweeps = Sweeps(program)
-    verify_program(mine, sweeps, z)
+def _verified(mine: nn.Module, z: Tensor, condition: Tensor | None, apart: bool) -> Sweeps:
+    sweeps = Sweeps(read_program(mine, z, condition, apart=apart), z.device.type)
+    verify_program(mine, sweeps, z, condition)
     return sweeps
 
 
@@ -125,7 +137,7 @@ def read_network(
                 origin = origin_of(module)
                 if origin is not None:
                     _of_copies.setdefault(origin, {})[key] = fresh
-                found = fresh, [] if fresh.failure else _visited(module, fresh, condition)
+                found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh, condition)
     known, tensors = found
     if known.coupled:
         raise CoupledSamples(known.coupled)
@@ -171,10 +183,14 @@ def verify_network(module: nn.Module, z: Tensor, condition: Tensor | None = None
 
 
 def _visited(module: nn.Module, known: _Known, condition: Tensor | None) -> list[Tensor | None]:
-    collected = visit(module, known.lines)
-    if collected is None:
-        raise UnsupportedLayer(f"the {type(module).__name__} changes when it is read")
-    return known.tensors(module, collected.found, condition)
+    changes = f"the {type(module).__name__} changes when it is read"
+    try:
+        collected = visit(module, known.lines)
+        if collected is not None:
+            return known.tensors(module, collected.found, condition)
+    except _GONE as error:
+        raise UnsupportedLayer(changes) from error
+    raise UnsupportedLayer(changes)
 
 
 def _current(
@@ -188,7 +204,8 @@ def _current(
         collected = visit(module, known.lines)
         if collected is None:
             return None
-        return known, [] if known.failure else known.tensors(module, collected.found, condition)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        # Something is gone, or does not compare with what is remembered: the module changed.
+        return known, [] if known.failure or known.coupled else known.tensors(
+            module, collected.found, condition
+        )
+    except _GONE:
         return None

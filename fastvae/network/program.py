@@ -185,13 +185,7 @@ _MOVES = frozenset(
 )
 
 
-def rows_of(z: Tensor, times: int, more: int) -> int:
-    """A size that was seen to follow the batch's."""
-    return len(z) * times + more
-
-
 _SIZES = {
-    rows_of,
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.truediv,
     operator.pow, operator.getitem, max, min, int,
 }  # fmt: skip

@@ -8,6 +8,7 @@ random numbers are refused.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from fastvae._compiling import exporting
 from fastvae._second_order import RECURRENT, lstm_cell, twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.tracing import READING
@@ -26,6 +29,9 @@ from fastvae.network.quiet import quietly
 from fastvae.private import private_copy
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+Held = dict[tuple[Any, ...], tuple[tuple[str, Any], ...]]
+"""The way to tensors that a module holds, by what tells them apart."""
 
 BATCH = 2
 """Samples of the batch that is run: torch.export takes one sample for a size that never changes."""
@@ -39,13 +45,16 @@ def copy_with_modes(module: nn.Module) -> nn.Module:
     return made
 
 
-def read_program(module: nn.Module, z: Tensor, condition: Tensor | None = None) -> Program:
+def read_program(
+    module: nn.Module, z: Tensor, condition: Tensor | None = None, *, apart: bool = False
+) -> Program:
     """The program of a copy of a module, which only this thread uses.
 
     Args:
         module: see :func:`copy_with_modes`.
         z: one code [1 or more, ...]; its numbers do not matter.
         condition: what goes with the codes, [1 or more, ...], as the second argument.
+        apart: run it with two batches and compare, for what took the size of one for a constant.
 
     Raises:
         UnsupportedLayer: the forward cannot be run that way, or does what a program cannot say.
@@ -53,17 +62,41 @@ def read_program(module: nn.Module, z: Tensor, condition: Tensor | None = None) 
     examples = [torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)]
     if condition is not None:
         examples.append(rows_of(condition, BATCH))
+    # What the module holds before a forward of the copy adds to it.
+    held = _held_tensors(module)
     with READING, warnings.catch_warnings(), torch.autocast(z.device.type, enabled=False):
         warnings.simplefilter("ignore")
         _check_output(module, examples)
-        try:
-            traced = _traced(module, examples, any_batch=True)
-        except _Untraced as first:
+        failure: _Untraced | None = None
+        for batch in () if apart else ("named", "any"):
             try:
-                return _of_two_batches(module, examples).program()
-            except _Untraced:
-                raise UnsupportedLayer(str(first)) from first
-    return traced.program()
+                traced = _traced(module, examples, held, batch)
+                if traced.of_any_batch:
+                    return traced.program()
+            except _Untraced as error:
+                failure = failure or error
+        try:
+            return _of_two_batches(module, examples, held).program()
+        except _Untraced as error:
+            raise UnsupportedLayer(str(failure or error)) from error
+
+
+class Called(nn.Module):
+    """A module whose forward takes ``*args``, as one of its inputs by name, which torch.export asks for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: Tensor) -> Any:
+        """What it returns."""
+        return self.module(z)
+
+
+def takes_any(module: nn.Module) -> bool:
+    """Whether the forward takes ``*args`` and no argument by name."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    return bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
 
 
 class _Untraced(Exception):  # noqa: N818
@@ -84,13 +117,13 @@ def _check_output(module: nn.Module, examples: Sequence[Tensor]) -> None:
             output = module(z.clone().requires_grad_(), *others)
         except Exception as error:
             raise UnsupportedLayer(
-                f"its forward raised {type(error).__name__}: {first_line(error)}"
+                f"its forward raised {type(error).__name__}: {_first_line(error)}"
             ) from error
     if not isinstance(output, Tensor):
         raise UnsupportedLayer(f"its forward returns a {type(output).__name__}, expected one tensor")
-    if output.dim() == 0 or len(output) != BATCHES[0]:
+    if output.dim() == 0 or len(output) != BATCH:
         raise UnsupportedLayer(
-            f"of {BATCHES[0]} codes its forward makes {list(output.shape)}, expected a row for each"
+            f"of {BATCH} codes its forward makes {list(output.shape)}, expected a row for each"
         )
 
 
@@ -100,42 +133,43 @@ class _Traced(NamedTuple):
     sources: list[Source]
     operations: list[Operation]
     output: int
+    of_any_batch: bool
 
     def program(self) -> Program:
         """As a program."""
         return Program(self.sources, self.operations, self.output)
 
 
-def _traced(module: nn.Module, examples: Sequence[Tensor], *, any_batch: bool) -> _Traced:
-    """One run; with ``any_batch`` sizes stay symbols, otherwise they are those of the examples."""
+def _traced(module: nn.Module, examples: Sequence[Tensor], held: Held, batch: str) -> _Traced:
+    """One run. The number of samples is a symbol ("named"), or where it can be ("any"), or the examples' ("fixed")."""
     from torch.export import Dim, export
 
-    batch = Dim("batch")
-    shapes = tuple({0: batch} for _ in examples) if any_batch else None
+    size = {"named": Dim("batch"), "any": Dim.AUTO, "fixed": None}[batch]
+    shapes = None if size is None else tuple({0: size} for _ in examples)
+    called = Called(module) if takes_any(module) else module
     try:
-        with torch.enable_grad(), twice_differentiable(), quietly(), marked() as calls:
-            exported = export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
+        with torch.enable_grad(), twice_differentiable(), exporting(), quietly(), marked() as calls:
+            exported = export(called, tuple(examples), dynamic_shapes=shapes, strict=False)
             _keep_no_grad(exported.graph_module)
             exported = exported.run_decompositions(_simpler())
     except Exception as error:
         text = f"torch.export cannot run its forward: {type(error).__name__}: {_first_line(error)}"
         raise _Untraced(text) from error
-    return _written_down(exported, module, calls)
+    return _written_down(exported, held, calls, "" if called is module else "module.")
 
 
-def _of_two_batches(module: nn.Module, examples: Sequence[Tensor]) -> _Traced:
-    """For a forward that takes the number of samples for a constant: from a run with 2 and one with 3."""
-    batches = BATCH, BATCH + 1
+def _of_two_batches(module: nn.Module, examples: Sequence[Tensor], held: Held) -> _Traced:
+    """For a forward that takes the number of samples for a constant: from a run with 2 and one with 5."""
+    batches = BATCH, BATCH + 3
     one, other = (
-        _traced(module, [rows_of(example, batch) for example in examples], any_batch=False)
-        for batch in batches
+        _traced(module, [rows_of(example, batch) for example in examples], held, "fixed") for batch in batches
     )
     if [each[:3] for each in one.sources] != [
         each[:3] for each in other.sources
     ] or one.output != other.output:
-        raise UnsupportedLayer("its forward does other things for other numbers of samples")
+        raise UnsupportedLayer("its forward does something else for batches of another size")
     operations, numbers = aligned(one.operations, other.operations, batches, 1 + len(one.sources))
-    return _Traced(one.sources, operations, numbers.get(one.output, one.output))
+    return _Traced(one.sources, operations, numbers.get(one.output, one.output), True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -229,22 +263,18 @@ def _keep_no_grad(exported: GraphModule) -> None:
     exported.recompile()
 
 
-def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Traced:
+def _written_down(exported: Any, held: Held, calls: list[Call], prefix: str) -> _Traced:
     signature = exported.graph_signature
     constants = {**dict(exported.constants), **dict(exported.tensor_constants)}
-    held = _held_tensors(module)
     graph_module, numbers = exported.graph_module, {}
     by_name = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
-    nodes, *others = (list(each.graph_module.graph.nodes) for each in exported)
-    if any(_outline(other) != _outline(nodes) for other in others):
-        raise UnsupportedLayer("its forward does something else for batches of another size")
-    twins = {node: twin for other in others for node, twin in zip(nodes, other, strict=True)}
-    placeholders = [node for node in nodes if node.op == "placeholder"]
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     codes = [node for node in placeholders if by_name[node.name].kind.name == "USER_INPUT"]
     if any(spec.kind.name != "USER_OUTPUT" for spec in signature.output_specs):
         raise UnsupportedLayer("its forward changes buffers of the module")
-    numbers = {codes[0]: 0}
+    numbers[codes[0]] = 0
     sources: list[Source] = []
+    operations: list[Operation] = []
     for node in placeholders:
         if node is codes[0]:
             continue
@@ -253,7 +283,7 @@ def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Trace
         if kind == "USER_INPUT":
             source = Source("", node.name, is_condition=True)
         elif kind in ("PARAMETER", "BUFFER"):
-            path, _, name = spec.target.rpartition(".")
+            path, _, name = spec.target.removeprefix(prefix).rpartition(".")
             source = Source(path, name)
         elif kind == "CONSTANT_TENSOR" and isinstance(constants.get(spec.target), Tensor):
             constant = constants[spec.target]
@@ -264,7 +294,7 @@ def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Trace
         sources.append(source)
         numbers[node] = len(sources)
     output = None
-    for node in nodes:
+    for node in graph_module.graph.nodes:
         if node.op == "call_function":
             index = 1 + len(sources) + len(operations)
             operations.append(_operation(node, index, numbers, calls))
@@ -277,7 +307,18 @@ def _written_down(exported: Any, module: nn.Module, calls: list[Call]) -> _Trace
         elif node.op != "placeholder":
             raise UnsupportedLayer(f"its forward uses {node.op} ({node.target})")
     assert output is not None
-    return _Traced(sources, operations, output)
+    return _Traced(sources, operations, output, _of_any_batch(exported, codes[0]))
+
+
+def _of_any_batch(exported: Any, codes: Any) -> bool:
+    """Whether what was written down holds for batches of any size; UnsupportedLayer if for some of them."""
+    size = codes.meta["val"].shape[0]
+    if isinstance(size, int):
+        return False
+    known = exported.range_constraints.get(size.node.expr)
+    if known is not None and (known.lower > BATCH or known.upper < 2**31):
+        raise UnsupportedLayer("its forward does something else for batches of another size")
+    return True
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -329,36 +370,11 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in _schema(target)):
         raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
 
-    def __init__(self, numbers: dict[Any, int], start: int) -> None:
-        self.numbers, self.start = numbers, start
-        self.operations: list[Operation] = []
-
-    def add(self, node: Any, twin: Any) -> None:
-        """The operation of a node; ``twin`` is the same node of another batch, or the node itself."""
-        target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            raise UnsupportedLayer(f"its forward uses control flow of torch ({target.__name__})")
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and _drops_out(node):
-            raise UnsupportedLayer(f"its forward draws random numbers ({target})")
-        if any(arg.alias_info is not None and arg.alias_info.is_write for arg in _schema(target)):
-            raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
-        args = self._taken(node.args, twin.args)
-        kwargs = {key: self._taken(value, twin.kwargs[key]) for key, value in node.kwargs.items()}
-        is_number = isinstance(
-            node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-        )
-        self.numbers[node] = self._append(node.name, target, args, kwargs, is_number)
-
-    def _append(self, name: str, target: Any, args: Any, kwargs: dict[str, Any], is_number: bool) -> int:
-        index = self.start + len(self.operations)
-        self.operations.append(Operation(index, name, target, args, kwargs, is_number))
-        return index
-
-    def _taken(self, tree: Any, twin: Any) -> Any:
+    def taken(tree: Any) -> Any:
         if isinstance(tree, torch.fx.Node):
-            return Slot(self.numbers[tree])
+            return Slot(numbers[tree])
         if isinstance(tree, (list, tuple)):
-            return [self._taken(*pair) for pair in zip(tree, twin, strict=True)]
+            return [taken(entry) for entry in tree]
         if isinstance(tree, slice):
             raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
         return tree
@@ -373,9 +389,9 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
         *tensors, momentum, eps = source.args
         target, args = torch.ops.aten.batch_norm.default, [*tensors, False, momentum, eps, False]
         return Operation(index, node.name, target, taken(args), {})
-    return Operation(
-        index, node.name, target, taken(node.args), {key: taken(value) for key, value in node.kwargs.items()}
-    )
+    is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    kwargs = {key: taken(value) for key, value in node.kwargs.items()}
+    return Operation(index, node.name, target, taken(node.args), kwargs, is_number)
 
 
 def _begins(node: Any) -> bool:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._second_order import twice_differentiable
-from fastvae.lowering.errors import UnsupportedLayer
-from fastvae.network.layers import Products
-from fastvae.network.reading import follow, rows_of
+from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
+from fastvae.network.layers import Point, Products
+from fastvae.network.reading import copy_with_modes, follow, rows_of
 from fastvae.network.sweeps import Inputs, Sweeps
 
+_MANY = 65
+"""No batch at which a forward is likely to begin to do something else is larger."""
 _ROWS = 3
 """Not the batch at which the module was read."""
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -43,9 +45,9 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
     rows[-1] = noise[-1].to(rows)
     error = None
     try:
-        twin = copy.deepcopy(module).double()
+        twin = copy_with_modes(module).double()
         error = _error(twin, sweeps, rows.double(), _widened(given))
-    except UnsupportedLayer:
+    except (UnsupportedLayer, CoupledSamples):
         raise
     except Exception:
         # Something in it is of one dtype only.
@@ -53,7 +55,7 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
     if error is None:
         try:
             error = _error(module, sweeps, rows, given)
-        except UnsupportedLayer:
+        except (UnsupportedLayer, CoupledSamples):
             raise
         except Exception as failure:
             text = (str(failure).strip().splitlines() or [""])[0]
@@ -63,6 +65,8 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
     worst, what = error
     if not worst <= 1:
         raise UnsupportedLayer(f"the {what} of the network read from it is not its own")
+    with torch.autocast(z.device.type, enabled=False):
+        _check_other_batches(module, sweeps, rows, given)
 
 
 def _widened(condition: Tensor | None) -> Tensor | None:
@@ -106,7 +110,6 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         output = sweeps.output(at)
         if output.shape != own.shape:
             return float("inf"), "output"
-        _check_alone(module, sweeps, tensors, z, own)
         dz, cotangents = sweeps.reverse(at, v)
         dots = sweeps.tangent(at, u)
         moved = dots[program.output]
@@ -145,21 +148,28 @@ def _several(sweeps: Sweeps, at: Point, u: Tensor) -> Tensor | None:
     return found
 
 
-def _check_alone(
-    module: nn.Module, sweeps: Sweeps, tensors: list[Tensor | None], z: Tensor, own: Tensor
-) -> None:
-    """The last sample by itself: the network that was read does as the module, and that what it does in a batch."""
-    z = z.detach()[-1:]
-    with twice_differentiable():
-        try:
-            alone = module(z)
-        except Exception as failure:
-            raise UnsupportedLayer(f"of one code it raises {type(failure).__name__}") from failure
-    inputs = Inputs(sweeps, z, tensors)
-    found = sweeps.output(sweeps.forward(inputs.detached(), z, inputs.wanted))
-    if not _alike(found, alone):
-        raise UnsupportedLayer("what was read of it does something else with one code than with several")
-    if not _alike(alone, own[-1:]):
+@torch.no_grad()
+def _check_other_batches(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None) -> None:
+    """One code by itself, and many: the network that was read does as the module, and that what it does in a batch."""
+    outputs = []
+    for count in (1, _ROWS, _MANY):
+        rows, given = rows_of(z, count), None if condition is None else rows_of(condition, count)
+        tensors = [
+            given if source.is_condition else _tensor(module, source) for source in sweeps.program.sources
+        ]
+        with twice_differentiable():
+            try:
+                own = module(rows) if given is None else module(rows, given)
+            except Exception as failure:
+                raise UnsupportedLayer(
+                    f"of a batch of {count} it raises {type(failure).__name__}"
+                ) from failure
+        inputs = Inputs(sweeps, rows, tensors)
+        found = sweeps.output(sweeps.forward(inputs.detached(), rows, inputs.wanted))
+        if not _alike(found, own):
+            raise UnsupportedLayer("its forward does something else for batches of another size")
+        outputs.append(own[:1])
+    if not (_alike(outputs[0], outputs[1]) and _alike(outputs[2], outputs[1])):
         raise CoupledSamples(
             "in its forward a sample's output depends on the other samples of its batch, or on their number; make it "
             "independent of them"

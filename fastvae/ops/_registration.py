@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
+from fastvae._compiling import is_compiling
 from fastvae.decoding import check_outputs, contradiction
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower

@@ -109,6 +109,7 @@ def _jacobian_by_sweeps(
         with torch.inference_mode(False), torch.no_grad():
             return _jacobian_by_sweeps(network, z.clone(), reduction, output, latents, p)
     check_memory("jacobian_l1", z=z)
+    z = usual_tensor(z)
     refuse_forward_mode("jacobian_l1", z, *(tensor for tensor in network.tensors if tensor is not None))
     if output == "sigmoid":
         if sweeps.program.ends_in_sigmoid:
