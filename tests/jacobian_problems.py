@@ -98,3 +98,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
     a, b = actual.detach().to("cpu", torch.float64), expected.detach().to("cpu", torch.float64)
     error, size = (a - b).norm(), b.norm()
     assert error <= tolerance * (size + 1e-3), f"{name}: off by {error:.2e} of {size:.2e}"
+
+
+def entries(module: Callable[[Tensor], Tensor], z: Tensor, p: int = 1) -> Tensor:
+    """The sum over latents and outputs by one reverse pass an output, reverse over reverse: [B]."""
+    y = module(z).flatten(1)
+    terms = torch.zeros(len(z), dtype=z.dtype)
+    for column in y.unbind(1):
+        terms = terms + torch.autograd.grad(column.sum(), z, create_graph=True)[0].abs().pow(p).sum(1)
+    return terms

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from flow_problems import assert_near, cotangents
+from jacobian_problems import entries
 from torch import Tensor, nn
 
 from fastvae import reference
@@ -110,19 +111,25 @@ def check_rules(network: ReadNetwork, module: nn.Module, z: Tensor, tolerance: f
 
 def check_jacobian(network: ReadNetwork, module: nn.Module, z: Tensor, p: int) -> None:
     """Value and gradients, all latents at once in front of one forward sweep, against the reference."""
-    results = []
-    for by_sweeps in (True, False):
+
+    def with_gradients(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         point = z.detach().clone().requires_grad_()
-        if by_sweeps:
-            latents = list(range(z.shape[1]))
-            value = jacobian_l1(network.sweeps, network.tensors, point, latents, p, "none")
-        else:
-            value = reference.jacobian_l1(module, point, "none", p=p)
-        results.append(
-            [value, *grads([value], leaves(module, point), [torch.linspace(0.5, 1.5, len(z)).to(z)])]
-        )
+        value = function(point)
+        return [value, *grads([value], leaves(module, point), [torch.linspace(0.5, 1.5, len(z)).to(z)])]
+
+    latents = list(range(z.shape[1]))
+    found = with_gradients(
+        lambda point: jacobian_l1(network.sweeps, network.tensors, point, latents, p, "none")
+    )
+    try:
+        wanted = with_gradients(lambda point: reference.jacobian_l1(module, point, "none", p=p))
+    except RuntimeError as error:
+        # From torch 2.14 on: the reference's p = 2 takes a third derivative, which InstanceNorm then refuses.
+        if "3rd+ order" not in str(error):
+            raise
+        wanted = with_gradients(lambda point: entries(module, point, p))
     names = names_of(module, f"p = {p}: value", f"p = {p}: z")
-    assert_all_near(*results, names, 10 * NEAR)
+    assert_all_near(found, wanted, names, 10 * NEAR)
 
 
 def flow_by_sweeps(

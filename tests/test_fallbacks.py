@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from jacobian_problems import gradients
+from jacobian_problems import entries, gradients
 from layer_kinds import Around, Call, Wave, decoder
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -20,15 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be lowered")
 
 def codes(batch: int = 4) -> Tensor:
     return torch.randn(batch, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-
-
-def entries(module: Callable[[Tensor], Tensor], z: Tensor, p: int = 1) -> Tensor:
-    """The sum over latents and outputs by one reverse pass an output, reverse over reverse: [B]."""
-    y = module(z).flatten(1)
-    terms = torch.zeros(len(z), dtype=z.dtype)
-    for column in y.unbind(1):
-        terms = terms + torch.autograd.grad(column.sum(), z, create_graph=True)[0].abs().pow(p).sum(1)
-    return terms
 
 
 @pytest.mark.parametrize("p", [1, 2])
