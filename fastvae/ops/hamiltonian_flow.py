@@ -121,7 +121,8 @@ def hamiltonian_flow(
         ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end
             under "bernoulli".
         TypeError: dtypes other than float32 and float64, or mixed.
-        CoupledSamples: BatchNorm or Dropout in training mode.
+        CoupledSamples: BatchNorm or Dropout in training mode; of a decoder that is read as a graph also where a
+            sample's output depends on its batch in any other way.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
     check_tensors("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
