@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
 from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
 from fastvae.lowering.snapshot import Node, compile_program, visit
+from fastvae.network.layers import registrations
 from fastvae.network.program import Program
 from fastvae.network.reading import copy_with_modes, follow, read_program
 from fastvae.network.sweeps import Sweeps
@@ -124,7 +125,7 @@ def read_network(
     check_uncoupled(module)
     given = (z,) if condition is None else (z, condition)
     forms = tuple((tensor.dtype, tensor.device, tuple(tensor.shape[1:])) for tensor in given)
-    key = forms, torch.get_default_dtype()
+    key = forms, torch.get_default_dtype(), registrations()
     found = _current(module, key, condition)
     if found is None:
         with _lock:

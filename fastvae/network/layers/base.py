@@ -10,6 +10,7 @@ A *dot row* may carry latents in front: where a value is [B, ...], its tangent a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -197,20 +198,54 @@ Maker = Callable[[Operation, Sequence[bool]], "Layer | None"]
 MAKERS: dict[Any, Maker] = {}
 """By operator (overload packet or function): what makes its layer, or None where the arguments do not suit it."""
 
+_registered = [0]
+
+
+def registrations() -> int:
+    """How many times a layer was registered: networks read before the last one are read again."""
+    return _registered[0]
+
 
 def layer_of(*targets: Any) -> Callable[[Maker], Maker]:
-    """Register a layer for ATen operators, by overload packet; names that this torch lacks are left out."""
+    """Register what makes the layer of ATen operators, as a decorator; what is known of an operator is replaced.
+
+    The maker takes an operation and, by number of the value, whether it depends on z, and returns a :class:`Layer` or
+    None: then autograd takes this one operation. A class of layers is a maker. Networks are read again afterwards.
+
+    Args:
+        targets: each the name of an ATen operator, left out where this torch lacks it; an operator, such as
+            ``torch.ops.mine.op`` of a library of yours, with all its overloads.
+
+    Raises:
+        ValueError: this torch has none of them.
+        TypeError: what is no operator, such as ``torch.erf``.
+    """
+    found = [each for each in map(_operator, targets) if each is not None]
+    if not found:
+        names = ", ".join(map(repr, targets)) or "nothing"
+        raise ValueError(
+            f"fastvae.network.layers.layer_of: targets: expected an operator of this torch, got {names}"
+        )
 
     def register(maker: Maker) -> Maker:
-        for target in targets:
-            if isinstance(target, str):
-                if not hasattr(torch.ops.aten, target):
-                    continue
-                target = getattr(torch.ops.aten, target)
-            MAKERS[target] = maker
+        MAKERS.update(dict.fromkeys(found, maker))
+        _registered[0] += 1
         return maker
 
     return register
+
+
+def _operator(target: Any) -> Any:
+    """As programs have it; None: this torch lacks it."""
+    if isinstance(target, str):
+        return getattr(torch.ops.aten, target, None)
+    packet = getattr(target, "overloadpacket", target)
+    if isinstance(packet, torch._ops.OpOverloadPacket) or packet is operator.getitem:
+        return packet
+    name = getattr(target, "__name__", repr(target))
+    raise TypeError(
+        f"fastvae.network.layers.layer_of: targets: expected operators, as 'erf' or torch.ops.aten.erf, got {name}"
+    )
 
 
 def make_layer(operation: Operation, active: Sequence[bool]) -> Layer | None:

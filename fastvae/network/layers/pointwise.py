@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import MAKERS, Gradients, Layer, Point, Products, Values, over_latents
+from .base import Gradients, Layer, Maker, Point, Products, Values, layer_of, over_latents
 
 aten = torch.ops.aten
 
@@ -213,7 +213,9 @@ FUNCTIONS: dict[str, Pointwise] = {
 """By the name of the operator."""
 
 
-def _maker(function: Pointwise) -> Callable[[Any, Sequence[bool]], Layer | None]:
+def pointwise_of(function: Pointwise) -> Maker:
+    """What makes the layer of a function of one element, for :func:`layer_of`."""
+
     def make(operation: Any, active: Sequence[bool]) -> Layer | None:
         # Of keywords the only one is approximate, of gelu; export gives the others by position.
         if set(operation.kwargs) - {"approximate"}:
@@ -236,4 +238,4 @@ def _maker(function: Pointwise) -> Callable[[Any, Sequence[bool]], Layer | None]
 
 for name, entry in FUNCTIONS.items():
     if hasattr(aten, name):
-        MAKERS[getattr(aten, name)] = _maker(entry)
+        layer_of(name)(pointwise_of(entry))
