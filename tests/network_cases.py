@@ -149,8 +149,8 @@ POINTWISE: dict[str, Case] = {
         ),
         VECTOR, ("relu", "elu", "silu"),
     ),
-    "PReLU": layer(nn.PReLU, VECTOR),
-    "PReLU of channels": layer(lambda: nn.PReLU(4), IMAGE),
+    "PReLU": layer(nn.PReLU, VECTOR, "prelu"),
+    "PReLU of channels": layer(lambda: nn.PReLU(4), IMAGE, "prelu"),
     "powers of a number and of another value": left_over(
         lambda h: 2**h + (2 + h.sin()) ** h.cos(), VECTOR, "pow"
     ),
@@ -271,7 +271,16 @@ def _under_no_grad(h: Tensor, w: Tensor) -> Tensor:
         return h.cos() * w
 
 
+TABLES: dict[str, Case] = {
+    "Embedding of the largest": call(
+        lambda h, w: h * F.embedding(h.argmax(1), w()), VECTOR, "embedding", held=((6, 6),)
+    ),
+    "PReLU, its slope a parameter of one's own": call(
+        lambda h, w: F.prelu(h, w().tanh()), VECTOR, "prelu", held=((1,),)
+    ),
+}
+
 FILES = {
     "affine": AFFINE, "choices": CHOICES, "joins": JOINS, "maps": MAPS, "norms": NORMS, "pointwise": POINTWISE,
-    "shapes": SHAPES,
+    "shapes": SHAPES, "tables": TABLES,
 }  # fmt: skip

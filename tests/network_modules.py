@@ -127,7 +127,9 @@ READ: dict[str, Callable[[], nn.Module]] = {
     "enable_grad in no_grad": of(grad_in_no_grad),
     "detach": of(lambda m, z: m.last(m.first(z).detach().sin() * m.first(z) + m.first.weight.detach().sum())),
     "a function of one's own": of(lambda m, z: m.last(Wave.apply(m.first(z)))),
-    "a function of one's own on a weight": of(lambda m, z: F.linear(m.first(z).sin(), Wave.apply(m.last.weight))),
+    "a function of one's own on a weight": of(
+        lambda m, z: F.linear(m.first(z).sin(), Wave.apply(m.last.weight))
+    ),
     "a nested function of one's own": lambda: Through(of(lambda m, z: m.last(Wave.apply(m.first(z))))()),
     "a function of one's own under no_grad": of(
         lambda m, z: m.last(torch.no_grad()(Wave.apply)(m.first(z)) * m.first(z).tanh())

@@ -35,8 +35,7 @@ class Constant(Layer):
     "detach", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "logical_xor",
     "bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__", "__xor__", "isnan", "isinf", "isfinite", "sign",
     "floor", "ceil", "round", "trunc", "argmax", "argmin", "zeros_like", "ones_like", "full_like", "new_zeros",
-    "new_ones", "new_full", "new_empty", "empty_like", "one_hot", "argsort", "floor_divide", "heaviside",
-    "searchsorted", "bucketize",
+    "new_ones", "new_full",
 )  # fmt: skip
 def constant(operation: Any, active: Sequence[bool]) -> Layer:
     """Any arguments."""

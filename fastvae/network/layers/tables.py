@@ -81,7 +81,7 @@ class PReLU(Layer):
             self._add_weight(point, grads, dy, dots[self.x])
 
 
-@layer_of("prelu", "_prelu_kernel")
+@layer_of("prelu")
 def prelu(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.prelu(x, weight)."""
     x, weight = operation.args
