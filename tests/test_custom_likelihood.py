@@ -148,6 +148,8 @@ def test_data_are_as_the_density_wants_them() -> None:
 
 
 def test_one_warning_for_an_operator_and_a_likelihood() -> None:
+    """Of log_px; a flow needs no kernel for a likelihood, and no warning."""
+
     class Fresh(Normal):
         pass
 
@@ -156,6 +158,9 @@ def test_one_warning_for_an_operator_and_a_likelihood() -> None:
         warnings.simplefilter("always")
         for model in models:
             model(data())
+        assert not seen
+        for vae in (make(VAE, Fresh()), make(VAE, Fresh())):
+            vae.log_likelihood(data(), 2)
     messages = [str(warning.message) for warning in seen]
     assert len(messages) == 1 and "Fresh is a likelihood of its own" in messages[0], messages
     assert "same result, slower" in messages[0]

@@ -351,3 +351,27 @@ def _to_meta(value: Any) -> Any:
 
 def _shapes(value: Any) -> Any:
     return value.shape if isinstance(value, Tensor) else [_shapes(entry) for entry in value]
+
+
+def test_the_rules_of_a_norm_refuse_what_does_not_fit() -> None:
+    rules = below.NormActivationRules("groups", 2, 1e-5, "silu")
+    x = torch.randn(3, 4, 5)
+    y, mean, s = rules.forward(x, None, None, None, None)
+    torch.testing.assert_close(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 2)))
+    refused: dict[str, Callable[[], object]] = {
+        "statistics": lambda: below.NormActivationRules("batch", 1, 0.0, "relu"),
+        "groups": lambda: below.NormActivationRules("groups", 0, 0.0, "relu"),
+        "activation": lambda: below.NormActivationRules("none", 1, 0.0, "leaky_relu x"),
+        "x: expected shape": lambda: rules.forward(x[0, 0], None, None, None, None),
+        "x: expected channels": lambda: rules.forward(x[:, :3], None, None, None, None),
+        "gain": lambda: rules.forward(x, torch.ones(3), None, None, None),
+        "dy: expected rows": lambda: rules.reverse(y[:, :, :2], x, None, None, mean, s, False),
+        "s: expected": lambda: rules.tangent(y, x, None, None, mean, s[:, :1]),
+        "dy, dy_dot": lambda: rules.adjoint(torch.cat([y, y]), y, y, x, None, None, mean, s, True),
+    }
+    for words, call in refused.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(TypeError, match="x: expected float32 or float64"):
+        rules.forward(x.half(), None, None, None, None)
+    assert rules.forward(x[:0], None, None, None, None)[0].shape == (0, 4, 5)

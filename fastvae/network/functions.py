@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-BEGINS, ENDS = "fastvae::function_begins", "fastvae::function_ends"
+BEGINS, ENDS = "fastvae_marks::function_begins", "fastvae_marks::function_ends"
 
 
 def _copies(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
@@ -58,7 +58,7 @@ def marked() -> Iterator[list[Call]]:
             return own(cls, *args, **kwargs)
         call, number = Call(cls, args), len(calls)
         calls.append(call)
-        begun = torch.ops.fastvae.function_begins([args[place] for place in call.places], number)
+        begun = torch.ops.fastvae_marks.function_begins([args[place] for place in call.places], number)
         replaced = list(args)
         for place, tensor in zip(call.places, begun, strict=True):
             replaced[place] = tensor
@@ -70,7 +70,7 @@ def marked() -> Iterator[list[Call]]:
         results = [result] if isinstance(result, Tensor) else list(result)
         if not all(isinstance(each, Tensor) for each in results):
             raise TypeError(f"{cls.__name__} returns something that is no tensor")
-        ended = torch.ops.fastvae.function_ends(results, number)
+        ended = torch.ops.fastvae_marks.function_ends(results, number)
         return ended[0] if isinstance(result, Tensor) else tuple(ended)
 
     Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]

@@ -379,7 +379,7 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
             raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
         return tree
 
-    if target is torch.ops.fastvae.function_ends.default:
+    if target is torch.ops.fastvae_marks.function_ends.default:
         number = node.args[1]
         begins = next(each for each in node.graph.nodes if _begins(each) and each.args[1] == number)
         return Operation(index, node.name, calls[number], [taken(begins.args[0])], {})
@@ -395,7 +395,7 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
 
 
 def _begins(node: Any) -> bool:
-    return node.target is torch.ops.fastvae.function_begins.default
+    return node.target is torch.ops.fastvae_marks.function_begins.default
 
 
 def _drops_out(node: Any) -> bool:

@@ -44,9 +44,11 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
     # The user's codes may be where nothing changes any more.
     rows[-1] = noise[-1].to(rows)
     error = None
+    compared = module, rows, given
     try:
         twin = copy_with_modes(module).double()
         error = _error(twin, sweeps, rows.double(), _widened(given))
+        compared = twin, rows.double(), _widened(given)
     except (UnsupportedLayer, CoupledSamples):
         raise
     except Exception:
@@ -66,7 +68,8 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
     if not worst <= 1:
         raise UnsupportedLayer(f"the {what} of the network read from it is not its own")
     with torch.autocast(z.device.type, enabled=False):
-        _check_other_batches(module, sweeps, rows, given)
+        own, codes, conditions = compared
+        _check_other_batches(own, sweeps, codes, conditions)
 
 
 def _widened(condition: Tensor | None) -> Tensor | None:
@@ -179,7 +182,7 @@ def _check_other_batches(module: nn.Module, sweeps: Sweeps, z: Tensor, condition
 def _alike(a: Tensor, b: Tensor) -> bool:
     near = 100 * _TOLERANCE[a.dtype]
     return a.shape == b.shape and torch.allclose(
-        a, b, rtol=near, atol=near * max(float(b.abs().max()), 1e-3), equal_nan=True
+        a, b, rtol=near, atol=near * max(float(b.nan_to_num().abs().max()), 1e-3), equal_nan=True
     )
 
 

@@ -16,10 +16,11 @@ from fastvae._compiling import is_compiling
 from fastvae.decoding import check_outputs, contradiction
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import PLAIN, check_is_module, check_uncoupled
+from fastvae.lowering.checks import HOOKS, PLAIN, check_is_module, check_uncoupled
 from fastvae.lowering.errors import NotADecoder
 from fastvae.network.cache import ReadNetwork, read_network
 from fastvae.network.sweeps import Sweeps
+from fastvae.private import origin_of
 
 
 def cast_under_autocast(name: str) -> None:
@@ -275,7 +276,14 @@ def _refuse_codes(name: str, network: LoweredNetwork, z: Tensor) -> None:
         raise type(error)(str(error).replace("fastvae::jacobian_l1", f"fastvae::{name}")) from None
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(part, hooks) for part in module.modules() for hooks in HOOKS)
+
+
 def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
+    origin = origin_of(decoder)
+    if origin is not None and _has_hooks(decoder) and not _has_hooks(origin):
+        return  # The hooks are ours, on a private copy, for TracIn.
     seen = _warned.setdefault(name, weakref.WeakSet())
     if decoder not in seen:
         seen.add(decoder)

@@ -134,7 +134,7 @@ def hamiltonian_flow(
         )
     if z.dim() < 2:
         raise ValueError(f"fastvae::hamiltonian_flow: z: expected shape [B, d], got {list(z.shape)}")
-    check_condition("hamiltonian_flow", condition, len(z))
+    check_condition("hamiltonian_flow", condition, z.shape[0])
     if alpha.dim() != 1:
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))

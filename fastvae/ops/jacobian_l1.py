@@ -75,7 +75,7 @@ def jacobian_l1(
     check_jacobian_options(reduction, output, p)
     if z.dim() < 2:
         raise ValueError(f"fastvae::jacobian_l1: z: expected shape [B, d], got {list(z.shape)}")
-    check_condition("jacobian_l1", condition, len(z))
+    check_condition("jacobian_l1", condition, z.shape[0])
     indices = resolve_latents(latents, math.prod(z.shape[1:]))
     z = float32_under_autocast(z)
     network = lower_or_read("jacobian_l1", decoder, z, "autograd", condition=condition, flat=z.dim() == 2)

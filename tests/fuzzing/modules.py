@@ -21,7 +21,7 @@ from fastvae.lowering import CoupledSamples
 
 from .decoders import draw_module, spoil
 
-CASES = 150
+CASES = 40
 
 Case = dict[str, Any]
 
