@@ -210,6 +210,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+def draw_statistics(module: nn.Module, std: float = 0.3) -> None:
+    """Give the running statistics of its norms numbers as training leaves them; under no_grad."""
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+        elif name.endswith("running_mean"):
+            buffer.normal_(std=std)
+
+
 def decoder(name: str) -> nn.Module:
     """The decoder around a kind of layer, in eval mode, its running statistics drawn."""
     torch.manual_seed(0)
@@ -218,9 +227,5 @@ def decoder(name: str) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        for key, buffer in module.named_buffers():
-            if key.endswith("running_var"):
-                buffer.uniform_(0.5, 1.5)
-            elif key.endswith("running_mean"):
-                buffer.normal_(std=0.3)
+        draw_statistics(module)
     return module

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from layer_kinds import Call
+from layer_kinds import Call, draw_statistics
 from torch import Tensor, nn
 
 
@@ -70,9 +70,5 @@ def network_of(*cases: Case) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        for key, buffer in module.named_buffers():
-            if key.endswith("running_var"):
-                buffer.uniform_(0.5, 1.5)
-            elif key.endswith("running_mean"):
-                buffer.normal_(std=0.3)
+        draw_statistics(module)
     return module

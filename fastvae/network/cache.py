@@ -35,31 +35,32 @@ class _Known:
         # As text: a traceback would hold the module, and so keep its entry alive.
         self.failure = self.coupled = ""
         self.sweeps: dict[bool, Sweeps] = {}
-        program: Program | None = None
         check_readable(module)
         try:
             for path, inner in named(module):
                 check_module(path, inner)
             mine = copy_with_modes(module)
+            program = read_program(mine, z, condition)
             try:
-                self.sweeps[False] = _verified(mine, z, condition, apart=False)
+                self.sweeps[False] = _verified(mine, program, z, condition)
             except CoupledSamples:
                 raise
             except UnsupportedLayer as first:
                 # Its forward may have taken the size of the batch for a constant.
                 try:
-                    self.sweeps[False] = _verified(mine, z, condition, apart=True)
+                    program = read_program(mine, z, condition, apart=True)
+                    self.sweeps[False] = _verified(mine, program, z, condition)
                 except CoupledSamples:
                     raise
                 except UnsupportedLayer:
                     raise first from None
-            program = self.sweeps[False].program
         except CoupledSamples as error:
             self.coupled = str(error)
         except (UnsupportedLayer, ImpossibleLayer) as error:
             self.failure = str(error)
         wanted = set()
-        if program is not None:
+        if self.sweeps:
+            program = self.sweeps[False].program
             wanted = {(program.sources[at - 1].path, program.sources[at - 1].name) for at in program.used}
         root = Node("", module, wanted)
         self.lines = compile_program(root)
@@ -70,7 +71,7 @@ class _Known:
         if True not in self.sweeps:
             program = self.sweeps[False].program
             last = program.last()
-            if last is None or last.kind != "sigmoid":
+            if last is None or not program.ends_in_sigmoid:
                 return None
             self.sweeps[True] = self.sweeps[False].on(program.without(last))
         return self.sweeps[True]
@@ -97,8 +98,8 @@ class _Known:
         return tensors
 
 
-def _verified(mine: nn.Module, z: Tensor, condition: Tensor | None, apart: bool) -> Sweeps:
-    sweeps = Sweeps(read_program(mine, z, condition, apart=apart), z.device.type)
+def _verified(mine: nn.Module, program: Program, z: Tensor, condition: Tensor | None) -> Sweeps:
+    sweeps = Sweeps(program, z.device.type)
     verify_program(mine, sweeps, z, condition)
     return sweeps
 

@@ -31,16 +31,13 @@ class Sweeps:
     Args:
         program: see :class:`fastvae.network.program.Program`.
         device: "cpu" or another type, which has no kernels of ours for single layers.
-        opaque: numbers of operations that autograd is to take although a rule is known.
     """
 
-    def __init__(self, program: Program, device: str, opaque: Sequence[int] = ()) -> None:
+    def __init__(self, program: Program, device: str) -> None:
         self.program, self.device = program, device
         active = program.is_active
         layers: list[Layer] = [
-            (None if operation.index in opaque else make_layer(operation, active))
-            or AutogradLayer(operation, active)
-            for operation in program.active
+            make_layer(operation, active) or AutogradLayer(operation, active) for operation in program.active
         ]
         layers = without_cotangents(layers, program.output)
         self.layers = fuse(layers, program.output, active) if device == "cpu" else layers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from layer_kinds import Call
+from layer_kinds import Call, draw_statistics
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
@@ -139,11 +139,7 @@ def draw_module(rng: random.Random, latents: int) -> nn.Module:
         layers.append(nn.Linear(latents, 3))
     module: nn.Module = nn.Sequential(*layers)
     with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 1.5)
-            elif name.endswith("running_mean"):
-                buffer.normal_(std=0.3)
+        draw_statistics(module)
     return module
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from layer_kinds import draw_statistics
 from torch import Tensor, nn
 
 from fastvae.likelihoods import Bernoulli, Categorical, Likelihood
@@ -95,11 +96,7 @@ def build(entry: Entry, width: int = 1) -> nn.Module:
         for parameter in module.parameters():
             if parameter.dim() <= 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in module.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 1.5)
-            elif name.endswith("running_mean"):
-                buffer.normal_(std=0.2)
+        draw_statistics(module, 0.2)
     return module.eval()
 
 
