@@ -114,25 +114,6 @@ def test_compiles_whole(kind: type[BaseVAE]) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_data_parallel_process_group_of_one(kind: type[BaseVAE], tmp_path) -> None:  # type: ignore[no-untyped-def]
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = make(kind)
-        x = data()
-        model.loss(x, generator=seeded()).backward()
-        expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        model.zero_grad()
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            model.zero_grad()
-            parallel(x, generator=seeded()).mean().backward()
-        got = [p.grad for p in model.parameters()]
-        torch.testing.assert_close(got, expected)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("kind", MODELS)
 def test_training_on_digits(kind: type[BaseVAE]) -> None:
     """Training takes the model well below the entropy of the mean image."""
     datasets = pytest.importorskip("sklearn.datasets")
