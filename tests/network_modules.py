@@ -134,6 +134,9 @@ READ: dict[str, Callable[[], nn.Module]] = {
     "a function of one's own under no_grad": of(
         lambda m, z: m.last(torch.no_grad()(Wave.apply)(m.first(z)) * m.first(z).tanh())
     ),
+    "another way to the same from 90 samples on": of(
+        lambda m, z: Plain.forward(m, z) if z.shape[0] < 90 else Plain.forward(m, z.contiguous().clone())
+    ),
     "len(z)": of(lambda m, z: m.last(m.first(z).sin().view(len(z), 2, 3).flatten(1))),
     "int(z.shape[0])": of(lambda m, z: m.last(m.first(z).sin().reshape(int(z.shape[0]), -1))),
     "zeros of the batch": of(lambda m, z: m.last(torch.zeros(len(z), 6).to(z) + m.first(z).sin())),
@@ -178,6 +181,10 @@ def alone(m: Plain, z: Tensor) -> Tensor:
     return Plain.forward(m, z) * (3 if z.shape[0] == 1 else 1)
 
 
+def from_many_on(many: int) -> Callable[[], nn.Module]:
+    return of(lambda m, z: Plain.forward(m, z) * (3 if z.shape[0] >= many else 1))
+
+
 class Counts(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -201,9 +208,11 @@ NOT_READ: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a hook on a value": (of(hooked), "not its own"),
     "a loop over samples": (
         of(lambda m, z: torch.stack([Plain.forward(m, row) for row in z])),
-        "not its own",
+        "batches of another size",
     ),
     "one sample as no other": (of(alone), "batches of another size"),
+    "90 samples as no others": (from_many_on(90), "batches of another size"),
+    "2,000 samples as no others": (from_many_on(2000), "batches of another size"),
     "buffers that change": (Counts, "buffers"),
     "TorchScript": (
         lambda: Through(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))),

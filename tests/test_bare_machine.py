@@ -79,6 +79,7 @@ def run(tmp_path: Path) -> Run:
     return call
 
 
+@pytest.mark.slow
 def test_the_carried_build_is_taken_and_memory_is_checked_uncached(run: Run) -> None:
     result = run("first", "machine extension memcheck")
     assert result.status == 0, result.printed
@@ -91,6 +92,7 @@ def test_the_carried_build_is_taken_and_memory_is_checked_uncached(run: Run) -> 
     assert "everything passed" in result.files["summary.txt"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_recorded_and_the_next_one_runs(run: Run) -> None:
     fault = {"compute-sanitizer": "case $2 in memcheck) echo an error; exit 9;; esac", "nvidia-smi": "exit 6"}
     result = run("first", "machine extension memcheck racecheck", fault)

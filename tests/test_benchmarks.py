@@ -93,6 +93,7 @@ def test_quick_run_times_every_contestant_and_writes_its_results(tmp_path: Path)
         assert max(case["relative_error"].values()) <= flow.TOLERANCE
 
 
+@pytest.mark.slow
 def test_quick_memory_run_writes_the_peaks_at_both_numbers_of_steps(tmp_path: Path) -> None:
     run_quick(tmp_path, "--memory")
     record = read(tmp_path / "flow-memory-cpu-quick.json")
@@ -126,6 +127,7 @@ def test_relative_error_of_nan_is_nan_and_passes_no_bound() -> None:
     assert not error <= flow.TOLERANCE
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_log_likelihood_times_every_contestant(tmp_path: Path) -> None:
     printed = run_quick(tmp_path, script="log_likelihood")
     record = read(tmp_path / "log_likelihood-cpu-quick.json")
@@ -234,6 +236,7 @@ def test_peak_extra_memory_sees_what_a_callable_touches(
     assert 60 * 2**20 < touched < 80 * 2**20  # 64 MiB, give or take pages of the interpreter and the reading
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_jacobian_times_every_contestant(tmp_path: Path) -> None:
     printed = run_quick(tmp_path, script="jacobian")
     record = read(tmp_path / "jacobian-cpu-quick.json")
@@ -245,6 +248,7 @@ def test_quick_run_of_the_jacobian_times_every_contestant(tmp_path: Path) -> Non
     assert (tmp_path / "jacobian-cpu-quick.md").read_text().strip() == printed.strip()
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_regret_times_every_contestant(tmp_path: Path) -> None:
     printed = run_quick(tmp_path, script="regret")
     record = read(tmp_path / "regret-cpu-quick.json")
@@ -273,6 +277,7 @@ def test_tangent_floor_counts_three_products_of_every_layer_but_the_first() -> N
     floors.tangent_floor(layers, CPU)()
 
 
+@pytest.mark.slow
 def test_quick_run_of_consistency_times_every_contestant(tmp_path: Path) -> None:
     printed = run_quick(tmp_path, script="consistency")
     record = read(tmp_path / "consistency-cpu-quick.json")
@@ -282,6 +287,7 @@ def test_quick_run_of_consistency_times_every_contestant(tmp_path: Path) -> None
     assert (tmp_path / "consistency-cpu-quick.md").read_text().strip() == printed.strip()
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_models_times_every_contestant(tmp_path: Path) -> None:
     peer("pythae")
     printed = run_quick(tmp_path, script="models")
@@ -294,6 +300,7 @@ def test_quick_run_of_the_models_times_every_contestant(tmp_path: Path) -> None:
     assert (tmp_path / "models-cpu-quick.md").read_text().strip() == printed.strip()
 
 
+@pytest.mark.slow
 def test_quick_run_of_scale_extrapolates_every_task(tmp_path: Path) -> None:
     printed = run_quick(tmp_path, script="scale")
     record = read(tmp_path / "scale-cpu-quick.json")
@@ -337,6 +344,7 @@ def test_two_batches_are_the_same_objective() -> None:
     torch.testing.assert_close(consistency.two_batches(model, x, view, 0.3), expected)
 
 
+@pytest.mark.slow
 def test_quick_run_of_tracin_times_every_contestant(tmp_path: Path) -> None:
     peer("captum")
     printed = run_quick(tmp_path, script="tracin")
@@ -376,6 +384,7 @@ def test_influence_floor_takes_the_cheaper_exact_route_of_each_layer() -> None:
     assert floors.influence_operations(layers[:1], 5, 3) == 2 * (4 * 24 * 8 + 4 * 24 * 8 + 24 * 15)
 
 
+@pytest.mark.slow
 def test_quick_run_of_the_suite_writes_its_report(tmp_path: Path) -> None:
     printed = run_quick(
         tmp_path,

@@ -250,6 +250,7 @@ def test_time_limit(quick: None) -> None:
     assert demo.vae.history.steps == demo.hvae.history.steps
 
 
+@pytest.mark.slow
 def test_convolutional_problem(quick: None) -> None:
     problem = tiny_problem(20, (1, 28, 28))
     model = problem.build(HVAE, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from environments import PACKAGE, Environment
 
 OPTIONAL = ("sklearn", "scikit-learn", "tqdm", "PIL", "pillow", "matplotlib", "safetensors", "pytorch-ood")
@@ -65,6 +66,7 @@ def test_every_optional_package(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_demo_without_its_images(tmp_path: Path) -> None:
     environment = Environment(tmp_path / "env", "sklearn", "scikit-learn")
     result = environment.run("-m", "fastvae", "demo", path=PACKAGE.parent, cwd=tmp_path)

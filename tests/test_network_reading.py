@@ -103,6 +103,18 @@ def test_a_branch_on_the_batch_size() -> None:
             torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be lowered")
+def test_a_branch_on_the_batch_size_as_a_number() -> None:
+    """Which torch.export takes for a constant: each larger batch is compared once."""
+    module = made(of(lambda m, z: Plain.forward(m, z) * (2 if len(z) > 80 else 1)))
+    for batch in (3, 70, 81, 70):
+        z = codes(batch)
+        for mine, wanted in zip(flow(module, z), by_reference(module, z), strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(UnsupportedLayer, match="batches of another size"):
+        read_network(module, z)
+
+
 def by_reference(module: nn.Module, z: Tensor) -> tuple[Tensor, ...]:
     x = torch.zeros(len(z), 4).to(z)
     return reference.hamiltonian_flow(module, z, torch.ones_like(z), x, 0.1, z.new_ones(2), "gaussian")

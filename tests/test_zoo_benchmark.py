@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import pytest
 import zoo
 from test_benchmarks import read, run_quick
 from zoo import table
 
 
+@pytest.mark.slow
 def test_quick_run_times_what_runs_and_says_why_not(tmp_path: Path) -> None:
     names = ["mlp", "layernorm-mlp", "pythae-mlp"]
     printed = run_quick(tmp_path, "--only", ",".join(names), script="zoo")

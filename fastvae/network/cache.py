@@ -17,7 +17,7 @@ from fastvae.network.layers import registrations
 from fastvae.network.program import Program
 from fastvae.network.reading import copy_with_modes, follow, read_program
 from fastvae.network.sweeps import Sweeps
-from fastvae.network.verification import verify_program
+from fastvae.network.verification import MANY, verify_output, verify_program
 from fastvae.private import origin_of
 
 
@@ -35,6 +35,8 @@ class _Known:
         # As text: a traceback would hold the module, and so keep its entry alive.
         self.failure = self.coupled = ""
         self.sweeps: dict[bool, Sweeps] = {}
+        self.largest = MANY
+        """The largest batch whose output was compared."""
         check_readable(module)
         try:
             for path, inner in named(module):
@@ -46,6 +48,8 @@ class _Known:
             except CoupledSamples:
                 raise
             except UnsupportedLayer as first:
+                if program.is_aligned:
+                    raise
                 # Its forward may have taken the size of the batch for a constant.
                 try:
                     program = read_program(mine, z, condition, apart=True)
@@ -65,6 +69,18 @@ class _Known:
         root = Node("", module, wanted)
         self.lines = compile_program(root)
         self.names = [name for node in root.walk() for name in node.tensor_names()]
+
+    def compare_larger(self, module: nn.Module, z: Tensor, condition: Tensor | None) -> None:
+        """Of a forward that asked for the batch size as a number, nothing is known beyond what was compared."""
+        if not self.sweeps or not self.sweeps[False].program.is_aligned or len(z) <= self.largest:
+            return
+        try:
+            verify_output(copy_with_modes(module), self.sweeps[False], z, condition, batch=len(z))
+            self.largest = len(z)
+        except CoupledSamples as error:
+            self.coupled = str(error)
+        except UnsupportedLayer as error:
+            self.failure = str(error)
 
     def stripped(self) -> Sweeps | None:
         """The sweeps without the sigmoid that the network ends in; None if it does not."""
@@ -141,6 +157,9 @@ def read_network(
                     _of_copies.setdefault(origin, {})[key] = fresh
                 found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh, condition)
     known, tensors = found
+    if len(z) > known.largest:
+        with _lock:
+            known.compare_larger(module, z, condition)
     if known.coupled:
         raise CoupledSamples(known.coupled)
     if known.failure:

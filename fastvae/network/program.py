@@ -119,10 +119,21 @@ class Program:
         sources: the network's tensors, values 1 to len(sources).
         passive, active: operations, each in order.
         output: the number of the result.
+        turns: numbers of samples at which the module's forward may take another way, known from its reading.
+        is_aligned: whether it is made of the runs of two batches.
     """
 
-    def __init__(self, sources: Sequence[Source], operations: Sequence[Operation], output: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        operations: Sequence[Operation],
+        output: int,
+        *,
+        turns: Sequence[int] = (),
+        is_aligned: bool = False,
+    ) -> None:
         self.sources, self.operations, self.output = tuple(sources), tuple(operations), output
+        self.turns, self.is_aligned = tuple(turns), is_aligned
         self.size = 1 + len(sources) + len(operations)
         needed = {output}
         for operation in reversed(operations):
@@ -162,13 +173,16 @@ class Program:
         """The program in which one operation of one tensor hands that tensor on."""
         passed = operation.replaced(torch.ops.aten.alias.default, operation.args[:1])
         operations = [passed if each is operation else each for each in self.operations]
-        return Program(self.sources, operations, self.output)
+        return self._with(operations, self.output)
 
     def followed_by(self, target: Function) -> Program:
         """The program with one function more at its end."""
         index = 1 + len(self.sources) + len(self.operations)
         added = Operation(index, target.__name__, target, [Slot(self.output)], {})
-        return Program(self.sources, [*self.operations, added], index)
+        return self._with([*self.operations, added], index)
+
+    def _with(self, operations: Sequence[Operation], output: int) -> Program:
+        return Program(self.sources, operations, output, turns=self.turns, is_aligned=self.is_aligned)
 
     def start(self, z: Tensor, tensors: Sequence[Tensor | None]) -> list[Any]:
         """The passive values, with their graph, for the batch of z; active ones are None."""

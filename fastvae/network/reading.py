@@ -68,15 +68,17 @@ def read_program(
         warnings.simplefilter("ignore")
         _check_output(module, examples)
         failure: _Untraced | None = None
+        turns: tuple[int, ...] | None = None
         for batch in () if apart else ("named", "any"):
             try:
                 traced = _traced(module, examples, held, batch)
-                if traced.of_any_batch:
-                    return traced.program()
+                turns = traced.turns
+                if turns == ():
+                    return Program(traced.sources, traced.operations, traced.output)
             except _Untraced as error:
                 failure = failure or error
         try:
-            return _of_two_batches(module, examples, held).program()
+            return _of_two_batches(module, examples, held, turns or ())
         except _Untraced as error:
             raise UnsupportedLayer(str(failure or error)) from error
 
@@ -133,11 +135,8 @@ class _Traced(NamedTuple):
     sources: list[Source]
     operations: list[Operation]
     output: int
-    of_any_batch: bool
-
-    def program(self) -> Program:
-        """As a program."""
-        return Program(self.sources, self.operations, self.output)
+    turns: tuple[int, ...] | None
+    """Numbers of samples at which the forward takes another way; None where the run's own is taken for a constant."""
 
 
 def _traced(module: nn.Module, examples: Sequence[Tensor], held: Held, batch: str) -> _Traced:
@@ -158,7 +157,9 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], held: Held, batch: st
     return _written_down(exported, held, calls, "" if called is module else "module.")
 
 
-def _of_two_batches(module: nn.Module, examples: Sequence[Tensor], held: Held) -> _Traced:
+def _of_two_batches(
+    module: nn.Module, examples: Sequence[Tensor], held: Held, turns: Sequence[int]
+) -> Program:
     """For a forward that takes the number of samples for a constant: from a run with 2 and one with 5."""
     batches = BATCH, BATCH + 3
     one, other = (
@@ -169,7 +170,8 @@ def _of_two_batches(module: nn.Module, examples: Sequence[Tensor], held: Held) -
     ] or one.output != other.output:
         raise UnsupportedLayer("its forward does something else for batches of another size")
     operations, numbers = aligned(one.operations, other.operations, batches, 1 + len(one.sources))
-    return _Traced(one.sources, operations, numbers.get(one.output, one.output), True)
+    output = numbers.get(one.output, one.output)
+    return Program(one.sources, operations, output, turns=turns, is_aligned=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -307,18 +309,24 @@ def _written_down(exported: Any, held: Held, calls: list[Call], prefix: str) -> 
         elif node.op != "placeholder":
             raise UnsupportedLayer(f"its forward uses {node.op} ({node.target})")
     assert output is not None
-    return _Traced(sources, operations, output, _of_any_batch(exported, codes[0]))
+    return _Traced(sources, operations, output, _turns(exported, codes[0]))
 
 
-def _of_any_batch(exported: Any, codes: Any) -> bool:
-    """Whether what was written down holds for batches of any size; UnsupportedLayer if for some of them."""
+_LARGEST_TURN = 1024
+"""Forwards that do something else from here on are refused: so many samples would have to be run to see what."""
+
+
+def _turns(exported: Any, codes: Any) -> tuple[int, ...] | None:
+    """Numbers of samples next to those for which the run holds; None if it holds for its own alone."""
     size = codes.meta["val"].shape[0]
-    if isinstance(size, int):
-        return False
+    if isinstance(size, int) or size.node.expr.is_number:
+        return None
     known = exported.range_constraints.get(size.node.expr)
-    if known is not None and (known.lower > BATCH or known.upper < 2**31):
+    if known is None or known.upper >= 2**31:
+        return ()
+    if known.upper >= _LARGEST_TURN:
         raise UnsupportedLayer("its forward does something else for batches of another size")
-    return True
+    return (int(known.upper) + 1,)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

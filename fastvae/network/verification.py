@@ -6,6 +6,7 @@ reverse: an output alone would not tell a straight-through estimator or a detach
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastvae.network.layers import Point, Products
 from fastvae.network.reading import copy_with_modes, follow, rows_of
 from fastvae.network.sweeps import Inputs, Sweeps
 
-_MANY = 65
+MANY = 65
 """No batch at which a forward is likely to begin to do something else is larger."""
 _ROWS = 3
 """Not the batch at which the module was read."""
@@ -69,7 +70,16 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
         raise UnsupportedLayer(f"the {what} of the network read from it is not its own")
     with torch.autocast(z.device.type, enabled=False):
         own, codes, conditions = compared
-        _check_other_batches(own, sweeps, codes, conditions)
+        counts = 1, MANY, *sweeps.program.turns
+        _check_other_batches(own, sweeps, codes, conditions, counts)
+
+
+def verify_output(
+    module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None = None, *, batch: int
+) -> None:
+    """Compare the outputs of a batch of so many samples, and of few; see :func:`verify_program`."""
+    with torch.autocast(z.device.type, enabled=False):
+        _check_other_batches(module, sweeps, z, condition, (batch,))
 
 
 def _widened(condition: Tensor | None) -> Tensor | None:
@@ -152,10 +162,12 @@ def _several(sweeps: Sweeps, at: Point, u: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _check_other_batches(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None) -> None:
-    """One code by itself, and many: the network that was read does as the module, and that what it does in a batch."""
+def _check_other_batches(
+    module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None, counts: Sequence[int]
+) -> None:
+    """The network that was read does as the module in batches of these sizes, and that what it does in one of few."""
     outputs = []
-    for count in (1, _ROWS, _MANY):
+    for count in (_ROWS, *counts):
         rows, given = rows_of(z, count), None if condition is None else rows_of(condition, count)
         tensors = [
             given if source.is_condition else _tensor(module, source) for source in sweeps.program.sources
@@ -172,7 +184,7 @@ def _check_other_batches(module: nn.Module, sweeps: Sweeps, z: Tensor, condition
         if not _alike(found, own):
             raise UnsupportedLayer("its forward does something else for batches of another size")
         outputs.append(own[:1])
-    if not (_alike(outputs[0], outputs[1]) and _alike(outputs[2], outputs[1])):
+    if not all(_alike(output, outputs[0]) for output in outputs):
         raise CoupledSamples(
             "in its forward a sample's output depends on the other samples of its batch, or on their number; make it "
             "independent of them"
@@ -215,4 +227,4 @@ def _to_leaves(inputs: Inputs, found: dict[int, Tensor], leaves: list[Tensor]) -
     )  # fmt: skip
 
 
-__all__ = ["verify_program"]
+__all__ = ["MANY", "verify_output", "verify_program"]

@@ -30,7 +30,7 @@ from fastvae.influence.cache import FactorCache
 from fastvae.influence.factors import Factors
 from fastvae.training import History, load_checkpoint
 
-CASES = 260
+CASES = 150
 
 _FOLDER = "/dev/shm" if os.path.isdir("/dev/shm") else None
 _EPOCHS = 3

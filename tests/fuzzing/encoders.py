@@ -22,7 +22,7 @@ from fastvae.ood import LikelihoodRegret
 from fastvae.ood.copies import lower_encoder
 from fastvae.ood.sequential import refit_one
 
-CASES = 60
+CASES = 40
 
 _LATENT = 3
 _ACTIVATIONS: list[Callable[[random.Random], nn.Module]] = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastvae import VAE, ops, reference
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
-CASES = 24
+CASES = 12
 
 DIM, PIXELS, BATCH = 2, 12, 3
 

@@ -21,7 +21,7 @@ from fastvae.lowering import CoupledSamples
 
 from .decoders import draw_module, spoil
 
-CASES = 40
+CASES = 20
 
 Case = dict[str, Any]
 

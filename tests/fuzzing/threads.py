@@ -20,7 +20,7 @@ from fastvae.models.base import BaseVAE
 from fastvae.ood import LikelihoodRatio, LikelihoodRegret, NegativeLogLikelihood, SelfInfluence
 from fuzzing.encoders import random_model
 
-CASES = 20
+CASES = 12
 
 _SECONDS = 50
 """A thread that takes longer waits for another: the case fails before its worker is taken away."""
