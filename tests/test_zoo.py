@@ -7,9 +7,10 @@ is an expected failure, with its reason in the registry (``Entry.today``).
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -333,14 +334,39 @@ def test_float64(operator: str, entry: Entry) -> None:
         assert re.search(OUTSIDE.get(entry.name, ""), outside)
 
 
+def errors_of_roundings(p: Problem, expected: Mapping[str, Tensor]) -> Iterator[dict[str, float]]:
+    """Eager PyTorch's, with weights of the decoder that differ by as much as a sum of 16 roundings.
+
+    Adam's first steps are signs of gradients: where one is nearly zero, either is right.
+    """
+    decoder, generator = copy.deepcopy(p.decoder), torch.Generator().manual_seed(1)
+    rounded = p._replace(decoder=decoder)
+    for _ in range(16):
+        with torch.no_grad():
+            for theirs, own in zip(decoder.parameters(), p.decoder.parameters(), strict=True):
+                theirs.copy_(own * (1 + 2.4e-7 * torch.empty_like(own).normal_(generator=generator)))
+        yield errors_of(everything("regret", rounded, True), expected)
+
+
 @cases(RUNS, " float32", slow=OPERATORS)
 def test_float32(operator: str, entry: Entry) -> None:
     p = problem_of(entry, torch.float32)
     expected = exact(operator, entry.name)
     allowed = errors_of(everything(operator, p, True), expected)
-    for name, error in errors_of(everything(operator, p, False), expected).items():
-        limit = max(2 * allowed[name], FLOAT32_FLOOR[operator])
-        assert error <= limit, f"{name}: relative error {error:.3g}, eager PyTorch's {allowed[name]:.3g}"
+    errors = errors_of(everything(operator, p, False), expected)
+
+    def exceeding() -> dict[str, str]:
+        return {
+            name: f"relative error {error:.3g}, eager PyTorch's {allowed[name]:.3g}"
+            for name, error in errors.items()
+            if not error <= max(2 * allowed[name], FLOAT32_FLOOR[operator])
+        }
+
+    for other in errors_of_roundings(p, expected) if operator == "regret" and exceeding() else ():
+        allowed = {name: max(error, other[name]) for name, error in allowed.items()}
+        if not exceeding():
+            break
+    assert not exceeding()
 
 
 @cases(DIFFERENTIATED, slow=DIFFERENTIATED)
