@@ -125,7 +125,7 @@ test-cpp: build/cpp/default/.built
 test-all: test test-slow test-sanitizers test-asan
 
 test-slow: build/.extension
-	$(PY) -m pytest $(PYTEST_ARGS) -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
+	$(PY) -m pytest $(PYTEST_ARGS) -m "slow and not heavy" $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 # The extension under AddressSanitizer, in a folder of its own. CPython's own allocations that live to its end would be
 # reported as leaks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,9 @@ class Problem:
         return self
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float64) -> Problem:
+        own = [self.z, *self.decoder.parameters()]
+        if all((t.device, t.dtype) == (torch.device(device), dtype) for t in own):
+            return self
         decoder = copy.deepcopy(self.decoder).to(device, dtype)
         z, x = (
             t.detach().to(device, dtype, copy=True).requires_grad_(t.requires_grad) for t in (self.z, self.x)
@@ -122,12 +126,25 @@ class Problem:
         return dict(zip(leaves, found, strict=True))
 
 
+def made(decoder: str, values: int, probs: bool, seed: int) -> nn.Module:
+    module = DECODERS[decoder](values * (1 if decoder == "conv" else 4))
+    return seeded(nn.Sequential(module, nn.Sigmoid()) if probs else module, seed)
+
+
+once_made = functools.cache(made)
+
+
 def problem(
-    decoder: str = "mlp", likelihood: str | Likelihood = "bernoulli", batch: int = 3, seed: int = 0
+    decoder: str = "mlp",
+    likelihood: str | Likelihood = "bernoulli",
+    batch: int = 3,
+    seed: int = 0,
+    shared: bool = False,
 ) -> Problem:
+    """Shared: of a decoder that other tests have, too, so that it is read once for all of them."""
     like = LIKELIHOODS[likelihood] if isinstance(likelihood, str) else likelihood
-    made = DECODERS[decoder](like.values_per_element * (1 if decoder == "conv" else 4))
-    module = seeded(nn.Sequential(made, nn.Sigmoid()) if like.probs else made, seed)
+    module = (once_made if shared else made)(decoder, like.values_per_element, like.probs, seed)
+    module.requires_grad_()
     generator = torch.Generator().manual_seed(seed + 1)
     z = torch.rand(batch, 3, generator=generator, dtype=torch.float64) * 3 - 1.5
     with torch.no_grad():
@@ -162,7 +179,7 @@ def check(p: Problem, device: torch.device | str = "cpu", dtype: torch.dtype = t
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_against_autograd(decoder: str, likelihood: str, device: torch.device) -> None:
-    check(problem(decoder, likelihood).require(), device)
+    check(problem(decoder, likelihood, shared=True).require(), device)
 
 
 @quiet
@@ -178,7 +195,7 @@ def test_float32(decoder: str, device: torch.device) -> None:
 def test_subsets_of_requires_grad(
     decoder: str, likelihood: str, names: list[str], device: torch.device
 ) -> None:
-    p = problem(decoder, likelihood)
+    p = problem(decoder, likelihood, shared=True)
     weights = [name for name, _ in p.decoder.named_parameters()]
     chosen = {"weights": weights, "one": weights[:1]}.get(names[0] if names else "", names)
     check(p.require(chosen), device)
@@ -187,13 +204,13 @@ def test_subsets_of_requires_grad(
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("decoder", ["mlp", "residual"])
 def test_by_differences(decoder: str, likelihood: str) -> None:
-    p = problem(decoder, likelihood, batch=2).require()
+    p = problem(decoder, likelihood, batch=2, shared=True).require()
     leaves = [leaf for leaf in p.leaves().values() if leaf.requires_grad]
     assert torch.autograd.gradcheck(lambda *_: p.run(), leaves)
 
 
 def test_either_result_alone() -> None:
-    p = problem("residual", "gaussian").require()
+    p = problem("residual", "gaussian", shared=True).require()
     for at in (0, 1):
         wanted = p.gradients(p.oracle()[at : at + 1])
         for name, gradient in p.gradients(p.run()[at : at + 1]).items():
@@ -205,7 +222,7 @@ def test_either_result_alone() -> None:
 
 @pytest.mark.parametrize("x", ["uint8", "bool", "image"])
 def test_kinds_of_data(x: str, device: torch.device) -> None:
-    p = problem("residual").to(device)
+    p = problem("residual", shared=True).to(device)
     data = {
         "uint8": (p.x * 255).to(torch.uint8),
         "bool": p.x > 0.5,
@@ -217,7 +234,7 @@ def test_kinds_of_data(x: str, device: torch.device) -> None:
 
 
 def test_expanded_and_strided_inputs() -> None:
-    p = problem("residual", batch=4)
+    p = problem("residual", batch=4, shared=True)
     strided = replace(p, z=p.z.t().contiguous().t(), x=p.x[:1].expand(4, -1))
     assert not strided.z.is_contiguous()
     for found, wanted in zip(strided.run(), strided.oracle(), strict=True):
@@ -258,7 +275,7 @@ def test_a_condition_and_codes_that_are_no_vectors(step: Callable[[Tensor], Tens
 @quiet
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_empty_batch(decoder: str) -> None:
-    p = problem(decoder, batch=0).require()
+    p = problem(decoder, batch=0, shared=True).require()
     log_px, force = p.run()
     assert log_px.shape == (0,) and force.shape == (0, 3)
     for name, gradient in p.gradients((log_px, force)).items():
@@ -267,7 +284,7 @@ def test_empty_batch(decoder: str) -> None:
 
 def test_a_sample_without_a_number_stays_alone() -> None:
     for decoder, likelihood in (("mlp", "bernoulli"), ("conv", "gaussian"), ("normalised", "categorical")):
-        p = problem(decoder, likelihood)
+        p = problem(decoder, likelihood, shared=True)
         p.z[1] = float("nan")
         for result in p.run():
             assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
@@ -276,7 +293,7 @@ def test_a_sample_without_a_number_stays_alone() -> None:
 @quiet
 @pytest.mark.parametrize("decoder", ["residual", "unreadable"])
 def test_no_grad_and_inference_mode(decoder: str) -> None:
-    p = problem(decoder, "gaussian").require()
+    p = problem(decoder, "gaussian", shared=True).require()
     expected = p.run()
     with torch.no_grad():
         results = [p.run()]
@@ -362,7 +379,7 @@ def test_a_decoder_that_cannot_be_read_is_warned_of_once() -> None:
         warnings.simplefilter("error")
         for decoder in ("mlp", "residual"):
             for likelihood in LIKELIHOODS:
-                problem(decoder, likelihood).run()
+                problem(decoder, likelihood, shared=True).run()
 
 
 # --- refusals
@@ -372,7 +389,7 @@ def test_a_decoder_that_cannot_be_read_is_warned_of_once() -> None:
 @pytest.mark.parametrize("at", [0, 1])
 def test_second_derivative_raises(at: int, names: list[str] | None) -> None:
     """Also where the cotangent requires no gradient, without which torch would leave the terms out in silence."""
-    p = problem("residual", "gaussian").require(names)
+    p = problem("residual", "gaussian", shared=True).require(names)
     leaves = [leaf for leaf in p.leaves().values() if leaf.requires_grad]
     first = torch.autograd.grad(p.run()[at].sum(), leaves, create_graph=True)
     for gradient in first:
@@ -383,7 +400,7 @@ def test_second_derivative_raises(at: int, names: list[str] | None) -> None:
 
 
 def test_the_gradient_of_a_gradient_in_its_cotangent_raises() -> None:
-    p = problem("residual").require(["z"])
+    p = problem("residual", shared=True).require(["z"])
     force = p.run()[1]
     v = torch.ones_like(force, requires_grad=True)
     (product,) = torch.autograd.grad(force, p.z, v, create_graph=True)
@@ -417,7 +434,7 @@ TRANSFORMS: dict[str, Callable[..., object]] = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["z", "x"])
 def test_function_transforms_raise(name: str, transform: str) -> None:
-    p = problem("residual", "gaussian")
+    p = problem("residual", "gaussian", shared=True)
     with pytest.raises(NotImplementedError, match=r"fastvae::log_px_and_force.*fastvae\.reference"):
         TRANSFORMS[transform](lambda t: replace(p, **{name: t}).run()[1], getattr(p, name))
 

@@ -67,6 +67,8 @@ def cases(
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             if operator in slow or entry.heavy:
                 marks.append(pytest.mark.slow)
+            if entry.heavy and (operator in slow or operator != "flow"):
+                marks.append(pytest.mark.heavy)
             found.append(pytest.param(operator, entry, marks=marks, id=f"{operator}-{entry.name}"))
     return pytest.mark.parametrize(("operator", "entry"), found)
 

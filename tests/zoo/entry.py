@@ -35,8 +35,8 @@ class Entry:
         method: of the module that decodes.
         own_gradients: why its gradients are the module's own and not the derivative of its output (a straight-through
             estimator, detach); empty where they are the derivative, as differences must then confirm.
-        heavy: takes so long that its tests are marked slow, and no differences are taken: what it is made of is in
-            lighter entries, too.
+        heavy: takes so long that only `make zoo` runs all of its tests, and no differences are taken: what it is made
+            of is in lighter entries, too.
         today: what fails, operator -> why.
     """
 
