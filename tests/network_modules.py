@@ -119,6 +119,20 @@ def normed(function: Callable[..., object], *, training: bool = False) -> Callab
     return make
 
 
+def in_place_between_uses(m: Plain, z: Tensor) -> Tensor:
+    h = m.first(z).sin()
+    before = h * 2
+    h.exp_()
+    return m.last(before + h)
+
+
+def seen_through(m: Plain, z: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is done in place to what ``look`` returns changes what it was given."""
+    h = m.first(z).sin()
+    look(h).mul_(3)
+    return m.last(h)
+
+
 P = nn.utils.parametrizations
 
 # Read, and by the sweeps what the module is.
@@ -134,6 +148,16 @@ READ: dict[str, Callable[[], nn.Module]] = {
     "a function of one's own under no_grad": of(
         lambda m, z: m.last(torch.no_grad()(Wave.apply)(m.first(z)) * m.first(z).tanh())
     ),
+    "in place": of(lambda m, z: m.last(m.first(z).mul_(2).add_(1, alpha=0.5).relu_())),
+    "in place between two uses": of(in_place_between_uses),
+    "in place on a view": of(lambda m, z: seen_through(m, z, lambda h: h[:, :3])),
+    "in place on what dropout handed on": of(
+        lambda m, z: seen_through(m, z, lambda h: F.dropout(h, training=False))
+    ),
+    "in place before a view": of(
+        lambda m, z: m.last(m.first(z).sin().mul_(2).view(-1, 2, 3).flatten(1).mul_(3))
+    ),
+    "in place on the code": of(lambda m, z: Plain.forward(m, z.clone().mul_(2))),
     "another way to the same from 90 samples on": of(
         lambda m, z: Plain.forward(m, z) if z.shape[0] < 90 else Plain.forward(m, z.contiguous().clone())
     ),

@@ -7,25 +7,24 @@ random numbers are refused.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from fastvae._compiling import exporting
-from fastvae._second_order import RECURRENT, lstm_cell, twice_differentiable
+from fastvae._second_order import twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.tracing import READING
 from fastvae.network.alignment import aligned
 from fastvae.network.functions import Call, marked
 from fastvae.network.program import Operation, Program, Slot, Source
 from fastvae.network.quiet import quietly
+from fastvae.network.simplifying import simplified
 from fastvae.private import private_copy
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -148,9 +147,7 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], held: Held, batch: st
     called = Called(module) if takes_any(module) else module
     try:
         with torch.enable_grad(), twice_differentiable(), exporting(), quietly(), marked() as calls:
-            exported = export(called, tuple(examples), dynamic_shapes=shapes, strict=False)
-            _keep_no_grad(exported.graph_module)
-            exported = exported.run_decompositions(_simpler())
+            exported = simplified(export(called, tuple(examples), dynamic_shapes=shapes, strict=False))
     except Exception as error:
         text = f"torch.export cannot run its forward: {type(error).__name__}: {_first_line(error)}"
         raise _Untraced(text) from error
@@ -176,93 +173,6 @@ def _of_two_batches(
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-@functools.cache
-def _simpler() -> dict[Any, Any]:
-    """Operators that are written down as what they are made of, for which there are rules."""
-    aten = torch.ops.aten
-    composite = torch.export.default_decompositions()
-    return {
-        **{
-            operator: composite[operator]
-            for operator in (aten.einsum.default, aten._scaled_dot_product_attention_math.default)
-        },
-        aten.addmm.default: _sum_and_product,
-        aten.baddbmm.default: _sum_and_product,
-        aten.addcmul.default: lambda a, b, c, *, value=1: a + b * c * value,
-        aten.addcdiv.default: lambda a, b, c, *, value=1: a + b / c * value,
-        aten.lerp.Scalar: lambda a, b, weight: a + (b - a) * weight,
-        aten.lerp.Tensor: lambda a, b, weight: a + (b - a) * weight,
-        aten.glu.default: _gated,
-        aten.gru_cell.default: _gru_cell,
-        aten.lstm_cell.default: lstm_cell,
-        aten.rnn_tanh_cell.default: lambda x, h, *weights: _projections(x, h, weights).tanh(),
-        aten.rnn_relu_cell.default: lambda x, h, *weights: _projections(x, h, weights).relu(),
-        **{getattr(aten, kind).input: _unrolled(run) for kind, run in RECURRENT.items()},
-        aten.threshold.default: lambda x, threshold, value: torch.where(x > threshold, x, value),
-    }
-
-
-def _sum_and_product(a: Tensor, b: Tensor, c: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return (a if beta == 1 else a * beta) + (b @ c if alpha == 1 else b @ c * alpha)
-
-
-_MOST_STEPS = 64
-"""Of recurrent layers, all steps, layers and directions together; longer ones stay whole, and go through autograd."""
-
-
-def _unrolled(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A recurrent layer as its cells, one after the other."""
-
-    def write(x: Tensor, hx: Any, params: Any, has_biases: bool, *options: Any) -> Any:
-        layers, dropout, train, bidirectional, batch_first = options
-        if dropout and train:
-            return NotImplemented
-        steps = x.shape[1 if batch_first else 0]
-        # A number of steps that is the number of samples says that the two were confused.
-        if not isinstance(steps, int) or steps * layers * (1 + bidirectional) > _MOST_STEPS:
-            return NotImplemented
-        return run(x, hx, params, has_biases, *options)
-
-    return write
-
-
-def _projections(x: Tensor, h: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
-    of_x, of_h, bias_x, bias_h = [*weights, None, None][:4]
-    assert of_x is not None and of_h is not None
-    return torch.nn.functional.linear(x, of_x, bias_x) + torch.nn.functional.linear(h, of_h, bias_h)
-
-
-def _gru_cell(x: Tensor, h: Tensor, *weights: Tensor) -> Tensor:
-    of_x, of_h, *biases = weights
-    reset_x, enter_x, new_x = torch.nn.functional.linear(x, of_x, *biases[:1]).chunk(3, 1)
-    reset_h, enter_h, new_h = torch.nn.functional.linear(h, of_h, *biases[1:]).chunk(3, 1)
-    new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
-    return new + (enter_x + enter_h).sigmoid() * (h - new)
-
-
-def _gated(x: Tensor, dim: int = -1) -> Tensor:
-    first, second = x.chunk(2, dim)
-    return first * second.sigmoid()
-
-
-def _keep_no_grad(exported: GraphModule) -> None:
-    """What is computed under no_grad is written down as detached; the decompositions would forget it."""
-    graph = exported.graph
-    for node in list(graph.nodes):
-        if (
-            node.op == "call_function"
-            and getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled"
-        ):
-            if node.args[0]:
-                continue
-            for result in list(node.users):
-                with graph.inserting_after(result):
-                    stopped = graph.call_function(torch.ops.aten.detach.default, (result,))
-                    stopped.meta = dict(result.meta)
-                result.replace_all_uses_with(stopped, lambda user, new=stopped: user is not new)
-    exported.recompile()
 
 
 def _written_down(exported: Any, held: Held, calls: list[Call], prefix: str) -> _Traced:

@@ -1,0 +1,212 @@
+"""What torch.export wrote down, in operators for which there are layers: others as what they are made of.
+
+torch's own ``run_decompositions`` runs the graph twice more, which takes longer than the export. Most networks need
+none of it: their operators have layers, and what they do in place is told from the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, GraphModule, Node
+
+from fastvae._second_order import RECURRENT, lstm_cell
+from fastvae.network.layers.base import MAKERS
+from fastvae.network.program import is_size
+
+
+def simplified(exported: Any) -> Any:
+    """An exported program in operators that have layers, without operations in place as far as that can be had."""
+    _keep_no_grad(exported.graph_module)
+    graph = exported.graph_module.graph
+    _drop_identities(graph)
+    if not all(map(_has_a_layer, graph.nodes)) or not _without_writes(graph):
+        return exported.run_decompositions(_simpler())
+    return exported
+
+
+def _drop_identities(graph: Graph) -> None:
+    """Dropout in eval mode, and casts to the dtype that is there, which was another tensor's and may change with it."""
+    for node in list(graph.nodes):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet is torch.ops.aten.to:
+            before, after = (each.meta["val"] for each in (node.args[0], node))
+            is_identity = (before.dtype, before.device) == (after.dtype, after.device)
+        else:
+            is_identity = packet in _DROPOUTS and node.args[2:] == (False,)
+        if is_identity:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+_DROPOUTS = [torch.ops.aten.dropout, torch.ops.aten.feature_dropout, torch.ops.aten.alpha_dropout]
+
+
+def _has_a_layer(node: Node) -> bool:
+    """Or is no operator that is made of others."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, (OpOverload, HigherOrderOperator)):
+        return True
+    if isinstance(target, HigherOrderOperator) or target in _simpler():
+        return False
+    known = target.overloadpacket in MAKERS or is_size(target)
+    return known or _writes(target) or not _is_composite(target)
+
+
+def _is_composite(target: OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+
+
+def _writes(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _without_writes(graph: Graph) -> bool:
+    """Put new values in the place of changed ones; False if it cannot be told who else sees a change."""
+    for node in list(graph.nodes):
+        if not _writes(node.target):
+            continue
+        written, target = node.args[0] if node.args else None, _out_of_place(node.target)
+        if target is None or not isinstance(written, Node) or not _is_fresh(written):
+            return False
+        if not all(user is node or _is_fresh(user) for user in written.users):
+            return False
+        with graph.inserting_before(node):
+            value = graph.call_function(target, node.args, node.kwargs)
+        value.meta = dict(node.meta)
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+        later = {user for user in written.users if value < user}
+        written.replace_all_uses_with(value, later.__contains__)
+    return True
+
+
+def _out_of_place(target: Any) -> OpOverload | None:
+    """relu for relu_; None where the first argument is not all that is written to."""
+    arguments = target._schema.arguments
+    name = target.overloadpacket.__name__
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not name.endswith("_") or name.endswith("__") or written != [arguments[0].name]:
+        return None
+    found = getattr(getattr(torch.ops.aten, name[:-1], None), target._overloadname, None)
+    if found is None or [a.name for a in found._schema.arguments] != [a.name for a in arguments]:
+        return None
+    return found if _is_fresh_operator(found) else None
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether its result has memory of its own."""
+    if node.op == "output":
+        return True
+    return node.op == "call_function" and _is_fresh_operator(node.target)
+
+
+def _is_fresh_operator(target: Any) -> bool:
+    if not isinstance(target, OpOverload) or any(r.alias_info is not None for r in target._schema.returns):
+        return False
+    # What is made of others may return its input as it is, as dropout does.
+    return target.overloadpacket.__name__ in _FRESH or not _is_composite(target)
+
+
+_FRESH = frozenset(
+    {
+        "linear", "matmul", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        "batch_norm", "group_norm", "layer_norm", "instance_norm",
+    }
+)  # fmt: skip
+
+
+@functools.cache
+def _simpler() -> dict[Any, Any]:
+    """Operators that are written down as what they are made of, for which there are rules."""
+    aten = torch.ops.aten
+    composite = torch.export.default_decompositions()
+    return {
+        **{
+            operator: composite[operator]
+            for operator in (aten.einsum.default, aten._scaled_dot_product_attention_math.default)
+        },
+        aten.addmm.default: _sum_and_product,
+        aten.baddbmm.default: _sum_and_product,
+        aten.addcmul.default: lambda a, b, c, *, value=1: a + b * c * value,
+        aten.addcdiv.default: lambda a, b, c, *, value=1: a + b / c * value,
+        aten.lerp.Scalar: lambda a, b, weight: a + (b - a) * weight,
+        aten.lerp.Tensor: lambda a, b, weight: a + (b - a) * weight,
+        aten.glu.default: _gated,
+        aten.gru_cell.default: _gru_cell,
+        aten.lstm_cell.default: lstm_cell,
+        aten.rnn_tanh_cell.default: lambda x, h, *weights: _projections(x, h, weights).tanh(),
+        aten.rnn_relu_cell.default: lambda x, h, *weights: _projections(x, h, weights).relu(),
+        **{getattr(aten, kind).input: _unrolled(run) for kind, run in RECURRENT.items()},
+        aten.threshold.default: lambda x, threshold, value: torch.where(x > threshold, x, value),
+    }
+
+
+def _sum_and_product(a: Tensor, b: Tensor, c: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return (a if beta == 1 else a * beta) + (b @ c if alpha == 1 else b @ c * alpha)
+
+
+_MOST_STEPS = 64
+"""Of recurrent layers, all steps, layers and directions together; longer ones stay whole, and go through autograd."""
+
+
+def _unrolled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer as its cells, one after the other."""
+
+    def write(x: Tensor, hx: Any, params: Any, has_biases: bool, *options: Any) -> Any:
+        layers, dropout, train, bidirectional, batch_first = options
+        if dropout and train:
+            return NotImplemented
+        steps = x.shape[1 if batch_first else 0]
+        # A number of steps that is the number of samples says that the two were confused.
+        if not isinstance(steps, int) or steps * layers * (1 + bidirectional) > _MOST_STEPS:
+            return NotImplemented
+        return run(x, hx, params, has_biases, *options)
+
+    return write
+
+
+def _projections(x: Tensor, h: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+    of_x, of_h, bias_x, bias_h = [*weights, None, None][:4]
+    assert of_x is not None and of_h is not None
+    return torch.nn.functional.linear(x, of_x, bias_x) + torch.nn.functional.linear(h, of_h, bias_h)
+
+
+def _gru_cell(x: Tensor, h: Tensor, *weights: Tensor) -> Tensor:
+    of_x, of_h, *biases = weights
+    reset_x, enter_x, new_x = torch.nn.functional.linear(x, of_x, *biases[:1]).chunk(3, 1)
+    reset_h, enter_h, new_h = torch.nn.functional.linear(h, of_h, *biases[1:]).chunk(3, 1)
+    new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
+    return new + (enter_x + enter_h).sigmoid() * (h - new)
+
+
+def _gated(x: Tensor, dim: int = -1) -> Tensor:
+    first, second = x.chunk(2, dim)
+    return first * second.sigmoid()
+
+
+def _keep_no_grad(exported: GraphModule) -> None:
+    """What is computed under no_grad is written down as detached; the decompositions would forget it."""
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if (
+            node.op == "call_function"
+            and getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled"
+        ):
+            if node.args[0]:
+                continue
+            for result in list(node.users):
+                with graph.inserting_after(result):
+                    stopped = graph.call_function(torch.ops.aten.detach.default, (result,))
+                    stopped.meta = dict(result.meta)
+                result.replace_all_uses_with(stopped, lambda user, new=stopped: user is not new)
+    exported.recompile()
+
+
+__all__ = ["simplified"]
