@@ -195,8 +195,11 @@ class Program:
 
 
 _MOVES = frozenset(
-    {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "clone", "permute", "transpose", "alias"}
-)
+    {
+        "alias", "clone", "contiguous", "flatten", "mT", "movedim", "numpy_T", "permute", "reshape", "reshape_as",
+        "squeeze", "swapaxes", "t", "transpose", "unflatten", "unsqueeze", "_unsafe_view", "view", "view_as",
+    }
+)  # fmt: skip
 
 
 _SIZES = {
