@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flow_problems import Residual, mlp, seeded
-from layer_kinds import Around, Call
+from layer_kinds import Around, Call, Wave
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,6 +82,11 @@ def test_what_is_opaque() -> None:
     assert "Opaque, each through autograd by itself: special_erfcx." in table
     (line,) = [line for line in table.splitlines() if line.startswith("special_erfcx")]
     assert line.split() == ["special_erfcx", "special_erfcx", "autograd", "[6]"]
+
+
+def test_a_function_of_ones_own_is_opaque_by_its_name() -> None:
+    network = Network(Around(Call(lambda h: Wave.apply(h)), (6,)).double(), z=Z)
+    assert network.opaque == ("Wave",)
 
 
 def test_computed_weights_are_told_apart() -> None:

@@ -300,7 +300,7 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
     if target is torch.ops.fastvae_marks.function_ends.default:
         number = node.args[1]
         begins = next(each for each in node.graph.nodes if _begins(each) and each.args[1] == number)
-        return Operation(index, node.name, calls[number], [taken(begins.args[0])], {})
+        return Operation(index, calls[number].__name__, calls[number], [taken(begins.args[0])], {})
     source: Any = node.args[0] if node.args else None
     if target is operator.getitem and getattr(source, "target", None) is _BATCH_NORM and node.args[1] == 0:
         # Its other results are of no use: as the one operation that it was.
