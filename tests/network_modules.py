@@ -119,6 +119,21 @@ def normed(function: Callable[..., object], *, training: bool = False) -> Callab
     return make
 
 
+class Rounded(torch.autograd.Function):
+    """Straight through."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:
+        return h.round()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+rounded = Rounded.apply
+
+
 def in_place_between_uses(m: Plain, z: Tensor) -> Tensor:
     h = m.first(z).sin()
     before = h * 2
@@ -144,6 +159,7 @@ READ: dict[str, Callable[[], nn.Module]] = {
     "a function of one's own on a weight": of(
         lambda m, z: F.linear(m.first(z).sin(), Wave.apply(m.last.weight))
     ),
+    "a function of one's own, kept": of(lambda m, z: m.last(rounded(m.first(z)) * m.first(z))),
     "a nested function of one's own": lambda: Through(of(lambda m, z: m.last(Wave.apply(m.first(z))))()),
     "a function of one's own under no_grad": of(
         lambda m, z: m.last(torch.no_grad()(Wave.apply)(m.first(z)) * m.first(z).tanh())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import _SingleLevelFunction
 
 BEGINS, ENDS = "fastvae_marks::function_begins", "fastvae_marks::function_ends"
 
@@ -51,11 +52,11 @@ def marked() -> Iterator[list[Call]]:
     """Mark the calls of this thread; they are listed by number. Another thread's functions are called as ever."""
     calls: list[Call] = []
     thread, inside = threading.get_ident(), [False]
-    own: Callable[..., Any] = Function.__dict__["apply"].__func__
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        own: Callable[..., Any] = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
         if threading.get_ident() != thread or inside[0] or kwargs:
-            return own(cls, *args, **kwargs)
+            return own(*args, **kwargs)
         call, number = Call(cls, args), len(calls)
         calls.append(call)
         begun = torch.ops.fastvae_marks.function_begins([args[place] for place in call.places], number)
@@ -64,7 +65,7 @@ def marked() -> Iterator[list[Call]]:
             replaced[place] = tensor
         inside[0] = True
         try:
-            result = own(cls, *replaced)
+            result = own(*replaced)
         finally:
             inside[0] = False
         results = [result] if isinstance(result, Tensor) else list(result)
@@ -73,11 +74,12 @@ def marked() -> Iterator[list[Call]]:
         ended = torch.ops.fastvae_marks.function_ends(results, number)
         return ended[0] if isinstance(result, Tensor) else tuple(ended)
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    # Where Function.apply itself looks, so that ``step = Step.apply`` of a user's file is marked, too.
+    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:
         yield calls
     finally:
-        Function.apply = classmethod(own)  # type: ignore[assignment, method-assign]
+        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
 
 
 __all__ = ["BEGINS", "ENDS", "Call", "marked"]
