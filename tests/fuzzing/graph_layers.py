@@ -76,7 +76,7 @@ def drawn_step(
     rng: random.Random, at: int, shapes: list[Shape], shared: dict[tuple[Any, ...], nn.Module]
 ) -> Step | None:
     shape = shapes[at]
-    kinds = [activation, gate, join, join, passive, part, softmax, stop, left_over]
+    kinds = [activation, changed, gate, join, join, passive, part, softmax, stop, left_over]
     kinds += (
         [vector, vector, image, rows]
         if len(shape) == 1
@@ -103,6 +103,30 @@ def activation(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
         [lambda m, h: m(h)] * 3 + [lambda _, h: h.sin(), lambda _, h: h.square() / (2 + h.cos())]
     )
     return function, [at], module, shapes[at]
+
+
+def changed(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    """What was computed is changed in place, as a whole, through a view of it, or between two uses."""
+
+    def through_a_view(_: nn.Module, h: Tensor) -> Tensor:
+        doubled = 2 * h
+        doubled.flatten(1)[:, :1].mul_(3)
+        return doubled + 1
+
+    def between_uses(_: nn.Module, h: Tensor) -> Tensor:
+        doubled = 2 * h
+        before = doubled + 1
+        doubled.neg_().sub_(h)
+        return before - 3 * doubled
+
+    functions: list[Callable[..., Tensor]] = [
+        lambda _, h: (1.5 * h).mul_(2).add_(1, alpha=0.5),
+        lambda _, h: F.relu_(h + 1),
+        lambda _, h: F.leaky_relu_(h.sin().add_(h), 0.1),
+        through_a_view,
+        between_uses,
+    ]
+    return rng.choice(functions), [at], None, shapes[at]
 
 
 def vector(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
