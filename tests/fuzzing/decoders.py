@@ -43,9 +43,9 @@ def joined(size: int) -> nn.Module:
     return Call(lambda h, inner: torch.cat([torch.tanh(inner(h)), h], 1), nn.Linear(size, 2))
 
 
-def rms_norm(size: int) -> nn.Module:
-    """Of one number it is its sign but for eps: its derivative is what is left of two terms that cancel."""
-    return nn.RMSNorm(size, eps=0.1 if size == 1 else None)
+def row_norm(kind: type[nn.LayerNorm | nn.RMSNorm], size: int) -> nn.Module:
+    """Of one number it is a constant, or its sign but for eps: derivatives are what is left of terms that cancel."""
+    return kind(size, eps=0.1) if size == 1 else kind(size)
 
 
 def sequence(rng: random.Random) -> nn.Module:
@@ -80,7 +80,8 @@ def _of_vectors(rng: random.Random, size: int) -> tuple[nn.Module, Shape]:
     if kind < 7:
         return rng.choice(ACTIVATIONS)(), (size,)
     if kind == 7:
-        return rng.choice([nn.LayerNorm, rms_norm, nn.BatchNorm1d])(size), (size,)
+        norm = rng.choice([nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])
+        return norm(size) if norm is nn.BatchNorm1d else row_norm(norm, size), (size,)
     if kind == 8:
         return functional(size, out, rng.choice(FUNCTIONS)), (out,)
     if kind == 9:
