@@ -184,10 +184,13 @@ class Once(torch.autograd.Function):
         return grad * ctx.saved_tensors[0].cos()
 
 
+@pytest.mark.parametrize("step", [Once.apply, lambda h: Once.apply(h)], ids=["kept", "looked up"])
 @pytest.mark.parametrize("operator", [ops.jacobian_l1, flow], ids=["jacobian_l1", "hamiltonian_flow"])
-def test_once_differentiable_is_refused(operator: Callable[..., object]) -> None:
+def test_once_differentiable_is_refused(
+    operator: Callable[..., object], step: Callable[[Tensor], Tensor]
+) -> None:
     """torch.autograd.grad leaves its terms out without a word."""
-    module = Around(Call(Once.apply), (6,)).double()
+    module = Around(Call(step), (6,)).double()
     with pytest.raises(
         NotImplementedError, match=r"decoder: expected one that PyTorch can differentiate twice"
     ):

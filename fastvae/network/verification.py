@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvae._second_order import twice_differentiable
+from fastvae._second_order import check_twice, twice_differentiable
 from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
 from fastvae.network.layers import Point, Products
 from fastvae.network.reading import copy_with_modes, follow, rows_of
@@ -109,9 +109,13 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         if not own.requires_grad:
             raise UnsupportedLayer("its output has no gradient to z")
         try:
-            (pulled,) = torch.autograd.grad(own, point, v, create_graph=True, allow_unused=True)
+            # A Function that is differentiable once says so only where the cotangent itself requires a gradient.
+            (pulled,) = torch.autograd.grad(
+                own, point, v.clone().requires_grad_(), create_graph=True, allow_unused=True
+            )
             if pulled is None:
                 raise UnsupportedLayer("its output has no gradient to z")
+            check_twice("its forward", pulled, point)
             total = (own * w).sum() + (pulled * u).sum()
             wanted = torch.autograd.grad(total, [point, *leaves], allow_unused=True, materialize_grads=True)
         except (RuntimeError, NotImplementedError) as failure:
