@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,8 +36,8 @@ class _Known:
         # As text: a traceback would hold the module, and so keep its entry alive.
         self.failure = self.coupled = ""
         self.sweeps: dict[bool, Sweeps] = {}
-        self.largest = MANY
-        """The largest batch whose output was compared."""
+        self.largest = sys.maxsize
+        """The largest batch for which this is known to hold."""
         check_readable(module)
         try:
             for path, inner in named(module):
@@ -65,6 +66,8 @@ class _Known:
         wanted = set()
         if self.sweeps:
             program = self.sweeps[False].program
+            if program.is_aligned:
+                self.largest = MANY
             wanted = {(program.sources[at - 1].path, program.sources[at - 1].name) for at in program.used}
         root = Node("", module, wanted)
         self.lines = compile_program(root)
@@ -72,15 +75,15 @@ class _Known:
 
     def compare_larger(self, module: nn.Module, z: Tensor, condition: Tensor | None) -> None:
         """Of a forward that asked for the batch size as a number, nothing is known beyond what was compared."""
-        if not self.sweeps or not self.sweeps[False].program.is_aligned or len(z) <= self.largest:
+        if len(z) <= self.largest:
             return
         try:
             verify_output(copy_with_modes(module), self.sweeps[False], z, condition, batch=len(z))
-            self.largest = len(z)
         except CoupledSamples as error:
             self.coupled = str(error)
         except UnsupportedLayer as error:
             self.failure = str(error)
+        self.largest = sys.maxsize if self.coupled or self.failure else len(z)
 
     def stripped(self) -> Sweeps | None:
         """The sweeps without the sigmoid that the network ends in; None if it does not."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from fastvae._second_order import RECURRENT, lstm_cell
 from fastvae.network.layers.base import MAKERS
@@ -22,10 +22,11 @@ from fastvae.network.program import is_size
 
 def simplified(exported: Any) -> Any:
     """An exported program in operators that have layers, without operations in place as far as that can be had."""
-    _keep_no_grad(exported.graph_module)
     graph = exported.graph_module.graph
+    _keep_no_grad(graph)
     _drop_identities(graph)
     if not all(map(_has_a_layer, graph.nodes)) or not _without_writes(graph):
+        exported.graph_module.recompile()
         return exported.run_decompositions(_simpler())
     return exported
 
@@ -191,9 +192,8 @@ def _gated(x: Tensor, dim: int = -1) -> Tensor:
     return first * second.sigmoid()
 
 
-def _keep_no_grad(exported: GraphModule) -> None:
+def _keep_no_grad(graph: Graph) -> None:
     """What is computed under no_grad is written down as detached; the decompositions would forget it."""
-    graph = exported.graph
     for node in list(graph.nodes):
         if (
             node.op == "call_function"
@@ -206,7 +206,6 @@ def _keep_no_grad(exported: GraphModule) -> None:
                     stopped = graph.call_function(torch.ops.aten.detach.default, (result,))
                     stopped.meta = dict(result.meta)
                 result.replace_all_uses_with(stopped, lambda user, new=stopped: user is not new)
-    exported.recompile()
 
 
 __all__ = ["simplified"]
