@@ -31,7 +31,8 @@ def problem(
     batch: int = 4,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Decoder in eval mode with statistics of its own, z [S, B, d], x [B, elements]."""
+    """A copy of the decoder in eval mode with statistics of its own, z [S, B, d], x [B, elements]."""
+    decoder = copy.deepcopy(decoder)
     generator = torch.Generator().manual_seed(0)
     for name, buffer in decoder.named_buffers():
         if buffer.is_floating_point():

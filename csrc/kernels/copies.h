@@ -41,12 +41,19 @@ struct CopiedRows {
   FASTVAE_HOST_DEVICE int64_t rows() const { return in + bias; }
 };
 
+// The parts of a sample's rows that a GPU's blocks take, whatever the number of samples.
+constexpr int64_t kCopiedRowsOfChunk = 64;
+FASTVAE_HOST_DEVICE constexpr int64_t copies_chunks(int64_t rows) {
+  return (rows + kCopiedRowsOfChunk - 1) / kCopiedRowsOfChunk;
+}
+
 // a = W h + b. Index: samples.
 template <typename T>
 struct CopiesProduct {
   CopiedRows<T> layer;
-  const T* h;  // [samples, in]
-  T* a;        // [samples, out]
+  const T* h;            // [samples, in]
+  T* a;                  // [samples, out]
+  T* partial = nullptr;  // CUDA: room for [samples, copies_chunks, out] where there is more than one chunk
 };
 
 // One step with the gradient delta (x) h, the step numbered layer.steps. Index: samples. With `grad_h`, W^T delta of
@@ -55,10 +62,11 @@ template <typename T>
 struct CopiesUpdate {
   CopiedRows<T> layer;
   const T* h;
-  const T* delta;     // [samples, out]
-  T* grad_h;          // [samples, in] or null
-  T* next;            // [samples, out] or null
-  bool flat_at_zero;  // grad_h is not read where h is zero, because the activation's slope is zero there
+  const T* delta;        // [samples, out]
+  T* grad_h;             // [samples, in] or null
+  T* next;               // [samples, out] or null
+  bool flat_at_zero;     // grad_h is not read where h is zero, because the activation's slope is zero there
+  T* partial = nullptr;  // CUDA, with `next`: as above
 };
 
 // All rows up to layer.steps. Index: samples.

@@ -77,7 +77,16 @@ struct HeadResidual {
   int64_t positions;
   int64_t channels;  // of a; x has channels / classes of them under a categorical likelihood
   LikelihoodSpec likelihood;
+  T* partial = nullptr;  // CUDA: room for [samples, head_chunks]; null where there is one chunk or no log_prob
 };
+
+// The parts of a sample that a GPU's blocks take, whatever the number of samples: of 64 observed numbers with a choice
+// of classes, or of 4,096 others.
+inline int64_t head_chunks(const LikelihoodSpec& likelihood, int64_t positions, int64_t channels) {
+  const bool chosen = likelihood.kind == Likelihood::kCategorical;
+  const int64_t numbers = positions * (chosen ? channels / likelihood.classes : channels), most = chosen ? 64 : 4096;
+  return (numbers + most - 1) / most;
+}
 
 // delta_dot = S adot + cotangent * residual;  grad_x += (d r/d x) adot. Index: samples.
 template <typename T>
@@ -258,9 +267,9 @@ struct JacobianAdjoint {
   ActivationSpec activation;
 };
 
-// Dot products of per-sample gradients from factors, the Gram matrices given (CPU): for samples i and j of a tile,
+// Dot products of per-sample gradients from factors, the Gram matrices given: for samples i and j of a tile,
 //   out[i, j] (+)= sum_{t,t'} (of_inputs[i t, j t'] + bias) of_grads[i t, j t']
-// CPU only. Index: samples of a.
+// Index: samples of a.
 template <typename T>
 struct GramProduct {
   const T* of_inputs;  // [samples_a terms_a, samples_b terms_b]
@@ -272,34 +281,6 @@ struct GramProduct {
   int64_t samples_b;
   int64_t terms_b;
   bool bias;
-  bool accumulate;  // add to out
-};
-
-// The same with the Gram matrices formed on the way, summed over layers:
-//   out[i, j] (+)= sum_l sum_{t,t'} (inputs_a[i t] . inputs_b[j t'] + bias) (grads_a[i t] . grads_b[j t'])
-constexpr int kGradDotLayers = 24;  // the struct travels in a kernel's arguments, of 4 KB
-
-template <typename T>
-struct GradDotLayer {
-  const T* inputs_a;  // [samples_a, terms_a, in]
-  const T* grads_a;   // [samples_a, terms_a, out]
-  const T* inputs_b;  // [samples_b, terms_b, in]
-  const T* grads_b;   // [samples_b, terms_b, out]
-  int64_t terms_a;
-  int64_t terms_b;
-  int64_t in;
-  int64_t out;
-  bool bias;
-};
-
-// CUDA only.
-template <typename T>
-struct GradDot {
-  GradDotLayer<T> layer[kGradDotLayers];
-  int depth;
-  T* out;  // [samples_a, samples_b]
-  int64_t samples_a;
-  int64_t samples_b;
   bool accumulate;  // add to out
 };
 
@@ -322,7 +303,8 @@ struct GradDot {
   DECLARE(small_flow_backward, SmallFlowBackward)   \
   DECLARE(jacobian_tangent, JacobianTangent)        \
   DECLARE(jacobian_head, JacobianHead)              \
-  DECLARE(jacobian_adjoint, JacobianAdjoint)
+  DECLARE(jacobian_adjoint, JacobianAdjoint)        \
+  DECLARE(gram_product, GramProduct)
 
 namespace cpu {
 #define FASTVAE_DECLARE_CPU(NAME, ARGS)                           \
@@ -330,7 +312,6 @@ namespace cpu {
   void NAME(const ARGS<double>& args, int64_t begin, int64_t end);
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CPU)
 FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DECLARE_CPU)
-FASTVAE_DECLARE_CPU(gram_product, GramProduct)
 FASTVAE_DECLARE_CPU(narrow_conv_transpose, NarrowConvTranspose)
 FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
 FASTVAE_DECLARE_CPU(conv_transpose_log_prob, ConvTransposeLogProb)
@@ -352,7 +333,6 @@ namespace cuda {
 FASTVAE_FOR_EACH_KERNEL(FASTVAE_DECLARE_CUDA)
 FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DECLARE_CUDA)
 FASTVAE_DECLARE_CUDA(small_flow_sum, SmallFlowSum)
-FASTVAE_DECLARE_CUDA(grad_dot, GradDot)
 #undef FASTVAE_DECLARE_CUDA
 void sample_keys(const SampleKeys& args, Stream stream);
 void keyed_numbers(const KeyedNumbers& args, Stream stream);

@@ -182,6 +182,13 @@ void NetworkCopies::unfold(size_t l) {
   });
 }
 
+// Room in which the blocks of a GPU sum over the rows of a dense layer.
+at::Tensor NetworkCopies::partial_sums(const Stage& stage) const {
+  const int64_t chunks = copies_chunks(stage.in.numel() + (stage.bias >= 0 ? 1 : 0));
+  return input_.is_cuda() && chunks > 1 ? aten::empty({samples_ * chunks * stage.out.numel()}, input_.options())
+                                        : at::Tensor();
+}
+
 // A h + b: the tensor that holds it, the layer's own or, of a stage that is its activation alone, the input.
 at::Tensor NetworkCopies::affine(size_t l) {
   const Stage& stage = this->stage(l);
@@ -206,9 +213,10 @@ at::Tensor NetworkCopies::affine(size_t l) {
     if (l == first_ && product_ready_) {
       return layer.a;
     }
+    const at::Tensor partial = partial_sums(stage);
     FASTVAE_DISPATCH(in, {
       const CopiesProduct<scalar_t> args{rows<scalar_t>(layer, stage), in.const_data_ptr<scalar_t>(),
-                                         layer.a.mutable_data_ptr<scalar_t>()};
+                                         layer.a.mutable_data_ptr<scalar_t>(), mutable_data_or_null<scalar_t>(partial)};
       FASTVAE_LAUNCH(copies_product, in.device(), args, samples_, layer.weight.value.stride(0));
     });
   } else {
@@ -302,13 +310,15 @@ at::Tensor NetworkCopies::affine_reverse(size_t l, const at::Tensor& delta) {
   if (!layer.dense) {
     return convolution_reverse(l, delta);
   }
+  const at::Tensor partial = partial_sums(stage);
   FASTVAE_DISPATCH(delta, {
     const CopiesUpdate<scalar_t> args{rows<scalar_t>(layer, stage),
                                       input(l).const_data_ptr<scalar_t>(),
                                       delta.const_data_ptr<scalar_t>(),
                                       mutable_data_or_null<scalar_t>(layer.grad_in),
                                       l == first_ ? layer.a.mutable_data_ptr<scalar_t>() : nullptr,
-                                      layer.flat_at_zero};
+                                      layer.flat_at_zero,
+                                      mutable_data_or_null<scalar_t>(partial)};
     FASTVAE_LAUNCH(copies_update, delta.device(), args, samples_, layer.weight.value.stride(0));
   });
   product_ready_ = product_ready_ || l == first_;

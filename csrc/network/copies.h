@@ -61,6 +61,7 @@ class NetworkCopies {
 
   void prepare(size_t l, const std::vector<at::Tensor>& parameters, const at::TensorOptions& options);
   void unfold(size_t l);
+  at::Tensor partial_sums(const Stage& stage) const;
   at::Tensor affine(size_t l);
   void activate(size_t l, const at::Tensor& a);
   at::Tensor affine_reverse(size_t l, const at::Tensor& delta);

@@ -171,16 +171,21 @@ void Network::head(at::Tensor raw, const at::Tensor& x, const at::Tensor& residu
   if (narrow) {
     raw = raw.view({-1, out.channels}).add(bias);
   }
+  const int64_t samples = raw.numel() / out.numel();
+  const int64_t chunks = head_chunks(likelihood_, out.positions(), out.channels);
+  const bool apart = raw.is_cuda() && log_prob.defined() && chunks > 1;
+  const at::Tensor partial = apart ? aten::empty({samples * chunks}, options_) : at::Tensor();
   FASTVAE_DISPATCH(raw, {
     const HeadResidual<scalar_t> args{raw.const_data_ptr<scalar_t>(),
                                       narrow ? nullptr : data_or_null<scalar_t>(bias),
                                       x.const_data_ptr<scalar_t>(),
                                       mutable_data_or_null<scalar_t>(residual),
                                       mutable_data_or_null<scalar_t>(log_prob),
-                                      raw.numel() / out.numel(),
+                                      samples,
                                       out.positions(),
                                       out.channels,
-                                      likelihood_};
+                                      likelihood_,
+                                      mutable_data_or_null<scalar_t>(partial)};
     FASTVAE_LAUNCH(head_residual, raw.device(), args, args.samples, out.numel());
   });
 }

@@ -3,8 +3,8 @@
 //
 //   <dA_i, dA_j> + <db_i, db_j> = sum_{t,t'} (h_it . h_jt' + 1) (delta_it . delta_jt')      (without a bias: + 0)
 //
-// summed over the layers of the call. On a CPU the two Gram matrices are formed in tiles that stay in a core's L2 and
-// multiplied there; a GPU has one kernel that keeps them in registers.
+// summed over the layers of the call. The two Gram matrices are formed in tiles that stay in cache, and multiplied
+// there.
 
 #include <algorithm>
 
@@ -16,8 +16,11 @@
 namespace fastvae {
 namespace {
 
-// Rows and columns of a Gram tile: two tiles of float32 take 512 KB of L2 and a product has enough depth for GEMM.
-constexpr int64_t kTileRows = 256;
+// Rows and columns of a Gram tile: two tiles of float32 take 512 KB of a core's L2 and a product has enough depth for
+// GEMM; on a GPU they take 32 MB of its L2, and a product has a tile for each multiprocessor.
+constexpr int64_t kTileRowsOnCpu = 256, kTileRowsOnCuda = 2048;
+
+int64_t tile_rows(const at::Tensor& tensor) { return tensor.is_cpu() ? kTileRowsOnCpu : kTileRowsOnCuda; }
 
 // One layer as the sums see it: [samples, terms, features].
 struct Layer {
@@ -90,10 +93,10 @@ std::vector<Layer> check_layers(const char* op, at::TensorList inputs_a, at::Ten
 
 // Adds a layer's part to out[first_a : first_a + count_a, first_b : first_b + count_b], or writes it if `first`.
 void add_tile(const Layer& layer, int64_t first_a, int64_t count_a, int64_t first_b, int64_t count_b, bool first,
-              const at::Tensor& gram, at::Tensor& out) {
-  const int64_t t = layer.terms_a(), u = layer.terms_b();
+              const at::Tensor& gram, const at::Tensor& out) {
+  const int64_t t = layer.terms_a(), u = layer.terms_b(), most = tile_rows(out);
   // More terms than a tile has rows are summed part by part.
-  const int64_t step_t = std::min(t, kTileRows), step_u = std::min(u, kTileRows);
+  const int64_t step_t = std::min(t, most), step_u = std::min(u, most);
   const auto part = [&](const at::Tensor& rows, int64_t sample, int64_t terms, int64_t term, int64_t samples,
                         int64_t length) { return as_rows(rows).narrow(0, sample * terms + term, samples * length); };
   for (int64_t ta = 0; ta < t; ta += step_t) {
@@ -117,26 +120,27 @@ void add_tile(const Layer& layer, int64_t first_a, int64_t count_a, int64_t firs
                                          length_b,
                                          layer.bias,
                                          !first || ta > 0 || tb > 0};
-        FASTVAE_LAUNCH_CPU(gram_product, args, count_a, length_a * rows_b);
+        FASTVAE_LAUNCH(gram_product, out.device(), args, count_a, length_a * rows_b);
       });
     }
   }
 }
 
-void grad_dot_cpu(const std::vector<Layer>& layers, at::Tensor& out) {
+void add_layers(const std::vector<Layer>& layers, const at::Tensor& out) {
+  const int64_t rows = tile_rows(out);
   int64_t widest_a = 1, widest_b = 1;
   for (const Layer& layer : layers) {
-    widest_a = std::max(widest_a, std::min(layer.terms_a(), kTileRows));
-    widest_b = std::max(widest_b, std::min(layer.terms_b(), kTileRows));
+    widest_a = std::max(widest_a, std::min(layer.terms_a(), rows));
+    widest_b = std::max(widest_b, std::min(layer.terms_b(), rows));
   }
   // Layers may differ in T; the samples of a tile are those that fit with the largest. A sample whose terms are
   // summed part by part is a tile of its own.
   const int64_t samples_a = out.size(0), samples_b = out.size(1);
-  const auto of_tile = [](const std::vector<Layer>& all, int64_t widest, bool is_a) {
-    const bool split = std::any_of(all.begin(), all.end(), [is_a](const Layer& layer) {
-      return (is_a ? layer.terms_a() : layer.terms_b()) > kTileRows;
+  const auto of_tile = [rows](const std::vector<Layer>& all, int64_t widest, bool is_a) {
+    const bool split = std::any_of(all.begin(), all.end(), [rows, is_a](const Layer& layer) {
+      return (is_a ? layer.terms_a() : layer.terms_b()) > rows;
     });
-    return split ? int64_t{1} : std::max<int64_t>(1, kTileRows / widest);
+    return split ? int64_t{1} : std::max<int64_t>(1, rows / widest);
   };
   const int64_t step_a = std::min(samples_a, of_tile(layers, widest_a, true));
   const int64_t step_b = std::min(samples_b, of_tile(layers, widest_b, false));
@@ -152,41 +156,13 @@ void grad_dot_cpu(const std::vector<Layer>& layers, at::Tensor& out) {
       }
     }
   };
-  // Too few tiles to share out: then each product is shared out instead.
-  if (tiles_a * tiles_b < at::get_num_threads()) {
+  // A device takes one after the other; of too few tiles to share out, each product is shared out instead.
+  if (!out.is_cpu() || tiles_a * tiles_b < at::get_num_threads()) {
     run(0, tiles_a * tiles_b);
   } else {
     at::parallel_for(0, tiles_a * tiles_b, 1, run);
   }
 }
-
-#ifdef FASTVAE_WITH_CUDA
-void grad_dot_cuda(const std::vector<Layer>& layers, at::Tensor& out) {
-  FASTVAE_DISPATCH(out, {
-    for (size_t start = 0; start < layers.size(); start += kGradDotLayers) {
-      GradDot<scalar_t> args{};
-      args.depth = static_cast<int>(std::min<size_t>(kGradDotLayers, layers.size() - start));
-      for (int l = 0; l < args.depth; ++l) {
-        const Layer& layer = layers[start + l];
-        args.layer[l] = {layer.inputs_a.const_data_ptr<scalar_t>(),
-                         layer.grads_a.const_data_ptr<scalar_t>(),
-                         layer.inputs_b.const_data_ptr<scalar_t>(),
-                         layer.grads_b.const_data_ptr<scalar_t>(),
-                         layer.terms_a(),
-                         layer.terms_b(),
-                         layer.inputs_a.size(2),
-                         layer.grads_a.size(2),
-                         layer.bias};
-      }
-      args.out = out.mutable_data_ptr<scalar_t>();
-      args.samples_a = out.size(0);
-      args.samples_b = out.size(1);
-      args.accumulate = start > 0;
-      cuda::grad_dot(args, c10::cuda::getCurrentCUDAStream(out.device().index()).stream());
-    }
-  });
-}
-#endif
 
 // g [n, m] beside every pair of terms: [n, t, m, u] as rows and columns.
 at::Tensor spread(const at::Tensor& g, const at::Tensor& gram, int64_t t, int64_t u) {
@@ -212,13 +188,7 @@ at::Tensor grad_dot(at::TensorList inputs_a, at::TensorList output_grads_a, at::
   if (layers.empty()) {
     return out.zero_();
   }
-#ifdef FASTVAE_WITH_CUDA
-  if (out.is_cuda()) {
-    grad_dot_cuda(layers, out);
-    return out;
-  }
-#endif
-  grad_dot_cpu(layers, out);
+  add_layers(layers, out);
   return out;
 }
 
@@ -250,7 +220,7 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
     };
     const at::Tensor to[] = {rows_of(0), rows_of(1), rows_of(2), rows_of(3)};
     const auto needed = [&](size_t list) { return needs[list * depth + l] != 0; };
-    const int64_t step = std::max<int64_t>(1, kTileRows / std::max<int64_t>(1, t));
+    const int64_t step = std::max<int64_t>(1, tile_rows(g) / std::max<int64_t>(1, t));
     for (int64_t first = 0; first < g.size(0); first += step) {
       const int64_t count = std::min(step, g.size(0) - first);
       const at::Tensor g_tile = g.narrow(0, first, count);

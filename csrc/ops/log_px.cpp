@@ -14,7 +14,7 @@ namespace {
 
 // Bytes of the widest stage's activations in a tile, and codes beyond which a tile gains nothing.
 constexpr int64_t kTileBytesOnCpu = int64_t{2} << 20;
-constexpr int64_t kTileBytesOnCuda = int64_t{64} << 20;
+constexpr int64_t kTileBytesOnCuda = int64_t{256} << 20;
 constexpr int64_t kTileRows = 4096;
 
 int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, bool cpu) {

@@ -197,6 +197,8 @@ void for_each_head(const LikelihoodSpec& likelihood, int64_t samples, int64_t po
               args.positions = positions;
               args.channels = channels;
               args.likelihood = likelihood;
+              const int64_t chunks = head_chunks(likelihood, positions, channels);
+              args.partial = wanted != 0 && chunks > 1 ? arena.scratch(samples * chunks) : nullptr;
               return args;
             });
     }
@@ -425,59 +427,7 @@ void for_each_jacobian(int64_t samples, int64_t latents, int64_t numel, const Ac
 // --- dot products of per-sample gradients
 // --------------------------------------------------------------------------------------------------------
 
-// Layers as {terms_a, terms_b, in, out, bias}: one term and several, few features and more than a panel holds.
-template <typename T>
-GradDot<T> grad_dot_case(Arena<T>& arena, int64_t samples_a, int64_t samples_b, int depth, bool accumulate) {
-  constexpr int64_t kSizes[][4] = {{1, 1, 37, 5}, {3, 2, 4, 17}, {1, 4, 16, 1}};
-  GradDot<T> args{};
-  args.depth = depth;
-  for (int l = 0; l < depth; ++l) {
-    const auto& [terms_a, terms_b, in, out] = kSizes[l % 3];
-    args.layer[l] = {arena.random(samples_a * terms_a * in),
-                     arena.random(samples_a * terms_a * out),
-                     arena.random(samples_b * terms_b * in),
-                     arena.random(samples_b * terms_b * out),
-                     terms_a,
-                     terms_b,
-                     in,
-                     out,
-                     l % 2 == 0};
-  }
-  args.out = accumulate ? arena.random(samples_a * samples_b) : arena.output(samples_a * samples_b);
-  args.samples_a = samples_a;
-  args.samples_b = samples_b;
-  args.accumulate = accumulate;
-  return args;
-}
-
-// The formula as it stands, in double.
-template <typename T>
-void naive_grad_dot(const GradDot<T>& args) {
-  const auto dot = [](const T* a, const T* b, int64_t n) {
-    double sum = 0.0;
-    for (int64_t k = 0; k < n; ++k) {
-      sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
-    }
-    return sum;
-  };
-  for (int64_t i = 0; i < args.samples_a; ++i) {
-    for (int64_t j = 0; j < args.samples_b; ++j) {
-      double total = args.accumulate ? static_cast<double>(args.out[i * args.samples_b + j]) : 0.0;
-      for (int l = 0; l < args.depth; ++l) {
-        const GradDotLayer<T>& layer = args.layer[l];
-        for (int64_t a = i * layer.terms_a; a < (i + 1) * layer.terms_a; ++a) {
-          for (int64_t b = j * layer.terms_b; b < (j + 1) * layer.terms_b; ++b) {
-            total += (dot(layer.inputs_a + a * layer.in, layer.inputs_b + b * layer.in, layer.in) + layer.bias) *
-                     dot(layer.grads_a + a * layer.out, layer.grads_b + b * layer.out, layer.out);
-          }
-        }
-      }
-      args.out[i * args.samples_b + j] = static_cast<T>(total);
-    }
-  }
-}
-
-// The two Gram matrices of a layer's tile given, as the CPU kernel takes them.
+// The two Gram matrices of a layer's tile given.
 template <typename T>
 GramProduct<T> gram_product_case(Arena<T>& arena, int64_t samples_a, int64_t terms_a, int64_t samples_b,
                                  int64_t terms_b, bool accumulate) {
@@ -496,19 +446,16 @@ GramProduct<T> gram_product_case(Arena<T>& arena, int64_t samples_a, int64_t ter
   return args;
 }
 
-template <typename T>
-void naive_gram_product(const GramProduct<T>& args) {
-  for (int64_t i = 0; i < args.samples_a; ++i) {
-    for (int64_t j = 0; j < args.samples_b; ++j) {
-      T* out = args.out + i * args.out_stride + j;
-      double total = args.accumulate ? static_cast<double>(*out) : 0.0;
-      for (int64_t t = 0; t < args.terms_a; ++t) {
-        for (int64_t u = 0; u < args.terms_b; ++u) {
-          const int64_t at = ((i * args.terms_a + t) * args.samples_b + j) * args.terms_b + u;
-          total += (static_cast<double>(args.of_inputs[at]) + args.bias) * static_cast<double>(args.of_grads[at]);
-        }
-      }
-      *out = static_cast<T>(total);
+template <typename T, typename Visitor>
+void for_each_gram_product(Visitor visit) {
+  // One term and several, more pairs than a block has threads, and more terms.
+  constexpr int64_t kShapes[][4] = {{1, 1, 1, 1}, {5, 1, 137, 1}, {3, 4, 45, 16}, {2, 3, 3, 135}, {4, 3, 7, 1}};
+  for (const auto& [samples_a, terms_a, samples_b, terms_b] : kShapes) {
+    for (const bool accumulate : {false, true}) {
+      visit("gram_product [" + std::to_string(samples_a) + ", " + std::to_string(samples_b) + "]", samples_a,
+            [a = samples_a, t = terms_a, b = samples_b, u = terms_b, accumulate](Arena<T>& arena) {
+              return gram_product_case(arena, a, t, b, u, accumulate);
+            });
     }
   }
 }
@@ -549,7 +496,10 @@ void for_each_case(Visitor visit) {
     for_each_head<T>(likelihood, 6, 1, 301, visit);
     for_each_head<T>(likelihood, 2, 173, 2, visit);
   }
+  for_each_head<T>({Likelihood::kBernoulli}, 2, 1, 5000, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 256}, 2, 5, 512, visit);
+  for_each_head<T>({Likelihood::kCategorical, 1.0, 300}, 2, 3, 300, visit);
+  for_each_head<T>({Likelihood::kCategorical, 1.0, 3}, 3, 45, 6, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 5}, 6, 19, 15, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 33}, 1, 1, 33, visit);
   for (const ActivationSpec& activation : activations()) {
@@ -557,6 +507,7 @@ void for_each_case(Visitor visit) {
   }
   for_each_jacobian<T>(1, 1, 1, activations()[8], visit);
   for_each_jacobian<T>(1, 2, kJacobianChunk + 130, activations()[6], visit);
+  for_each_gram_product<T>(visit);
   for_each_gaussian_kl<T>(1, 1, visit);
   for_each_gaussian_kl<T>(11, 67, visit);
   for_each_gaussian_kl<T>(301, 5, visit);

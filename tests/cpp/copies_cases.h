@@ -23,6 +23,8 @@ inline std::vector<CopiesCase> copies_cases() {
       {"behind ReLU", 3, 13, 37, 1, false, true},
       {"behind another activation", 2, 7, 130, 0, false, false},
       {"more columns than threads", 4, 3, 300, 1, false, true},
+      {"more rows than a block takes", 2, 150, 5, 1, true, false},
+      {"as many, behind ReLU", 2, 131, 3, 0, false, true},
   };
 }
 
@@ -121,6 +123,7 @@ void check_copies(const CopiesCase& c, const char* type, const Run& run) {
   T* h = arena.random(c.samples * c.in);
   T* a = arena.output(c.samples * c.out);
   T* grad_h = arena.output(c.samples * c.in);
+  T* partial = arena.scratch(c.samples * copies_chunks(rows) * c.out);
   double worst = 0.0;
   for (layer.steps = 0; layer.steps < kSteps; ++layer.steps) {
     if (!c.first || layer.steps == 0) {
@@ -128,12 +131,12 @@ void check_copies(const CopiesCase& c, const char* type, const Run& run) {
       for (int64_t i = 0; i < c.samples * c.in; ++i) {
         h[i] = (i + layer.steps / 2) % 3 == 0 ? T(0) : fresh[i];
       }
-      run(CopiesProduct<T>{layer, h, a});
+      run(CopiesProduct<T>{layer, h, a, partial});
     }
     worst = std::max(worst, distance(a, plain.product(h)));
     const T* delta = arena.random(c.samples * c.out);
     std::vector<double> expected = plain.transposed(delta);
-    run(CopiesUpdate<T>{layer, h, delta, c.first ? nullptr : grad_h, c.first ? a : nullptr, c.flat_at_zero});
+    run(CopiesUpdate<T>{layer, h, delta, c.first ? nullptr : grad_h, c.first ? a : nullptr, c.flat_at_zero, partial});
     if (!c.first) {
       for (size_t i = 0; i < expected.size(); ++i) {
         expected[i] = c.flat_at_zero && h[i] == T(0) ? 0.0 : expected[i];
@@ -209,6 +212,7 @@ void check_all_copies(const char* type, const Run& run) {
   check_adam_update<T>(type, run);
   check_copies_norm<T>(1, 1, 1, type, run);
   check_copies_norm<T>(3, 5, 19, type, run);
+  check_copies_norm<T>(2, 7, 70, type, run);
 }
 
 }  // namespace cases

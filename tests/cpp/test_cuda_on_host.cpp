@@ -117,25 +117,6 @@ void test_flow_fits() {
   CHECK(!fits(64, 0.0F, 1), "small_flow_fits: %s", "a device that is not there");
 }
 
-// Against the formula: the CPU op leaves the products to a library.
-template <typename T>
-void test_grad_dot(const char* type) {
-  // Sums of up to 12 layers x 6 terms of products of two sums of 37.
-  const double tolerance = 400.0 * std::numeric_limits<T>::epsilon();
-  constexpr int64_t kShapes[][3] = {{1, 1, 1}, {5, 33, 3}, {70, 31, 2}, {130, 40, 5}};
-  for (const auto& [samples_a, samples_b, depth] : kShapes) {
-    for (const bool accumulate : {false, true}) {
-      Arena<T> expected, on_cuda;
-      naive_grad_dot(grad_dot_case(expected, samples_a, samples_b, static_cast<int>(depth), accumulate));
-      fastvae::cuda::grad_dot(grad_dot_case(on_cuda, samples_a, samples_b, static_cast<int>(depth), accumulate),
-                              nullptr);
-      const double error = difference(on_cuda, expected);
-      CHECK(error <= tolerance, "grad_dot %s [%d, %d]: off by %g", type, static_cast<int>(samples_a),
-            static_cast<int>(samples_b), error);
-    }
-  }
-}
-
 void test_noise() {
   struct OnCpu {
     void operator()(const SampleKeys& args) const { fastvae::cpu::sample_keys(args, 0, args.samples); }
@@ -178,8 +159,6 @@ int main() {
   cases::test_flow_fits();
   cases::test_kernels<float>("float");
   cases::test_kernels<double>("double");
-  cases::test_grad_dot<float>("float");
-  cases::test_grad_dot<double>("double");
   cases::test_noise();
   cases::check_all_copies<float>("float", cases::OnCuda{});
   cases::check_all_copies<double>("double", cases::OnCuda{});

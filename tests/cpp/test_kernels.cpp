@@ -322,6 +322,23 @@ void naive(const JacobianHead<T>& args) {
   }
 }
 
+template <typename T>
+void naive(const GramProduct<T>& args) {
+  for (int64_t i = 0; i < args.samples_a; ++i) {
+    for (int64_t j = 0; j < args.samples_b; ++j) {
+      T* out = args.out + i * args.out_stride + j;
+      double total = args.accumulate ? static_cast<double>(*out) : 0.0;
+      for (int64_t t = 0; t < args.terms_a; ++t) {
+        for (int64_t u = 0; u < args.terms_b; ++u) {
+          const int64_t at = ((i * args.terms_a + t) * args.samples_b + j) * args.terms_b + u;
+          total += (static_cast<double>(args.of_inputs[at]) + args.bias) * static_cast<double>(args.of_grads[at]);
+        }
+      }
+      *out = static_cast<T>(total);
+    }
+  }
+}
+
 // --- transposed convolutions, each against the scatter that defines it
 
 template <typename T>
@@ -482,24 +499,6 @@ void test_kernels(const char* type) {
   });
 }
 
-template <typename T>
-void test_gram_product(const char* type) {
-  const double tolerance = 40.0 * std::numeric_limits<T>::epsilon();
-  constexpr int64_t kShapes[][4] = {{1, 1, 1, 1}, {5, 1, 37, 1}, {3, 4, 5, 16}, {2, 3, 3, 35}, {4, 3, 7, 1}};
-  for (const auto& [samples_a, terms_a, samples_b, terms_b] : kShapes) {
-    for (const bool accumulate : {false, true}) {
-      Arena<T> expected, found;
-      naive_gram_product(gram_product_case(expected, samples_a, terms_a, samples_b, terms_b, accumulate));
-      const GramProduct<T> args = gram_product_case(found, samples_a, terms_a, samples_b, terms_b, accumulate);
-      for (int64_t i = 0; i < samples_a; ++i) {
-        fastvae::cpu::gram_product(args, i, i + 1);
-      }
-      const double error = difference(found, expected);
-      CHECK(error <= tolerance, "gram_product %s: off by %g", type, error);
-    }
-  }
-}
-
 // Byte by byte, and in ranges of one row.
 void test_noise() {
   struct InRanges {
@@ -548,8 +547,6 @@ void test_noise() {
 int main() {
   cases::test_kernels<float>("float");
   cases::test_kernels<double>("double");
-  cases::test_gram_product<float>("float");
-  cases::test_gram_product<double>("double");
   cases::test_noise();
   cases::test_direct_convolutions<float>("float");
   cases::test_direct_convolutions<double>("double");

@@ -1,7 +1,8 @@
 // Networks of which every sample owns a copy, on a GPU (copies.h gives the formulas; cpu/copies.cpp is the twin).
 //
 // Memory bound, 24 bytes a number and step in float32. Where a product runs over the rows of a sample, a block takes
-// the sample and a thread its columns; where a row is reduced, a warp takes the row.
+// some of the rows and a thread its columns, and what the blocks have found is summed in order; where a row is reduced,
+// a warp takes the row.
 #include "launch.cuh"
 
 namespace fastvae::cuda {
@@ -18,68 +19,108 @@ __device__ T input_of(const CopiedRows<T>& layer, const T* h, int64_t sample, in
   return j < layer.in ? h[sample * layer.in + j] : T(1);
 }
 
-// One number of a row that has seen `seen` steps; the caller notes what it has seen then.
+// One number of a row that has seen `seen` steps, as it is after layer.steps; the caller notes what it has seen then.
 template <typename T>
-__device__ void catch_up(const CopiedRows<T>& layer, int64_t i, int64_t seen) {
-  for (int64_t step = seen; step < layer.steps; ++step) {
-    math::adam(layer.value[i], layer.mean[i], layer.square[i], T(0), layer.adam, layer.rates[step]);
+__device__ T caught_up(const CopiedRows<T>& layer, int64_t i, int64_t seen) {
+  T value = layer.value[i];
+  if (seen < layer.steps) {
+    T mean = layer.mean[i], square = layer.square[i];
+    for (int64_t step = seen; step < layer.steps; ++step) {
+      math::adam(value, mean, square, T(0), layer.adam, layer.rates[step]);
+    }
+    layer.value[i] = value;
+    layer.mean[i] = mean;
+    layer.square[i] = square;
   }
+  return value;
 }
 
-// Once all threads of the block are through with a sample: its rows with an input have seen `steps`.
+// The rows of a sample that a block works on, its threads as `lanes` rows of columns side by side.
 template <typename T>
-__device__ void note_seen(const CopiedRows<T>& layer, const T* h, int64_t sample, int64_t steps) {
+struct RowChunk {
+  __device__ RowChunk(const CopiedRows<T>& layer, int64_t block) {
+    const int64_t chunks = copies_chunks(layer.rows());
+    sample = block / chunks;
+    first = block % chunks * kCopiedRowsOfChunk;
+    end = first + kCopiedRowsOfChunk < layer.rows() ? first + kCopiedRowsOfChunk : layer.rows();
+    width = layer.out < kThreads ? layer.out : kThreads;
+    lanes = kThreads / width;
+    lane = threadIdx.x / width;
+    column = threadIdx.x % width;
+  }
+  int64_t sample, first, end, width, lanes, lane, column;
+};
+
+// Calls term(row, column) for the block's rows and columns and writes the sums over its rows to out [out], unless that
+// is null. All threads of the block must call.
+template <typename T, typename Term>
+__device__ void sum_rows(const CopiedRows<T>& layer, const RowChunk<T>& chunk, T* out, const Term& term) {
+  __shared__ T of_lane[kThreads];
+  for (int64_t o = chunk.column; chunk.lane < chunk.lanes && o < layer.out; o += chunk.width) {
+    T sum = T(0);
+    for (int64_t j = chunk.first + chunk.lane; j < chunk.end; j += chunk.lanes) {
+      sum += term(j, o);
+    }
+    if (chunk.lanes > 1) {
+      of_lane[threadIdx.x] = sum;  // one column a thread then
+    } else if (out != nullptr) {
+      out[o] = sum;
+    }
+  }
   __syncthreads();
-  for (int64_t j = threadIdx.x; j < layer.rows(); j += blockDim.x) {
-    if (input_of(layer, h, sample, j) != T(0)) {
-      layer.seen[sample * layer.rows() + j] = static_cast<int32_t>(steps);
+  if (chunk.lanes > 1 && chunk.lane == 0 && out != nullptr) {
+    T sum = T(0);
+    for (int64_t lane = 0; lane < chunk.lanes; ++lane) {
+      sum += of_lane[lane * chunk.width + chunk.column];
+    }
+    out[chunk.column] = sum;
+  }
+}
+
+// Once all threads of the block are through with a chunk: its rows with an input have seen `steps`.
+template <typename T>
+__device__ void note_seen(const CopiedRows<T>& layer, const RowChunk<T>& chunk, const T* h, int64_t steps) {
+  __syncthreads();
+  for (int64_t j = chunk.first + threadIdx.x; j < chunk.end; j += blockDim.x) {
+    if (h == nullptr || input_of(layer, h, chunk.sample, j) != T(0)) {
+      layer.seen[chunk.sample * layer.rows() + j] = static_cast<int32_t>(steps);
     }
   }
 }
 
 template <typename T>
-__global__ void copies_product_kernel(const CopiesProduct<T> args) {
+__global__ void copies_product_kernel(const CopiesProduct<T> args, T* out) {
   const CopiedRows<T>& layer = args.layer;
-  for (int64_t sample = blockIdx.x; sample < layer.samples; sample += gridDim.x) {
-    for (int64_t o = threadIdx.x; o < layer.out; o += blockDim.x) {
-      T sum = T(0);
-      for (int64_t j = 0; j < layer.rows(); ++j) {
-        const T h = input_of(layer, args.h, sample, j);
-        if (h != T(0)) {
-          const int64_t row = sample * layer.rows() + j;
-          catch_up(layer, row * layer.out + o, layer.seen[row]);
-          sum += h * layer.value[row * layer.out + o];
-        }
-      }
-      args.a[sample * layer.out + o] = sum;
-    }
-    note_seen(layer, args.h, sample, layer.steps);
+  for (int64_t block = blockIdx.x; block < layer.samples * copies_chunks(layer.rows()); block += gridDim.x) {
+    const RowChunk<T> chunk(layer, block);
+    sum_rows(layer, chunk, out + block * layer.out, [&](int64_t j, int64_t o) {
+      const T h = input_of(layer, args.h, chunk.sample, j);
+      const int64_t row = chunk.sample * layer.rows() + j;
+      return h == T(0) ? T(0) : h * caught_up(layer, row * layer.out + o, layer.seen[row]);
+    });
+    note_seen(layer, chunk, args.h, layer.steps);
   }
 }
 
-// Without grad_h: a thread a column, so that the next product needs no reduction.
+// Without grad_h: a thread a column, so that the next product needs no reduction over threads.
 template <typename T>
-__global__ void copies_update_columns_kernel(const CopiesUpdate<T> args) {
+__global__ void copies_update_columns_kernel(const CopiesUpdate<T> args, T* out) {
   const CopiedRows<T>& layer = args.layer;
   const math::AdamRate<T> rate = layer.rates[layer.steps];
-  for (int64_t sample = blockIdx.x; sample < layer.samples; sample += gridDim.x) {
-    for (int64_t o = threadIdx.x; o < layer.out; o += blockDim.x) {
-      const T delta = args.delta[sample * layer.out + o];
-      T sum = T(0);
-      for (int64_t j = 0; j < layer.rows(); ++j) {
-        const T h = input_of(layer, args.h, sample, j);
-        if (h != T(0)) {
-          const int64_t row = sample * layer.rows() + j, i = row * layer.out + o;
-          catch_up(layer, i, layer.seen[row]);
-          math::adam(layer.value[i], layer.mean[i], layer.square[i], h * delta, layer.adam, rate);
-          sum += h * layer.value[i];
-        }
+  for (int64_t block = blockIdx.x; block < layer.samples * copies_chunks(layer.rows()); block += gridDim.x) {
+    const RowChunk<T> chunk(layer, block);
+    sum_rows(layer, chunk, out == nullptr ? out : out + block * layer.out, [&](int64_t j, int64_t o) {
+      const T h = input_of(layer, args.h, chunk.sample, j);
+      if (h == T(0)) {
+        return T(0);
       }
-      if (args.next != nullptr) {
-        args.next[sample * layer.out + o] = sum;
-      }
-    }
-    note_seen(layer, args.h, sample, layer.steps + 1);
+      const int64_t row = chunk.sample * layer.rows() + j, i = row * layer.out + o;
+      caught_up(layer, i, layer.seen[row]);
+      const T delta = args.delta[chunk.sample * layer.out + o];
+      math::adam(layer.value[i], layer.mean[i], layer.square[i], h * delta, layer.adam, rate);
+      return h * layer.value[i];
+    });
+    note_seen(layer, chunk, args.h, layer.steps + 1);
   }
 }
 
@@ -104,8 +145,7 @@ __global__ void copies_update_rows_kernel(const CopiesUpdate<T> args) {
     T sum = T(0);
     for (int64_t o = lane; o < layer.out; o += kWarp) {
       const int64_t i = row * layer.out + o;
-      catch_up(layer, i, seen);
-      sum += layer.value[i] * delta[o];
+      sum += caught_up(layer, i, seen) * delta[o];
       if (!idle) {
         math::adam(layer.value[i], layer.mean[i], layer.square[i], h * delta[o], layer.adam, rate);
       }
@@ -123,14 +163,13 @@ __global__ void copies_update_rows_kernel(const CopiesUpdate<T> args) {
 template <typename T>
 __global__ void copies_catch_up_kernel(const CopiesCatchUp<T> args) {
   const CopiedRows<T>& layer = args.layer;
-  for (int64_t sample = blockIdx.x; sample < layer.samples; sample += gridDim.x) {
-    for (int64_t k = threadIdx.x; k < layer.rows() * layer.out; k += blockDim.x) {
-      catch_up(layer, sample * layer.rows() * layer.out + k, layer.seen[sample * layer.rows() + k / layer.out]);
+  for (int64_t block = blockIdx.x; block < layer.samples * copies_chunks(layer.rows()); block += gridDim.x) {
+    const RowChunk<T> chunk(layer, block);
+    const int64_t begin = chunk.sample * layer.rows();
+    for (int64_t k = chunk.first * layer.out + threadIdx.x; k < chunk.end * layer.out; k += blockDim.x) {
+      caught_up(layer, begin * layer.out + k, layer.seen[begin + k / layer.out]);
     }
-    __syncthreads();
-    for (int64_t j = threadIdx.x; j < layer.rows(); j += blockDim.x) {
-      layer.seen[sample * layer.rows() + j] = static_cast<int32_t>(layer.steps);
-    }
+    note_seen<T>(layer, chunk, nullptr, layer.steps);
   }
 }
 
@@ -145,26 +184,56 @@ __global__ void copies_norm_kernel(const CopiesNorm<T> args) {
   }
 }
 
-// One thread a channel of a sample, which it sums.
+// A block takes a warp of channels of a sample, which its warps sum over their share of the positions.
 template <typename T>
 __global__ void copies_norm_reverse_kernel(const CopiesNormReverse<T> args) {
-  Walk at(global_thread(), global_threads(), args.samples * args.channels, args.channels);
-  for (; at.inside(); at.next()) {
-    const int64_t sample = at.i / args.channels;
-    const int64_t gamma = sample * args.channels + at.column;
-    const T mean = args.mean[at.column], rstd = args.rstd[at.column];
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ T of_gamma[kWarps][kWarp], of_beta[kWarps][kWarp];
+  const int64_t groups = (args.channels + kWarp - 1) / kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t block = blockIdx.x; block < args.samples * groups; block += gridDim.x) {
+    const int64_t sample = block / groups, channel = block % groups * kWarp + lane;
+    const int64_t gamma = sample * args.channels + channel;
     T grad_gamma = T(0), grad_beta = T(0);
-    for (int64_t p = 0; p < args.positions; ++p) {
-      const int64_t i = (sample * args.positions + p) * args.channels + at.column;
-      const T delta = args.delta[i];
-      grad_gamma += delta * (args.h[i] - mean) * rstd;
-      grad_beta += delta;
-      if (args.grad_h != nullptr) {
-        args.grad_h[i] = delta * args.affine[gamma] * rstd;
+    if (channel < args.channels) {
+      const T mean = args.mean[channel], rstd = args.rstd[channel], slope = args.affine[gamma] * rstd;
+      for (int64_t p = warp; p < args.positions; p += kWarps) {
+        const int64_t i = (sample * args.positions + p) * args.channels + channel;
+        const T delta = args.delta[i];
+        grad_gamma += delta * (args.h[i] - mean) * rstd;
+        grad_beta += delta;
+        if (args.grad_h != nullptr) {
+          args.grad_h[i] = delta * slope;
+        }
       }
     }
-    args.grad_affine[gamma] = grad_gamma;
-    args.grad_affine[gamma + args.samples * args.channels] = grad_beta;
+    of_gamma[warp][lane] = grad_gamma;
+    of_beta[warp][lane] = grad_beta;
+    __syncthreads();
+    if (warp == 0 && channel < args.channels) {
+      for (int other = 1; other < kWarps; ++other) {
+        grad_gamma += of_gamma[other][lane];
+        grad_beta += of_beta[other][lane];
+      }
+      args.grad_affine[gamma] = grad_gamma;
+      args.grad_affine[gamma + args.samples * args.channels] = grad_beta;
+    }
+    __syncthreads();  // the sums have been read
+  }
+}
+
+template <typename T>
+Grid grid_for_chunks(const CopiedRows<T>& layer) {
+  return {layer.samples * copies_chunks(layer.rows())};
+}
+
+// Launches a kernel that sums over the rows of each sample's chunks, into `out` in the end.
+template <typename T, typename Kernel, typename Args>
+void launch_with_sum(const char* name, Kernel kernel, const Args& args, T* out, Stream stream) {
+  const int64_t chunks = copies_chunks(args.layer.rows());
+  launch(name, kernel, grid_for_chunks(args.layer), stream, args, out == nullptr || chunks == 1 ? out : args.partial);
+  if (out != nullptr && chunks > 1) {
+    sum_chunks<T>(args.partial, out, args.layer.samples, chunks, args.layer.out, stream);
   }
 }
 
@@ -175,13 +244,13 @@ void adam_update_launch(const AdamUpdate<T>& args, Stream stream) {
 
 template <typename T>
 void copies_product_launch(const CopiesProduct<T>& args, Stream stream) {
-  launch("copies_product", copies_product_kernel<T>, Grid{args.layer.samples}, stream, args);
+  launch_with_sum("copies_product", copies_product_kernel<T>, args, args.a, stream);
 }
 
 template <typename T>
 void copies_update_launch(const CopiesUpdate<T>& args, Stream stream) {
   if (args.grad_h == nullptr) {
-    launch("copies_update", copies_update_columns_kernel<T>, Grid{args.layer.samples}, stream, args);
+    launch_with_sum("copies_update", copies_update_columns_kernel<T>, args, args.next, stream);
   } else {
     launch("copies_update", copies_update_rows_kernel<T>,
            grid_for_elements(args.layer.samples * args.layer.rows() * kWarp), stream, args);
@@ -190,7 +259,7 @@ void copies_update_launch(const CopiesUpdate<T>& args, Stream stream) {
 
 template <typename T>
 void copies_catch_up_launch(const CopiesCatchUp<T>& args, Stream stream) {
-  launch("copies_catch_up", copies_catch_up_kernel<T>, Grid{args.layer.samples}, stream, args);
+  launch("copies_catch_up", copies_catch_up_kernel<T>, grid_for_chunks(args.layer), stream, args);
 }
 
 template <typename T>
@@ -201,8 +270,8 @@ void copies_norm_launch(const CopiesNorm<T>& args, Stream stream) {
 
 template <typename T>
 void copies_norm_reverse_launch(const CopiesNormReverse<T>& args, Stream stream) {
-  launch("copies_norm_reverse", copies_norm_reverse_kernel<T>, grid_for_elements(args.samples * args.channels), stream,
-         args);
+  launch("copies_norm_reverse", copies_norm_reverse_kernel<T>,
+         Grid{args.samples * ((args.channels + kWarp - 1) / kWarp)}, stream, args);
 }
 
 FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DEFINE_CUDA)

@@ -1,20 +1,45 @@
 // Likelihood heads on a GPU (kernels.h gives the formulas; cpu/heads.cpp is the twin).
 //
-// One block a sample, so that its log probability is one reduction in a fixed order. Under a categorical likelihood
-// each warp of the block takes an observed number with its logits: three reads of them, which stay in L1.
+// A block takes a chunk of a sample, so that few samples fill the device, too; log probabilities are one reduction in a
+// fixed order a chunk, then one over chunks. Memory bound: under a categorical likelihood each warp takes an observed
+// number with its logits, which it reads once and keeps in registers (the first 256; beyond them, three times).
 #include "launch.cuh"
 
 namespace fastvae::cuda {
 
+constexpr int kHeld = 8;  // logits that a lane keeps
+
+// The chunk of a sample that a block works on: its numbers are first <= i < end.
+struct HeadChunk {
+  __device__ HeadChunk(int64_t block, int64_t chunks, int64_t numbers) : sample(block / chunks) {
+    const int64_t chunk = block % chunks, each = (numbers + chunks - 1) / chunks;
+    first = chunk * each;
+    end = first + each < numbers ? first + each : numbers;
+  }
+  int64_t sample, first, end;
+};
+
+// The sum of a block's log probabilities, where they are wanted. All threads of the block must call.
+template <typename T>
+__device__ void note_log_prob(const HeadResidual<T>& args, int64_t block, T sum) {
+  if (args.log_prob != nullptr) {
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) {
+      (args.partial == nullptr ? args.log_prob : args.partial)[block] = sum;
+    }
+  }
+}
+
 template <typename Head, typename T>
-__global__ void independent_head_kernel(const HeadResidual<T> args, const Head head) {
+__global__ void independent_head_kernel(const HeadResidual<T> args, const Head head, int64_t chunks) {
   const int64_t size = args.positions * args.channels;
-  for (int64_t sample = blockIdx.x; sample < args.samples; sample += gridDim.x) {
-    const T* a = args.a + sample * size;
-    const T* x = args.x + sample * size;
-    T* residual = args.residual == nullptr ? nullptr : args.residual + sample * size;
+  for (int64_t block = blockIdx.x; block < args.samples * chunks; block += gridDim.x) {
+    const HeadChunk chunk(block, chunks, size);
+    const T* a = args.a + chunk.sample * size;
+    const T* x = args.x + chunk.sample * size;
+    T* residual = args.residual == nullptr ? nullptr : args.residual + chunk.sample * size;
     T sum = T(0);
-    for (Walk at(threadIdx.x, blockDim.x, size, args.channels); at.inside(); at.next()) {
+    for (Walk at(chunk.first + threadIdx.x, blockDim.x, chunk.end, args.channels); at.inside(); at.next()) {
       const T value = args.bias == nullptr ? a[at.i] : a[at.i] + args.bias[at.column];
       if (args.log_prob == nullptr) {
         residual[at.i] = head.residual(value, x[at.i]);
@@ -26,42 +51,51 @@ __global__ void independent_head_kernel(const HeadResidual<T> args, const Head h
         residual[at.i] = both.residual;
       }
     }
-    if (args.log_prob != nullptr) {
-      sum = block_sum(sum);
-      if (threadIdx.x == 0) {
-        args.log_prob[sample] = sum;
-      }
-    }
+    note_log_prob(args, block, sum);
   }
 }
 
 template <typename T>
-__global__ void categorical_head_kernel(const HeadResidual<T> args) {
+__global__ void categorical_head_kernel(const HeadResidual<T> args, int64_t chunks) {
   const int64_t classes = args.likelihood.classes;
   const int64_t groups = args.channels / classes;
   const int64_t pixels = args.positions * groups;
-  const int64_t lane = threadIdx.x % kWarp;
-  for (int64_t sample = blockIdx.x; sample < args.samples; sample += gridDim.x) {
+  const int64_t lane = threadIdx.x % kWarp, held_classes = kHeld * kWarp;
+  for (int64_t block = blockIdx.x; block < args.samples * chunks; block += gridDim.x) {
+    const HeadChunk chunk(block, chunks, pixels);
     T sum = T(0);
-    for (int64_t pixel = threadIdx.x / kWarp; pixel < pixels; pixel += blockDim.x / kWarp) {
-      const int64_t index = sample * pixels + pixel;
+    for (int64_t pixel = chunk.first + threadIdx.x / kWarp; pixel < chunk.end; pixel += blockDim.x / kWarp) {
+      const int64_t index = chunk.sample * pixels + pixel;
       const T* a = args.a + index * classes;
       const T* bias = args.bias == nullptr ? nullptr : args.bias + (pixel % groups) * classes;
       T* residual = args.residual == nullptr ? nullptr : args.residual + index * classes;
+      const auto logit = [&](int64_t c) { return bias == nullptr ? a[c] : a[c] + bias[c]; };
       const int64_t chosen = math::class_of(args.x[index], classes);
       const T defect = math::class_defect(args.x[index]);
-      T largest = lane < classes ? (bias == nullptr ? a[lane] : a[lane] + bias[lane]) : -math::Ieee<T>::kInfinity;
-      T of_chosen = lane == chosen ? largest : T(0);
-      for (int64_t c = lane + kWarp; c < classes; c += kWarp) {
-        const T value = bias == nullptr ? a[c] : a[c] + bias[c];
+      T held[kHeld];
+      T largest = -math::Ieee<T>::kInfinity, of_chosen = T(0), normaliser = T(0);
+      const auto meet = [&](int64_t c, T value) {
         largest = value > largest ? value : largest;
         of_chosen = c == chosen ? value : of_chosen;
+      };
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        const int64_t c = lane + k * kWarp;
+        held[k] = c < classes ? logit(c) : -math::Ieee<T>::kInfinity;
+        meet(c, held[k]);
+      }
+      for (int64_t c = lane + held_classes; c < classes; c += kWarp) {
+        meet(c, logit(c));
       }
       largest = warp_max(largest);
       of_chosen = warp_sum(of_chosen);
-      T normaliser = T(0);
-      for (int64_t c = lane; c < classes; c += kWarp) {
-        const T e = math::exp((bias == nullptr ? a[c] : a[c] + bias[c]) - largest);
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        held[k] = lane + k * kWarp < classes ? math::exp(held[k] - largest) : T(0);
+        normaliser += held[k];
+      }
+      for (int64_t c = lane + held_classes; c < classes; c += kWarp) {
+        const T e = math::exp(logit(c) - largest);
         normaliser += e;
         if (residual != nullptr) {
           residual[c] = e;
@@ -70,47 +104,58 @@ __global__ void categorical_head_kernel(const HeadResidual<T> args) {
       normaliser = warp_sum(normaliser);
       if (residual != nullptr) {
         const T scale = T(-1) / normaliser;
-        for (int64_t c = lane; c < classes; c += kWarp) {
-          residual[c] = residual[c] * scale + (c == chosen ? T(1) + defect : T(0));
+        const auto one_hot = [&](int64_t c) { return c == chosen ? T(1) + defect : T(0); };
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) {
+          const int64_t c = lane + k * kWarp;
+          if (c < classes) {
+            residual[c] = held[k] * scale + one_hot(c);
+          }
+        }
+        for (int64_t c = lane + held_classes; c < classes; c += kWarp) {
+          residual[c] = residual[c] * scale + one_hot(c);
         }
       }
       if (lane == 0) {
         sum += of_chosen - largest - std::log(normaliser) + defect;
       }
     }
-    if (args.log_prob != nullptr) {
-      sum = block_sum(sum);
-      if (threadIdx.x == 0) {
-        args.log_prob[sample] = sum;
-      }
-    }
+    note_log_prob(args, block, sum);
   }
 }
 
 template <typename T>
 void head_residual_launch(const HeadResidual<T>& args, Stream stream) {
-  const Grid grid{args.samples};
+  const int64_t chunks = args.log_prob != nullptr && args.partial == nullptr
+                             ? 1
+                             : head_chunks(args.likelihood, args.positions, args.channels);
+  const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) {
     case Likelihood::kBernoulli:
       launch("head_residual", independent_head_kernel<math::BernoulliHead<T>, T>, grid, stream, args,
-             math::BernoulliHead<T>(args.likelihood));
+             math::BernoulliHead<T>(args.likelihood), chunks);
       break;
     case Likelihood::kGaussian:
       launch("head_residual", independent_head_kernel<math::GaussianHead<T>, T>, grid, stream, args,
-             math::GaussianHead<T>(args.likelihood));
+             math::GaussianHead<T>(args.likelihood), chunks);
       break;
     case Likelihood::kCategorical:
-      launch("head_residual", categorical_head_kernel<T>, grid, stream, args);
+      launch("head_residual", categorical_head_kernel<T>, grid, stream, args, chunks);
       break;
+  }
+  if (args.log_prob != nullptr && args.partial != nullptr) {
+    sum_chunks<T>(args.partial, args.log_prob, args.samples, chunks, 1, stream);
   }
 }
 
 template <typename Head, typename T>
-__global__ void independent_tangent_kernel(const HeadTangent<T> args, const Head head) {
+__global__ void independent_tangent_kernel(const HeadTangent<T> args, const Head head, int64_t chunks) {
   const int64_t size = args.positions * args.channels;
-  for (int64_t sample = blockIdx.x; sample < args.samples; sample += gridDim.x) {
-    const T cotangent = args.cotangent == nullptr ? T(0) : args.cotangent[sample];
-    for (int64_t i = sample * size + threadIdx.x; i < (sample + 1) * size; i += blockDim.x) {
+  for (int64_t block = blockIdx.x; block < args.samples * chunks; block += gridDim.x) {
+    const HeadChunk chunk(block, chunks, size);
+    const T cotangent = args.cotangent == nullptr ? T(0) : args.cotangent[chunk.sample];
+    const int64_t begin = chunk.sample * size;
+    for (int64_t i = begin + chunk.first + threadIdx.x; i < begin + chunk.end; i += blockDim.x) {
       const T adot = args.adot[i];
       const T x = args.x[i];
       const T r = args.residual[i];
@@ -123,14 +168,15 @@ __global__ void independent_tangent_kernel(const HeadTangent<T> args, const Head
 }
 
 template <typename T>
-__global__ void categorical_tangent_kernel(const HeadTangent<T> args) {
+__global__ void categorical_tangent_kernel(const HeadTangent<T> args, int64_t chunks) {
   const int64_t classes = args.likelihood.classes;
   const int64_t pixels = args.positions * args.channels / classes;
   const int64_t lane = threadIdx.x % kWarp;
-  for (int64_t sample = blockIdx.x; sample < args.samples; sample += gridDim.x) {
-    const T cotangent = args.cotangent == nullptr ? T(0) : args.cotangent[sample];
-    for (int64_t pixel = threadIdx.x / kWarp; pixel < pixels; pixel += blockDim.x / kWarp) {
-      const int64_t index = sample * pixels + pixel;
+  for (int64_t block = blockIdx.x; block < args.samples * chunks; block += gridDim.x) {
+    const HeadChunk chunk(block, chunks, pixels);
+    const T cotangent = args.cotangent == nullptr ? T(0) : args.cotangent[chunk.sample];
+    for (int64_t pixel = chunk.first + threadIdx.x / kWarp; pixel < chunk.end; pixel += blockDim.x / kWarp) {
+      const int64_t index = chunk.sample * pixels + pixel;
       const T* residual = args.residual + index * classes;
       const T* adot = args.adot + index * classes;
       T* out = args.delta_dot + index * classes;
@@ -152,18 +198,19 @@ __global__ void categorical_tangent_kernel(const HeadTangent<T> args) {
 
 template <typename T>
 void head_tangent_launch(const HeadTangent<T>& args, Stream stream) {
-  const Grid grid{args.samples};
+  const int64_t chunks = head_chunks(args.likelihood, args.positions, args.channels);
+  const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) {
     case Likelihood::kBernoulli:
       launch("head_tangent", independent_tangent_kernel<math::BernoulliHead<T>, T>, grid, stream, args,
-             math::BernoulliHead<T>(args.likelihood));
+             math::BernoulliHead<T>(args.likelihood), chunks);
       break;
     case Likelihood::kGaussian:
       launch("head_tangent", independent_tangent_kernel<math::GaussianHead<T>, T>, grid, stream, args,
-             math::GaussianHead<T>(args.likelihood));
+             math::GaussianHead<T>(args.likelihood), chunks);
       break;
     case Likelihood::kCategorical:
-      launch("head_tangent", categorical_tangent_kernel<T>, grid, stream, args);
+      launch("head_tangent", categorical_tangent_kernel<T>, grid, stream, args, chunks);
       break;
   }
 }

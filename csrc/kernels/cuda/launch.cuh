@@ -117,6 +117,25 @@ __device__ T warp_max(T value) {
   return value;
 }
 
+// out[row, o] = sum over chunks of partial[row, chunk, o], in their order: what several blocks have summed of a row.
+template <typename T>
+__global__ void sum_chunks_kernel(const T* partial, T* out, int64_t rows, int64_t chunks, int64_t width) {
+  for (Walk at(global_thread(), global_threads(), rows * width, width); at.inside(); at.next()) {
+    const T* first = partial + at.i / width * chunks * width + at.column;
+    T sum = T(0);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      sum += first[chunk * width];
+    }
+    out[at.i] = sum;
+  }
+}
+
+template <typename T>
+void sum_chunks(const T* partial, T* out, int64_t rows, int64_t chunks, int64_t width, Stream stream) {
+  launch("sum_chunks", sum_chunks_kernel<T>, grid_for_elements(rows * width), stream, partial, out, rows, chunks,
+         width);
+}
+
 // Over a block of kThreads, the result in thread 0. Every thread of the block must call.
 template <typename T>
 __device__ T block_sum(T value) {
