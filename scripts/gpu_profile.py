@@ -49,7 +49,9 @@ def flow_case(key: str, batch: int | None = None) -> Callable[[torch.device, boo
     return build
 
 
-def jacobian_case(decoder: Callable[[], nn.Module], latents: int, batch: int) -> Callable[..., dict[str, Work]]:
+def jacobian_case(
+    decoder: Callable[[], nn.Module], latents: int, batch: int
+) -> Callable[..., dict[str, Work]]:
     """The penalty and its gradients; eager by forward differences, which is what its authors do."""
 
     def build(device: torch.device, small: bool) -> dict[str, Work]:
@@ -89,7 +91,9 @@ def log_px_case(device: torch.device, small: bool) -> dict[str, Work]:
     def eager() -> None:
         for codes in z.split(16):
             logits = model.decoder(codes.flatten(0, 1)).unflatten(1, (256, 1))
-            nn.functional.cross_entropy(logits, rows.repeat(len(codes), 1, 1, 1), reduction="none").sum((1, 2, 3))
+            nn.functional.cross_entropy(logits, rows.repeat(len(codes), 1, 1, 1), reduction="none").sum(
+                (1, 2, 3)
+            )
 
     return {
         "ours": lambda: ops.log_px(model.decoder, z, x, "categorical"),
@@ -180,8 +184,16 @@ def kernels_of(work: Work) -> tuple[float, int, list[str]]:
     lines = [
         f"    {row.self_device_time_total / 1e3:9.3f} ms {row.count:6d} x {row.key[:110]}" for row in rows[:8]
     ]
-    calls = [row for row in found.key_averages() if row.key.startswith(("cudaStreamSync", "cudaDeviceSync", "cudaMemcpy"))]
-    return busy, sum(row.count for row in rows), [*lines, *(f"    {row.count:6d} x {row.key}" for row in calls)]
+    calls = [
+        row
+        for row in found.key_averages()
+        if row.key.startswith(("cudaStreamSync", "cudaDeviceSync", "cudaMemcpy"))
+    ]
+    return (
+        busy,
+        sum(row.count for row in rows),
+        [*lines, *(f"    {row.count:6d} x {row.key}" for row in calls)],
+    )
 
 
 def main() -> None:
@@ -200,7 +212,9 @@ def main() -> None:
         print(f"{name}: {value}")
     side = common.square_side(device, quick=small)
     rate = next(iter(common.gemm_rate([(side, side, side)], device).values()))
-    print(f"copy {common.copy_rate(device, 1 if small else 1024):.0f} GB/s, float32 product {rate:.0f} GFLOP/s")
+    print(
+        f"copy {common.copy_rate(device, 1 if small else 1024):.0f} GB/s, float32 product {rate:.0f} GFLOP/s"
+    )
     for name in options.case or CASES:
         try:
             works = CASES[name](device, small)

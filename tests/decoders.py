@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 
 class FunctionalMLP(nn.Module):
@@ -177,14 +177,26 @@ def nested() -> nn.Module:
     )
 
 
+class UnitRows(nn.Module):
+    """Rows of length 1. PyTorch's weight_norm takes its root in float32 on a GPU, also of float64."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
+
+
+def unit_rows(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", UnitRows())
+    return layer
+
+
 def parametrised() -> nn.Module:
     return nn.Sequential(
         parametrizations.spectral_norm(nn.Linear(5, 12)),
         nn.ReLU(),
-        parametrizations.weight_norm(nn.Linear(12, 16)),
+        unit_rows(nn.Linear(12, 16)),
         nn.Softplus(beta=2, threshold=10),
         nn.Unflatten(1, (4, 2, 2)),
-        parametrizations.weight_norm(nn.ConvTranspose2d(4, 2, 4, 2, 1)),
+        unit_rows(nn.ConvTranspose2d(4, 2, 4, 2, 1)),
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoders import unit_rows
 from flow_problems import MEMORY, Function, check_against_reference, conv, problem, seeded
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from fastvae import reference
 from fastvae.likelihoods import Bernoulli, Categorical
@@ -228,7 +228,7 @@ def test_one_tensor_read_by_two_layers(device: torch.device) -> None:
 
 
 def test_parametrised_weight(device: torch.device) -> None:
-    decoder = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), weight_norm(nn.Linear(6, 4)))
+    decoder = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), unit_rows(nn.Linear(6, 4)))
     check_against_reference(problem(decoder, "gaussian", steps=2), device)
 
 

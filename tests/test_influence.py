@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,16 @@ def test_influence_of_a_sample_on_itself_is_its_self_influence() -> None:
         assert close(found.self_influence(x[[4, 1]]), found.self_influence()[[4, 1]], 1e-12)
 
 
+def take_at_once(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+    """Tiles of another size."""
+    module = fastvae.influence.tracin
+    monkeypatch.setattr(module, "_ON_CPU", replace(module._ON_CPU, **sizes))
+
+
 def test_scores_do_not_depend_on_place_batch_or_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     x, queries = images(9, 20), images(4, 20, seed=2)
     expected = tracin(build(dense_vae), x).influence(queries)
-    monkeypatch.setattr(fastvae.influence.tracin, "_ROWS", 6)
+    take_at_once(monkeypatch, rows=6)
     order = torch.tensor([3, 1, 8, 0, 2, 7, 5, 4, 6])
     for data in (x[order], TensorDataset(x[order]), DataLoader(TensorDataset(x[order]), batch_size=5)):
         found = tracin(build(dense_vae), data, batch_size=2).influence(queries.flip(0))
@@ -130,8 +137,7 @@ def test_errors_shrink_with_the_root_of_the_draws() -> None:
 @pytest.mark.parametrize("proponents", [True, False])
 def test_top_k_is_the_top_of_the_matrix(proponents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, queries = images(9, 20), images(4, 20, seed=2)
-    monkeypatch.setattr(fastvae.influence.tracin, "_ROWS", 6)
-    monkeypatch.setattr(fastvae.influence.tracin, "_QUERY_BYTES", 1)  # one query at a time
+    take_at_once(monkeypatch, rows=6, query_bytes=1)  # one query at a time
     found = tracin(build(dense_vae), x)
     scores, indices = found.influence(queries).sort(1, descending=proponents)
     top = found.influence(queries, k=3, proponents=proponents)

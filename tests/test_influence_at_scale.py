@@ -17,6 +17,7 @@ from fastvae.influence import engine
 from fastvae.ood import SelfInfluence
 
 SHARED = """
+import dataclasses
 import sys
 sys.path[:0] = PATHS
 import torch
@@ -24,7 +25,7 @@ import torch.distributed as dist
 import fastvae.influence.tracin as module
 from influence_problems import build, dense_vae, images, tracin
 
-module._ROWS = 6
+module._ON_CPU = dataclasses.replace(module._ON_CPU, rows=6)
 rank, file, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if rank >= 0:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)

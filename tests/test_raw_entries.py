@@ -161,6 +161,13 @@ def test_activations_that_cannot_be_counted_are_refused() -> None:
         below.decoder_gradient(z, x, [weight], spec, "gaussian 1")
 
 
+def test_a_norm_refuses_the_eps_that_pytorch_refuses() -> None:
+    z, x, ones = torch.zeros(1, 2, 3), torch.zeros(2, 3), [torch.ones(3)] * 4
+    assert bool(below.log_px(z, x, ones, "batch_norm 0 1 2 3 0", "bernoulli").isfinite().all())
+    with pytest.raises(ValueError, match="eps of at least 0"):
+        below.log_px(z, x, ones, "batch_norm 0 1 2 3 -5", "bernoulli")
+
+
 def test_gradients_of_a_convolution_check_its_geometry() -> None:
     larger, smaller = torch.randn(4, 2, 5, 6), torch.randn(4, 3, 2, 3)
 

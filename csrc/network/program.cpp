@@ -190,6 +190,7 @@ class Parser {
     stage.running_mean = integer(3);
     stage.running_var = integer(4);
     stage.eps = number(5);
+    expect(!(stage.eps < 0.0), "expected eps of at least 0");
     sizes(stage.running_mean, 1);
     sizes(stage.running_var, 1);
     for (const int64_t index : {stage.weight, stage.bias, stage.running_mean, stage.running_var}) {

@@ -13,8 +13,8 @@ namespace fastvae {
 namespace {
 
 // Steps whose weight gradients are formed by one GEMM a layer: enough for the GEMM to run at its rate, few enough to
-// keep the workspace independent of K.
-constexpr int64_t kStackedSteps = 4;
+// keep the workspace independent of K. A GPU waits for its host, and wants few launches.
+constexpr int64_t kStackedStepsOnCpu = 4, kStackedStepsOnCuda = 16;
 
 // F = grad_z ll - z, written where forces are kept.
 void write_force(at::Tensor force, const at::Tensor& gradient, const at::Tensor& z) {
@@ -96,7 +96,8 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
   const at::Tensor grad_x = out.wants_x ? aten::zeros({x.numel()}, options) : at::Tensor();
   const bool any_parameter = out.wants_parameters();
 
-  const int64_t slots = out.factors != nullptr ? K + 1 : std::min(K + 1, kStackedSteps);
+  const int64_t stacked = flow.z.is_cpu() ? kStackedStepsOnCpu : kStackedStepsOnCuda;
+  const int64_t slots = out.factors != nullptr ? K + 1 : std::min(K + 1, stacked);
   const at::Tensor workspace = store ? at::Tensor() : aten::empty({slots * B * flow.program->tape_numel()}, options);
   const at::Tensor forces = store ? stashed_forces(flow, stash) : aten::empty({2, B, d}, options);
   const TangentTape tangents = network.make_tangent_tape(slots * B);
@@ -133,8 +134,8 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
     network.add_observed_gradient(z_steps[K], tape_at(K, 1), cotangents.log_px, grad_x);
   }
   const at::Tensor grad_momentum = aten::empty({B, d}, options);
-  // The terms of one step, or, handed out, of all.
-  const int64_t kept = out.factors != nullptr ? K : 1;
+  // The terms of one step, or, handed out or summed in one go, of all.
+  const int64_t kept = out.factors != nullptr || !flow.z.is_cpu() ? K : 1;
   const at::Tensor all_step_terms = out.step_size.defined() ? aten::empty({kept, B, d}, options) : at::Tensor();
   const at::Tensor all_alpha_terms = out.alpha.defined() ? aten::empty({kept, B, d}, options) : at::Tensor();
   for (int64_t k = K - 1; k >= 0; --k) {
@@ -182,11 +183,13 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
       drift.dim = d;
       FASTVAE_LAUNCH(kick_drift_backward, flow.z.device(), drift, drift.samples, drift.dim);
     });
-    if (step_terms.defined()) {
-      out.step_size[k].copy_(step_terms.sum(0));
-    }
-    if (alpha_terms.defined()) {
-      out.alpha[k].copy_(alpha_terms.sum());
+    if (k % kept == 0) {
+      if (step_terms.defined()) {
+        aten::sum_out(out.step_size.narrow(0, k, kept), all_step_terms, /*dim=*/1, /*keepdim=*/false);
+      }
+      if (alpha_terms.defined()) {
+        aten::sum_out(out.alpha.narrow(0, k, kept), all_alpha_terms.view({kept, B * d}), 1, false);
+      }
     }
   }
   out.z.add_(hessian(0)).sub_(us[0]);

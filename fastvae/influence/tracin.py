@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,19 +30,25 @@ from fastvae.training.parallel import unwrap
 
 __all__ = ["InfluenceWithError", "KMostInfluentialResults", "TracIn"]
 
-_ROWS = 1024
-"""Samples x draws in a tile of the training set: enough for products to run at full rate."""
-
-_GRADIENT_BYTES = 2**26
-"""Entries of gradients in a tile, where more than a few samples have so many: the memory of one tile is used again for
-the next, where pages that are touched for the first time cost as much as the products."""
-
 _FEW = 64
-"""Samples in a tile at least, if _ROWS allows, and a divisor of its size: products with fewer run at a lower rate, and
+"""Samples in a tile at least, if its rows allow, and a divisor of its size: products with fewer run at a lower rate, and
 with a few more, too."""
 
-_QUERY_BYTES = 2**29
-"""Factors of queries held at once; beyond that the training set is gone through again for the rest."""
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How much a device works on at once."""
+
+    rows: int
+    """Samples x draws in a tile of the training set: enough for products to run at full rate."""
+    gradient_bytes: int
+    """Entries of gradients in a tile, where more than a few samples have so many. On a CPU the memory of one tile is
+    used again for the next, where pages that are touched for the first time cost as much as the products."""
+    query_bytes: int
+    """Factors of queries held at once; beyond that the training set is gone through again for the rest."""
+
+
+_ON_CPU, _ON_GPU = _Sizes(1024, 2**26, 2**29), _Sizes(16384, 2**30, 2**32)
 
 
 class TracIn:
@@ -276,12 +283,16 @@ class TracIn:
         # Tensors made under inference_mode cannot take part in a backward pass.
         return tuple((part.clone() if part.is_inference() else part.detach()).to(device) for part in batch)
 
+    @property
+    def _sizes(self) -> _Sizes:
+        return _ON_CPU if next(self.model.parameters()).device.type == "cpu" else _ON_GPU
+
     def _tile(self, evaluation: Evaluation, routes: dict[str, str]) -> int:
         """Samples to work on at once."""
-        element = next(self.model.parameters()).element_size()
+        element, sizes = next(self.model.parameters()).element_size(), self._sizes
         each = max(1, self._engine.gradient_numel(routes) * element)
-        fitting = max(_FEW, _GRADIENT_BYTES // each // _FEW * _FEW)
-        return max(1, min(_ROWS // evaluation.draws, fitting))
+        fitting = max(_FEW, sizes.gradient_bytes // each // _FEW * _FEW)
+        return max(1, min(sizes.rows // evaluation.draws, fitting))
 
     def _tiles(
         self, routes: dict[str, str], show_progress: bool, data: Any = None
@@ -314,7 +325,7 @@ class TracIn:
         """The queries, so many at a time as their factors fit."""
         element = next(self.model.parameters()).element_size()
         each = self._engine.factor_numel(self._routes(queries)) * element * len(self._snapshots)
-        count = max(1, _QUERY_BYTES // max(1, each))
+        count = max(1, self._sizes.query_bytes // max(1, each))
         for first in range(0, len(queries[0]), count):
             yield tuple(part[first : first + count] for part in queries)
 

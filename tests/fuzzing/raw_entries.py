@@ -189,20 +189,26 @@ def _judge(entry: Entry, arguments: list[Any], changes: int) -> str:
 
 def _judge_meta(entry: Entry, arguments: list[Any]) -> str:
     """The fake kernel with all tensors or all but one on the meta device."""
-    given = [t for t in tensors_in(arguments) if t.dtype != torch.bool]
+    # A tensor in the place of a flag or a number stays: what it says is asked.
+    moves = ["Tensor" in str(argument.type) for argument in entry.function._schema.arguments]
+    given = list(tensors_in([value for value, may in zip(arguments, moves, strict=True) if may]))
     left = random.choice(given) if given and random.random() < 0.4 else None
     mixed = left is not None and len({id(t) for t in given}) > 1
-    # A tensor in the place of a flag stays: its number is asked.
     if not all(map(can_be_copied, given)):
         return "not moved"
-    moved = mapped(arguments, lambda t: t if (mixed and t is left) or t.dtype == torch.bool else t.to("meta"))
+    moved = [
+        mapped(value, lambda t: t if mixed and t is left else t.to("meta")) if may else value
+        for value, may in zip(arguments, moves, strict=True)
+    ]
     try:
         fake = attempt(entry.function, moved)
     except RefusedError:
         fake = None
     except (IndexError, AttributeError) as error:
         raise AssertionError("the fake kernel fails in Python's words") from error
-    devices = {t.device.type for t in tensors_in(moved) if t.dtype != torch.bool}
+    devices = {
+        t.device.type for t in tensors_in([value for value, may in zip(moved, moves, strict=True) if may])
+    }
     if fake is not None and len(devices) > 1:
         raise AssertionError("tensors on two devices were taken")
     if len(devices) > 1:
