@@ -13,10 +13,13 @@ import torch
 
 
 def parser(description: str | None, quick: str = "tiny sizes: does it run?") -> argparse.ArgumentParser:
-    """--threads, --quick, --cuda or --cpu, --output; ``description`` is a module's docstring."""
+    """--threads, --quick, --share, --cuda or --cpu, --output; ``description`` is a module's docstring."""
     found = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     found.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     found.add_argument("--quick", action="store_true", help=quick)
+    found.add_argument(
+        "--share", type=float, default=1.0, help="of the time that contestants are timed for (default 1)"
+    )
     device = found.add_mutually_exclusive_group()
     device.add_argument(
         "--cuda", action="store_const", const="cuda", dest="device", help="on the GPU (default if any)"

@@ -211,7 +211,11 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     command.progress(f"{case.title}: timing")
     # JAX runs on a stream of its own, which events on PyTorch's do not see.
     timings, gflops = common.interleave_with_gemm(
-        contestants, device, seconds=case.seconds, quick=options.quick, clocks={JAX: common.wall_clock}
+        contestants,
+        device,
+        seconds=case.seconds * options.share,
+        quick=options.quick,
+        clocks={JAX: common.wall_clock},
     )
     operations = floors.second_order_operations(layers, forces)
     floor_timings = {name: timings.pop(name) for name in (report.FLOOR, report.STACKED)}

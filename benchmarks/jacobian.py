@@ -198,7 +198,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     contestants[report.FLOOR] = floors.tangent_floor(layers, device)
     command.progress(f"{case.title}: timing")
     timings, gflops = common.interleave_with_gemm(
-        contestants, device, seconds=case.seconds, quick=options.quick
+        contestants, device, seconds=case.seconds * options.share, quick=options.quick
     )
     operations = floors.tangent_operations(layers)
     floor = timings.pop(report.FLOOR)

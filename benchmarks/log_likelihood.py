@@ -155,7 +155,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     operations = sum(layer.operations for layer in layers)
     command.progress(f"{case.title}: timing")
     timings, gflops = common.interleave_with_gemm(
-        contestants, device, seconds=case.seconds, quick=options.quick
+        contestants, device, seconds=case.seconds * options.share, quick=options.quick
     )
     floor_ms = {report.FLOPS: operations / gflops / 1e6}
     return report.case_record(

@@ -215,7 +215,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> l
         timings = common.interleave(
             contestants,
             dict.fromkeys(contestants, common.clock_of(device)),
-            seconds=case.seconds,
+            seconds=case.seconds * options.share,
             min_rounds=2 if options.quick else 3,
         )
         timings = {

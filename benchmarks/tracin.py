@@ -181,7 +181,7 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
         contestants[name] = contestant
     command.progress(f"{case.title}: timing")
     timings, gflops = common.interleave_with_gemm(
-        contestants, device, seconds=case.seconds, quick=options.quick
+        contestants, device, seconds=case.seconds * options.share, quick=options.quick
     )
     if LOOP in timings:
         timings[LOOP] = extrapolated(timings[LOOP], timings.pop(BEFORE_LOOP).median, case.train / part)

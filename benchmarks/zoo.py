@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                        all entries, batches of 4, 16 and 64, one and two threads: an hour
     python benchmarks/zoo.py --quick                batches of 4, two threads, few rounds: under 10 minutes
     python benchmarks/zoo.py --only mlp,disent-fc   these entries alone
+    python benchmarks/zoo.py --cuda --batches 64    on a GPU
 
 Tasks, in float32: "flow", sum log p(x | z_K) - |rho_K|^2 / 2 of K = 3 leapfrog steps and its gradients to z, step size,
 alpha and all parameters; "jacobian", the mean over the batch of sum |dy/dz| and its gradients to all parameters.
@@ -74,12 +75,10 @@ def trained(p: Problem) -> list[Tensor]:
 def flow(p: Problem, run_flow: Callable[..., Sequence[Tensor]]) -> Run:
     """Loss and gradients; ``run_flow`` is called with z, rho, step size and alpha."""
     generator = torch.Generator().manual_seed(2)
-    rho = torch.randn(p.z.shape, generator=generator).to(p.z.dtype)
+    rho = torch.randn(p.z.shape, generator=generator).to(p.z)
     z = p.z.clone().requires_grad_()
-    step_size = torch.linspace(0.02, 0.06, oracles.STEPS, dtype=p.z.dtype).view(
-        -1, *(1 for _ in p.z.shape[1:])
-    )
-    alpha = torch.linspace(0.9, 1, oracles.STEPS, dtype=p.z.dtype)
+    step_size = torch.linspace(0.02, 0.06, oracles.STEPS).to(p.z).view(-1, *(1 for _ in p.z.shape[1:]))
+    alpha = torch.linspace(0.9, 1, oracles.STEPS).to(p.z)
     leaves = [z, step_size.requires_grad_(), alpha.requires_grad_(), *trained(p)]
 
     def run() -> list[Tensor]:
@@ -113,7 +112,7 @@ def our_jacobian(p: Problem) -> Run:
 def eager_jacobian(p: Problem) -> Run:
     """All latents in one pass of forward mode."""
     latents, leaves = p.z[0].numel(), trained(p)
-    directions = torch.eye(latents, dtype=p.z.dtype).repeat(len(p.z), 1).view(-1, *p.z.shape[1:])
+    directions = torch.eye(latents).to(p.z).repeat(len(p.z), 1).view(-1, *p.z.shape[1:])
 
     def run() -> list[Tensor]:
         rows = p.z.repeat_interleave(latents, 0)
@@ -168,12 +167,18 @@ def checked(
     raise ArithmeticError("; ".join(failures))
 
 
+def moved(p: Problem, device: str) -> Problem:
+    """The problem there."""
+    condition = tuple(c.to(device) for c in p.condition)
+    return p._replace(decoder=p.decoder.to(device), z=p.z.to(device), x=p.x.to(device), condition=condition)
+
+
 def run_task(
     entry: Entry, task: str, batch: int, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], str]:
     """One record for each number of threads, and a note on why there is none."""
     mine, eager = WAYS[task]
-    p = problem(entry, batch, torch.float32, options.width)
+    p = moved(problem(entry, batch, torch.float32, options.width), options.device)
     exact_problem = p._replace(
         decoder=copy.deepcopy(p.decoder).double(),
         z=p.z.double(),
@@ -194,7 +199,7 @@ def run_task(
         contestants: dict[str, common.Contestant] = {OURS: run_ours, EAGER: run_eager}
         timings = common.interleave(
             contestants,
-            dict.fromkeys(contestants, common.wall_clock),
+            dict.fromkeys(contestants, common.clock_of(p.z.device)),
             seconds=options.seconds,
             min_rounds=2 if options.quick else 5,
         )
@@ -248,15 +253,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options_of.add_argument(
         "--width", type=int, default=4, help="of networks that have one (default 4; tests: 1)"
     )
+    options_of.add_argument("--batches", help="batch sizes, by commas (default: 4,16,64; --quick: 4)")
     options = command.parse(options_of, arguments)
-    if options.device == "cuda":
-        options_of.error("--cuda: the zoo is timed on the CPU alone")
     options.only = [name for name in options.only.split(",") if name]
     if unknown := sorted(set(options.only) - set(ZOO)):
         options_of.error(f"--only: expected some of {', '.join(ZOO)}; got {', '.join(unknown)}")
-    options.batches = BATCHES[:1] if options.quick else BATCHES
-    options.all_threads = (options.threads,) if options.quick else tuple(dict.fromkeys((options.threads, 1)))
-    options.seconds = 0.1 if options.quick else 1.0
+    given = tuple(int(batch) for batch in options.batches.split(",")) if options.batches else None
+    options.batches = given or (BATCHES[:1] if options.quick else BATCHES)
+    one = options.quick or options.device == "cuda"
+    options.all_threads = (options.threads,) if one else tuple(dict.fromkeys((options.threads, 1)))
+    options.seconds = 0.1 if options.quick else options.share
     return options
 
 

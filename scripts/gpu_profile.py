@@ -4,8 +4,8 @@ python scripts/gpu_profile.py [--device cpu] [CASE...]      (default: all, on th
 
 A case prints its median time with the device waited for, the device's busy time and launches a call, the share of the
 time that the device is busy, and its longest kernels; "eager" beside it is the same by plain PyTorch. First come the
-rates of a large copy and a large float32 product, from which floors follow. On a CPU the cases run once and small, which
-shows only that they run.
+rates of a large copy and a large float32 product, from which floors follow. On a CPU the cases run once and small,
+which shows only that they run.
 """
 
 from __future__ import annotations
@@ -144,6 +144,12 @@ def grad_dot_case(device: torch.device, small: bool) -> dict[str, Work]:
     return {"ours": lambda: ops.grad_dot(a, g, b, h), "eager": eager}
 
 
+# Only by name: what the README promises a user with much data.
+LARGE: dict[str, Callable[[torch.device, bool], dict[str, Work]]] = {
+    "tracin-60000": tracin_case(60_000, 1000, 16),
+    "regret-500": regret_case(500),
+}
+
 CASES: dict[str, Callable[[torch.device, bool], dict[str, Work]]] = {
     "flow-small": flow_case("small"),
     "flow-small-128": flow_case("small", 128),
@@ -160,11 +166,11 @@ CASES: dict[str, Callable[[torch.device, bool], dict[str, Work]]] = {
 }
 
 
-def median_ms(work: Work, device: torch.device, seconds: float) -> float:
+def median_ms(work: Work, device: torch.device, seconds: float, least: int) -> float:
     """Milliseconds a call by the host's clock, the device waited for."""
     found: list[float] = []
     start = time.perf_counter()
-    while len(found) < 3 or (time.perf_counter() - start < seconds and len(found) < 50):
+    while len(found) < least or (time.perf_counter() - start < seconds and len(found) < 50):
         before = time.perf_counter()
         work()
         if device.type == "cuda":
@@ -203,8 +209,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="that a contestant is timed (default 0.5)")
     parser.add_argument("case", nargs="*", help="only these")
     options = parser.parse_args()
-    if unknown := sorted(set(options.case) - set(CASES)):
-        parser.error(f"case: expected some of {sorted(CASES)}, got {unknown}")
+    known = CASES | LARGE
+    if unknown := sorted(set(options.case) - set(known)):
+        parser.error(f"case: expected some of {sorted(known)}, got {unknown}")
     device = torch.device(options.device)
     small = device.type == "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -217,16 +224,17 @@ def main() -> None:
     )
     for name in options.case or CASES:
         try:
-            works = CASES[name](device, small)
+            works = known[name](device, small)
         except Exception as error:
             print(f"{name}: {common.why(error)}", flush=True)
             continue
         for contestant, work in works.items():
             try:
-                work()
-                elapsed = median_ms(work, device, 0 if small else options.seconds)
+                if name not in LARGE:
+                    work()
+                elapsed = median_ms(work, device, 0 if small else options.seconds, 1 if name in LARGE else 3)
                 print(f"{name}, {contestant}: {elapsed:.3f} ms", end="", flush=True)
-                if small or "captured" in contestant:
+                if small or name in LARGE or "captured" in contestant:
                     print(flush=True)
                     continue
                 busy, launches, lines = kernels_of(work)

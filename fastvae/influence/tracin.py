@@ -31,8 +31,8 @@ from fastvae.training.parallel import unwrap
 __all__ = ["InfluenceWithError", "KMostInfluentialResults", "TracIn"]
 
 _FEW = 64
-"""Samples in a tile at least, if its rows allow, and a divisor of its size: products with fewer run at a lower rate, and
-with a few more, too."""
+"""Samples in a tile at least, if its rows allow, and a divisor of its size: products with fewer run at a lower rate,
+and with a few more, too."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ class LikelihoodRegret(Detector):
         seed: of all noise, which is keyed by (seed, the image).
         betas, weight_decay: of Adam; the paper's by default. Weight decay is part of the gradient, as in
             ``torch.optim.Adam``, and applies to weights only.
-        memory_budget: bytes, about; images are taken in groups whose copies fit. 256 MiB keep a CPU busy (15 images
-            of the paper's DCGAN); a GPU takes more.
+        memory_budget: bytes, about; images are taken in groups whose copies fit. None: 256 MiB, which keep a CPU busy
+            (15 images of the paper's DCGAN), or 4 GiB on a GPU.
 
     Raises:
         ValueError: an argument out of range.
@@ -105,7 +105,7 @@ class LikelihoodRegret(Detector):
         seed: int = 0,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 5e-5,
-        memory_budget: int = 2**28,
+        memory_budget: int | None = None,
     ) -> None:
         inner = unwrap(model)
         if not isinstance(inner, BaseVAE):
@@ -121,7 +121,7 @@ class LikelihoodRegret(Detector):
             ("num_samples", num_samples),
             ("memory_budget", memory_budget),
         ):
-            if count < 1:
+            if count is not None and count < 1:
                 raise ValueError(f"LikelihoodRegret: {name}: expected at least 1, got {count}")
         lr = _LEARNING_RATES[target] if lr is None else lr
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
@@ -290,7 +290,9 @@ class LikelihoodRegret(Detector):
         outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element
         # Weights, two moments and a gradient; what the decoder keeps of a pass is a few times its output.
         numbers = (4 * numel_of(model.encoder) if self.target == "encoder" else 0) + 8 * outputs
-        return max(1, self.memory_budget // (numbers * next(model.parameters()).element_size()))
+        like = next(model.parameters())
+        budget = self.memory_budget or (2**28 if like.device.type == "cpu" else 2**32)
+        return max(1, budget // (numbers * like.element_size()))
 
 
 def _check_independence(encoder: nn.Module, shape: tuple[int, ...]) -> None:

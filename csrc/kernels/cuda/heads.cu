@@ -67,7 +67,8 @@ __global__ void categorical_head_kernel(const HeadResidual<T> args, int64_t chun
     for (int64_t pixel = chunk.first + threadIdx.x / kWarp; pixel < chunk.end; pixel += blockDim.x / kWarp) {
       const int64_t index = chunk.sample * pixels + pixel;
       const T* a = args.a + index * classes;
-      const T* bias = args.bias == nullptr ? nullptr : args.bias + (pixel % groups) * classes;
+      const int64_t group = groups == 1 ? 0 : pixel % groups;  // a division of 64 bits takes as long as the logits
+      const T* bias = args.bias == nullptr ? nullptr : args.bias + group * classes;
       T* residual = args.residual == nullptr ? nullptr : args.residual + index * classes;
       const auto logit = [&](int64_t c) { return bias == nullptr ? a[c] : a[c] + bias[c]; };
       const int64_t chosen = math::class_of(args.x[index], classes);
