@@ -102,7 +102,7 @@ def momenta(p: Problem) -> dict[str, Tensor]:
     rho = torch.randn(p.z.shape, generator=generator)
     step_size = 0.02 + 0.05 * torch.rand(oracles.STEPS, *p.z.shape[1:], generator=generator)
     alpha = 0.8 + 0.2 * torch.rand(oracles.STEPS, generator=generator)
-    return {"rho": rho.to(p.z.dtype), "step_size": step_size.to(p.z.dtype), "alpha": alpha.to(p.z.dtype)}
+    return {"rho": rho.to(p.z), "step_size": step_size.to(p.z), "alpha": alpha.to(p.z)}
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def regret_run(p: Problem, by_oracle: bool) -> Run:
     encoder = nn.Sequential(
         nn.Flatten(), nn.Linear(p.x[0].numel(), 6), nn.Tanh(), nn.Linear(6, 2 * p.z.shape[1])
     )
-    encoder.to(p.z.dtype)
+    encoder.to(p.z.device, p.z.dtype)
     # In float32 under either dtype: noise is keyed by the bytes.
     x = p.x.float()
 
@@ -394,3 +394,17 @@ def test_a_sample_does_not_depend_on_its_batch(operator: str, entry: Entry) -> N
     whole = run(slice(None))
     for part in (slice(0, 1), slice(1, 5)):
         assert_near(run(part), {name: output[part] for name, output in whole.items()})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@cases(RUNS)
+def test_float64_on_cuda(operator: str, entry: Entry) -> None:
+    """The same on a GPU, where nothing but PyTorch's own operators sweeps what is read as a graph."""
+    p = problem_of(entry)
+    moved = p._replace(
+        decoder=copy.deepcopy(p.decoder).cuda(),
+        z=p.z.cuda(),
+        x=p.x.cuda(),
+        condition=tuple(c.cuda() for c in p.condition),
+    )
+    assert_near(everything(operator, moved, False), everything(operator, moved, True))

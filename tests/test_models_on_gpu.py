@@ -1,0 +1,121 @@
+"""Models, training, influence and scores on a GPU, in float64 against the same on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from influence_problems import SHAPES, build, images, tracin
+from model_problems import DIM, PIXELS, Skip, mlp, seeded
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastvae.data import RandomAffine
+from fastvae.models import HVAE, IWAE, VAE, BaseVAE, ConsistencyVAE, JacobianL1VAE
+from fastvae.training import fit, load_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def image_networks() -> tuple[nn.Module, nn.Module]:
+    """Of 1x8x8 images, with convolutions of both kinds."""
+    encoder = nn.Sequential(
+        nn.Conv2d(1, 4, 4, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2 * DIM)
+    )
+    decoder = nn.Sequential(
+        nn.Linear(DIM, 32),
+        nn.Softplus(),
+        nn.Unflatten(1, (8, 2, 2)),
+        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1),
+        nn.ELU(),
+        nn.ConvTranspose2d(4, 1, 4, stride=2, padding=1),
+    )
+    return encoder, decoder
+
+
+MAKERS: dict[str, Callable[[], BaseVAE]] = {
+    "vae": lambda: VAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS)),
+    "vae-categorical": lambda: VAE(mlp(PIXELS, 2 * DIM), mlp(DIM, 256 * PIXELS), "categorical"),
+    "vae-images": lambda: VAE(*image_networks(), "gaussian"),
+    "hvae": lambda: HVAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS), num_steps=3),
+    "hvae-images": lambda: HVAE(*image_networks(), num_steps=2),
+    "hvae-read-as-a-graph": lambda: HVAE(mlp(PIXELS, 2 * DIM), Skip(), num_steps=3),
+    "iwae": lambda: IWAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS), num_samples=4),
+    "jacobian-l1": lambda: JacobianL1VAE(*image_networks()),
+    "consistency": lambda: ConsistencyVAE(*image_networks(), augment=RandomAffine()),
+}
+
+
+def made(name: str) -> tuple[BaseVAE, Tensor]:
+    torch.manual_seed(0)
+    model = MAKERS[name]().double().eval()
+    shape = (1, 8, 8) if isinstance(model.encoder[0], nn.Conv2d) else (PIXELS,)  # type: ignore[index]
+    return model, torch.rand(5, *shape, generator=seeded(1), dtype=torch.float64)
+
+
+def loss_and_gradients(model: BaseVAE, x: Tensor) -> dict[str, Tensor]:
+    """Of noise from a CPU's generator, which is the same for both."""
+    loss = model(x, generator=seeded())
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+    named = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    return {"loss": loss.detach(), **named}
+
+
+def assert_same(on_gpu: Any, on_cpu: Any) -> None:
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_losses_and_gradients_on_cuda(name: str) -> None:
+    model, x = made(name)
+    expected = loss_and_gradients(model, x)
+    found = loss_and_gradients(copy.deepcopy(model).cuda(), x.cuda())
+    assert found.keys() == expected.keys() and all(tensor.is_cuda for tensor in found.values())
+    for key in expected:
+        assert_same(found[key], expected[key])
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_evidence_and_samples_on_cuda(name: str) -> None:
+    model, x = made(name)
+    moved = copy.deepcopy(model).cuda()
+    assert_same(
+        moved.log_likelihood(x.cuda(), 20, generator=seeded()),
+        model.log_likelihood(x, 20, generator=seeded()),
+    )
+    assert moved.sample(3, generator=torch.Generator("cuda").manual_seed(0)).is_cuda
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_fit_on_cuda(name: str, tmp_path: Any) -> None:
+    """Two epochs, and a checkpoint that a CPU reads."""
+    model, x = made(name)
+    model.cuda().float().train()
+    history = fit(
+        model, DataLoader(TensorDataset(x.float()), 2), epochs=2, run_dir=tmp_path, seed=3, progress=False
+    )
+    assert len(history.train_loss) == 2 and all(map(math.isfinite, history.train_loss))
+    assert next(model.parameters()).is_cuda
+    other = MAKERS[name]()
+    load_checkpoint(other, history.checkpoints[-1])
+    for found, expected in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected.cpu())
+
+
+@pytest.mark.parametrize("make", SHAPES)
+def test_influence_on_cuda(make: Callable[[], nn.Module]) -> None:
+    model, x, queries = build(make), images(9, *SHAPES[make]), images(4, *SHAPES[make], seed=2)
+    on_cpu = tracin(model, x, (1.0, 0.5))
+    on_gpu = tracin(copy.deepcopy(model).cuda(), x, (1.0, 0.5))
+    assert_same(on_gpu.influence(queries), on_cpu.influence(queries))
+    assert_same(on_gpu.self_influence(), on_cpu.self_influence())
+    for found, expected in zip(
+        on_gpu.influence_with_error(queries), on_cpu.influence_with_error(queries), strict=True
+    ):
+        assert_same(found, expected)
+    assert torch.equal(on_gpu.influence(queries, k=3)[0], on_cpu.influence(queries, k=3)[0])
