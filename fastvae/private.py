@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["PrivateCopies", "Turns", "origin_of", "private_copy", "twin_of"]
+__all__ = ["PrivateCopies", "Turns", "for_scoring", "origin_of", "private_copy", "twin_of"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -73,7 +73,19 @@ def private_copy(model: _Module) -> _Module:
             )
     for part, own in zip(made.modules(), model.modules(), strict=True):
         _origins[part] = weakref.ref(origin_of(own) or own)
-    return made.eval()
+    return for_scoring(made)
+
+
+def for_scoring(copy_of: _Module) -> _Module:
+    """A private copy in eval mode, of which gradients may be asked on every device.
+
+    cuDNN has the backward pass of a recurrent layer in training mode alone, which without dropout is the same layer.
+    """
+    copy_of.eval()
+    for part in copy_of.modules():
+        if isinstance(part, nn.RNNBase) and any(parameter.is_cuda for parameter in part.parameters()):
+            part.dropout, part.training = 0.0, True
+    return copy_of
 
 
 _origins: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]] = weakref.WeakKeyDictionary()

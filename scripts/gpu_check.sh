@@ -14,6 +14,7 @@
 #   PACKAGES   a folder of packages that PYTHON lacks (default build/gpu-packages), made where there is a network:
 #                pip install --target build/gpu-packages --no-deps --python-version 3.12 --only-binary :all: captum
 #   STAGES     only these, by name         TESTS   what pytest is given (default tests)
+#   SHARE      of the time that benchmarks take (default 1); FASTVAE_COMMIT names what they measure, without a history
 #   SECONDS_IN_ALL  of a call (default 580)
 #   --dry-run  before the call's name: everything on the CPU and small, with whatever tools the PATH holds
 set -uo pipefail
@@ -169,11 +170,16 @@ case $call in
     fi
     ;;
   second)
-    bench 80 log_likelihood log_likelihood --no-compile
-    bench 100 tracin tracin
-    bench 80 jacobian jacobian --no-compile
-    bench 80 regret regret
-    bench 90 flow flow --no-jax --compile none
+    share=(--share "${SHARE:-1}")
+    bench 90 flow flow --no-jax --compile none "${share[@]}"
+    bench 100 tracin tracin "${share[@]}"
+    bench 80 regret regret "${share[@]}"
+    bench 80 log_likelihood log_likelihood --no-compile "${share[@]}"
+    bench 80 jacobian jacobian --no-compile "${share[@]}"
+    # What the README promises somebody with much data, then where the time of each operator goes.
+    stage 60 profile-large "$PYTHON" scripts/gpu_profile.py ${dry:+--device cpu} tracin-60000 regret-500
+    stage 120 profile "$PYTHON" scripts/gpu_profile.py ${dry:+--device cpu} ${dry:+jacobian-small}
+    bench 200 zoo zoo --batches 64 "${share[@]}" ${dry:+--only mlp}
     bench 40 flow-memory flow --memory
     if has pytest_benchmark; then
       for operator in grad_dot log_px hamiltonian_flow jacobian_l1 gaussian_kl leapfrog_kick_drift leapfrog_kick_temper; do

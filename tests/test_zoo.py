@@ -236,7 +236,7 @@ DIFFERENTIATED = ("flow", "jacobian")
 def everything(operator: str, p: Problem, by_oracle: bool) -> dict[str, Tensor]:
     """Outputs, and the gradients of a combination of them to every leaf, by name."""
     compute, leaves = RUNS[operator](p, by_oracle)
-    with oracles.careful() if by_oracle else contextlib.nullcontext():
+    with oracles.careful(p.decoder) if by_oracle else contextlib.nullcontext():
         outputs = compute()
         gradients = oracles.gradients(outputs, list(leaves.values())) if leaves else []
     found = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
@@ -262,7 +262,7 @@ def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
         assert actual[name].shape == e.shape, f"{name}: {list(actual[name].shape)} and not {list(e.shape)}"
         if e.numel():
             scale = max(float(e.abs().max()), least if name.startswith("gradient") else 1e-3)
-            errors[name] = float((actual[name].double() - e.double()).abs().max()) / scale
+            errors[name] = float((actual[name].cpu().double() - e.cpu().double()).abs().max()) / scale
     return errors
 
 
@@ -302,7 +302,7 @@ def test_oracle_agrees_with_differences(operator: str, entry: Entry) -> None:
     compute, leaves = RUNS[operator](problem_of(entry), True)
     expected = exact(operator, entry.name)
     gradients = [expected[f"gradient to {name}"] for name in leaves]
-    with oracles.careful():
+    with oracles.careful(problem_of(entry).decoder):
         problem = oracles.differences_agree(compute, list(leaves.values()), gradients)
     assert not problem, problem
 

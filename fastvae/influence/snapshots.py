@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvae.influence.cache import fingerprint
 from fastvae.lowering.rows import RowsModule
-from fastvae.private import PrivateCopies, private_copy
+from fastvae.private import PrivateCopies, for_scoring, private_copy
 
 __all__ = ["Snapshot", "Snapshots"]
 
@@ -97,7 +97,7 @@ class Snapshots:
             private = private_copy(self._model)
             weight = self._load(private, source)
             self._known.append(
-                Snapshot(float(weight) if isinstance(weight, (int, float)) else 1.0, private.eval())
+                Snapshot(float(weight) if isinstance(weight, (int, float)) else 1.0, for_scoring(private))
             )
 
     def enter(self, index: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,13 @@ Decode = Callable[[Tensor], Tensor]
 STEPS = 3
 
 
-def careful() -> contextlib.AbstractContextManager[None]:
-    """Attention by products, which autograd can differentiate twice."""
-    return sdpa_kernel(SDPBackend.MATH)
+@contextlib.contextmanager
+def careful(decoder: nn.Module) -> Iterator[None]:
+    """Attention by products and recurrent layers without cuDNN, which autograd can differentiate twice."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in decoder.modules())
+    without = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), without:
+        yield
 
 
 def log_prob(likelihood: Likelihood, output: Tensor, x: Tensor) -> Tensor:
@@ -124,7 +128,7 @@ def regret(
 def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], seed: int = 7) -> list[Tensor]:
     """Of a fixed random combination of the outputs; zeros where nothing depends on a leaf."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     found = torch.autograd.grad(list(outputs), list(leaves), weights, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
 
