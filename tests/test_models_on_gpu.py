@@ -107,6 +107,47 @@ def test_fit_on_cuda(name: str, tmp_path: Any) -> None:
         assert torch.equal(found, expected.cpu())
 
 
+class MeanLoss(nn.Module):
+    """The mean loss as a function of tensors alone."""
+
+    def __init__(self, model: BaseVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return self.model(x, noise=noise).mean()
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "consistency"])
+def test_graphed_callables_on_cuda(name: str) -> None:
+    """A model's forward and backward pass as CUDA graphs, replayed on other images and weights."""
+    model, x = made(name)
+    model.cuda()
+    draws = torch.randn(4, model.noise_draws, 5, DIM, generator=seeded(5), dtype=torch.float64).cuda()
+    images = torch.rand(4, *x.shape, generator=seeded(6), dtype=torch.float64).cuda()
+    plain = MeanLoss(copy.deepcopy(model))
+    plain(images[0], draws[0])  # latent_dim and what else is learned from a first batch
+    model(images[0], noise=draws[0])
+    graphed = torch.cuda.make_graphed_callables(MeanLoss(model), (images[0], draws[0]))
+    for step in range(1, 4):
+        losses = []
+        for module in (plain, graphed):
+            module.zero_grad()
+            loss = module(images[step], draws[step])
+            loss.backward()
+            losses.append(loss.detach().clone())
+        assert_same(losses[1], losses[0].cpu())
+        for found, expected in zip(graphed.parameters(), plain.parameters(), strict=True):
+            assert (found.grad is None) == (expected.grad is None)
+            if expected.grad is not None:
+                assert_same(found.grad, expected.grad.cpu())
+        with torch.no_grad():
+            for module in (plain, graphed):
+                for parameter in module.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.01 * parameter.grad
+
+
 @pytest.mark.parametrize("make", SHAPES)
 def test_influence_on_cuda(make: Callable[[], nn.Module]) -> None:
     model, x, queries = build(make), images(9, *SHAPES[make]), images(4, *SHAPES[make], seed=2)
