@@ -271,10 +271,12 @@ def environment(device: torch.device) -> dict[str, str]:
     """What a reader needs to judge the numbers: machine, versions, commit, date."""
     from fastvae import info
 
+    known = {name: value for name, value in info.describe() if not name.startswith("installed")}
+
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "CPU": _cpu_model(),
-        **dict(info.describe()),
+        **known,
         "jax": version_of("jax"),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

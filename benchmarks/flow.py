@@ -62,7 +62,11 @@ from fastvae.architectures import hvae_decoder  # noqa: E402
 
 TOLERANCE = 1e-4
 """|difference| / |exact| of the loss and each gradient, where eager's own float32 is not twice as far from float64's:
-round-off of K + 1 forces in another order, and with ReLU a unit now and then on the other side of its kink."""
+round-off of K + 1 forces in another order."""
+KINKED = 1e-2
+"""The same with ReLU, of which now and then a unit is on the other side of its kink: of the wide decoder, eager is off
+by 4e-7 or by 3e-3, as the seed has it. Ours is then compared in float64, too."""
+EXACT = 1e-9
 
 MEMORY_STEPS = (5, 50)
 
@@ -182,7 +186,14 @@ def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> d
     problem = Problem(case, device)
     expected = Problem(case, device, dtype=torch.float64).contestant(reference.hamiltonian_flow)()
     eager_error = common.relative_error(problem.contestant(reference.hamiltonian_flow)(), expected)
-    tolerance = max(TOLERANCE, 2 * eager_error)
+    kinked = any(isinstance(module, nn.ReLU) for module in problem.decoder.modules())
+    tolerance = max(KINKED if kinked else TOLERANCE, 2 * eager_error)
+    if kinked:
+        error = common.relative_error(
+            Problem(case, device, dtype=torch.float64).contestant(ops.hamiltonian_flow)(), expected
+        )
+        if not error <= EXACT:
+            raise ArithmeticError(f"ours differs in float64 by {error:.1e}, over {EXACT:.0e}")
     contestants: dict[str, common.Contestant] = {}
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}

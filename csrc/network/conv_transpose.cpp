@@ -9,9 +9,9 @@ namespace fastvae {
 namespace {
 
 // Bytes of columns worked on at a time: they are written and read once each, and should not leave a CPU's caches
-// between; a GPU wants few launches.
+// between; a GPU wants few launches, and its users their memory.
 constexpr int64_t kTileBytesOnCpu = int64_t{1} << 20;
-constexpr int64_t kTileBytesOnCuda = int64_t{256} << 20;
+constexpr int64_t kTileBytesOnCuda = int64_t{64} << 20;
 // Rows of a product from which on it is worth reading a weight that fits into no cache.
 constexpr int64_t kTileRows = 256;
 // Output channels up to which the narrow kernel wins, and from which on a row of them fills vectors.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
+from fastvae.models.inputs import capturing
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 
@@ -89,8 +90,8 @@ class HVAE(BaseVAE):
               same z_0 (zero steps), with their gradient; the rest of the batch is evaluated again without it;
               ``model.divergences`` counts it. Training goes on, but the ELBO of such a sample mixes two
               bounds and is itself none. In ``log_likelihood`` its weight is 0, which never raises it.
-            - "ignore": no check and no wait, for CUDA graph capture and ``torch.compile``; NaN reaches the
-              caller.
+            - "ignore": no check and no wait, for ``torch.compile`` and CUDA graphs (in which "raise" does not look
+              either); NaN reaches the caller.
 
     Raises:
         ValueError: an argument out of range, named; see also ``BaseVAE``.
@@ -222,8 +223,15 @@ class HVAE(BaseVAE):
         return _Path(z_0, z_0, log_px, 0.5 * (logvar + noise[0].square() - z_0.square()).sum(1))
 
     def _diverged(self, path: _Path) -> Tensor | None:
-        """Mask [B] of samples whose weight is not finite, or None if all are."""
+        """Mask [B] of samples whose weight is not finite; None if all are, or nobody may look: in a CUDA graph."""
         if self.on_divergence == "ignore":
+            return None
+        if capturing(path.log_px):
+            if self.on_divergence == "drop":
+                raise RuntimeError(
+                    "HVAE: on_divergence: expected 'ignore' or 'raise' where a CUDA graph is captured, which runs the "
+                    "same kernels whatever a batch does, got 'drop'"
+                )
             return None
         bad = ~torch.isfinite(path.weight().detach())
         return bad if bool(bad.any()) else None

@@ -70,7 +70,7 @@ def jacobian_l1(decode: Decode, z: Tensor) -> Tensor:
     """sum over latents and outputs of |dy/dz| [B]: signs without a graph, then one product with a graph."""
     latents = z[0].numel()
     rows = z.repeat_interleave(latents, 0)
-    directions = torch.eye(latents, dtype=z.dtype).repeat(len(z), 1).reshape(rows.shape)
+    directions = torch.eye(latents, dtype=z.dtype, device=z.device).repeat(len(z), 1).reshape(rows.shape)
     y = decode(rows)
     probe = torch.zeros_like(y, requires_grad=True)
     (pulled,) = torch.autograd.grad(y, rows, probe, create_graph=True)
