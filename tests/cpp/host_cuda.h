@@ -1,6 +1,7 @@
 // Just enough of CUDA to execute csrc/kernels/cuda/*.cu on a CPU: blocks in turn, the threads of a block as threads, so
-// that sanitizers see each index that runs off an array and each missing __syncthreads. Included in front of those
-// files (CMakeLists.txt); cuda/launch.cuh says what a kernel may use. Says nothing about speed.
+// that sanitizers see each index that runs off an array and each missing __syncthreads. Blocks come in any order,
+// dynamic shared memory begins as NaN, and what no device would launch throws. Included in front of those files
+// (CMakeLists.txt); cuda/launch.cuh says what a kernel may use. Says nothing about speed.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,12 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -26,7 +32,8 @@
 #define FASTVAE_CUDA_MAX_BLOCKS 3
 #define FASTVAE_CUDA_THREADS 64
 #define FASTVAE_DYNAMIC_SHARED(TYPE, NAME) TYPE* const NAME = reinterpret_cast<TYPE*>(host_cuda::block->dynamic.data())
-#define FASTVAE_CUDA_LAUNCH(KERNEL, GRID, BLOCK, SHARED, STREAM, ...) \
+#define FASTVAE_CUDA_LAUNCH(KERNEL, GRID, BLOCK, SHARED, STREAM, ...)                     \
+  host_cuda::check_launch(KERNEL, GRID, BLOCK, SHARED, host_cuda::bytes_of(__VA_ARGS__)); \
   host_cuda::run(GRID, BLOCK, SHARED, [&] { KERNEL(__VA_ARGS__); })
 
 struct dim3 {
@@ -45,23 +52,59 @@ constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
 constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+namespace host_cuda {
+
+// Of an H100, as of most devices.
+constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr int kMostShared = 227 * 1024, kSharedUnasked = 48 * 1024;
+constexpr size_t kMostArgumentBytes = 4096;
+
+// The dynamic shared memory that each kernel has asked for.
+inline std::map<const void*, int> shared_asked;
+
+template <typename... Args>
+constexpr size_t bytes_of(const Args&...) {
+  return (sizeof(Args) + ... + 0);
+}
+
+// Throws where a device would refuse to launch.
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+void check_launch(Kernel kernel, unsigned grid, unsigned threads, size_t shared_bytes, size_t argument_bytes) {
+  const auto asked = shared_asked.find(reinterpret_cast<const void*>(kernel));
+  const int allowed = asked == shared_asked.end() ? kSharedUnasked : std::max(kSharedUnasked, asked->second);
+  const bool fits = grid > 0 && grid <= 0x7fffffffU && threads > 0 && threads <= kMostThreads &&
+                    shared_bytes <= static_cast<size_t>(allowed) && argument_bytes <= kMostArgumentBytes;
+  if (!fits) {
+    throw std::runtime_error("host_cuda: a launch of " + std::to_string(grid) + " blocks of " +
+                             std::to_string(threads) + " threads with " + std::to_string(shared_bytes) + " of " +
+                             std::to_string(allowed) + " bytes and " + std::to_string(argument_bytes) +
+                             " bytes of arguments, which no device takes");
+  }
+}
+
+}  // namespace host_cuda
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, int attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > host_cuda::kMostShared) {
+    return 1;
+  }
+  host_cuda::shared_asked[reinterpret_cast<const void*>(kernel)] = value;
   return cudaSuccess;
 }
 
 // One device, with the shared memory of an H100.
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int device) {
-  *value = 227 * 1024;
+  *value = host_cuda::kMostShared;
   return device == 0 ? cudaSuccess : 1;
 }
 
 namespace host_cuda {
 
-constexpr unsigned kWarp = 32;
-
 struct Block {
-  Block(unsigned threads, size_t shared_bytes) : all(threads), dynamic(shared_bytes), exchange(threads) {
+  // What nobody has written is NaN.
+  Block(unsigned threads, size_t shared_bytes) : all(threads), dynamic(shared_bytes, 0xff), exchange(threads) {
     for (unsigned first = 0; first < threads; first += kWarp) {
       warps.emplace_back(std::min(kWarp, threads - first));
     }
@@ -124,7 +167,12 @@ void run(unsigned grid, unsigned threads, size_t shared_bytes, Call call) {
   if (pool == nullptr || pool->size() != threads) {
     pool = std::make_unique<Pool>(threads);
   }
-  for (unsigned b = 0; b < grid; ++b) {
+  // A device promises no order.
+  static std::mt19937 generator(7);
+  std::vector<unsigned> order(grid);
+  std::iota(order.begin(), order.end(), 0U);
+  std::shuffle(order.begin(), order.end(), generator);
+  for (const unsigned b : order) {
     Block state(threads, shared_bytes);
     pool->run([&] {
       blockIdx.x = b;
