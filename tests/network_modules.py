@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from layer_kinds import Wave
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 
 class Plain(nn.Module):
@@ -196,10 +197,19 @@ READ: dict[str, Callable[[], nn.Module]] = {
     "weight_norm": normed(lambda layer: P.weight_norm(layer)),
     "spectral_norm": normed(lambda layer: P.spectral_norm(layer).eval()),
     "orthogonal": normed(lambda layer: P.orthogonal(layer)),
+    "weight_norm by a hook": normed(lambda layer: nn.utils.weight_norm(layer)),
+    "weight_norm of all by a hook": normed(lambda layer: nn.utils.weight_norm(layer, dim=None)),
+    "spectral_norm by a hook": normed(lambda layer: nn.utils.spectral_norm(layer).eval()),
+    "pruned": normed(lambda layer: prune.l1_unstructured(layer, "weight", 0.4)),
     "compiled": lambda: torch.compile(Plain(), backend="eager"),
     "a compiled part": lambda: Through(torch.compile(Plain(), backend="eager")),
     "dropout in eval mode": lambda: nn.Sequential(Plain(), nn.Dropout(0.5), nn.LayerNorm(4)).eval(),
 }
+
+
+def hooked_twice(layer: nn.Module) -> nn.Module:
+    layer.register_forward_pre_hook(lambda *_: None)
+    return layer
 
 
 def branches(m: Plain, z: Tensor) -> Tensor:
@@ -259,8 +269,8 @@ NOT_READ: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "TorchScript",
     ),
     "DataParallel": (lambda: nn.DataParallel(Plain()), "scatters the batch"),
-    "a hook that computes a weight": (
-        normed(lambda layer: nn.utils.weight_norm(layer)),
+    "a hook that computes a weight, and another": (
+        normed(lambda layer: hooked_twice(nn.utils.weight_norm(layer))),
         "computed by a hook",
     ),
 }

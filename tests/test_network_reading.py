@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastvae import ops, reference
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
+from fastvae.network import cache
 from fastvae.network.cache import read_network
 
 pytestmark = [
@@ -78,6 +79,22 @@ def test_what_is_not_read_runs_through_autograd(name: str, capfd: pytest.Capture
     torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
     found, expected = gradients(value, module, z), gradients(wanted, module, z)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_weight_that_a_hook_computes_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each forward of the module leaves another tensor under its name."""
+    module = made(READ["weight_norm by a hook"])
+    read_network(module, codes())
+    monkeypatch.setattr(cache, "read_program", None)
+    module(codes())
+    read_network(module, codes())
+    assert "weight" in vars(module.first) and len(module.first._forward_pre_hooks) == 1
+
+
+def test_a_hook_that_changes_buffers_is_not_read() -> None:
+    module = made(READ["spectral_norm by a hook"]).train()
+    with pytest.raises(UnsupportedLayer, match="computed by a hook"):
+        read_network(module, codes())
 
 
 @pytest.mark.parametrize("name", COUPLED)
@@ -147,6 +164,10 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] =
     "a parameter": (Plain, new_parameter),
     "a parameter's data": (Plain, lambda m: setattr(m.first.weight, "data", torch.ones(6, 3).double())),
     "a child": (Plain, lambda m: setattr(m, "last", nn.Sequential(nn.Linear(6, 4), nn.ELU()).double())),
+    "a hook that computed a weight": (
+        READ["weight_norm by a hook"],
+        lambda m: m.first._forward_pre_hooks and nn.utils.remove_weight_norm(m.first),
+    ),
     "a forward hook": (Plain, lambda m: m.last.register_forward_hook(lambda _, given, output: output * 3)),
     "a hook before": (Plain, lambda m: m.register_forward_pre_hook(lambda _, given: (given[0] * 3,))),
     "a list, shorter": (of(through_a_list, layers=layers), lambda m: m.layers.pop()),

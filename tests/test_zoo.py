@@ -41,7 +41,6 @@ FLOAT32_FLOOR = {"log_px": 2e-6, "flow": 5e-6, "jacobian": 5e-6, "tracin": 5e-6,
 
 # All but the first are autograd Functions of their authors, whose gradients are their own.
 OUTSIDE = {
-    "weight-spectral-norm-hooks": "its tensor is computed by a hook",
     "straight-through": r"Round +autograd",
     "swish-function": r"Swish +autograd",
     "disent-conv64-instancenorm-swish": r"_SwishFunction +autograd",

@@ -11,6 +11,7 @@ from torch.nn.modules import module as _module_internals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import CoupledSamples, UnsupportedLayer, describe, join
+from .hooked import computed_weights
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
@@ -125,8 +126,11 @@ def check_readable(module: nn.Module) -> None:
                     _check_layout(join(path, name), tensor)
 
 
-def check_module(path: str, module: nn.Module) -> None:
-    """Refuse one module, by name and reason, if calling it does more than its type's forward."""
+def check_module(path: str, module: nn.Module, *, hooked: bool = False) -> None:
+    """Refuse one module, by name and reason, if calling it does more than its type's forward.
+
+    With ``hooked`` it may have hooks that compute its weights (see ``hooked.computed_weights``).
+    """
     cls = type(module)
     kind = cls.__name__
 
@@ -142,7 +146,7 @@ def check_module(path: str, module: nn.Module) -> None:
         raise refuse("quantised modules are not lowered; pass the float module")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         raise refuse("it is lazy and has no shapes yet; run the module once on a batch")
-    for hooks in HOOKS:
+    for hooks in () if hooked and computed_weights(module) else HOOKS:
         for hook in getattr(module, hooks).values():
             if getattr(type(hook), "__module__", "").startswith("torch.nn.utils."):
                 raise refuse(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .checks import HOOKS
 from .errors import join
+from .hooked import computed_weights
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 # By exact type: a NumPy scalar that is not a number would not equal its own copy.
@@ -41,13 +42,16 @@ class Node:
         self.type = type(module)
         self.forward = getattr(self.type, "forward", None)
         optimized = self.type.__name__ == "OptimizedModule"
-        own = [] if optimized else [key for key in state if key not in _INTERNAL]
+        computed = computed_weights(module)
+        own = [] if optimized else [key for key in state if key not in _INTERNAL and key not in computed]
         plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
         self.plain = tuple(plain.items())
         self.size = 0 if optimized else len(state)
         self.read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*HOOKS, *plain)
-        # A module with hooks matches nothing: it is refused, and looked at again every time.
-        self.values = tuple(None if state[key] else {} for key in HOOKS) + tuple(plain.values())
+        # A module with hooks matches nothing: it is refused, and looked at again every time. But for those that compute
+        # its weights: it matches as long as it has the same.
+        hooks = (dict(state[key]) if computed or not state[key] else None for key in HOOKS)
+        self.values = (*hooks, *plain.values())
         held = {key: state[key] for key in own if key not in plain}
         self.opaque = tuple((key, _reference(value)) for key, value in held.items())
         self.configs = tuple((key, fields) for key, value in held.items() if (fields := _config(value)))

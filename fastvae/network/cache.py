@@ -41,7 +41,7 @@ class _Known:
         check_readable(module)
         try:
             for path, inner in named(module):
-                check_module(path, inner)
+                check_module(path, inner, hooked=True)
             mine = copy_with_modes(module)
             program = read_program(mine, z, condition)
             try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastvae._compiling import exporting
 from fastvae._second_order import twice_differentiable
 from fastvae.lowering.errors import UnsupportedLayer
+from fastvae.lowering.hooked import write_out
 from fastvae.lowering.tracing import READING
 from fastvae.network.alignment import aligned
 from fastvae.network.functions import Call, marked
@@ -37,10 +38,11 @@ BATCH = 2
 
 
 def copy_with_modes(module: nn.Module) -> nn.Module:
-    """A private copy in the module's own training modes."""
+    """A private copy in the module's own training modes, whose hooks compute no weights: the forward does."""
     made = private_copy(module)
     for mine, own in zip(made.modules(), module.modules(), strict=True):
         mine.training = own.training
+    write_out(made)
     return made
 
 
