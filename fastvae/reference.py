@@ -95,11 +95,17 @@ def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor
 
 
 def steps_of_codes(step_size: StepSize, num_steps: int, z: Tensor) -> Tensor:
-    """:func:`expand_step_size` for z [B, ...]: [K, ...]. A step may also have the shape of a code, or [K] such."""
+    """:func:`expand_step_size` for z [B, ...]: [K, ...]. A step may also have the shape of a code, or [K] such.
+
+    Of [K] such, sizes of 1 are broadcast.
+    """
     rank = z.dim() - 1
     eps = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
-    if rank > 1 and eps.shape[-rank:] == z.shape[1:]:
-        eps = eps.flatten(-rank)
+    several = eps.dim() == rank + 1 and all(
+        a in (1, b) for a, b in zip(eps.shape[1:], z.shape[1:], strict=True)
+    )
+    if rank > 1 and (several or eps.shape[-rank:] == z.shape[1:]):
+        eps = eps.expand(*eps.shape[:-rank], *z.shape[1:]).flatten(-rank)
     return expand_step_size(eps, num_steps, math.prod(z.shape[1:]), z).reshape(num_steps, *z.shape[1:])
 
 

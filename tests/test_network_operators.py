@@ -81,6 +81,20 @@ def test_step_sizes_of_all_shapes(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 3, 1), (2, 1, 2), (2, 3, 2), (3, 2), (1, 3, 2), (2, 6)])
+def test_step_sizes_of_codes_of_two_dimensions(shape: tuple[int, ...]) -> None:
+    """What does not name every number is broadcast, as it would be written out."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Mish(), nn.Linear(5, 4)).double()
+    z = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 3, 2)
+    step = torch.linspace(0.05, 0.2, torch.Size(shape).numel(), dtype=z.dtype).view(shape).requires_grad_()
+    whole = step.view(2, 3, 2) if shape == (2, 6) else step.expand(2, 3, 2)
+    results = []
+    for given in (step, whole):
+        outputs = ops.hamiltonian_flow(module, z, 0.5 * z, torch.zeros(4, 4).to(z), given, z.new_ones(2))
+        results.append((*outputs, *torch.autograd.grad(sum(output.sin().sum() for output in outputs), step)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
 def test_no_step_at_all() -> None:
     module, z = sine(), codes().requires_grad_()
     z_K, rho_K, log_px, path = flow(module, z, alpha=z.new_ones(0), return_trajectory=True)

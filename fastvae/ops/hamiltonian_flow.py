@@ -104,7 +104,8 @@ def hamiltonian_flow(
         z: start [B, d], or [B, ...] where the decoder takes such codes; float32 or float64, CPU or CUDA.
         rho: momentum, of the shape of z.
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
-        step_size: a number, [d], [K, 1] or [K, d], with d the numbers of a code; or of a code's shape, or K such.
+        step_size: a number, [d], [K, 1] or [K, d], with d the numbers of a code; or of a code's shape, or K such, of
+            which sizes of 1 are broadcast.
         alpha: [K], the factor on the momentum at the end of each step (1: no tempering).
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
         condition: [B, ...], handed to the decoder after the codes: ``decoder(z, condition)``; constant along the
