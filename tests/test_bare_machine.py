@@ -135,7 +135,8 @@ def test_every_stage(call: str, run: Run) -> None:
         assert {"smoke.txt", "tests.txt", "memcheck.txt", "racecheck.txt"} <= set(result.files)
     elif call == "second":
         written = {name for name in result.files if name.endswith(".md")}
-        expected = {"log_likelihood", "tracin", "jacobian", "regret", "flow", "suite-grad_dot"}
+        expected = {"log_likelihood", "tracin", "jacobian", "regret", "flow", "zoo", "suite-grad_dot"}
+        assert {"profile.txt", "profile-large.txt"} <= set(result.files)
         assert {f"results/{name}-cpu-quick.md" for name in expected} <= written
         assert "results-compile/flow-cpu-quick.md" in written
     else:

@@ -5,7 +5,8 @@ Walking back with cotangents gz and grho (fastvae.ops.hamiltonian_flow has the s
     gp = alpha_k grho; the force at z_{k+1} collects u = eps/2 gp + what step k+1 left for it; gz += -u + H(u)
     grh = gp + eps gz; the force at z_k receives eps/2 grh; grho = grh
 
-with H(u) the gradient of u . grad_z log p(x | z) + c log p(x | z): one tangent and one adjoint sweep.
+with H(u) the gradient of u . grad_z log p(x | z) + c log p(x | z): one tangent and one adjoint sweep. All else is
+in the kernels of the leapfrog operators.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae._extension import raw
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
 from fastvae.network.once import differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
+
+
+def rows(codes: Tensor) -> Tensor:
+    """Codes, or what has their shape, as [B, d]."""
+    return codes if codes.dim() == 2 else codes.flatten(1)
 
 
 class Evaluation:
@@ -29,7 +36,15 @@ class Evaluation:
         self.point: Point = sweeps.forward(passive, z, wanted)
         self.log_px, residual = head.residual(sweeps.output(self.point))
         gradient, self.cotangents = sweeps.reverse(self.point, residual)
-        self.gradient = torch.zeros_like(z) if gradient is None else gradient
+        self.z, self.gradient = z, torch.zeros_like(z) if gradient is None else gradient
+        self._force: Tensor | None = None
+
+    @property
+    def force(self) -> Tensor:
+        """That of a flow, [B, d]: with a standard normal prior."""
+        if self._force is None:
+            self._force = rows(self.gradient) - rows(self.z)
+        return self._force
 
     def adjoint(
         self, u: Tensor | None, of_log_px: Tensor | None, products: Products
@@ -67,15 +82,14 @@ class _Flow(torch.autograd.Function):
         differentiated = any(ctx.needs_input_grad)
         at = Evaluation(sweeps, passive, inputs.wanted, head, z)
         points, kept = [(z, rho, at.log_px)], [at]
-        for k in range(len(alpha)):
-            force = kept[-1].gradient - z
-            half = rho + 0.5 * steps[k] * force
-            z = z + steps[k] * half
+        for step, alpha_k in zip(rows(steps).contiguous(), alpha, strict=True):
+            flat, half = raw.leapfrog_kick_drift(rows(z), rows(rho), at.force, step)
+            z = flat.view_as(z)
             at = Evaluation(sweeps, passive, inputs.wanted, head, z)
             if not (store and differentiated):
                 kept.clear()
             kept.append(at)
-            rho = alpha[k] * (half + 0.5 * steps[k] * (at.gradient - z))
+            rho = raw.leapfrog_kick_temper(half, at.force, step, alpha_k).view_as(z)
             points.append((z, rho, at.log_px))
         ctx.sweeps, ctx.inputs, ctx.head, ctx.passive = sweeps, inputs, head, passive
         ctx.kept = kept if store and differentiated else None
@@ -129,24 +143,25 @@ class _WayBack:
 
     def run(self, gz: Tensor, grho: Tensor, of_log_px: Tensor | None) -> tuple[Any, ...]:
         """Gradients to z, rho, x, steps, alpha and the trained tensors."""
-        d_steps, d_alpha = torch.zeros_like(self.steps), torch.zeros_like(self.alpha)
+        steps, shape = rows(self.steps).contiguous(), gz.shape
+        d_steps, d_alpha = torch.zeros_like(steps), torch.zeros_like(self.alpha)
+        gz, grho = rows(gz), rows(grho)
         left = torch.zeros_like(gz)
         after = self.evaluation(self.ctx.count)
         for k in reversed(range(self.ctx.count)):
-            step, alpha = self.steps[k], self.alpha[k]
-            here = self.evaluation(k)
-            half = self.rho[k] + 0.5 * step * (here.gradient - self.z[k])
-            force = after.gradient - self.z[k + 1]
-            d_alpha[k] = (grho * (half + 0.5 * step * force)).sum()
-            gp = alpha * grho
-            gz = gz + self.through_force(after, 0.5 * step * gp + left, of_log_px)
+            step, here = steps[k], self.evaluation(k)
+            z, rho = rows(self.z[k]), rows(self.rho[k])
+            _, half = raw.leapfrog_kick_drift(z, rho, here.force, step)
+            g_half, u, of_second, d_alpha[k] = raw.leapfrog_kick_temper_backward(
+                grho, half, after.force, step, self.alpha[k]
+            )
+            gz = gz + rows(self.through_force(after, (u + left).view(shape), of_log_px))
             of_log_px = None
-            grh = gp + step * gz
-            left = 0.5 * step * grh
-            each = 0.5 * force * gp + half * gz + 0.5 * (here.gradient - self.z[k]) * grh
-            d_steps[k] = each.sum(0).sum_to_size(step.shape)
-            grho, after = grh, here
-        gz = gz + self.through_force(after, left, of_log_px)
+            gz, grho, left, of_first = raw.leapfrog_kick_drift_backward(gz, g_half, z, rho, here.force, step)
+            torch.add(of_first, of_second, out=d_steps[k])
+            after = here
+        gz = (gz + rows(self.through_force(after, left.view(shape), of_log_px))).view(shape)
+        grho, d_steps = grho.view(shape), d_steps.view_as(self.steps)
         self.products.finish()
         trained = [self.found.get(index) for index in self.ctx.inputs.trained]
         return gz, grho, self.of_x, d_steps, d_alpha, *trained
