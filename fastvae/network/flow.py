@@ -11,21 +11,30 @@ in the kernels of the leapfrog operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae._extension import raw
-from fastvae.network.heads import Head
+from fastvae.network.flow_tape import FlowTape, Recording
+from fastvae.network.heads import Head, is_elementwise
 from fastvae.network.layers import Point, Products
 from fastvae.network.once import differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
+from fastvae.network.tape import kernel
 
 
 def rows(codes: Tensor) -> Tensor:
     """Codes, or what has their shape, as [B, d]."""
     return codes if codes.dim() == 2 else codes.flatten(1)
+
+
+def of_head(head: Head, function: Callable[..., Any], *args: Any) -> Any:
+    """A method of a head: its formulas, or where autograd runs inside one call of the head."""
+    return function(*args) if is_elementwise(head) else kernel(function, *args)
 
 
 class Evaluation:
@@ -34,7 +43,7 @@ class Evaluation:
     def __init__(self, sweeps: Sweeps, passive: list[Any], wanted: list[bool], head: Head, z: Tensor) -> None:
         self.sweeps, self.head = sweeps, head
         self.point: Point = sweeps.forward(passive, z, wanted)
-        self.log_px, residual = head.residual(sweeps.output(self.point))
+        self.log_px, residual = of_head(head, head.residual, sweeps.output(self.point))
         gradient, self.cotangents = sweeps.reverse(self.point, residual)
         self.z, self.gradient = z, torch.zeros_like(z) if gradient is None else gradient
         self._force: Tensor | None = None
@@ -52,7 +61,7 @@ class Evaluation:
         """The gradients to z and x of u . gradient + c log_px; those to the network's tensors go to ``products``."""
         dots = [None] * self.sweeps.program.size if u is None else self.sweeps.tangent(self.point, u)
         output = self.sweeps.program.output
-        seed, of_x = self.head.adjoint(self.point.values[output], dots[output], of_log_px)
+        seed, of_x = of_head(self.head, self.head.adjoint, self.point.values[output], dots[output], of_log_px)
         gradients = self.sweeps.adjoint(self.point, dots, self.cotangents, seed, products)
         of_z = gradients.pop(0, None)
         for index, gradient in gradients.items():
@@ -78,39 +87,81 @@ class _Flow(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         passive, given_z, given_rho = inputs.detached(), z, rho
-        z, rho = z.detach(), rho.detach()
-        differentiated = any(ctx.needs_input_grad)
-        at = Evaluation(sweeps, passive, inputs.wanted, head, z)
-        points, kept = [(z, rho, at.log_px)], [at]
-        for step, alpha_k in zip(rows(steps).contiguous(), alpha, strict=True):
-            flat, half = raw.leapfrog_kick_drift(rows(z), rows(rho), at.force, step)
-            z = flat.view_as(z)
-            at = Evaluation(sweeps, passive, inputs.wanted, head, z)
-            if not (store and differentiated):
-                kept.clear()
-            kept.append(at)
-            rho = raw.leapfrog_kick_temper(half, at.force, step, alpha_k).view_as(z)
-            points.append((z, rho, at.log_px))
+        there = [tensor.detach() for tensor in (z, rho, steps, alpha)]
+        keep = store and any(ctx.needs_input_grad)
+        tape: FlowTape | None = None
+        recording: Recording | None = None
+        if keep:
+            facts = tuple(inputs.wanted)
+            tape, recording, given = sweeps.flow_tapes.find(passive, head, there, facts)
+        ctx.tape, ctx.recording, ctx.kept = tape, recording, None
+        if tape is not None:
+            outputs, ctx.held = tape.forward(head, given)
+        else:
+            with nullcontext() if recording is None else recording.recorder:
+                outputs, kept = walk(sweeps, passive, inputs.wanted, head, there, keep)
+            ctx.kept = kept if keep else None
+            if recording is not None:
+                recording.ended_forward(outputs)
         ctx.sweeps, ctx.inputs, ctx.head, ctx.passive = sweeps, inputs, head, passive
-        ctx.kept = kept if store and differentiated else None
         ctx.count = len(alpha)
-        z_steps, rho_steps, log_px = (torch.stack(column) for column in zip(*points, strict=True))
         # The inputs too, so that autograd sees what is changed in place.
-        ctx.save_for_backward(z_steps, rho_steps, steps, alpha, given_z, given_rho, x, *parameters)
-        ctx.mark_non_differentiable(z_steps, rho_steps, log_px)
+        ctx.save_for_backward(*outputs[3:5], steps, alpha, given_z, given_rho, x, *parameters)
+        ctx.mark_non_differentiable(*outputs[3:])
         ctx.set_materialize_grads(False)
-        return z.clone(), rho.clone(), points[-1][2].clone(), z_steps, rho_steps, log_px
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, gz: Tensor | None, grho: Tensor | None, of_log_px: Tensor | None, *_: Any) -> Any:
         z_steps, rho_steps, steps, alpha, *inputs = ctx.saved_tensors
         sources = [*inputs, steps, alpha, gz, grho, of_log_px]
+        given = [
+            t if t is None else t.detach() for t in (z_steps, rho_steps, steps, alpha, gz, grho, of_log_px)
+        ]
         with torch.no_grad():
-            walk = _WayBack(ctx, z_steps, rho_steps, steps, alpha)
-            gz = torch.zeros_like(z_steps[0]) if gz is None else gz
-            grho = torch.zeros_like(gz) if grho is None else grho
-            found = walk.run(gz, grho, of_log_px)
+            found = None if ctx.tape is None else ctx.tape.backward(ctx.head, ctx.held, given)
+            if found is None:
+                recording, ctx.recording = ctx.recording, None
+                if recording is not None:
+                    recording.begin_backward(given)
+                with nullcontext() if recording is None else recording.recorder:
+                    found = walk_back(ctx, given)
+                if recording is not None:
+                    recording.ended_backward(found)
         return None, None, None, None, *differentiable_once("hamiltonian_flow", found, sources)
+
+
+def walk(
+    sweeps: Sweeps,
+    passive: list[Any],
+    wanted: list[bool],
+    head: Head,
+    start: Sequence[Tensor],
+    keep: bool,
+) -> tuple[tuple[Tensor, ...], list[Evaluation]]:
+    """From z, rho, steps and alpha: z_K, rho_K, log_px and the trajectory's; all evaluations, or the last one."""
+    z, rho, steps, alpha = start
+    at = Evaluation(sweeps, passive, wanted, head, z)
+    points, kept = [(z, rho, at.log_px)], [at]
+    for step, alpha_k in zip(rows(steps).contiguous().unbind(0), alpha.unbind(0), strict=True):
+        flat, half = kernel(raw.leapfrog_kick_drift, rows(z), rows(rho), at.force, step)
+        z = flat.view_as(z)
+        at = Evaluation(sweeps, passive, wanted, head, z)
+        if not keep:
+            kept.clear()
+        kept.append(at)
+        rho = kernel(raw.leapfrog_kick_temper, half, at.force, step, alpha_k).view_as(z)
+        points.append((z, rho, at.log_px))
+    trajectory = [torch.stack(column) for column in zip(*points, strict=True)]
+    return (z.clone(), rho.clone(), points[-1][2].clone(), *trajectory), kept
+
+
+def walk_back(ctx: Any, given: Sequence[Any]) -> tuple[Any, ...]:
+    """Gradients to z, rho, x, steps, alpha and the trained tensors, from what was saved and the cotangents."""
+    z_steps, rho_steps, steps, alpha, gz, grho, of_log_px = given
+    gz = torch.zeros_like(z_steps[0]) if gz is None else gz
+    grho = torch.zeros_like(gz) if grho is None else grho
+    return _WayBack(ctx, z_steps, rho_steps, steps, alpha).run(gz, grho, of_log_px)
 
 
 class _WayBack:
@@ -151,13 +202,15 @@ class _WayBack:
         for k in reversed(range(self.ctx.count)):
             step, here = steps[k], self.evaluation(k)
             z, rho = rows(self.z[k]), rows(self.rho[k])
-            _, half = raw.leapfrog_kick_drift(z, rho, here.force, step)
-            g_half, u, of_second, d_alpha[k] = raw.leapfrog_kick_temper_backward(
-                grho, half, after.force, step, self.alpha[k]
+            _, half = kernel(raw.leapfrog_kick_drift, z, rho, here.force, step)
+            g_half, u, of_second, d_alpha[k] = kernel(
+                raw.leapfrog_kick_temper_backward, grho, half, after.force, step, self.alpha[k]
             )
             gz = gz + rows(self.through_force(after, (u + left).view(shape), of_log_px))
             of_log_px = None
-            gz, grho, left, of_first = raw.leapfrog_kick_drift_backward(gz, g_half, z, rho, here.force, step)
+            gz, grho, left, of_first = kernel(
+                raw.leapfrog_kick_drift_backward, gz, g_half, z, rho, here.force, step
+            )
             torch.add(of_first, of_second, out=d_steps[k])
             after = here
         gz = (gz + rows(self.through_force(after, left.view(shape), of_log_px))).view(shape)

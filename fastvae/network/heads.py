@@ -6,7 +6,7 @@ likelihood by two passes of autograd through its own ``log_prob`` alone, which w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -124,6 +124,11 @@ class _GaussianHead(_Elementwise):
 
     def _curved(self, y: Tensor, dot: Tensor) -> Tensor:
         return dot * (-1 / self.likelihood.scale**2)  # type: ignore[attr-defined]
+
+
+def is_elementwise(head: Head) -> TypeGuard[_Elementwise]:
+    """Whether it is in closed form, and asks for no gradient to the data."""
+    return isinstance(head, _Elementwise) and not head.of_x
 
 
 def make_head(likelihood: Likelihood, x: Tensor, like: Tensor) -> Head:

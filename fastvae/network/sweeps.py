@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.network.flow_tape import FlowTapes
 from fastvae.network.layers import (
     AutogradLayer,
     Gradients,
@@ -55,6 +56,7 @@ class Sweeps:
         self.kept_numbers = 1
         """Numbers of a sample that a sweep keeps for the next ones, about."""
         self._with_sigmoid: Sweeps | None = None
+        self.flow_tapes = FlowTapes()
         self.dropped = [layer.index for layer in self.layers if layer.index not in kept]
         # Whose output's cotangent is needed once more, by bends.
         self.bent = frozenset(layer.index for layer in self.layers if not layer.linear)

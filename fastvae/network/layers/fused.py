@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae._extension import raw
+from fastvae.network.tape import kernel
 
 from .base import Gradients, Layer, Point, Products, Values
 from .norms import BatchNorm, ChannelNorm, LayerNorm, NormLayer
@@ -109,7 +110,9 @@ class FusedLayer(Layer):
         if isinstance(self.norm, BatchNorm):
             s = torch.rsqrt(point.values[self.norm.var] + self.norm.eps)
             statistics = point.values[self.norm.mean], s
-        y, *statistics_found = self._rules_for(rows).forward(rows, *self._affine(point.values), *statistics)
+        y, *statistics_found = kernel(
+            self._rules_for(rows).forward, rows, *self._affine(point.values), *statistics
+        )
         point.kept[self.index] = statistics if isinstance(self.norm, BatchNorm) else tuple(statistics_found)
         return _shaped(y, x.shape)
 
@@ -127,14 +130,16 @@ class FusedLayer(Layer):
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """See ``Layer``."""
         rules, x, others, rank = self._of(point)
-        found = rules.reverse(self._rows(dy, rank), x, *others, products is not None and self._trains(grads))
+        found = kernel(
+            rules.reverse, self._rows(dy, rank), x, *others, products is not None and self._trains(grads)
+        )
         self._add(point, grads, found, dy.shape)
 
     def tangent(self, point: Point, dots: Values) -> Tensor:
         """See ``Layer``."""
         rules, x, others, rank = self._of(point)
         dot: Tensor = dots[self.x]
-        found: Tensor = rules.tangent(self._rows(dot, rank), x, *others)
+        found: Tensor = kernel(rules.tangent, self._rows(dot, rank), x, *others)
         return _shaped(found, dot.shape)
 
     def adjoint(
@@ -150,12 +155,16 @@ class FusedLayer(Layer):
         affine = self._trains(grads)
         if dot.dim() == rank:
             rows = None if dy_dot is None else self._rows(dy_dot, rank)
-            found = rules.adjoint(rows, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine)
+            found = kernel(
+                rules.adjoint, rows, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine
+            )
             self._add(point, grads, found, dot.shape)
             return
         if dy_dot is not None:
             self.reverse(point, dy_dot, grads, products)
-        dx, *of_affine = rules.adjoint(None, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine)
+        dx, *of_affine = kernel(
+            rules.adjoint, None, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine
+        )
         self._add(point, grads, (dx.reshape(dot.shape).sum(0), *of_affine), dot.shape[1:])
 
 

@@ -1,17 +1,46 @@
 """Linear maps of images without parameters: padding, upsampling, average pooling, pixel shuffles.
 
-Rows are independent. The reverse is PyTorch's own, of a graph of this one operation, which keeps sizes alone.
+Rows are independent. The reverse is PyTorch's own, of a graph of this one operation, which holds sizes and no numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvae.network.program import Operation
+from fastvae.network.tape import kernel, outside
+
 from .base import Gradients, Layer, Point, Products, Values, folded, latents_of, layer_of, unfolded
+
+_SHAPES = 16
+"""Shapes of which a layer remembers the transpose."""
+
+
+class Transposed:
+    """The transpose of a map, for rows of one shape.
+
+    Args:
+        apply: the map.
+        shape: of its argument.
+        like: of the dtype, on the device.
+    """
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], shape: Sequence[int], like: Tensor) -> None:
+        # One number, however many are looked at.
+        empty = torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=like.dtype, device=like.device)
+        self._leaf = empty.requires_grad_()
+        with torch.enable_grad():
+            self._output = apply(self._leaf)
+
+    def __call__(self, dy: Tensor) -> Tensor:
+        """Of a cotangent of the result."""
+        (found,) = torch.autograd.grad(self._output, self._leaf, dy, retain_graph=True)
+        return found
 
 
 class MapLayer(Layer):
@@ -20,11 +49,15 @@ class MapLayer(Layer):
     linear = True
     keeps_inputs = keeps_output = False
 
+    def __init__(self, operation: Operation, active: Sequence[bool]) -> None:
+        super().__init__(operation, active)
+        self._transposed: dict[Any, Transposed] = {}
+
     def forward(self, point: Point) -> Tensor:
-        """y; the graph of a map of x's shape is made when it is first needed."""
+        """y."""
         x = point.values[self.x]
         y = self.operation.call(point.values)
-        point.kept[self.index] = x.shape, y.shape, {}
+        point.kept[self.index] = x.shape, y.dim()
         return y
 
     def _apply(self, point: Point, rows: Tensor) -> Tensor:
@@ -33,21 +66,28 @@ class MapLayer(Layer):
         # A fill that is not zero is no part of the derivative.
         return self.operation.call(values)
 
+    def _transpose(self, point: Point, rows: Tensor, x: Sequence[int]) -> Transposed:
+        numbers = tuple(point.values[slot] for slot in self.slots if slot != self.x)
+        key = len(rows), tuple(x[1:]), rows.dtype, rows.device, numbers
+        found = self._transposed.get(key)
+        if found is None:
+            if len(self._transposed) >= _SHAPES:
+                self._transposed.clear()
+            found = Transposed(
+                functools.partial(self._apply, Point(list(point.values), ())), key[:1] + key[1], rows
+            )
+            self._transposed[key] = found
+        return found
+
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """The transposed map."""
         if not grads.wants(self.x):
             return
-        x, y, graphs = point.kept[self.index]
-        rank = len(y)
-        latents = None if dy.dim() == rank else dy.shape[0]
-        rows = dy if latents is None else dy.flatten(0, 1)
-        if len(rows) not in graphs:
-            leaf = rows.new_empty(len(rows), *x[1:]).requires_grad_()
-            with torch.enable_grad():
-                graphs[len(rows)] = leaf, self._apply(point, leaf)
-        leaf, output = graphs[len(rows)]
-        (found,) = torch.autograd.grad(output, leaf, rows, retain_graph=True)
-        grads.add(self.x, unfolded(found, latents))
+        x, rank = point.kept[self.index]
+        latents = latents_of(dy, rank)
+        rows = folded(dy, rank)
+        transposed = outside(self._transpose, point, rows, x)
+        grads.add(self.x, unfolded(kernel(transposed, rows), latents))
 
     def tangent(self, point: Point, dots: Values) -> Tensor:
         """The map of xdot."""

@@ -1,0 +1,217 @@
+"""Sweeps written down: the calls of PyTorch that they made for inputs of one form, as code that makes them again.
+
+What a sweep calls depends on shapes and on what is wanted, and on no number: so for inputs of the same form the rules
+need not be asked again. A small network's flow is a few hundred calls, and asking takes as long as they do.
+
+While a :class:`Recorder` is active, every function of torch that this thread calls, and every kernel of ours that is
+called through :func:`kernel`, is noted with its arguments. What cannot be noted (a number looked at, a tensor from
+nowhere) leaves a reason in ``failure``; then there is no tape, and nothing else is different.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+
+__all__ = ["Recorder", "Unrecordable", "form_of", "kernel", "outside", "tensors_in"]
+
+# Functions that say something of a tensor's form and nothing of its numbers.
+_OF_FORM = frozenset(
+    {"__get__", "__len__", "dim", "size", "numel", "nelement", "ndimension", "stride", "get_device"}
+)
+_OF_FORM |= {
+    "is_contiguous",
+    "is_floating_point",
+    "is_complex",
+    "is_conj",
+    "is_neg",
+    "is_inference",
+    "is_same_size",
+}
+_state = threading.local()
+
+
+class Unrecordable(Exception):  # noqa: N818
+    """Why a run cannot be written down."""
+
+
+def kernel(function: Callable[..., Any], *args: Any) -> Any:
+    """A call of a kernel of ours, which no torch function mode sees."""
+    recorder: Recorder | None = getattr(_state, "recorder", None)
+    if recorder is None:
+        return function(*args)
+    with _pop_mode_temporarily():
+        return recorder.note(function, args, {})
+
+
+def outside(function: Callable[..., Any], *args: Any) -> Any:
+    """A call that is none of the run, but makes what later runs use as well."""
+    if getattr(_state, "recorder", None) is None:
+        return function(*args)
+    with _pop_mode_temporarily():
+        return function(*args)
+
+
+def form_of(values: Sequence[Any]) -> tuple[Any, ...]:
+    """All of some values that a sweep may depend on, besides tensors' numbers."""
+    return tuple(
+        (value.shape, value.stride(), value.dtype, value.device)
+        if isinstance(value, Tensor)
+        else (form_of(value) if isinstance(value, (list, tuple)) else value)
+        for value in values
+    )
+
+
+def tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    """Those of some values, in order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+class Recorder(TorchFunctionMode):
+    """Notes calls as lines of code; a tensor is known by the variable that holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[int, str] = {}
+        self.alive: list[Tensor] = []
+        """All that has a name: an id must not be given to another tensor."""
+        self.lines: list[tuple[str, set[str], set[str]]] = []
+        """Code, with the variables that it reads and writes."""
+        self.constants: dict[str, Any] = {}
+        self.objects: dict[int, str] = {}
+        """Variables of objects whose methods are called as kernels: another one each time."""
+        self.failure = ""
+
+    def __enter__(self) -> Recorder:
+        _state.recorder = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _state.recorder = None
+        super().__exit__(*error)
+
+    def name(self, tensor: Tensor) -> str:
+        """The tensor's variable, from now on another one than before if it had any."""
+        found = f"v{len(self.alive)}"
+        self.names[id(tensor)] = found
+        self.alive.append(tensor)
+        return found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See ``TorchFunctionMode``."""
+        return self.note(func, args, kwargs or {})
+
+    def note(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call it, and note the call."""
+        if self.failure:
+            return function(*args, **kwargs)
+        read: set[str] = set()
+        try:
+            given = [self._code(arg, read) for arg in args]
+            given += [f"{key}={self._code(value, read)}" for key, value in kwargs.items()]
+        except Unrecordable as reason:
+            self.failure = f"{_title(function)}: {reason}"
+            return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        owner = self.objects.get(id(getattr(function, "__self__", None)))
+        called = (
+            f"{owner}.{function.__name__}" if owner else self._constant(getattr(function, "_op", function))
+        )
+        call = f"{called}({', '.join(given)})"
+        try:
+            target, written = self._target(result)
+        except Unrecordable as reason:
+            self.failure = f"{_title(function)}: {reason}"
+            return result
+        if written:
+            self.lines.append((f"{target} = {call}", read, written))
+        elif _title(function) == "__setitem__":
+            self.lines.append((call, read, set()))
+        elif _title(function) not in _OF_FORM:
+            self.failure = f"{_title(function)} gives no tensor"
+        return result
+
+    def _target(self, result: Any) -> tuple[str, set[str]]:
+        if isinstance(result, Tensor):
+            if type(result) is not Tensor or result.requires_grad:
+                raise Unrecordable("its result is of another kind")
+            name = self.names.get(id(result)) or self.name(result)
+            return name, {name}
+        if isinstance(result, (tuple, list)) and any(isinstance(each, Tensor) for each in result):
+            parts = [self._target(each) if isinstance(each, Tensor) else ("_", set()) for each in result]
+            return "".join(f"{name}, " for name, _ in parts).strip(), set().union(*(w for _, w in parts))
+        return "_", set()
+
+    def _code(self, value: Any, read: set[str]) -> str:
+        if isinstance(value, Tensor):
+            name = self.names.get(id(value))
+            if name is None:
+                raise Unrecordable("a tensor from nowhere")
+            read.add(name)
+            return name
+        if isinstance(value, (list, tuple)) and type(value) in (list, tuple, torch.Size):
+            inside = "".join(f"{self._code(each, read)}, " for each in value)
+            return f"[{inside}]" if type(value) is list else f"({inside})"
+        if isinstance(value, float) and not math.isfinite(value):
+            return self._constant(value)
+        return repr(value) if type(value) in (int, float, bool, type(None), str) else self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def program(
+        self, lines: slice, inputs: Sequence[str], outputs: Sequence[str | None]
+    ) -> Callable[..., Any]:
+        """Some of the lines as a function of variables; each is let go after its last use."""
+        chosen = self.lines[lines]
+        last: dict[str, int] = {}
+        for at, (_, read, written) in enumerate(chosen):
+            last.update(dict.fromkeys(read | written, at))
+        kept = {name for name in outputs if name is not None}
+        body = []
+        for at, (code, read, written) in enumerate(chosen):
+            gone = sorted(name for name in read | written if last[name] == at and name not in kept)
+            body.append(f"    {code}")
+            if gone:
+                body.append(f"    del {', '.join(gone)}")
+        text = "\n".join(
+            [
+                f"def run({', '.join(inputs)}):",
+                *body,
+                f"    return ({''.join(f'{name}, ' for name in outputs)})",
+            ]
+        )
+        names = dict(self.constants)
+        exec(compile(text, "<tape>", "exec"), names)
+        run: Callable[..., Any] = names["run"]
+        return run
+
+    def read_before_written(self, lines: slice) -> list[str]:
+        """The variables that these lines take from elsewhere."""
+        written: set[str] = set()
+        found: dict[str, None] = {}
+        for _, read, fresh in self.lines[lines]:
+            found.update(dict.fromkeys(sorted(read - written)))
+            written |= fresh
+        return list(found)
+
+
+def _title(function: Any) -> str:
+    return getattr(function, "__name__", str(function))
