@@ -234,7 +234,7 @@ PLAIN = {"swish-function", "straight-through", "disent-conv64-instancenorm-swish
 """Decoders of which a part runs through autograd: they are not written down."""
 
 
-@pytest.mark.parametrize(
+each_of_the_zoo = pytest.mark.parametrize(
     "name",
     [
         pytest.param(
@@ -248,7 +248,10 @@ PLAIN = {"swish-function", "straight-through", "disent-conv64-instancenorm-swish
         if not entry.heavy
     ],
 )
-def test_the_zoo(name: str) -> None:
+
+
+@each_of_the_zoo
+def test_flows_of_the_zoo(name: str) -> None:
     """Written down for one set of numbers and run for another."""
     p = problem(ZOO[name], batch=3)
     options = {"condition": p.condition[0]} if p.condition else {}
@@ -280,6 +283,37 @@ def test_the_zoo(name: str) -> None:
         return  # in kernels of its own, or by autograd
     tapes = network.sweeps.flow_tapes
     if tapes._seen:  # by sweeps
+        assert bool(tapes._tapes) == (name not in PLAIN), tapes.reasons
+
+
+@each_of_the_zoo
+def test_jacobians_of_the_zoo(name: str) -> None:
+    p = problem(ZOO[name], batch=2)
+    options = {"condition": p.condition[0]} if p.condition else {}
+
+    def decode(z: Tensor) -> Tensor:
+        times = len(z) // len(p.z)
+        return p.decoder(z, *(c.repeat_interleave(times, 0) for c in p.condition))
+
+    for seed in range(CALLS):
+        z = torch.randn(p.z.shape, generator=torch.Generator().manual_seed(seed)).to(p.z).requires_grad_()
+        leaves = [z, *(t for t in p.decoder.parameters() if t.requires_grad)]
+        value = ops.jacobian_l1(p.decoder, z, "mean", **options)
+        found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        if seed == CALLS - 1:
+            with oracles.careful(p.decoder):
+                exact = oracles.jacobian_l1(decode, z).mean()
+                wanted = torch.autograd.grad(exact, leaves, allow_unused=True, materialize_grads=True)
+            torch.testing.assert_close(value, exact, rtol=1e-10, atol=1e-12)
+            largest = max(float(g.abs().max()) for g in wanted if g.numel())
+            for mine, theirs in zip(found, wanted, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10 * largest)
+    try:
+        network = read_network(p.decoder, p.z, condition=p.condition[0] if p.condition else None)
+    except Exception:
+        return
+    tapes = network.sweeps.jacobian_tapes
+    if tapes._seen:
         assert bool(tapes._tapes) == (name not in PLAIN), tapes.reasons
 
 

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 from fastvae.network.heads import Head, is_elementwise
-from fastvae.network.tape import Recorder, Unrecordable, form_of, tensors_in
+from fastvae.network.tape import Recorder, Tapes, Unrecordable, check_same, form_of, is_plain, tensors_in
 
 __all__ = ["FlowTape", "FlowTapes", "Recording"]
 
-_SEEN = 3
-"""Calls of one form after which it is worth to write one down, which takes as long as ten."""
-_FORMS = 8
-"""Forms that are remembered: batches of many sizes are no use for that."""
 _MISSES = 3
 """Backward passes of another form after which a tape is given up."""
 _HEAD = "head"
 """The variable of a likelihood's head in the code."""
-_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 class FlowTape:
@@ -68,7 +63,6 @@ class Recording:
     def ended_forward(self, outputs: Sequence[Tensor]) -> None:
         """Half way."""
         self._outputs = list(outputs)
-        self._names = [self.recorder.names.get(id(output)) for output in outputs]
         self._middle = len(self.recorder.lines)
         self._versions = [tensor._version for tensor in self.recorder.alive]
 
@@ -91,51 +85,30 @@ class Recording:
         changed = zip(recorder.alive, self._versions, strict=False)
         if any(tensor._version != version for tensor, version in changed):
             raise Unrecordable("the way back changes what it needs")
-        results = [None if each is None else recorder.names.get(id(each), "") for each in found]
-        if "" in results or None in self._names:
-            raise Unrecordable("a result from nowhere")
+        results = recorder.names_of(found)
         own = set(self._back_names)
         held = [name for name in recorder.read_before_written(back) if name not in own]
         tape = FlowTape(
-            recorder.program(there, [_HEAD, *self._inputs], [*self._names, *held]),
-            len(self._names),
+            recorder.program(there, [_HEAD, *self._inputs], [*recorder.names_of(self._outputs), *held]),
+            len(self._outputs),
             recorder.program(back, [_HEAD, *held, *self._back_names], results),
             form_of(self._back),
         )
         outputs, kept = tape.forward(self.head, self.given)
         again = tape.backward(self.head, kept, self._back)
         assert again is not None
-        for mine, wanted in zip((*outputs, *again), (*self._outputs, *found), strict=True):
-            if not _same(mine, wanted):
-                raise Unrecordable("run again it gives something else")
+        check_same((*outputs, *again), (*self._outputs, *found))
         return tape
 
 
-def _same(mine: Tensor | None, wanted: Tensor | None) -> bool:
-    if mine is None or wanted is None:
-        return mine is wanted
-    if mine.shape != wanted.shape or mine.dtype != wanted.dtype:
-        return False
-    size = _ROUNDING[wanted.dtype]
-    return torch.allclose(
-        mine, wanted, size, size * float(wanted.abs().max()) if wanted.numel() else 0.0, True
-    )
-
-
-class FlowTapes:
-    """The tapes of a network's sweeps, by the form of the inputs."""
-
-    def __init__(self) -> None:
-        self._seen: dict[Any, int] = {}
-        self._tapes: dict[Any, FlowTape] = {}
-        self.reasons: list[str] = []
-        """Why forms were given up."""
+class FlowTapes(Tapes):
+    """The tapes of a network's flows."""
 
     def find(
         self, passive: Sequence[Any], head: Head, others: Sequence[Tensor], facts: Any
     ) -> tuple[FlowTape | None, Recording | None, list[Tensor]]:
         """The tape, or what writes one, or neither; and the inputs in their order."""
-        if not _is_plain(others[0]):
+        if not is_plain(others[0]):
             return None, None, []
         given = [*tensors_in(passive), *others]
         of_head: tuple[Any, ...] = (type(head), head.of_x)
@@ -151,37 +124,10 @@ class FlowTapes:
                 facts,
                 torch.are_deterministic_algorithms_enabled(),
             )
-            seen = self._seen.get(form, 0)
+            tape, is_due = self.look_up(form)
         except TypeError:  # something that has no hash
             return None, None, []
-        tape = self._tapes.get(form)
         if tape is not None and tape.misses > _MISSES:
             self.give_up(form, "cotangents of several forms")
             tape = None
-        if tape is not None or seen < 0:
-            return tape, None, given
-        if seen == 0 and len(self._seen) >= _FORMS:
-            self._seen.pop(next(iter(self._seen)))
-        self._seen[form] = seen + 1
-        return None, Recording(self, form, head, given) if seen + 1 >= _SEEN else None, given
-
-    def keep(self, form: Any, tape: FlowTape) -> None:
-        """From now on."""
-        if len(self._tapes) >= _FORMS:
-            self._tapes.pop(next(iter(self._tapes)))
-        self._tapes[form] = tape
-
-    def give_up(self, form: Any, reason: str) -> None:
-        """No tape of this form, ever."""
-        self._tapes.pop(form, None)
-        self._seen[form] = -1
-        self.reasons.append(reason)
-
-
-def _is_plain(z: Tensor) -> bool:
-    """Nobody else looks on: no mode of torch, no compiler, no CUDA graph, whose capture allows no look at numbers."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or type(z) is not Tensor:
-        return False
-    if torch.compiler.is_compiling() or z.dtype not in _ROUNDING:
-        return False
-    return not (z.is_cuda and torch.cuda.is_current_stream_capturing())
+        return tape, Recording(self, form, head, given) if is_due else None, given

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvae.network.layers import Products
 from fastvae.network.once import differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
+from fastvae.network.tape import form_of, is_plain, tensors_in
 
 NUMBERS_AT_ONCE = 2**21
 """Numbers of the widest value, times latents and samples, that a sweep holds at once: 8 MiB of float32."""
@@ -52,6 +53,28 @@ class Plan:
             self.latents[start : start + self.times]
             for start in range(0, len(self.latents), max(self.times, 1))
         ]
+
+    def run(self, z: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """The sum of weight times value over samples [] and its gradients, as straight code (tape.py) where it can be."""
+        facts = tuple(self.latents), self.p, weight, tuple(self.inputs.wanted), self.in_front, self.times
+        given = [z, *tensors_in(self.passive)]
+        try:
+            form = (*facts, form_of(self.passive), form_of([z]))
+            hash(form)
+        except TypeError:  # something that has no hash
+            form = None
+        if form is None or not is_plain(z):
+            return self.value_and_gradients(z, weight)
+        return self.sweeps.jacobian_tapes.run(form, given, lambda: self.value_and_gradients(z, weight))
+
+    def value_and_gradients(self, z: Tensor, weight: float) -> list[Tensor | None]:
+        """See ``run``."""
+        sums, total = _Gradient(self, z, z.new_full((len(z),), weight)), z.new_zeros(len(z))
+        for latents in self.terms():
+            term = Term(self, z, latents)
+            total = total + term.value()
+            sums.add(term)
+        return [total.sum() * weight, *sums.results()]
 
 
 class Term:
@@ -112,10 +135,9 @@ class _Gradient:
         if of_z is not None:
             self.of_z = self.of_z + of_z
 
-    def results(self, scale: Tensor | None) -> list[Tensor | None]:
-        """Gradients to z and the trained tensors, times ``scale``."""
-        found = [self.of_z, *(self.found.get(index) for index in self.plan.inputs.trained)]
-        return found if scale is None else [None if part is None else part * scale for part in found]
+    def results(self) -> list[Tensor | None]:
+        """Gradients to z and the trained tensors."""
+        return [self.of_z, *(self.found.get(index) for index in self.plan.inputs.trained)]
 
 
 class _JacobianL1(torch.autograd.Function):
@@ -131,13 +153,13 @@ class _JacobianL1(torch.autograd.Function):
         ctx.save_for_backward(z, *parameters)
         z = z.detach()
         if weight is not None and any(ctx.needs_input_grad):
-            ctx.early = _Gradient(plan, z, z.new_full((len(z),), weight))
+            value, *ctx.early = plan.run(z, weight)
+            assert value is not None
+            return value
         total = z.new_zeros(len(z))
         for latents in plan.terms():
             term = Term(plan, z, latents)
             total = total + term.value()
-            if ctx.early is not None:
-                ctx.early.add(term)
         return total if weight is None else total.sum() * weight
 
     @staticmethod
@@ -145,12 +167,12 @@ class _JacobianL1(torch.autograd.Function):
         inputs = ctx.saved_tensors
         with torch.no_grad():
             if ctx.early is not None:
-                found = ctx.early.results(gradient)
+                found = [None if part is None else part * gradient for part in ctx.early]
             else:
                 sums = _Gradient(ctx.plan, inputs[0].detach(), gradient)
                 for latents in ctx.plan.terms():
                     sums.add(Term(ctx.plan, inputs[0].detach(), latents))
-                found = sums.results(None)
+                found = sums.results()
         return None, None, *differentiable_once("jacobian_l1", found, [*inputs, gradient])
 
 

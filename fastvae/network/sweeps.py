@@ -24,6 +24,7 @@ from fastvae.network.layers import (
     without_cotangents,
 )
 from fastvae.network.program import Program
+from fastvae.network.tape import Tapes
 
 
 class Sweeps:
@@ -56,7 +57,7 @@ class Sweeps:
         self.kept_numbers = 1
         """Numbers of a sample that a sweep keeps for the next ones, about."""
         self._with_sigmoid: Sweeps | None = None
-        self.flow_tapes = FlowTapes()
+        self.flow_tapes, self.jacobian_tapes = FlowTapes(), Tapes()
         self.dropped = [layer.index for layer in self.layers if layer.index not in kept]
         # Whose output's cotangent is needed once more, by bends.
         self.bent = frozenset(layer.index for layer in self.layers if not layer.linear)

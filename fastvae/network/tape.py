@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
-__all__ = ["Recorder", "Unrecordable", "form_of", "kernel", "outside", "tensors_in"]
+__all__ = [
+    "Recorder",
+    "Tapes",
+    "Unrecordable",
+    "check_same",
+    "form_of",
+    "is_plain",
+    "kernel",
+    "outside",
+    "tensors_in",
+]
 
 # Functions that say something of a tensor's form and nothing of its numbers.
 _OF_FORM = frozenset(
@@ -176,6 +186,13 @@ class Recorder(TorchFunctionMode):
         self.constants[name] = value
         return name
 
+    def names_of(self, results: Sequence[Tensor | None]) -> list[str | None]:
+        """The variables of results."""
+        names = [None if each is None else self.names.get(id(each), "") for each in results]
+        if "" in names:
+            raise Unrecordable("a result from nowhere")
+        return names
+
     def program(
         self, lines: slice, inputs: Sequence[str], outputs: Sequence[str | None]
     ) -> Callable[..., Any]:
@@ -211,6 +228,92 @@ class Recorder(TorchFunctionMode):
             found.update(dict.fromkeys(sorted(read - written)))
             written |= fresh
         return list(found)
+
+
+SEEN = 3
+"""Runs of one form after which it is worth to write one down, which takes as long as ten."""
+_FORMS = 8
+"""Forms that are remembered: batches of many sizes are no use for that."""
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+class Tapes:
+    """What was written down, by the form of the inputs."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, int] = {}
+        self._tapes: dict[Any, Any] = {}
+        self.reasons: list[str] = []
+        """Why forms were given up."""
+
+    def look_up(self, form: Any) -> tuple[Any, bool]:
+        """The tape or None; then whether the run is to be written down."""
+        tape, seen = self._tapes.get(form), self._seen.get(form, 0)
+        if tape is not None or seen < 0:
+            return tape, False
+        if seen == 0 and len(self._seen) >= _FORMS:
+            self._seen.pop(next(iter(self._seen)))
+        self._seen[form] = seen + 1
+        return None, seen + 1 >= SEEN
+
+    def keep(self, form: Any, tape: Any) -> None:
+        """From now on."""
+        if len(self._tapes) >= _FORMS:
+            self._tapes.pop(next(iter(self._tapes)))
+        self._tapes[form] = tape
+
+    def give_up(self, form: Any, reason: str) -> None:
+        """No tape of this form, ever."""
+        self._tapes.pop(form, None)
+        self._seen[form] = -1
+        self.reasons.append(reason)
+
+    def run(
+        self, form: Any, given: Sequence[Tensor], function: Callable[[], Sequence[Tensor | None]]
+    ) -> Sequence[Tensor | None]:
+        """What ``function`` returns, which it makes of the tensors ``given`` alone."""
+        tape, is_due = self.look_up(form)
+        if tape is not None:
+            found: Sequence[Tensor | None] = tape(*given)
+            return found
+        if not is_due:
+            return function()
+        recorder = Recorder()
+        inputs = [recorder.name(tensor) for tensor in given]
+        with recorder:
+            results = function()
+        try:
+            if recorder.failure:
+                raise Unrecordable(recorder.failure)
+            code = recorder.program(slice(None), inputs, recorder.names_of(results))
+            check_same(code(*given), results)
+        except Unrecordable as reason:
+            self.give_up(form, str(reason))
+        else:
+            self.keep(form, code)
+        return results
+
+
+def check_same(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> None:
+    """Unrecordable of results that are not those that were computed."""
+    for mine, theirs in zip(found, wanted, strict=True):
+        if mine is None or theirs is None:
+            same = mine is theirs
+        else:
+            size = _ROUNDING[theirs.dtype]
+            least = size * float(theirs.abs().max()) if theirs.numel() else 0.0
+            same = mine.shape == theirs.shape and torch.allclose(mine, theirs, size, least, equal_nan=True)
+        if not same:
+            raise Unrecordable("run again it gives something else")
+
+
+def is_plain(z: Tensor) -> bool:
+    """Nobody else looks on: no mode of torch, no compiler, no CUDA graph, whose capture allows no look at numbers."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or type(z) is not Tensor:
+        return False
+    if torch.compiler.is_compiling() or z.dtype not in _ROUNDING:
+        return False
+    return not (z.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _title(function: Any) -> str:
