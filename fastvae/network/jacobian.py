@@ -55,7 +55,7 @@ class Plan:
         ]
 
     def run(self, z: Tensor, weight: float) -> Sequence[Tensor | None]:
-        """The sum of weight times value over samples [] and its gradients, as straight code (tape.py) where it can be."""
+        """The sum of weight times value over samples [] and its gradients, by straight code (tape.py) if it can be."""
         facts = tuple(self.latents), self.p, weight, tuple(self.inputs.wanted), self.in_front, self.times
         given = [z, *tensors_in(self.passive)]
         try:
