@@ -91,7 +91,7 @@ class _Flow(torch.autograd.Function):
         keep = store and any(ctx.needs_input_grad)
         tape: FlowTape | None = None
         recording: Recording | None = None
-        if keep:
+        if keep and sweeps.can_be_written_down(len(alpha) + 1, len(z)):
             facts = tuple(inputs.wanted)
             tape, recording, given = sweeps.flow_tapes.find(passive, head, there, facts)
         ctx.tape, ctx.recording, ctx.kept = tape, recording, None

@@ -63,7 +63,8 @@ class Plan:
             hash(form)
         except TypeError:  # something that has no hash
             form = None
-        if form is None or not is_plain(z):
+        small = self.sweeps.can_be_written_down(len(self.latents), len(z))
+        if form is None or not small or not is_plain(z):
             return self.value_and_gradients(z, weight)
         return self.sweeps.jacobian_tapes.run(form, given, lambda: self.value_and_gradients(z, weight))
 

@@ -24,7 +24,7 @@ from fastvae.network.layers import (
     without_cotangents,
 )
 from fastvae.network.program import Program
-from fastvae.network.tape import Tapes
+from fastvae.network.tape import MOST_NUMBERS, Tapes
 
 
 class Sweeps:
@@ -58,6 +58,7 @@ class Sweeps:
         """Numbers of a sample that a sweep keeps for the next ones, about."""
         self._with_sigmoid: Sweeps | None = None
         self.flow_tapes, self.jacobian_tapes = FlowTapes(), Tapes()
+        self._is_ours = all(type(layer).__module__.startswith("fastvae.") for layer in self.layers)
         self.dropped = [layer.index for layer in self.layers if layer.index not in kept]
         # Whose output's cotangent is needed once more, by bends.
         self.bent = frozenset(layer.index for layer in self.layers if not layer.linear)
@@ -101,6 +102,13 @@ class Sweeps:
         if self._with_sigmoid is None:
             self._with_sigmoid = self.on(self.program.followed_by(torch.ops.aten.sigmoid.default))
         return self._with_sigmoid
+
+    def can_be_written_down(self, evaluations: int, samples: int) -> bool:
+        """Whether runs of so many evaluations may become code (tape.py): of rules that are ours, and not too large.
+
+        Rules of a user's may fill a tensor in ways that nobody sees.
+        """
+        return self._is_ours and evaluations * samples * self.kept_numbers <= MOST_NUMBERS
 
     def output(self, point: Point) -> Tensor:
         """The network's output at a point."""

@@ -234,6 +234,8 @@ SEEN = 3
 """Runs of one form after which it is worth to write one down, which takes as long as ten."""
 _FORMS = 8
 """Forms that are remembered: batches of many sizes are no use for that."""
+MOST_NUMBERS = 2**25
+"""Numbers that a run keeps, beyond which asking the rules is nothing beside the work, and a recorder holds too much."""
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -241,6 +243,7 @@ class Tapes:
     """What was written down, by the form of the inputs."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._seen: dict[Any, int] = {}
         self._tapes: dict[Any, Any] = {}
         self.reasons: list[str] = []
@@ -248,25 +251,28 @@ class Tapes:
 
     def look_up(self, form: Any) -> tuple[Any, bool]:
         """The tape or None; then whether the run is to be written down."""
-        tape, seen = self._tapes.get(form), self._seen.get(form, 0)
-        if tape is not None or seen < 0:
-            return tape, False
-        if seen == 0 and len(self._seen) >= _FORMS:
-            self._seen.pop(next(iter(self._seen)))
-        self._seen[form] = seen + 1
-        return None, seen + 1 >= SEEN
+        with self._lock:
+            tape, seen = self._tapes.get(form), self._seen.get(form, 0)
+            if tape is not None or seen < 0:
+                return tape, False
+            if seen == 0 and len(self._seen) >= _FORMS:
+                self._seen.pop(next(iter(self._seen)))
+            self._seen[form] = seen + 1
+            return None, seen + 1 >= SEEN
 
     def keep(self, form: Any, tape: Any) -> None:
         """From now on."""
-        if len(self._tapes) >= _FORMS:
-            self._tapes.pop(next(iter(self._tapes)))
-        self._tapes[form] = tape
+        with self._lock:
+            if len(self._tapes) >= _FORMS:
+                self._tapes.pop(next(iter(self._tapes)))
+            self._tapes[form] = tape
 
     def give_up(self, form: Any, reason: str) -> None:
-        """No tape of this form, ever."""
-        self._tapes.pop(form, None)
-        self._seen[form] = -1
-        self.reasons.append(reason)
+        """No tape of this form as long as it is remembered."""
+        with self._lock:
+            self._tapes.pop(form, None)
+            self._seen[form] = -1
+            self.reasons = [*self.reasons[-_FORMS:], reason]
 
     def run(
         self, form: Any, given: Sequence[Tensor], function: Callable[[], Sequence[Tensor | None]]
