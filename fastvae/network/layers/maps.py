@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fastvae.network.program import Operation
 from fastvae.network.tape import kernel, outside
@@ -33,13 +34,14 @@ class Transposed:
     def __init__(self, apply: Callable[[Tensor], Tensor], shape: Sequence[int], like: Tensor) -> None:
         # One number, however many are looked at.
         empty = torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=like.dtype, device=like.device)
-        self._leaf = empty.requires_grad_()
+        leaf = empty.requires_grad_()
         with torch.enable_grad():
-            self._output = apply(self._leaf)
+            # The tensors themselves are let go.
+            self._result, self._argument = get_gradient_edge(apply(leaf)), get_gradient_edge(leaf)
 
     def __call__(self, dy: Tensor) -> Tensor:
         """Of a cotangent of the result."""
-        (found,) = torch.autograd.grad(self._output, self._leaf, dy, retain_graph=True)
+        (found,) = torch.autograd.grad(self._result, self._argument, dy, retain_graph=True)
         return found
 
 
