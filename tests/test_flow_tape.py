@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -133,27 +135,52 @@ def test_cotangents_of_another_form() -> None:
     assert "several forms" in tapes_of(module, codes(3)).reasons[0]
 
 
-def test_a_graph_that_is_walked_twice() -> None:
+def run_by_tape() -> tuple[nn.Module, dict[str, Tensor], tuple[Tensor, ...]]:
+    """A network, its inputs, and the outputs of a flow that was written down before."""
     module, given = sine(), start(codes(3))
     for _ in range(CALLS):
         both(module, given)
     z, rho, steps, alpha = given.values()
-    found = ops.hamiltonian_flow(module, z, rho, torch.zeros(3, 4).double(), steps, alpha)
+    return module, given, ops.hamiltonian_flow(module, z, rho, torch.zeros(3, 4).double(), steps, alpha)
+
+
+def test_flows_that_nobody_walks_back_are_let_go() -> None:
+    """Nothing is left behind without the collector, and they are not written down each time."""
+    module, given = sine(), start(codes(3))
+    z, rho, steps, alpha = given.values()
+    x = torch.zeros(3, 4).double()
+
+    def tensors() -> int:
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        gc.collect()
+        gc.disable()
+        try:
+            before = tensors()
+            for _ in range(6):
+                ops.hamiltonian_flow(module, z, rho, x, steps, alpha)
+            counts.append(tensors() - before)
+        finally:
+            gc.enable()
+    assert max(counts[1:]) <= 2, counts
+    both(module, given)
+
+
+def test_a_graph_that_is_walked_twice() -> None:
+    module, given, found = run_by_tape()
     total = sum(output.sum() for output in found)
     leaves = [*given.values(), *module.parameters()]
     first = torch.autograd.grad(total, leaves, retain_graph=True)
     second = torch.autograd.grad(total, leaves, retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(NotImplementedError, match="differentiable once"):
-        torch.autograd.grad(torch.autograd.grad(total, z, create_graph=True)[0].sum(), z)
+        torch.autograd.grad(torch.autograd.grad(total, given["z"], create_graph=True)[0].sum(), given["z"])
 
 
 def test_a_weight_changed_before_the_way_back_is_seen() -> None:
-    module, given = sine(), start(codes(3))
-    for _ in range(CALLS):
-        both(module, given)
-    z, rho, steps, alpha = given.values()
-    found = ops.hamiltonian_flow(module, z, rho, torch.zeros(3, 4).double(), steps, alpha)
+    module, _given, found = run_by_tape()
     with torch.no_grad():
         module.first.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -321,9 +348,6 @@ def test_jacobians_of_the_zoo(name: str) -> None:
 
 
 def test_modules_are_let_go_by_their_tapes() -> None:
-    import gc
-    import weakref
-
     module = made(READ["a closure"])
     for seed in range(CALLS + 1):
         both(module, start(codes(3), seed=seed))

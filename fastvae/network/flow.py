@@ -103,6 +103,8 @@ class _Flow(torch.autograd.Function):
             ctx.kept = kept if keep else None
             if recording is not None:
                 recording.ended_forward(outputs)
+                # What autograd gets a graph for must not be what it holds: nobody could let go of such a ring.
+                outputs = tuple(output.detach() for output in outputs)
         ctx.sweeps, ctx.inputs, ctx.head, ctx.passive = sweeps, inputs, head, passive
         ctx.count = len(alpha)
         # The inputs too, so that autograd sees what is changed in place.

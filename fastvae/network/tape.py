@@ -258,7 +258,9 @@ class Tapes:
             if seen == 0 and len(self._seen) >= _FORMS:
                 self._seen.pop(next(iter(self._seen)))
             self._seen[form] = seen + 1
-            return None, seen + 1 >= SEEN
+            # Of a run without a way back nothing comes: it is tried more and more seldom.
+            times, rest = divmod(seen + 1, SEEN)
+            return None, rest == 0 and times & (times - 1) == 0
 
     def keep(self, form: Any, tape: Any) -> None:
         """From now on."""
