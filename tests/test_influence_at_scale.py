@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from influence_problems import build, dense_vae, hamiltonian_vae, images, tracin, vae_gradients
 from torch.utils.data import TensorDataset
 
@@ -55,6 +57,19 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     for rank in (0, 1):
         for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), alone, strict=True):
             assert torch.equal(found, expected)
+
+
+def test_a_destroyed_process_group_is_let_go(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = tracin(build(dense_vae), images(9, 20), process_group=dist.group.WORLD)
+        assert found.influence(images(4, 20, seed=2)).shape == (4, 9)
+        group = weakref.ref(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert group() is None  # its threads would else live until the interpreter is closed, and abort it then
+    with pytest.raises(RuntimeError, match="TracIn: its process_group has been destroyed"):
+        found.influence(images(4, 20, seed=2))
 
 
 @pytest.mark.parametrize("make", [dense_vae, hamiltonian_vae], ids=lambda make: make.__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ class Share:
     """
 
     def __init__(self, group: Any) -> None:
-        self._group = group
+        # Weakly: a group that somebody holds outlives destroy_process_group, and its threads, which let go of tensors,
+        # then end the process with SIGABRT if the interpreter is being closed.
+        self._group = None if group is None else weakref.ref(group)
         self._rank, self._size = (
             (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         )
@@ -53,6 +56,9 @@ class Share:
     def _gathered(self, mine: Any) -> list[Any]:
         if self._group is None:
             return [mine]
+        group = self._group()
+        if group is None:
+            raise RuntimeError("TracIn: its process_group has been destroyed; make a TracIn of a living one")
         everyone: list[Any] = [None] * self._size
-        dist.all_gather_object(everyone, mine, group=self._group)
+        dist.all_gather_object(everyone, mine, group=group)
         return everyone

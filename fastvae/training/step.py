@@ -130,7 +130,9 @@ class Stepper:
             loss, cause = torch.tensor(0.0), error
         if self.team.size == 1:
             return loss, loss.detach(), x.shape[0]
-        total, samples, diverged = self.team.sums(float(loss) * x.shape[0], x.shape[0], cause is not None)
+        total, samples, diverged = self.team.sums(
+            float(loss.detach()) * x.shape[0], x.shape[0], cause is not None
+        )
         if diverged:
             raise NotFiniteError(str(cause or "trajectories of another process diverged")) from cause
         return loss, loss.detach().new_tensor(total / samples), int(samples)
