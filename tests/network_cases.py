@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from layer_kinds import IMAGE, ROWS, SIGNAL, VECTOR, VOLUME, Call
 from network_layer import Case, call, layer, left_over
-from network_weighted_cases import AFFINE, JOINS, NORMS
+from network_weighted_cases import AFFINE, JOINS, NORMS, SOFTMAX
 from torch import Tensor, nn
 
 aten = torch.ops.aten
@@ -129,7 +129,16 @@ POINTWISE: dict[str, Case] = {
         functions=[
             torch.exp, lambda h: torch.log(2 + h.cos()), lambda h: torch.sqrt(2 + h.cos()),
             lambda h: torch.rsqrt(2 + h.cos()), lambda h: torch.reciprocal(2 + h.cos()), torch.sin, torch.cos,
-            torch.square,
+            torch.square, torch.exp2, lambda h: torch.log1p(h.exp()), lambda h: torch.log2(2 + h.cos()),
+            lambda h: torch.log10(2 + h.cos()), torch.erf, torch.erfc, torch.atan, torch.sinh, torch.cosh,
+            lambda h: torch.tan(h.tanh()),
+        ],
+    ),
+    "functions of probabilities and counts": branches(
+        VECTOR, "lgamma", "digamma", "logit",
+        functions=[
+            lambda h: torch.lgamma(0.5 + h.exp()), lambda h: torch.digamma(0.5 + h.exp()),
+            lambda h: torch.logit(h.sigmoid() * 0.9), lambda h: torch.logit(h.sigmoid(), 0.3),
         ],
     ),
     "powers": branches(
@@ -278,9 +287,20 @@ TABLES: dict[str, Case] = {
     "PReLU, its slope a parameter of one's own": call(
         lambda h, w: F.prelu(h, w().tanh()), VECTOR, "prelu", held=((1,),)
     ),
+    "gathered by position": call(
+        lambda h: (
+            h.gather(1, torch.tensor([[0, 0, 3]]).expand(h.shape[0], 3)).sin()
+            + h.sin().gather(-1, torch.tensor([[5, 1, 3]]).expand(h.shape[0], 3))
+        ),
+        VECTOR,
+        "gather",
+    ),
+    "gathered by numbers that depend on z": left_over(
+        lambda h: h.gather(1, h.argmax(1, keepdim=True)) * h, VECTOR, "gather"
+    ),
 }
 
 FILES = {
     "affine": AFFINE, "choices": CHOICES, "joins": JOINS, "maps": MAPS, "norms": NORMS, "pointwise": POINTWISE,
-    "shapes": SHAPES, "tables": TABLES,
+    "shapes": SHAPES, "softmax": SOFTMAX, "tables": TABLES,
 }  # fmt: skip

@@ -221,10 +221,18 @@ NORMS: dict[str, Case] = {
     "BatchNorm, functional": call(
         lambda h, m, v, g: F.batch_norm(h, m().detach(), v().detach().exp(), g()), IMAGE, held=((4,), (4,), (4,))
     ),
+}  # fmt: skip
+
+
+SOFTMAX: dict[str, Case] = {
     "Softmax": call(
         lambda h: h.softmax(-1) * h.softmax(1) + aten._softmax(h, 1, False) * aten._log_softmax(h, -1, False),
         ROWS, "softmax", "_softmax", "_log_softmax",
     ),
     "Softmax2d": layer(nn.Softmax2d, IMAGE, "softmax"),
+    "logsumexp": call(
+        lambda h: (h.logsumexp(1).sin() + h.sin().logsumexp((-1, 1), keepdim=True)[:, 0])
+        * h.logsumexp((1, 2))[:, None], ROWS, "logsumexp",
+    ),
     "LogSoftmax": call(lambda h: h.log_softmax(-2).sin() + h.log_softmax(2), ROWS, "log_softmax"),
 }  # fmt: skip

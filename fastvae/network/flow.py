@@ -11,7 +11,7 @@ in the kernels of the leapfrog operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastvae._extension import raw
 from fastvae.network.flow_tape import FlowTape, Recording
-from fastvae.network.heads import Head, is_elementwise
+from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
 from fastvae.network.once import differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
@@ -32,19 +32,15 @@ def rows(codes: Tensor) -> Tensor:
     return codes if codes.dim() == 2 else codes.flatten(1)
 
 
-def of_head(head: Head, function: Callable[..., Any], *args: Any) -> Any:
-    """A method of a head: its formulas, or where autograd runs inside one call of the head."""
-    return function(*args) if is_elementwise(head) else kernel(function, *args)
-
-
 class Evaluation:
     """log p(x | z) and its gradient at one z, with what the gradient through it needs."""
 
     def __init__(self, sweeps: Sweeps, passive: list[Any], wanted: list[bool], head: Head, z: Tensor) -> None:
         self.sweeps, self.head = sweeps, head
         self.point: Point = sweeps.forward(passive, z, wanted)
-        self.log_px, residual = of_head(head, head.residual, sweeps.output(self.point))
-        gradient, self.cotangents = sweeps.reverse(self.point, residual)
+        self.at_output = head.at(sweeps.output(self.point))
+        self.log_px = self.at_output.log_px
+        gradient, self.cotangents = sweeps.reverse(self.point, self.at_output.residual)
         self.z, self.gradient = z, torch.zeros_like(z) if gradient is None else gradient
         self._force: Tensor | None = None
 
@@ -60,8 +56,7 @@ class Evaluation:
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients to z and x of u . gradient + c log_px; those to the network's tensors go to ``products``."""
         dots = [None] * self.sweeps.program.size if u is None else self.sweeps.tangent(self.point, u)
-        output = self.sweeps.program.output
-        seed, of_x = of_head(self.head, self.head.adjoint, self.point.values[output], dots[output], of_log_px)
+        seed, of_x = self.head.adjoint(self.at_output, dots[self.sweeps.program.output], of_log_px)
         gradients = self.sweeps.adjoint(self.point, dots, self.cotangents, seed, products)
         of_z = gradients.pop(0, None)
         for index, gradient in gradients.items():

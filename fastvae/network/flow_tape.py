@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastvae.network.heads import Head, is_elementwise
 from fastvae.network.tape import Recorder, Tapes, Unrecordable, check_same, form_of, is_plain, tensors_in
+
+if TYPE_CHECKING:
+    from fastvae.network.heads import Head
 
 __all__ = ["FlowTape", "FlowTapes", "Recording"]
 
@@ -110,12 +112,8 @@ class FlowTapes(Tapes):
         """The tape, or what writes one, or neither; and the inputs in their order."""
         if not is_plain(others[0]):
             return None, None, []
-        given = [*tensors_in(passive), *others]
-        of_head: tuple[Any, ...] = (type(head), head.of_x)
-        if is_elementwise(head):
-            # Its formulas become part of the code; any other head is called.
-            given += [head.data, head.rows]
-            of_head = (type(head.likelihood), *vars(head.likelihood).items())
+        of_head, of_its_own = head.form()
+        given = [*tensors_in(passive), *others, *of_its_own]
         try:
             form = (
                 form_of(passive),

@@ -1,17 +1,32 @@
 """log p(x | y) at the network's end: residual r = d log p / dy, curvature times a vector, and the gradients to x.
 
 Bernoulli: r = x - sigmoid(y), S v = -p (1 - p) v. Gaussian: r = (x - y) / scale^2, S v = -v / scale^2. Any other
-likelihood by two passes of autograd through its own ``log_prob`` alone, which works on elements.
+likelihood's ``log_prob`` is read and swept like a network (density.py); where it cannot be read, or the gradient to x
+is wanted, by two passes of autograd through it.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from fastvae.network.density import density_of, key_of, tensors_of
+from fastvae.network.layers import Point, Products
+from fastvae.network.sweeps import Inputs, Sweeps
+from fastvae.network.tape import kernel
+
+
+class AtOutput(NamedTuple):
+    """What a head has found at one output y: log p(x | y) [B] and its gradient r to y, of the shape of y."""
+
+    y: Tensor
+    log_px: Tensor
+    residual: Tensor
+    kept: Any = None
+    """For the adjoint."""
 
 
 class Head:
@@ -37,8 +52,19 @@ class Head:
             else self.likelihood.log_prob_of_output(y, x)
         )
 
-    def residual(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(x | y) [B] and its gradient to y."""
+    def form(self) -> tuple[Any, list[Tensor]]:
+        """What straight code of its formulas depends on (tape.py), and the tensors that it reads.
+
+        A head that goes through autograd is one call in such code, whatever it holds.
+        """
+        return (type(self), self.of_x), []
+
+    def at(self, y: Tensor) -> AtOutput:
+        """log p(x | y) and its gradient to y."""
+        log_px, residual = kernel(self._by_autograd, y)
+        return AtOutput(y, log_px, residual)
+
+    def _by_autograd(self, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             log_px = self.log_px(leaf)
@@ -46,9 +72,15 @@ class Head:
         return log_px.detach(), found
 
     def adjoint(
-        self, y: Tensor, dot: Tensor | None, of_log_px: Tensor | None
+        self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients to y and x of <r, ydot> + <c, log p(x | y)>; c [B] or None."""
+        found: tuple[Tensor | None, Tensor | None] = kernel(self._adjoint_by_autograd, at.y, dot, of_log_px)
+        return found
+
+    def _adjoint_by_autograd(
+        self, y: Tensor, dot: Tensor | None, of_log_px: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             data = self.data.detach().requires_grad_() if self.of_x else self.data
@@ -84,21 +116,25 @@ class _Elementwise(Head):
             self.checked = True
         return self.rows
 
-    def residual(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def form(self) -> tuple[Any, list[Tensor]]:
+        """See ``Head``."""
+        return (type(self), self.of_x, key_of(self.likelihood)), [self.data, self.rows]
+
+    def at(self, y: Tensor) -> AtOutput:
         """See ``Head``."""
         # It also refuses shapes that do not fit.
         log_px = self.log_px(y)
-        return log_px, self._residual(y, self._data(y))
+        return AtOutput(y, log_px, self._residual(y, self._data(y)))
 
     def adjoint(
-        self, y: Tensor, dot: Tensor | None, of_log_px: Tensor | None
+        self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """See ``Head``."""
         if self.of_x:
-            return super().adjoint(y, dot, of_log_px)
-        found = None if dot is None else self._curved(y, dot)
+            return super().adjoint(at, dot, of_log_px)
+        found = None if dot is None else self._curved(at.y, dot)
         if of_log_px is not None:
-            of_value = self._residual(y, self._data(y)) * of_log_px.reshape(-1, *[1] * (y.dim() - 1))
+            of_value = at.residual * of_log_px.reshape(-1, *[1] * (at.y.dim() - 1))
             found = of_value if found is None else found + of_value
         return found, None
 
@@ -126,15 +162,67 @@ class _GaussianHead(_Elementwise):
         return dot * (-1 / self.likelihood.scale**2)  # type: ignore[attr-defined]
 
 
-def is_elementwise(head: Head) -> TypeGuard[_Elementwise]:
-    """Whether it is in closed form, and asks for no gradient to the data."""
-    return isinstance(head, _Elementwise) and not head.of_x
+class _Swept(Head):
+    """A head whose density is read and swept; by autograd where it cannot be."""
+
+    def __init__(self, likelihood: Likelihood, x: Tensor) -> None:
+        super().__init__(likelihood, x)
+        self._sweeps: Sweeps | None = None
+        self._start: tuple[list[Any], list[bool]] | None = None
+        self._is_known = False
+
+    def _density(self, y: Tensor) -> Sweeps | None:
+        if not self._is_known:
+            self._sweeps, self._is_known = density_of(self.likelihood, y, self.data, self._derivatives), True
+            if self._sweeps is not None:
+                inputs = Inputs(self._sweeps, y, tensors_of(self._sweeps, self.data))
+                self._start = inputs.detached(), inputs.wanted
+        return self._sweeps
+
+    def _derivatives(self, y: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
+        head = Head(self.likelihood, self.data[: len(y)])
+        return *head._by_autograd(y), head._adjoint_by_autograd(y, v, c)[0]
+
+    def form(self) -> tuple[Any, list[Tensor]]:
+        """See ``Head``."""
+        return (type(self), key_of(self.likelihood) or self.likelihood), [self.data]
+
+    def at(self, y: Tensor) -> AtOutput:
+        """See ``Head``."""
+        sweeps = self._density(y)
+        if sweeps is None or self._start is None:
+            return super().at(y)
+        point = sweeps.forward(self._start[0], y, self._start[1])
+        log_px = sweeps.output(point)
+        residual, cotangents = sweeps.reverse(point, torch.ones_like(log_px))
+        if residual is None:
+            residual = torch.zeros_like(y)
+        return AtOutput(y, log_px, residual, (point, cotangents))
+
+    def adjoint(
+        self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Head``."""
+        if self._sweeps is None or at.kept is None:
+            return super().adjoint(at, dot, of_log_px)
+        point, cotangents = at.kept
+        found = None if dot is None else self._curved(self._sweeps, point, cotangents, dot)
+        if of_log_px is not None:
+            of_value = at.residual * of_log_px.reshape(-1, *[1] * (at.y.dim() - 1))
+            found = of_value if found is None else found + of_value
+        return found, None
+
+    @staticmethod
+    def _curved(sweeps: Sweeps, point: Point, cotangents: dict[int, Any], dot: Tensor) -> Tensor | None:
+        products = Products(point.values, point.wanted, {})
+        return sweeps.adjoint(point, sweeps.tangent(point, dot), cotangents, None, products).get(0)
 
 
 def make_head(likelihood: Likelihood, x: Tensor, like: Tensor) -> Head:
     """The head of a likelihood, for outputs of the dtype of ``like``."""
     closed: dict[type, Any] = {Bernoulli: _BernoulliHead, Gaussian: _GaussianHead}
     kind = closed.get(type(likelihood))
-    if kind is None or not likelihood.has_kernel:
-        return Head(likelihood, x)
-    return kind(likelihood, x, like.dtype)
+    if kind is not None and likelihood.has_kernel:
+        head: Head = kind(likelihood, x, like.dtype)
+        return head
+    return Head(likelihood, x) if x.requires_grad else _Swept(likelihood, x)

@@ -43,6 +43,9 @@ _OF_FORM |= {
     "is_neg",
     "is_inference",
     "is_same_size",
+    "sym_numel.default",
+    "sym_size.int",
+    "sym_stride.int",
 }
 _state = threading.local()
 

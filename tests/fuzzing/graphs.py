@@ -33,7 +33,7 @@ from .graph_layers import drawn_graph
 CASES = 8
 # Both sides add the same numbers in another order; deep graphs make rounding larger, and a lost term shows at 1e-2.
 NEAR = 1e-8
-FAR = 1e9
+FAR = 1e6
 
 
 def run_case(seed: int) -> str:
@@ -45,6 +45,9 @@ def run_case(seed: int) -> str:
         for name, buffer in module.named_buffers():
             if name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
+        for parameter in module.parameters():
+            # As after training: a new norm's rows have a mean of zero, but for rounding, which may be a kink's place.
+            parameter.add_(0.1 * torch.randn_like(parameter))
     for parameter in module.parameters():
         parameter.requires_grad_(rng.random() < 0.85)
     z = torch.randn(batch, latents, dtype=torch.float64)
@@ -112,6 +115,12 @@ def agrees_in_flow(rng: random.Random, network: ReadNetwork, module: nn.Module, 
         + 0.05 * torch.rand(rng.choice([(steps, z.shape[1]), (steps, 1), (z.shape[1],), ()])).to(z),
         "alpha": 0.7 + 0.3 * torch.rand(steps).to(z),
     }
+    # A trajectory that runs away makes of a rounding whatever there is.
+    for _ in range(6):
+        ends = reference.hamiltonian_flow(module, *given.values(), like)[:3]
+        if all(bool((end.abs() < FAR).all()) for end in ends):
+            break
+        given["steps"] = 1e-3 * given["steps"]
     results: list[Any] = []
     for by_sweeps in (True, False):
         mine = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
@@ -122,9 +131,6 @@ def agrees_in_flow(rng: random.Random, network: ReadNetwork, module: nn.Module, 
         seeds = [torch.full_like(output, 0.3) + 0.1 * output.detach() for output in outputs]
         results.append([*outputs, *grads(outputs, leaves(module, *mine.values()), seeds)])
     names = names_of(module, "z_K", "rho_K", "log_px", *given)
-    if not all(bool((output.abs() < FAR).all()) for output in results[1][:3]):
-        # A trajectory that runs away makes of a rounding whatever there is; its end is compared all the same.
-        results, names = [found[:3] for found in results], names[:3]
     assert_all_near(*results, names, NEAR)
     first = {name: tensor[:1] if name in ("z", "rho", "x") else tensor for name, tensor in given.items()}
     for whole, alone in zip(

@@ -168,6 +168,19 @@ def _hardswish_slope(v: Tensor, x: Tensor) -> Tensor:
     return aten.hardswish_backward(v, x.expand_as(v))
 
 
+def _erf_slope(x: Tensor) -> Tensor:
+    return torch.exp(-x * x) * (2 / math.sqrt(math.pi))
+
+
+def _logit_slope(v: Tensor, x: Tensor, eps: float | None = None) -> Tensor:
+    inside = v / (x * (1 - x))
+    return inside if eps is None else inside.masked_fill((x < eps) | (x > 1 - eps), 0.0)
+
+
+def _logit_curve(x: Tensor, eps: float | None = None) -> Tensor:
+    return _logit_slope((2 * x - 1) / (x * (1 - x)), x, eps)
+
+
 _RELU = _of_y(lambda v, y: aten.threshold_backward(v, y.expand_as(v), 0), None)
 
 FUNCTIONS: dict[str, Pointwise] = {
@@ -209,6 +222,19 @@ FUNCTIONS: dict[str, Pointwise] = {
     "hardswish": _of_x(_hardswish_slope, lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 3),
     "softsign": _of_x(lambda v, x: v / (1 + x.abs()).square(), lambda x: -2 * x.sign() / (1 + x.abs()) ** 3),
     "pow": _of_x(_power_slope, _power_curve),
+    "exp2": _of_y(lambda v, y: v * (y * math.log(2)), lambda y: y * math.log(2) ** 2),
+    "log1p": _of_x(lambda v, x: v / (1 + x), lambda x: -1 / (1 + x).square()),
+    "log2": _of_x(lambda v, x: v / (x * math.log(2)), lambda x: -1 / (x * x * math.log(2))),
+    "log10": _of_x(lambda v, x: v / (x * math.log(10)), lambda x: -1 / (x * x * math.log(10))),
+    "lgamma": _of_x(lambda v, x: v * torch.digamma(x), lambda x: torch.polygamma(1, x)),
+    "digamma": _of_x(lambda v, x: v * torch.polygamma(1, x), lambda x: torch.polygamma(2, x)),
+    "erf": _of_x(lambda v, x: v * _erf_slope(x), lambda x: -2 * x * _erf_slope(x)),
+    "erfc": _of_x(lambda v, x: -v * _erf_slope(x), lambda x: 2 * x * _erf_slope(x)),
+    "atan": _of_x(lambda v, x: v / (1 + x * x), lambda x: -2 * x / (1 + x * x).square()),
+    "tan": _of_y(lambda v, y: v * (1 + y * y), lambda y: 2 * y * (1 + y * y)),
+    "sinh": _of_x(lambda v, x: v * x.cosh(), lambda x: x.sinh()),
+    "cosh": _of_x(lambda v, x: v * x.sinh(), lambda x: x.cosh()),
+    "logit": _of_x(_logit_slope, _logit_curve),
 }
 """By the name of the operator."""
 

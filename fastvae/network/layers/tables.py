@@ -1,4 +1,4 @@
-"""Look-ups in a table, and PReLU: tensors of the network that are chosen from by what depends on z."""
+"""Look-ups in a table, gathered elements, and PReLU: what is chosen from a tensor of the network, or by one."""
 
 from __future__ import annotations
 
@@ -37,6 +37,48 @@ def embedding(operation: Any, active: Sequence[bool]) -> Layer | None:
     if active[table.index] or any(rest[1:]) or (rest and rest[0] not in (-1,)):
         return None
     return Lookup(operation, active)
+
+
+class Gather(Layer):
+    """Elements of x along a dimension, by passive numbers: y_i = x_{n_i}, and dx the sums of dy by number."""
+
+    linear = True
+    keeps_inputs = keeps_output = False
+
+    def __init__(self, operation: Any, active: Sequence[bool]) -> None:
+        super().__init__(operation, active)
+        self.dim, self.numbers = operation.args[1], operation.args[2].index
+
+    def forward(self, point: Point) -> Any:
+        """y; the shape of x is kept."""
+        point.kept[self.index] = point.values[self.x].shape
+        return super().forward(point)
+
+    def _of_latents(self, point: Point, dot: Tensor) -> tuple[int, Tensor]:
+        """The dimension from behind, and the numbers for each latent."""
+        numbers, rank = point.values[self.numbers], len(point.kept[self.index])
+        dim = self.dim if self.dim < 0 else self.dim - rank
+        return dim, numbers if dot.dim() == rank else numbers.expand(len(dot), *numbers.shape)
+
+    def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
+        """See above."""
+        if grads.wants(self.x):
+            shape = point.kept[self.index]
+            dim, numbers = self._of_latents(point, dy)
+            front = dy.shape[: dy.dim() - len(shape)]
+            grads.add(self.x, dy.new_zeros(*front, *shape).scatter_add(dim, numbers, dy))
+
+    def tangent(self, point: Point, dots: Values) -> Tensor:
+        """See above."""
+        dim, numbers = self._of_latents(point, dots[self.x])
+        return dots[self.x].gather(dim, numbers)
+
+
+@layer_of("gather")
+def gather(operation: Any, active: Sequence[bool]) -> Layer | None:
+    """aten.gather(x, dim, numbers)."""
+    x, _, numbers = operation.args[:3]
+    return Gather(operation, active) if active[x.index] and not active[numbers.index] else None
 
 
 class PReLU(Layer):
