@@ -8,6 +8,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -535,3 +536,17 @@ def test_a_history_whose_steps_are_no_list_is_refused(tmp_path: Path, column: ob
     path.write_text(json.dumps({**values, "steps": column}))
     with pytest.raises(ValueError, match="steps"):
         History.load(path)
+
+
+def test_a_tensor_that_brings_backward_hooks_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(make(), tmp_path / "x.pt")
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    # The last argument of a tensor is an empty OrderedDict, its hooks: the class itself instead.
+    made = re.compile(rb"([\x88\x89])(ccollections\nOrderedDict\n(?:q.)?|h.)\)R(?:q.)?t", re.DOTALL)
+    with zipfile.ZipFile(tmp_path / "hooked.pt", "w") as archive:
+        for name, data in entries:
+            archive.writestr(name, made.sub(rb"\1\2t", data) if name.endswith("data.pkl") else data)
+    assert "OrderedDict" in str(torch.load(tmp_path / "hooked.pt")["model"]["decoder.bias"]._backward_hooks)
+    with pytest.raises(ValueError, match=r"hooked\.pt: expected a checkpoint.*a tensor with backward hooks"):
+        load_checkpoint(make(), tmp_path / "hooked.pt")

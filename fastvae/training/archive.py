@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,11 +38,26 @@ def read_archive(path: Path) -> Any:
         with open(path, "rb") as file:
             _check(file)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        _check_hooks(content)
+        return content
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise anything, from zlib.error to KeyError
         raise DamagedFileError(path, f"{type(error).__name__}: {error}") from error
+
+
+def _check_hooks(value: Any) -> None:
+    """ValueError for a tensor with backward hooks, which may be anything: torch.save and autograd would use them."""
+    if isinstance(value, torch.Tensor):
+        hooks = value._backward_hooks
+        if hooks is not None and (type(hooks) not in (dict, OrderedDict) or hooks):
+            raise ValueError("a tensor with backward hooks")
+    elif isinstance(value, dict):
+        _check_hooks([*value.values()])
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _check_hooks(entry)
 
 
 def _check(file: IO[bytes]) -> None:
