@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 __all__ = [
+    "Held",
     "Recorder",
     "Tapes",
     "Unrecordable",
@@ -54,8 +55,20 @@ class Unrecordable(Exception):  # noqa: N818
     """Why a run cannot be written down."""
 
 
+class Held:
+    """What one call of :func:`kernel` leaves for later ones besides tensors, such as a graph of autograd's."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 def kernel(function: Callable[..., Any], *args: Any) -> Any:
-    """A call of a kernel of ours, which no torch function mode sees."""
+    """A call of a function of ours as a whole, such as a kernel, which no torch function mode sees.
+
+    It changes nothing, and says of numbers nothing but tensors.
+    """
     recorder: Recorder | None = getattr(_state, "recorder", None)
     if recorder is None:
         return function(*args)
@@ -99,7 +112,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.names: dict[int, str] = {}
         self.alive: list[Tensor] = []
-        """All that has a name: an id must not be given to another tensor."""
+        self._kept: list[Held] = []
+        """The two are all that has a name: an id must not be given to another object."""
         self.lines: list[tuple[str, set[str], set[str]]] = []
         """Code, with the variables that it reads and writes."""
         self.constants: dict[str, Any] = {}
@@ -116,11 +130,13 @@ class Recorder(TorchFunctionMode):
         _state.recorder = None
         super().__exit__(*error)
 
-    def name(self, tensor: Tensor) -> str:
-        """The tensor's variable, from now on another one than before if it had any."""
-        found = f"v{len(self.alive)}"
-        self.names[id(tensor)] = found
-        self.alive.append(tensor)
+    def name(self, value: Tensor | Held) -> str:
+        """The value's variable, from now on another one than before if it had any."""
+        found = self.names[id(value)] = f"v{len(self.alive) + len(self._kept)}"
+        if isinstance(value, Held):
+            self._kept.append(value)
+        else:
+            self.alive.append(value)
         return found
 
     def __torch_function__(
@@ -155,7 +171,7 @@ class Recorder(TorchFunctionMode):
             self.lines.append((f"{target} = {call}", read, written))
         elif _title(function) == "__setitem__":
             self.lines.append((call, read, set()))
-        elif _title(function) not in _OF_FORM:
+        elif not (_title(function) in _OF_FORM or _is_empty(result)):
             self.failure = f"{_title(function)} gives no tensor"
         return result
 
@@ -165,13 +181,17 @@ class Recorder(TorchFunctionMode):
                 raise Unrecordable("its result is of another kind")
             name = self.names.get(id(result)) or self.name(result)
             return name, {name}
-        if isinstance(result, (tuple, list)) and any(isinstance(each, Tensor) for each in result):
-            parts = [self._target(each) if isinstance(each, Tensor) else ("_", set()) for each in result]
-            return "".join(f"{name}, " for name, _ in parts).strip(), set().union(*(w for _, w in parts))
+        if isinstance(result, Held):
+            name = self.name(result)
+            return name, {name}
+        if isinstance(result, (tuple, list)) and not _is_empty(result):
+            parts = [self._target(each) for each in result]
+            inside = "".join(f"{name}, " for name, _ in parts).strip()
+            return f"({inside})", set().union(*(written for _, written in parts))
         return "_", set()
 
     def _code(self, value: Any, read: set[str]) -> str:
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, Held)):
             name = self.names.get(id(value))
             if name is None:
                 raise Unrecordable("a tensor from nowhere")
@@ -325,6 +345,11 @@ def is_plain(z: Tensor) -> bool:
     if torch.compiler.is_compiling() or z.dtype not in _ROUNDING:
         return False
     return not (z.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_empty(result: Any) -> bool:
+    """Whether there is nothing in a tuple or list."""
+    return isinstance(result, (tuple, list)) and all(each is None for each in result)
 
 
 def _title(function: Any) -> str:

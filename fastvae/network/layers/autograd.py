@@ -7,16 +7,30 @@ PyTorch's derivatives of forward mode are not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastvae.network.tape import Held, kernel
+
 from .base import Gradients, Layer, Point, Products, Values
 
 
+class _Graph(NamedTuple):
+    """One evaluation."""
+
+    leaves: dict[int, Tensor]
+    """By slot, the inputs that may need a gradient."""
+    parts: list[Any]
+    """The results, of which tensors have a graph from the leaves."""
+
+
 class AutogradLayer(Layer):
-    """One operation through PyTorch's autograd."""
+    """One operation through PyTorch's autograd.
+
+    Each rule is one call for straight code (tape.py), to which the graph is handed on.
+    """
 
     many = False
     by_autograd = True
@@ -29,91 +43,124 @@ class AutogradLayer(Layer):
 
     def forward(self, point: Point) -> Any:
         """y, with a graph of its own from the inputs that need one."""
-        values = list(point.values)
+        given = [point.values[slot] for slot in self.slots]
+        wanted = [bool(point.wanted[slot]) for slot in self.slots]
+        graph, results = kernel(self._evaluate, len(point.values), given, wanted)
+        leaves = [
+            slot
+            for slot, value, may in zip(self.slots, given, wanted, strict=True)
+            if may and isinstance(value, Tensor) and value.is_floating_point()
+        ]
+        point.kept[self.index] = graph, leaves, isinstance(results, Tensor)
+        return results
+
+    def _evaluate(self, size: int, given: Sequence[Any], wanted: Sequence[bool]) -> tuple[Held, Any]:
+        values: list[Any] = [None] * size
         leaves: dict[int, Tensor] = {}
-        for slot in self.slots:
-            value = values[slot]
-            if isinstance(value, Tensor) and point.wanted[slot] and value.is_floating_point():
-                leaves[slot] = values[slot] = value.detach().requires_grad_()
+        for slot, value, may in zip(self.slots, given, wanted, strict=True):
+            if may and isinstance(value, Tensor) and value.is_floating_point():
+                value = leaves[slot] = value.detach().requires_grad_()
+            values[slot] = value
         with torch.enable_grad():
             y = self.operation.call(values)
-        point.kept[self.index] = leaves, y
         if isinstance(y, Tensor):
-            return y.detach()
-        return type(y)(part.detach() if isinstance(part, Tensor) else part for part in y)
+            return Held(_Graph(leaves, [y])), y.detach()
+        parts = type(y)(part.detach() if isinstance(part, Tensor) else part for part in y)
+        return Held(_Graph(leaves, list(y))), parts
 
     def reverse(self, point: Point, dy: Any, grads: Gradients, products: Products | None) -> None:
         """One vector-Jacobian product."""
-        leaves, outputs, cotangents = self._outputs(point, dy)
+        graph, leaves, _ = point.kept[self.index]
         slots = [slot for slot in leaves if products is not None or self.is_active[slot]]
-        if not outputs or not slots:
-            return
-        found = torch.autograd.grad(
-            outputs, [leaves[slot] for slot in slots], cotangents, retain_graph=True, allow_unused=True
-        )
-        for slot, gradient in zip(slots, found, strict=True):
-            grads.add(slot, gradient)
+        if slots:
+            found = kernel(self._vjp, graph, slots, *_by_place(dy))
+            for slot, gradient in zip(slots, found, strict=True):
+                grads.add(slot, gradient)
+
+    def _vjp(
+        self, graph: Held, slots: Sequence[int], places: Sequence[int], dy: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        outputs, cotangents = _reached(graph.value, places, dy)
+        if not outputs:
+            return [None] * len(slots)
+        leaves = [graph.value.leaves[slot] for slot in slots]
+        return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
 
     def tangent(self, point: Point, dots: Values) -> Any:
         """J xdot, as the gradient of v -> <J^T v, xdot>."""
-        leaves, y = point.kept[self.index]
-        parts = [y] if isinstance(y, Tensor) else list(y)
-        outputs = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+        graph, leaves, is_one = point.kept[self.index]
         given = [slot for slot in leaves if dots[slot] is not None]
-        seeds = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        if not outputs:
+        found = kernel(self._jvp, graph, given, [dots[slot] for slot in given])
+        if all(dot is None for dot in found):
             return None
-        pulled, along = self._pulled(
-            outputs, seeds, [leaves[slot] for slot in given], [dots[slot] for slot in given]
-        )
-        found = (
+        return found[0] if is_one else list(found)
+
+    def _jvp(self, graph: Held, slots: Sequence[int], dots: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        has_graph = [isinstance(part, Tensor) and part.requires_grad for part in graph.value.parts]
+        outputs = [part for part, has in zip(graph.value.parts, has_graph, strict=True) if has]
+        if not outputs:
+            return [None] * len(has_graph)
+        seeds = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        pulled, along = _pulled(outputs, seeds, [graph.value.leaves[slot] for slot in slots], dots)
+        found = iter(
             torch.autograd.grad(pulled, seeds, along, allow_unused=True) if pulled else [None] * len(seeds)
         )
-        if isinstance(y, Tensor):
-            return found[0]
-        each = iter(found)
-        return [next(each) if isinstance(part, Tensor) and part.requires_grad else None for part in parts]
+        return [next(found) if has else None for has in has_graph]
 
     def bend(self, point: Point, dy: Any, dots: Values, grads: Gradients, products: Products) -> None:
         """The gradient of <J^T dy, xdot>."""
-        leaves, outputs, cotangents = self._outputs(point, dy)
+        graph, leaves, _ = point.kept[self.index]
         given = [slot for slot in leaves if dots[slot] is not None]
-        if not outputs or not given:
-            return
-        pulled, along = self._pulled(
-            outputs, cotangents, [leaves[slot] for slot in given], [dots[slot] for slot in given]
-        )
-        if not pulled:
-            return
-        slots = list(leaves)
-        found = torch.autograd.grad(
-            pulled, [leaves[slot] for slot in slots], along, retain_graph=True, allow_unused=True
-        )
-        for slot, gradient in zip(slots, found, strict=True):
-            grads.add(slot, gradient)
+        if given:
+            found = kernel(self._bent, graph, leaves, *_by_place(dy), given, [dots[slot] for slot in given])
+            for slot, gradient in zip(leaves, found, strict=True):
+                grads.add(slot, gradient)
 
-    def _outputs(self, point: Point, dy: Any) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor]]:
-        """The leaves, and the outputs with their cotangents, where there is one and it reaches the leaves."""
-        leaves, y = point.kept[self.index]
-        given = {0: dy} if isinstance(y, Tensor) else dy
-        parts = [y] if isinstance(y, Tensor) else y
-        pairs = [(parts[at], gradient) for at, gradient in given.items() if parts[at].requires_grad]
-        return leaves, [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-    @staticmethod
-    def _pulled(
-        outputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor],
-        inputs: Sequence[Tensor],
+    def _bent(
+        self,
+        graph: Held,
+        slots: Sequence[int],
+        places: Sequence[int],
+        dy: Sequence[Tensor],
+        given: Sequence[int],
         dots: Sequence[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """J^T v with its graph, where it has one, and what it is to be multiplied by."""
-        found = torch.autograd.grad(
-            list(outputs), list(inputs), list(cotangents), create_graph=True, allow_unused=True
-        )
-        pairs = [
-            (pulled, dot)
-            for pulled, dot in zip(found, dots, strict=True)
-            if pulled is not None and pulled.requires_grad
-        ]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    ) -> Sequence[Tensor | None]:
+        outputs, cotangents = _reached(graph.value, places, dy)
+        leaves = graph.value.leaves
+        pulled, along = _pulled(outputs, cotangents, [leaves[slot] for slot in given], dots)
+        if not pulled:
+            return [None] * len(slots)
+        wanted = [leaves[slot] for slot in slots]
+        return torch.autograd.grad(pulled, wanted, along, retain_graph=True, allow_unused=True)
+
+
+def _by_place(dy: Any) -> tuple[list[int], list[Tensor]]:
+    """Cotangents of an operation's results, with their places."""
+    return ([0], [dy]) if isinstance(dy, Tensor) else (list(dy), list(dy.values()))
+
+
+def _reached(graph: _Graph, places: Sequence[int], dy: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The results that depend on the leaves, and their cotangents."""
+    pairs = [
+        (graph.parts[at], gradient)
+        for at, gradient in zip(places, dy, strict=True)
+        if graph.parts[at].requires_grad
+    ]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _pulled(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], dots: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """J^T v with its graph, where it has one, and what it is to be multiplied by."""
+    if not outputs:
+        return [], []
+    found = torch.autograd.grad(
+        list(outputs), list(inputs), list(cotangents), create_graph=True, allow_unused=True
+    )
+    pairs = [
+        (pulled, dot)
+        for pulled, dot in zip(found, dots, strict=True)
+        if pulled is not None and pulled.requires_grad
+    ]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -6,6 +6,7 @@ reverse and tangent multiply by phi'(x), and bend by phi''(x) dy xdot, which is 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def _elu_curve(y: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: f
 
 def _celu_factors(alpha: float) -> tuple[float, float, float]:
     # As PyTorch's own derivative has it, which takes alpha in float32.
-    return alpha, 1.0, 1 / float(torch.tensor(alpha, dtype=torch.float32))
+    return alpha, 1.0, 1 / struct.unpack("f", struct.pack("f", alpha))[0]
 
 
 def _celu_slope(v: Tensor, x: Tensor, alpha: float = 1.0) -> Tensor:
