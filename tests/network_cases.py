@@ -123,6 +123,15 @@ POINTWISE: dict[str, Case] = {
             lambda h: F.gelu(h, approximate="tanh"), F.mish, F.logsigmoid, F.softsign, F.tanhshrink,
         ],
     ),
+    "losses of logits and numbers": call(
+        lambda h: torch.cat(
+            [F.mse_loss(h, h.sin(), reduction="none"),
+             F.binary_cross_entropy_with_logits(h, h.detach().cos().abs(), reduction="none"),
+             F.cross_entropy(h.unflatten(1, (3, 2)), h[:, :2].argmax(1, keepdim=True).expand(-1, 2), reduction="none"),
+             torch.xlogy(2.0 * (h.detach() > 0), 0.1 + h.exp()), torch.logaddexp(h, h[:, :1].cos())], 1
+        ),
+        VECTOR, "log_softmax", "gather", "logsumexp",
+    ),
     "hardswish": call(lambda h: F.hardswish(4 * h), VECTOR, "hardswish"),
     "elementary functions": branches(
         VECTOR, "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos",
@@ -295,7 +304,7 @@ TABLES: dict[str, Case] = {
         VECTOR,
         "gather",
     ),
-    "gathered by numbers that depend on z": left_over(
+    "gathered by numbers that depend on z": call(
         lambda h: h.gather(1, h.argmax(1, keepdim=True)) * h, VECTOR, "gather"
     ),
 }

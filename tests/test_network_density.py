@@ -59,6 +59,37 @@ class Laplace(Likelihood):
 
 
 @dataclass(frozen=True)
+class Distribution(OfTwo):
+    """One of torch.distributions, without its checks, which look at numbers."""
+
+    name: str
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        a, b = params.flatten(1).chunk(2, 1)
+        density = {
+            "normal": lambda: torch.distributions.Normal(a, b.exp(), validate_args=False),
+            "negative binomial": lambda: torch.distributions.NegativeBinomial(
+                a.exp(), logits=b, validate_args=False
+            ),
+            "beta": lambda: torch.distributions.Beta(a.exp(), b.exp(), validate_args=False),
+        }[self.name]()
+        return density.log_prob(x.flatten(1)).sum(1)
+
+
+@dataclass(frozen=True)
+class Loss(Likelihood):
+    """One of torch.nn.functional."""
+
+    name: str
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        losses = getattr(nn.functional, self.name)(
+            params.flatten(1), x.flatten(1).to(params), reduction="none"
+        )
+        return -losses.sum(1)
+
+
+@dataclass(frozen=True)
 class Mixture(Likelihood):
     """Of two normal densities around each element's two means."""
 
@@ -78,6 +109,11 @@ CASES: dict[str, tuple[Likelihood, int, str]] = {
     "Laplace": (Laplace(), 1, "numbers"),
     "mixture": (Mixture(), 2, "numbers"),
     "categorical": (Categorical(5), 5, "classes"),
+    "torch's normal": (Distribution("normal"), 2, "numbers"),
+    "torch's negative binomial": (Distribution("negative binomial"), 2, "counts"),
+    "torch's beta": (Distribution("beta"), 2, "probabilities"),
+    "torch's mean squared error": (Loss("mse_loss"), 1, "numbers"),
+    "torch's cross-entropy": (Loss("binary_cross_entropy_with_logits"), 1, "probabilities"),
 }
 
 
@@ -90,6 +126,7 @@ def problem(name: str, batch: int = 3, elements: int = 4) -> tuple[nn.Module, Li
     x = {
         "counts": lambda: torch.poisson(torch.full((batch, elements), 2.0)),
         "numbers": lambda: torch.randn(batch, elements),
+        "probabilities": lambda: torch.rand(batch, elements),
         "classes": lambda: torch.randint(0, 5, (batch, elements)),
     }[kind]()
     return decoder, likelihood, torch.randn(batch, 2, dtype=torch.float64), x

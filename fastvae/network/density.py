@@ -119,7 +119,7 @@ def _agree(sweeps: Sweeps, y: Tensor, x: Tensor, by_autograd: Derivatives) -> bo
     for mine, theirs in zip((log_px, r, found), wanted, strict=True):
         a = torch.zeros_like(y) if mine is None else mine
         b = torch.zeros_like(y) if theirs is None else theirs
-        if a.shape != b.shape or not bool(b.isfinite().all()):
+        if a.shape != b.shape or a.dtype != b.dtype or not bool(b.isfinite().all()):
             return False
         if not torch.allclose(a, b, rtol=near, atol=near * float(b.abs().max())):
             return False

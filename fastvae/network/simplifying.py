@@ -146,7 +146,52 @@ def _simpler() -> dict[Any, Any]:
         aten.rnn_relu_cell.default: lambda x, h, *weights: _projections(x, h, weights).relu(),
         **{getattr(aten, kind).input: _unrolled(run) for kind, run in RECURRENT.items()},
         aten.threshold.default: lambda x, threshold, value: torch.where(x > threshold, x, value),
+        aten.broadcast_tensors.default: _broadcast,
+        aten.type_as.default: lambda x, like: x if x.dtype == like.dtype else x.to(like.dtype),
+        aten.xlogy.Tensor: _x_log_y,
+        aten.logaddexp.default: lambda a, b: torch.stack(_broadcast([a, b])).logsumexp(0),
+        aten.mse_loss.default: lambda a, b, reduction=1: _mean_or_sum((a - b).square(), reduction),
+        aten.binary_cross_entropy_with_logits.default: _cross_entropy_of_logits,
+        aten.cross_entropy_loss.default: _cross_entropy,
     }
+
+
+def _broadcast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    return [tensor.expand(shape) for tensor in tensors]
+
+
+def _x_log_y(x: Tensor, y: Tensor) -> Tensor:
+    y = y.to(torch.promote_types(x.dtype, y.dtype))
+    return torch.where(x == 0, torch.zeros_like(y), x * torch.log(y))
+
+
+def _mean_or_sum(losses: Tensor, reduction: int) -> Tensor:
+    return losses if reduction == 0 else losses.mean() if reduction == 1 else losses.sum()
+
+
+def _cross_entropy_of_logits(
+    a: Tensor, x: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
+) -> Any:
+    if weight is not None or pos_weight is not None:
+        return NotImplemented
+    return _mean_or_sum((1 - x) * a - torch.nn.functional.logsigmoid(a), reduction)
+
+
+def _cross_entropy(
+    a: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignored: int = -100,
+    smoothing: float = 0.0,
+) -> Any:
+    if weight is not None or smoothing or x.is_floating_point() or reduction == 1:
+        return NotImplemented
+    dim = 1 if a.dim() > 1 else 0
+    counts = x != ignored
+    losses = -a.log_softmax(dim).gather(dim, (x * counts).unsqueeze(dim)).squeeze(dim)
+    return _mean_or_sum(losses * counts, reduction)
 
 
 def _sum_and_product(a: Tensor, b: Tensor, c: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

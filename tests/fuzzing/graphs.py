@@ -115,10 +115,12 @@ def agrees_in_flow(rng: random.Random, network: ReadNetwork, module: nn.Module, 
         + 0.05 * torch.rand(rng.choice([(steps, z.shape[1]), (steps, 1), (z.shape[1],), ()])).to(z),
         "alpha": 0.7 + 0.3 * torch.rand(steps).to(z),
     }
-    # A trajectory that runs away makes of a rounding whatever there is.
+    # A trajectory that runs away, or is nearly chaotic, makes of a rounding whatever there is.
     for _ in range(6):
-        ends = reference.hamiltonian_flow(module, *given.values(), like)[:3]
-        if all(bool((end.abs() < FAR).all()) for end in ends):
+        point = z.clone().requires_grad_()
+        ends = reference.hamiltonian_flow(module, point, *list(given.values())[1:], like)[:3]
+        (slope,) = torch.autograd.grad(sum(end.sum() for end in ends[:2]), point)
+        if all(bool((end.abs() < FAR).all()) for end in (*ends, 1e3 * slope)):
             break
         given["steps"] = 1e-3 * given["steps"]
     results: list[Any] = []

@@ -40,36 +40,38 @@ def embedding(operation: Any, active: Sequence[bool]) -> Layer | None:
 
 
 class Gather(Layer):
-    """Elements of x along a dimension, by passive numbers: y_i = x_{n_i}, and dx the sums of dy by number."""
+    """Elements of x along a dimension, by whole numbers: y_i = x_{n_i}, and dx the sums of dy by number."""
 
     linear = True
     keeps_inputs = keeps_output = False
 
     def __init__(self, operation: Any, active: Sequence[bool]) -> None:
         super().__init__(operation, active)
-        self.dim, self.numbers = operation.args[1], operation.args[2].index
+        self.x, self.dim, self.numbers = operation.args[0].index, operation.args[1], operation.args[2].index
 
     def forward(self, point: Point) -> Any:
-        """y; the shape of x is kept."""
-        point.kept[self.index] = point.values[self.x].shape
+        """y; the numbers are kept, and the shape of x."""
+        point.kept[self.index] = point.values[self.numbers], point.values[self.x].shape
         return super().forward(point)
 
     def _of_latents(self, point: Point, dot: Tensor) -> tuple[int, Tensor]:
         """The dimension from behind, and the numbers for each latent."""
-        numbers, rank = point.values[self.numbers], len(point.kept[self.index])
-        dim = self.dim if self.dim < 0 else self.dim - rank
-        return dim, numbers if dot.dim() == rank else numbers.expand(len(dot), *numbers.shape)
+        numbers, shape = point.kept[self.index]
+        dim = self.dim if self.dim < 0 else self.dim - len(shape)
+        return dim, numbers if dot.dim() == len(shape) else numbers.expand(len(dot), *numbers.shape)
 
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """See above."""
         if grads.wants(self.x):
-            shape = point.kept[self.index]
+            _, shape = point.kept[self.index]
             dim, numbers = self._of_latents(point, dy)
             front = dy.shape[: dy.dim() - len(shape)]
             grads.add(self.x, dy.new_zeros(*front, *shape).scatter_add(dim, numbers, dy))
 
-    def tangent(self, point: Point, dots: Values) -> Tensor:
+    def tangent(self, point: Point, dots: Values) -> Tensor | None:
         """See above."""
+        if dots[self.x] is None:
+            return None
         dim, numbers = self._of_latents(point, dots[self.x])
         return dots[self.x].gather(dim, numbers)
 
@@ -77,8 +79,7 @@ class Gather(Layer):
 @layer_of("gather")
 def gather(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.gather(x, dim, numbers)."""
-    x, _, numbers = operation.args[:3]
-    return Gather(operation, active) if active[x.index] and not active[numbers.index] else None
+    return Gather(operation, active) if active[operation.args[0].index] else None
 
 
 class PReLU(Layer):
