@@ -72,6 +72,8 @@ $(VENV)/.packages: pyproject.toml $(VENV)/.torch-$(TORCH)
 $(VENV)/.bench: pyproject.toml $(VENV)/.packages
 	$(PY) scripts/requirements.py bench > $(VENV)/requirements-bench.txt
 	$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH) -r $(VENV)/requirements-bench.txt
+# kronfluence asks for torchvision and does without; PyPI's is for CUDA, and ends the import of whatever looks for it.
+	$(PY) -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 # Packages whose decoders are in the zoo. Without what they ask for, which would bring another torch.
