@@ -126,8 +126,10 @@ def refuse_function_transforms(name: str, *tensors: Tensor) -> None:
 _warned: dict[str, weakref.WeakSet[nn.Module]] = {}
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _warned_of_likelihood: dict[str, weakref.WeakSet[type]] = {}
-_settled: weakref.WeakKeyDictionary[Sweeps, set[tuple[bool, bool, bool]]] = weakref.WeakKeyDictionary()
-"""What was read, and the kinds of likelihood with which it was found to fit together."""
+_settled: weakref.WeakKeyDictionary[Sweeps, set[tuple[bool, ...]]] = weakref.WeakKeyDictionary()
+"""What was read, and what it was found to serve: kinds of likelihood, in :func:`lower_or_read` where kernels do not."""
+_without_kernels: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Decoders that were read because kernels did not take them."""
 
 
 def lower_or_read(
@@ -154,6 +156,13 @@ def lower_or_read(
         check_is_module(f"fastvae::{name}: decoder", decoder)
     strip = likelihood is not None and likelihood.probs
     without_kernel = likelihood is not None and not likelihood.has_kernel
+    asked: tuple[bool, ...] = (flat, condition is None, without_kernel, likelihood is None)
+    if likelihood is not None:
+        asked += (isinstance(likelihood, Bernoulli), likelihood.of_logits, strip)
+    if read and not is_compiling() and decoder in _without_kernels and z.dim() > 1 and len(z):
+        known = _known_reading(name, decoder, z, strip, condition, asked)
+        if known is not None:
+            return known
     if without_kernel and (not read or is_compiling()):
         _warn_of_likelihood(name, type(likelihood), instead)
     try:
@@ -172,7 +181,10 @@ def lower_or_read(
         _refuse_half(name, z, [p for p in decoder.parameters() if p.is_floating_point()])
         check_uncoupled(decoder)
         found, reason = _read(name, decoder, z, likelihood, condition) if read else (None, "")
-        if found is None:
+        if found is not None:
+            _without_kernels.add(decoder)
+            _settled.setdefault(found.sweeps, set()).add(asked)
+        else:
             _warn_of_decoder(
                 name,
                 decoder,
@@ -204,11 +216,9 @@ def read_decoder(
     check_is_module(f"fastvae::{name}: decoder", decoder)
     _check_first_memory(name, decoder)
     asked = isinstance(likelihood, Bernoulli), likelihood.of_logits, likelihood.probs
-    with contextlib.suppress(UnsupportedLayer), torch.inference_mode(False):
-        known = read_network(decoder, z, condition=condition, strip_sigmoid=likelihood.probs)
-        if asked in _settled.get(known.sweeps, ()):
-            _check_network_memory(name, known)
-            return known
+    known = _known_reading(name, decoder, z, likelihood.probs, condition, asked)
+    if known is not None:
+        return known
     own = [p for p in decoder.parameters() if p.is_floating_point()]
     network, reason = None, ""
     try:
@@ -288,6 +298,24 @@ def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
     if decoder not in seen:
         seen.add(decoder)
         warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=4)
+
+
+def _known_reading(
+    name: str,
+    decoder: nn.Module,
+    z: Tensor,
+    strip: bool,
+    condition: Tensor | None,
+    asked: tuple[bool, ...],
+) -> ReadNetwork | None:
+    """What was read of a decoder and found to serve; None where it is to be found out first."""
+    with contextlib.suppress(UnsupportedLayer), torch.inference_mode(False):
+        known = read_network(decoder, z, condition=condition, strip_sigmoid=strip)
+        same = all(t.dtype == z.dtype for t in known.tensors if t is not None and t.is_floating_point())
+        if same and asked in _settled.get(known.sweeps, ()):
+            _check_network_memory(name, known)
+            return known
+    return None
 
 
 def _read(
