@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastvae.network.straight import inputs_of
 from fastvae.network.tape import Recorder, Tapes, Unrecordable, check_same, form_of, is_plain, tensors_in
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Recording:
             raise Unrecordable("the way back changes what it needs")
         results = recorder.names_of(found)
         own = set(self._back_names)
-        held = [name for name in recorder.read_before_written(back) if name not in own]
+        held = [name for name in inputs_of(recorder.lines[back], results) if name not in own]
         tape = FlowTape(
             recorder.program(there, [_HEAD, *self._inputs], [*recorder.names_of(self._outputs), *held]),
             len(self._outputs),

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
+from fastvae.network.straight import Line, compiled
+
 __all__ = [
     "Held",
     "Recorder",
@@ -48,6 +50,8 @@ _OF_FORM |= {
     "sym_size.int",
     "sym_stride.int",
 }
+# Names that functions begin with which make memory to be written to.
+_MAKERS = ("new_", "zeros", "ones", "full", "empty", "clone", "contiguous", "rand")
 _state = threading.local()
 
 
@@ -114,9 +118,9 @@ class Recorder(TorchFunctionMode):
         self.alive: list[Tensor] = []
         self._kept: list[Held] = []
         """The two are all that has a name: an id must not be given to another object."""
-        self.lines: list[tuple[str, set[str], set[str]]] = []
-        """Code, with the variables that it reads and writes."""
+        self.lines: list[Line] = []
         self.constants: dict[str, Any] = {}
+        self._of_constants: dict[int, str] = {}
         self.objects: dict[int, str] = {}
         """Variables of objects whose methods are called as kernels: another one each time."""
         self.failure = ""
@@ -162,15 +166,20 @@ class Recorder(TorchFunctionMode):
             f"{owner}.{function.__name__}" if owner else self._constant(getattr(function, "_op", function))
         )
         call = f"{called}({', '.join(given)})"
+        before = len(self.alive) + len(self._kept)
         try:
             target, written = self._target(result)
         except Unrecordable as reason:
             self.failure = f"{_title(function)}: {reason}"
             return result
+        fresh = len(self.alive) + len(self._kept) - before
+        makes = _title(function).startswith(_MAKERS)
         if written:
-            self.lines.append((f"{target} = {call}", read, written))
+            # A result that had a name is a tensor that was changed, or handed on.
+            changes = fresh < len(written)
+            self.lines.append(Line(target, call, frozenset(read), frozenset(written), changes, makes))
         elif _title(function) == "__setitem__":
-            self.lines.append((call, read, set()))
+            self.lines.append(Line("", call, frozenset(read), frozenset(), True, False))
         elif not (_title(function) in _OF_FORM or _is_empty(result)):
             self.failure = f"{_title(function)} gives no tensor"
         return result
@@ -205,7 +214,10 @@ class Recorder(TorchFunctionMode):
         return repr(value) if type(value) in (int, float, bool, type(None), str) else self._constant(value)
 
     def _constant(self, value: Any) -> str:
-        name = f"c{len(self.constants)}"
+        known = self._of_constants.get(id(value))
+        if known is not None:
+            return known
+        name = self._of_constants[id(value)] = f"c{len(self.constants)}"
         self.constants[name] = value
         return name
 
@@ -219,38 +231,8 @@ class Recorder(TorchFunctionMode):
     def program(
         self, lines: slice, inputs: Sequence[str], outputs: Sequence[str | None]
     ) -> Callable[..., Any]:
-        """Some of the lines as a function of variables; each is let go after its last use."""
-        chosen = self.lines[lines]
-        last: dict[str, int] = {}
-        for at, (_, read, written) in enumerate(chosen):
-            last.update(dict.fromkeys(read | written, at))
-        kept = {name for name in outputs if name is not None}
-        body = []
-        for at, (code, read, written) in enumerate(chosen):
-            gone = sorted(name for name in read | written if last[name] == at and name not in kept)
-            body.append(f"    {code}")
-            if gone:
-                body.append(f"    del {', '.join(gone)}")
-        text = "\n".join(
-            [
-                f"def run({', '.join(inputs)}):",
-                *body,
-                f"    return ({''.join(f'{name}, ' for name in outputs)})",
-            ]
-        )
-        names = dict(self.constants)
-        exec(compile(text, "<tape>", "exec"), names)
-        run: Callable[..., Any] = names["run"]
-        return run
-
-    def read_before_written(self, lines: slice) -> list[str]:
-        """The variables that these lines take from elsewhere."""
-        written: set[str] = set()
-        found: dict[str, None] = {}
-        for _, read, fresh in self.lines[lines]:
-            found.update(dict.fromkeys(sorted(read - written)))
-            written |= fresh
-        return list(found)
+        """Some of the lines as a function of variables."""
+        return compiled(self.lines[lines], inputs, outputs, self.constants)
 
 
 SEEN = 3
