@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from fastvae.likelihoods import Likelihood
 from fastvae.lowering.errors import UnsupportedLayer
+from fastvae.network.facts import key_of
 from fastvae.network.layers import Products, registrations
 from fastvae.network.reading import read_program
 from fastvae.network.sweeps import Inputs, Sweeps
 from fastvae.network.tape import outside
 
-__all__ = ["density_of", "key_of", "tensors_of"]
+__all__ = ["density_of", "tensors_of"]
 
 _REMEMBERED = 32
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -43,16 +44,6 @@ class _Density(nn.Module):
         """[B]."""
         of = self.likelihood.log_prob if self.likelihood.probs else self.likelihood.log_prob_of_output
         return of(y, x)
-
-
-def key_of(likelihood: Likelihood) -> Any:
-    """What tells a likelihood's density from another's; None: it holds more than numbers and names, and may change."""
-    try:
-        held = tuple(vars(likelihood).items())
-    except TypeError:
-        return None
-    plain = all(value is None or type(value) in (bool, int, float, str) for _, value in held)
-    return (type(likelihood), held) if plain else None
 
 
 def density_of(likelihood: Likelihood, y: Tensor, x: Tensor, by_autograd: Derivatives) -> Sweeps | None:

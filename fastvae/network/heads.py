@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
-from fastvae.network.density import density_of, key_of, tensors_of
+from fastvae.network.density import density_of, tensors_of
+from fastvae.network.facts import key_of
 from fastvae.network.layers import Point, Products
 from fastvae.network.sweeps import Inputs, Sweeps
 from fastvae.network.tape import kernel
