@@ -243,7 +243,7 @@ class Total(ShapeLayer):
         return each.reshape(_front(latents, kept)).expand(_front(latents, x))
 
 
-@_register("to", "_to_copy", "type_as")
+@_register("to", "_to_copy")
 class Cast(ShapeLayer):
     """The same numbers in another dtype."""
 
