@@ -29,6 +29,13 @@ class AtOutput(NamedTuple):
     kept: Any = None
     """For the adjoint."""
 
+    def plus_value(self, found: Tensor | None, of_log_px: Tensor | None) -> Tensor | None:
+        """A gradient to y, with that of <c, log p(x | y)> added to it; c [B]. None is zero."""
+        if of_log_px is None:
+            return found
+        of_value = self.residual * of_log_px.reshape(-1, *[1] * (self.y.dim() - 1))
+        return of_value if found is None else found + of_value
+
 
 class Head:
     """A likelihood at the data of one call.
@@ -134,10 +141,7 @@ class _Elementwise(Head):
         if self.of_x:
             return super().adjoint(at, dot, of_log_px)
         found = None if dot is None else self._curved(at.y, dot)
-        if of_log_px is not None:
-            of_value = at.residual * of_log_px.reshape(-1, *[1] * (at.y.dim() - 1))
-            found = of_value if found is None else found + of_value
-        return found, None
+        return at.plus_value(found, of_log_px), None
 
     def _residual(self, y: Tensor, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -208,10 +212,7 @@ class _Swept(Head):
             return super().adjoint(at, dot, of_log_px)
         point, cotangents = at.kept
         found = None if dot is None else self._curved(self._sweeps, point, cotangents, dot)
-        if of_log_px is not None:
-            of_value = at.residual * of_log_px.reshape(-1, *[1] * (at.y.dim() - 1))
-            found = of_value if found is None else found + of_value
-        return found, None
+        return at.plus_value(found, of_log_px), None
 
     @staticmethod
     def _curved(sweeps: Sweeps, point: Point, cotangents: dict[int, Any], dot: Tensor) -> Tensor | None:
