@@ -8,6 +8,7 @@
 #include "network/copies.h"
 #include "ops/norm_activation.h"
 #include "ops/ops.h"
+#include "straight_code.h"
 
 namespace {
 
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
   m.doc() = "Raw kernels of fastvae; use fastvae.ops.";
   m.def("build_info", &build_info, "What this shared object was built with.");
+  fastvae::bind_straight_code(m);
   m.def("leapfrog_kick_drift", &fastvae::leapfrog_kick_drift, unlocked, arg("z"), arg("rho"), arg("force"),
         arg("step_size"));
   m.def("leapfrog_kick_drift_backward", &fastvae::leapfrog_kick_drift_backward, unlocked, arg("grad_z_next"),

@@ -91,7 +91,7 @@ class _Flow(torch.autograd.Function):
             tape, recording, given = sweeps.flow_tapes.find(passive, head, there, facts)
         ctx.tape, ctx.recording, ctx.kept = tape, recording, None
         if tape is not None:
-            outputs, ctx.held = tape.forward(head, given)
+            outputs, ctx.left = tape.forward(head, given)
         else:
             with nullcontext() if recording is None else recording.recorder:
                 outputs, kept = walk(sweeps, passive, inputs.wanted, head, there, keep)
@@ -116,7 +116,7 @@ class _Flow(torch.autograd.Function):
             t if t is None else t.detach() for t in (z_steps, rho_steps, steps, alpha, gz, grho, of_log_px)
         ]
         with torch.no_grad():
-            found = None if ctx.tape is None else ctx.tape.backward(ctx.head, ctx.held, given)
+            found = None if ctx.tape is None else ctx.tape.backward(ctx.head, ctx.left, given)
             if found is None:
                 recording, ctx.recording = ctx.recording, None
                 if recording is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastvae.network.straight import inputs_of
+from fastvae.network.straight import Code
 from fastvae.network.tape import Recorder, Tapes, Unrecordable, check_same, form_of, is_plain, tensors_in
 
 if TYPE_CHECKING:
@@ -18,39 +18,30 @@ __all__ = ["FlowTape", "FlowTapes", "Recording"]
 
 _MISSES = 3
 """Backward passes of another form after which a tape is given up."""
-_HEAD = "head"
-"""The variable of a likelihood's head in the code."""
 
 
 class FlowTape:
     """The code of one form of inputs.
 
     Args:
-        forward: of the inputs; the outputs, then what ``backward`` reads.
-        outputs: how many there are.
-        backward: of that, the trajectory and the cotangents, of the form ``of``.
+        forward: of the head and the inputs; what it keeps, ``backward`` takes.
+        backward: of the head, the trajectory and the cotangents, of the form ``of``.
     """
 
-    def __init__(
-        self, forward: Callable[..., Any], outputs: int, backward: Callable[..., Any], of: tuple[Any, ...]
-    ) -> None:
-        self._forward, self._outputs, self._backward, self._of = forward, outputs, backward, of
+    def __init__(self, forward: Code, backward: Code, of: tuple[Any, ...]) -> None:
+        self._forward, self._backward, self._of = forward, backward, of
         self.misses = 0
 
-    def forward(self, head: Head, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def forward(self, head: Head, given: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Any]:
         """The outputs, and what the way back needs."""
-        found = self._forward(head, *given)
-        return found[: self._outputs], found[self._outputs :]
+        return self._forward([head, *given])
 
-    def backward(
-        self, head: Head, held: Sequence[Tensor], given: Sequence[Tensor | None]
-    ) -> tuple[Any, ...] | None:
+    def backward(self, head: Head, kept: Any, given: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
         """The gradients; None: of cotangents of another form."""
         if form_of(given) != self._of:
             self.misses += 1
             return None
-        found: tuple[Any, ...] = self._backward(head, *held, *(each for each in given if each is not None))
-        return found
+        return self._backward([head, *(each for each in given if each is not None)], kept)[0]
 
 
 class Recording:
@@ -59,20 +50,20 @@ class Recording:
     def __init__(self, tapes: FlowTapes, form: Any, head: Head, given: Sequence[Tensor]) -> None:
         self.tapes, self.form, self.head, self.given = tapes, form, head, list(given)
         self.recorder = Recorder()
-        self.recorder.objects[id(head)] = _HEAD
+        self._head = self.recorder.name_object(head)
         self._inputs = [self.recorder.name(tensor) for tensor in given]
         self._outputs: list[Tensor] = []
 
     def ended_forward(self, outputs: Sequence[Tensor]) -> None:
         """Half way."""
         self._outputs = list(outputs)
-        self._middle = len(self.recorder.lines)
-        self._versions = [tensor._version for tensor in self.recorder.alive]
+        self._middle = len(self.recorder.calls)
+        self._versions = [each._version for each in tensors_in(self.recorder.alive)]
 
     def begin_backward(self, given: Sequence[Tensor | None]) -> None:
         """What autograd hands over."""
         self._back = list(given)
-        self._back_names = [self.recorder.name(tensor) for tensor in given if tensor is not None]
+        self._back_numbers = [self.recorder.name(tensor) for tensor in given if tensor is not None]
 
     def ended_backward(self, found: Sequence[Tensor | None]) -> None:
         """Make the code and compare it with what was computed; where it differs there is none."""
@@ -85,20 +76,19 @@ class Recording:
         recorder, there, back = self.recorder, slice(0, self._middle), slice(self._middle, None)
         if recorder.failure:
             raise Unrecordable(recorder.failure)
-        changed = zip(recorder.alive, self._versions, strict=False)
+        changed = zip(tensors_in(recorder.alive), self._versions, strict=False)
         if any(tensor._version != version for tensor, version in changed):
             raise Unrecordable("the way back changes what it needs")
-        results = recorder.names_of(found)
-        own = set(self._back_names)
-        held = [name for name in inputs_of(recorder.lines[back], results) if name not in own]
+        results = recorder.numbers_of(found)
+        own = {self._head, *self._back_numbers}
+        kept = [each for each in recorder.inputs_of(back, results) if each not in own]
         tape = FlowTape(
-            recorder.program(there, [_HEAD, *self._inputs], [*recorder.names_of(self._outputs), *held]),
-            len(self._outputs),
-            recorder.program(back, [_HEAD, *held, *self._back_names], results),
+            recorder.code(there, [self._head, *self._inputs], recorder.numbers_of(self._outputs), kept=kept),
+            recorder.code(back, [self._head, *self._back_numbers], results, taken=kept),
             form_of(self._back),
         )
-        outputs, kept = tape.forward(self.head, self.given)
-        again = tape.backward(self.head, kept, self._back)
+        outputs, left = tape.forward(self.head, self.given)
+        again = tape.backward(self.head, left, self._back)
         assert again is not None
         check_same((*outputs, *again), (*self._outputs, *found))
         return tape

@@ -3,23 +3,23 @@
 What a sweep calls depends on shapes and on what is wanted, and on no number: so for inputs of the same form the rules
 need not be asked again. A small network's flow is a few hundred calls, and asking takes as long as they do.
 
-While a :class:`Recorder` is active, every function of torch that this thread calls, and every kernel of ours that is
+While a :class:`Recorder` is active, every operator of torch that this thread calls, and every kernel of ours that is
 called through :func:`kernel`, is noted with its arguments. What cannot be noted (a number looked at, a tensor from
 nowhere) leaves a reason in ``failure``; then there is no tape, and nothing else is different.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
-from fastvae.network.straight import Line, compiled
+from fastvae.network.straight import CONSTANTS, MISSING, Call, Code, Held, Method, Variable, inputs_of
 
 __all__ = [
     "Held",
@@ -34,24 +34,6 @@ __all__ = [
     "tensors_in",
 ]
 
-# Functions that say something of a tensor's form and nothing of its numbers.
-_OF_FORM = frozenset(
-    {"__get__", "__len__", "dim", "size", "numel", "nelement", "ndimension", "stride", "get_device"}
-)
-_OF_FORM |= {
-    "is_contiguous",
-    "is_floating_point",
-    "is_complex",
-    "is_conj",
-    "is_neg",
-    "is_inference",
-    "is_same_size",
-    "sym_numel.default",
-    "sym_size.int",
-    "sym_stride.int",
-}
-# Names that functions begin with which make memory to be written to.
-_MAKERS = ("new_", "zeros", "ones", "full", "empty", "clone", "contiguous", "rand")
 _state = threading.local()
 
 
@@ -59,17 +41,8 @@ class Unrecordable(Exception):  # noqa: N818
     """Why a run cannot be written down."""
 
 
-class Held:
-    """What one call of :func:`kernel` leaves for later ones besides tensors, such as a graph of autograd's."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 def kernel(function: Callable[..., Any], *args: Any) -> Any:
-    """A call of a function of ours as a whole, such as a kernel, which no torch function mode sees.
+    """A call of a function of ours as a whole, such as a kernel, which no dispatch mode sees.
 
     It changes nothing, and says of numbers nothing but tensors.
     """
@@ -77,7 +50,7 @@ def kernel(function: Callable[..., Any], *args: Any) -> Any:
     if recorder is None:
         return function(*args)
     with _pop_mode_temporarily():
-        return recorder.note(function, args, {})
+        return recorder.note(function, args)
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
@@ -109,20 +82,22 @@ def tensors_in(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-class Recorder(TorchFunctionMode):
-    """Notes calls as lines of code; a tensor is known by the variable that holds it."""
+class Recorder(TorchDispatchMode):
+    """Notes calls; a tensor is known by the variable that holds it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: dict[int, str] = {}
-        self.alive: list[Tensor] = []
-        self._kept: list[Held] = []
-        """The two are all that has a name: an id must not be given to another object."""
-        self.lines: list[Line] = []
-        self.constants: dict[str, Any] = {}
-        self._of_constants: dict[int, str] = {}
-        self.objects: dict[int, str] = {}
+        self.calls: list[Call] = []
+        self.memory: dict[int, int] = {}
+        """Of each variable, what its memory is called."""
+        self.objects: dict[int, Variable] = {}
         """Variables of objects whose methods are called as kernels: another one each time."""
+        self.alive: list[Any] = []
+        """All that has a variable, in their order: an id must not be given to another object."""
+        self.constants: dict[int, Tensor] = {}
+        """Variables that are the same in every run."""
+        self._names: dict[int, int] = {}
+        self._memories: dict[int, int] = {}
         self.failure = ""
 
     def __enter__(self) -> Recorder:
@@ -134,107 +109,120 @@ class Recorder(TorchFunctionMode):
         _state.recorder = None
         super().__exit__(*error)
 
-    def name(self, value: Tensor | Held) -> str:
+    def name(self, value: Any) -> int:
         """The value's variable, from now on another one than before if it had any."""
-        found = self.names[id(value)] = f"v{len(self.alive) + len(self._kept)}"
-        if isinstance(value, Held):
-            self._kept.append(value)
-        else:
-            self.alive.append(value)
-        return found
+        number = self._names[id(value)] = len(self.alive)
+        self.alive.append(value)
+        self.memory[number] = number
+        if isinstance(value, Tensor):
+            self.memory[number] = self._memories.setdefault(value.untyped_storage()._cdata, number)
+        return number
 
-    def __torch_function__(
+    def name_object(self, value: Any) -> int:
+        """The variable of an object whose methods are called."""
+        number = self.name(value)
+        self.objects[id(value)] = Variable(number)
+        return number
+
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """See ``TorchFunctionMode``."""
+        """See ``TorchDispatchMode``."""
         return self.note(func, args, kwargs or {})
 
-    def note(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def note(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Any:
         """Call it, and note the call."""
-        if self.failure:
-            return function(*args, **kwargs)
-        read: set[str] = set()
-        try:
-            given = [self._code(arg, read) for arg in args]
-            given += [f"{key}={self._code(value, read)}" for key, value in kwargs.items()]
-        except Unrecordable as reason:
-            self.failure = f"{_title(function)}: {reason}"
-            return function(*args, **kwargs)
+        kwargs = kwargs or {}
+        call: Call | None = None
+        if not self.failure:
+            try:
+                call = self._call(function, args, kwargs)
+            except Unrecordable as reason:
+                self.failure = f"{_title(function)}: {reason}"
         result = function(*args, **kwargs)
-        owner = self.objects.get(id(getattr(function, "__self__", None)))
-        called = (
-            f"{owner}.{function.__name__}" if owner else self._constant(getattr(function, "_op", function))
-        )
-        call = f"{called}({', '.join(given)})"
-        before = len(self.alive) + len(self._kept)
-        try:
-            target, written = self._target(result)
-        except Unrecordable as reason:
-            self.failure = f"{_title(function)}: {reason}"
-            return result
-        fresh = len(self.alive) + len(self._kept) - before
-        makes = _title(function).startswith(_MAKERS)
-        if written:
-            # A result that had a name is a tensor that was changed, or handed on.
-            changes = fresh < len(written)
-            self.lines.append(Line(target, call, frozenset(read), frozenset(written), changes, makes))
-        elif _title(function) == "__setitem__":
-            self.lines.append(Line("", call, frozenset(read), frozenset(), True, False))
-        elif not (_title(function) in _OF_FORM or _is_empty(result)):
-            self.failure = f"{_title(function)} gives no tensor"
+        if call is not None:
+            try:
+                self.calls.append(call._replace(results=tuple(self._taken(result, call.function))))
+            except Unrecordable as reason:
+                self.failure = f"{_title(function)}: {reason}"
         return result
 
-    def _target(self, result: Any) -> tuple[str, set[str]]:
-        if isinstance(result, Tensor):
-            if type(result) is not Tensor or result.requires_grad:
-                raise Unrecordable("its result is of another kind")
-            name = self.names.get(id(result)) or self.name(result)
-            return name, {name}
-        if isinstance(result, Held):
-            name = self.name(result)
-            return name, {name}
-        if isinstance(result, (tuple, list)) and not _is_empty(result):
-            parts = [self._target(each) for each in result]
-            inside = "".join(f"{name}, " for name, _ in parts).strip()
-            return f"({inside})", set().union(*(written for _, written in parts))
-        return "_", set()
+    def _call(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        if not isinstance(function, OpOverload):
+            owner = self.objects.get(id(getattr(function, "__self__", None)))
+            called = function if owner is None else Method(owner, function.__name__)
+            return Call(called, tuple(self._written(each) for each in args), ())
+        if function is _LIFT and id(args[0]) not in self._names:
+            # Numbers of Python's as a tensor, which whoever has it may write to.
+            self.constants[self.name(args[0])] = args[0].clone()
+            function = _CLONE
+        schema = function._schema.arguments
+        given = [*args, *(kwargs.get(each.name, MISSING) for each in schema[len(args) :])]
+        changes: set[int] = set()
+        for argument, value in zip(schema, given, strict=True):
+            if not isinstance(value, (Tensor, list, tuple, *CONSTANTS)) and value is not MISSING:
+                raise Unrecordable(f"given a {type(value).__name__}")
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in([value])):
+                raise Unrecordable("its result has a graph")
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                changes.update(self.memory[self._number(tensor)] for tensor in tensors_in([value]))
+        return Call(function, tuple(self._written(each) for each in given), (), frozenset(changes))
 
-    def _code(self, value: Any, read: set[str]) -> str:
+    def _number(self, value: Any) -> int:
+        number = self._names.get(id(value))
+        if number is None:
+            raise Unrecordable("a tensor from nowhere")
+        return number
+
+    def _written(self, value: Any) -> Any:
         if isinstance(value, (Tensor, Held)):
-            name = self.names.get(id(value))
-            if name is None:
-                raise Unrecordable("a tensor from nowhere")
-            read.add(name)
-            return name
+            return Variable(self._number(value))
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple, torch.Size):
-            inside = "".join(f"{self._code(each, read)}, " for each in value)
-            return f"[{inside}]" if type(value) is list else f"({inside})"
-        if isinstance(value, float) and not math.isfinite(value):
-            return self._constant(value)
-        return repr(value) if type(value) in (int, float, bool, type(None), str) else self._constant(value)
+            parts = [self._written(each) for each in value]
+            return parts if type(value) is list else tuple(parts)
+        return value
 
-    def _constant(self, value: Any) -> str:
-        known = self._of_constants.get(id(value))
-        if known is not None:
-            return known
-        name = self._of_constants[id(value)] = f"c{len(self.constants)}"
-        self.constants[name] = value
-        return name
-
-    def names_of(self, results: Sequence[Tensor | None]) -> list[str | None]:
+    def _taken(self, result: Any, function: Any) -> list[int]:
         """The variables of results."""
-        names = [None if each is None else self.names.get(id(each), "") for each in results]
-        if "" in names:
+        if isinstance(result, Tensor):
+            if type(result) not in (Tensor, torch.nn.Parameter):
+                raise Unrecordable("its result is of another kind")
+            known = self._names.get(id(result))  # what was changed, or handed on
+            return [self.name(result) if known is None else known]
+        if isinstance(result, Held):
+            return [self.name(result)]
+        if isinstance(result, (tuple, list)):
+            return [number for each in result for number in self._taken(each, function)]
+        if isinstance(function, OpOverload):
+            if result is not None:
+                raise Unrecordable("gives no tensor")
+            return [self.name(_Nothing())]
+        if result is not None:
+            raise Unrecordable("gives no tensor")
+        return []
+
+    def numbers_of(self, results: Sequence[Tensor | None]) -> list[int | None]:
+        """The variables of results."""
+        numbers = [None if each is None else self._names.get(id(each), -1) for each in results]
+        if -1 in numbers:
             raise Unrecordable("a result from nowhere")
-        return names
+        return numbers
 
-    def program(
-        self, lines: slice, inputs: Sequence[str], outputs: Sequence[str | None]
-    ) -> Callable[..., Any]:
-        """Some of the lines as a function of variables."""
-        return compiled(self.lines[lines], inputs, outputs, self.constants)
+    def inputs_of(self, calls: slice, outputs: Sequence[int | None]) -> list[int]:
+        """What some of the calls take from elsewhere."""
+        found = inputs_of(self.calls[calls], self.memory, outputs)
+        return [each for each in found if each not in self.constants]
+
+    def code(self, calls: slice, inputs: Sequence[int], outputs: Sequence[int | None], **more: Any) -> Code:
+        """Some of the calls as a function of variables; see ``Code``."""
+        return Code(self.calls[calls], self.memory, inputs, outputs, constants=self.constants, **more)
 
 
+class _Nothing:
+    """In place of a tensor that an operator did not give."""
+
+
+_LIFT, _CLONE = torch.ops.aten.lift_fresh.default, torch.ops.aten.clone.default
 SEEN = 3
 """Runs of one form after which it is worth to write one down, which takes as long as ten."""
 _FORMS = 8
@@ -287,7 +275,7 @@ class Tapes:
         """What ``function`` returns, which it makes of the tensors ``given`` alone."""
         tape, is_due = self.look_up(form)
         if tape is not None:
-            found: Sequence[Tensor | None] = tape(*given)
+            found: Sequence[Tensor | None] = tape(given)[0]
             return found
         if not is_due:
             return function()
@@ -298,8 +286,8 @@ class Tapes:
         try:
             if recorder.failure:
                 raise Unrecordable(recorder.failure)
-            code = recorder.program(slice(None), inputs, recorder.names_of(results))
-            check_same(code(*given), results)
+            code = recorder.code(slice(None), inputs, recorder.numbers_of(results))
+            check_same(code(given)[0], results)
         except Unrecordable as reason:
             self.give_up(form, str(reason))
         else:
@@ -327,11 +315,6 @@ def is_plain(z: Tensor) -> bool:
     if torch.compiler.is_compiling() or z.dtype not in _ROUNDING:
         return False
     return not (z.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _is_empty(result: Any) -> bool:
-    """Whether there is nothing in a tuple or list."""
-    return isinstance(result, (tuple, list)) and all(each is None for each in result)
 
 
 def _title(function: Any) -> str:
