@@ -18,9 +18,9 @@ from fastvae.network.layers import (
     Layer,
     Point,
     Products,
+    choose_layout,
     fuse,
     make_layer,
-    put_channels_last,
     without_cotangents,
 )
 from fastvae.network.program import Program
@@ -44,7 +44,7 @@ class Sweeps:
         layers = without_cotangents(layers, program.output)
         self.layers = fuse(layers, program.output, active) if device == "cpu" else layers
         if device == "cpu":
-            put_channels_last(self.layers)
+            choose_layout(self.layers)
         self.backwards = self.layers[::-1]
         self.by_autograd = [layer for layer in self.layers if layer.by_autograd]
         # What no rule looks at again is let go after a forward sweep.

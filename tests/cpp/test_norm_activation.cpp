@@ -235,8 +235,9 @@ int main() {
   for (const Statistics statistics :
        {Statistics::kNone, Statistics::kGiven, Statistics::kOfGroups, Statistics::kRootSquare}) {
     for (const ActivationSpec& activation : activations) {
-      for (const cases::Shape& shape : {cases::Shape{3, 1, 6, 5, 2}, cases::Shape{2, 3, 4, 1, 1},
-                                        cases::Shape{1, 1, 3, 700, 3}, cases::Shape{2, 1, 600, 2, 4}}) {
+      for (const cases::Shape& shape :
+           {cases::Shape{3, 1, 6, 5, 2}, cases::Shape{2, 3, 4, 1, 1}, cases::Shape{1, 1, 3, 700, 3},
+            cases::Shape{2, 1, 600, 2, 4}, cases::Shape{2, 1, 700, 1, 1}, cases::Shape{3, 1, 70, 1, 1}}) {
         cases::test_rules(shape, statistics, activation);
       }
     }

@@ -19,12 +19,31 @@
 #include "../kernels.h"
 #include "activation_rows.h"
 #include "clones.h"
+#include "lane_sum.h"
+#include "norm_rows.h"
 
 namespace fastvae::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;
 constexpr int64_t kSums = 5;
+
+// In partial sums: one after the other, they wait for each other longer than the block took.
+template <typename T>
+FASTVAE_INLINE double total_of(const T* values, int64_t count) {
+  LaneSum<double> sum;
+  int64_t i = 0;
+  for (; i + LaneSum<double>::kLanes <= count; i += LaneSum<double>::kLanes) {
+#pragma GCC unroll 1
+    for (int lane = 0; lane < LaneSum<double>::kLanes; ++lane) {
+      sum.lanes[lane] += values[i + lane];
+    }
+  }
+  for (int lane = 0; i + lane < count; ++lane) {
+    sum.lanes[lane] += values[i + lane];
+  }
+  return sum.total();
+}
 
 // Of each channel, as a block reads it: with the channels last repeated over the positions of a block.
 template <typename T>
@@ -113,11 +132,8 @@ struct Walk {
       }
       const int64_t used = std::min(kBlock, args.positions);
       for (int64_t k = 0; k < count; ++k) {
-        double total = 0;
-        for (int64_t i = 0; i < used; ++i) {
-          total += lanes[k][static_cast<size_t>(i)];
-          lanes[k][static_cast<size_t>(i)] = T(0);
-        }
+        const double total = total_of(lanes[k].data(), used);
+        std::fill_n(lanes[k].begin(), used, T(0));
         sums[k][static_cast<size_t>(c)] = total;
       }
     }
@@ -500,7 +516,9 @@ FASTVAE_INLINE void adjoint_samples(const NormActivation<T>& args, int64_t begin
 #define FASTVAE_BY_LAYOUT(NAME)                                                                                      \
   template <typename T>                                                                                              \
   FASTVAE_INLINE void norm_activation_##NAME##_template(const NormActivation<T>& args, int64_t begin, int64_t end) { \
-    if (args.channels_last) {                                                                                        \
+    if (is_row_norm(args)) {                                                                                         \
+      NAME##_rows(args, begin, end);                                                                                 \
+    } else if (args.channels_last) {                                                                                 \
       NAME##_samples<T, true>(args, begin, end);                                                                     \
     } else {                                                                                                         \
       NAME##_samples<T, false>(args, begin, end);                                                                    \

@@ -24,7 +24,7 @@ from .base import (
 )
 from .choices import without_cotangents
 from .fused import fuse
-from .layout import put_channels_last
+from .layout import choose_layout
 from .pointwise import Pointwise, pointwise_of
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Pointwise",
     "Products",
     "Values",
+    "choose_layout",
     "folded",
     "fuse",
     "latents_of",
@@ -42,7 +43,6 @@ __all__ = [
     "make_layer",
     "over_latents",
     "pointwise_of",
-    "put_channels_last",
     "registrations",
     "unfolded",
     "without_cotangents",

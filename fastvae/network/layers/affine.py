@@ -137,6 +137,9 @@ class Geometry(NamedTuple):
 class ConvolutionLayer(AffineLayer):
     """A convolution or a transposed one."""
 
+    channels_last = True
+    """Whether its weight's layout asks for that of its results; see layout.py."""
+
     def __init__(
         self, operation: Any, active: Sequence[bool], weight: int, bias: int, geometry: Geometry
     ) -> None:
@@ -145,6 +148,8 @@ class ConvolutionLayer(AffineLayer):
 
     def prepare(self, values: Values) -> None:
         """On a CPU with the channels last, which is up to twice as fast; what follows then has the same layout."""
+        if not self.channels_last:
+            return
         weight = values[self.weight]
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
         if layout is not None and weight.device.type == "cpu":

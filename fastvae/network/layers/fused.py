@@ -17,6 +17,7 @@ from fastvae.network.tape import kernel
 from .base import Gradients, Layer, Point, Products, Values
 from .norms import BatchNorm, ChannelNorm, LayerNorm, NormLayer
 from .pointwise import PointwiseLayer
+from .shapes import CHANNELS_LAST
 
 
 def _words(layer: PointwiseLayer) -> str | None:
@@ -81,66 +82,85 @@ class FusedLayer(Layer):
             self._rules[key] = raw.NormActivationRules(statistics, groups, eps, self.words)
         return self._rules[key]
 
-    def _rows(self, tensor: Tensor, rank: int) -> Tensor:
+    def _last(self, x: Tensor) -> int:
+        """How many dimensions an image has, if x has its channels last under a norm over all of it; or 0.
+
+        Such a norm is the same in any order.
+        """
+        layout = CHANNELS_LAST.get(x.dim())
+        if not isinstance(self.norm, LayerNorm) or len(self.norm.shape) != x.dim() - 1 or layout is None:
+            return 0
+        return 0 if x.is_contiguous() or not x.is_contiguous(memory_format=layout) else x.dim() - 1
+
+    def _rows(self, tensor: Tensor, rank: int, last: int) -> Tensor:
         """As the kernels take it: [rows, channels, ...]."""
         if isinstance(self.norm, LayerNorm):
+            if last:
+                tensor = tensor.movedim(-last, -1)
             known = tensor.dim() == 2 and tensor.shape[1] == self.norm.numel
             return tensor if known else tensor.reshape(-1, self.norm.numel)
         if tensor.dim() > rank:
             tensor = tensor.flatten(0, 1)
         return tensor if tensor.dim() > 1 else tensor[:, None]
 
-    def _affine(self, values: Values) -> tuple[Tensor | None, Tensor | None]:
+    def _affine(self, values: Values, last: int) -> tuple[Tensor | None, Tensor | None]:
         gain, bias = (None if index < 0 else values[index] for index in (self.gain, self.bias))
         if isinstance(self.norm, LayerNorm) and len(self.norm.shape) > 1:
-            gain, bias = (None if each is None else each.flatten() for each in (gain, bias))
+            gain, bias = (
+                None if each is None else (each.movedim(0, -1) if last else each).flatten()
+                for each in (gain, bias)
+            )
         return gain, bias
 
-    def _of(self, point: Point) -> tuple[Any, Tensor, tuple[Any, ...], int]:
-        """The rules, x, gain, bias, mean and s, and how many dimensions x has."""
+    def _of(self, point: Point) -> tuple[Any, Tensor, tuple[Any, ...], int, int]:
+        """The rules, x, gain, bias, mean and s, how many dimensions x has, and ``_last``."""
         x: Tensor = point.values[self.x]
-        rows = self._rows(x, x.dim())
-        return self._rules_for(rows), rows, (*self._affine(point.values), *point.kept[self.index]), x.dim()
+        last = self._last(x)
+        rows = self._rows(x, x.dim(), last)
+        others = (*self._affine(point.values, last), *point.kept[self.index])
+        return self._rules_for(rows), rows, others, x.dim(), last
 
     def forward(self, point: Point) -> Tensor:
         """y; mean and s are kept."""
         x: Tensor = point.values[self.x]
-        rows = self._rows(x, x.dim())
+        last = self._last(x)
+        rows = self._rows(x, x.dim(), last)
         statistics: tuple[Tensor | None, Tensor | None] = None, None
         if isinstance(self.norm, BatchNorm):
             s = torch.rsqrt(point.values[self.norm.var] + self.norm.eps)
             statistics = point.values[self.norm.mean], s
         y, *statistics_found = kernel(
-            self._rules_for(rows).forward, rows, *self._affine(point.values), *statistics
+            self._rules_for(rows).forward, rows, *self._affine(point.values, last), *statistics
         )
         point.kept[self.index] = statistics if isinstance(self.norm, BatchNorm) else tuple(statistics_found)
-        return _shaped(y, x.shape)
+        return _shaped(y, x.shape, last)
 
     def _trains(self, grads: Gradients) -> bool:
         return any(index >= 0 and grads.wants(index) for index in (self.gain, self.bias))
 
-    def _add(self, point: Point, grads: Gradients, found: tuple[Any, ...], shape: Sequence[int]) -> None:
+    def _add(
+        self, point: Point, grads: Gradients, found: tuple[Any, ...], shape: Sequence[int], last: int
+    ) -> None:
         dx, *affine = found
         if grads.wants(self.x):
-            grads.add(self.x, _shaped(dx, shape))
+            grads.add(self.x, _shaped(dx, shape, last))
         for index, gradient in zip((self.gain, self.bias), affine, strict=True):
             if index >= 0 and gradient is not None and grads.wants(index):
-                grads.add(index, _shaped(gradient, point.values[index].shape))
+                grads.add(index, _shaped(gradient, point.values[index].shape, last))
 
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
         """See ``Layer``."""
-        rules, x, others, rank = self._of(point)
-        found = kernel(
-            rules.reverse, self._rows(dy, rank), x, *others, products is not None and self._trains(grads)
-        )
-        self._add(point, grads, found, dy.shape)
+        rules, x, others, rank, last = self._of(point)
+        affine = products is not None and self._trains(grads)
+        found = kernel(rules.reverse, self._rows(dy, rank, last), x, *others, affine)
+        self._add(point, grads, found, dy.shape, last)
 
     def tangent(self, point: Point, dots: Values) -> Tensor:
         """See ``Layer``."""
-        rules, x, others, rank = self._of(point)
+        rules, x, others, rank, last = self._of(point)
         dot: Tensor = dots[self.x]
-        found: Tensor = kernel(rules.tangent, self._rows(dot, rank), x, *others)
-        return _shaped(found, dot.shape)
+        found: Tensor = kernel(rules.tangent, self._rows(dot, rank, last), x, *others)
+        return _shaped(found, dot.shape, last)
 
     def adjoint(
         self, point: Point, dy_dot: Any, dy: Any, dots: Values, grads: Gradients, products: Products
@@ -151,26 +171,35 @@ class FusedLayer(Layer):
             if dy_dot is not None:
                 self.reverse(point, dy_dot, grads, products)
             return
-        rules, x, others, rank = self._of(point)
+        rules, x, others, rank, last = self._of(point)
+        dy_rows, dot_rows = self._rows(dy, rank, last), self._rows(dot, rank, last)
         affine = self._trains(grads)
         if dot.dim() == rank:
-            rows = None if dy_dot is None else self._rows(dy_dot, rank)
-            found = kernel(
-                rules.adjoint, rows, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine
-            )
-            self._add(point, grads, found, dot.shape)
+            rows = None if dy_dot is None else self._rows(dy_dot, rank, last)
+            found = kernel(rules.adjoint, rows, dy_rows, dot_rows, x, *others, affine)
+            self._add(point, grads, found, dot.shape, last)
             return
         if dy_dot is not None:
             self.reverse(point, dy_dot, grads, products)
-        dx, *of_affine = kernel(
-            rules.adjoint, None, self._rows(dy, rank), self._rows(dot, rank), x, *others, affine
-        )
-        self._add(point, grads, (dx.reshape(dot.shape).sum(0), *of_affine), dot.shape[1:])
+        dx, *of_affine = kernel(rules.adjoint, None, dy_rows, dot_rows, x, *others, affine)
+        dx = _shaped(dx, dot.shape, last).sum(0)
+        self._add(point, grads, (dx, *of_affine), dot.shape[1:], last)
 
 
-def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A reshape costs as much as a small kernel, also where there is nothing to do."""
-    return tensor if tensor.shape == shape else tensor.reshape(shape)
+def _shaped(tensor: Tensor, shape: Sequence[int], last: int = 0) -> Tensor:
+    """A reshape costs as much as a small kernel, also where there is nothing to do.
+
+    Args:
+        tensor: in the order of memory.
+        shape: of the result.
+        last: how many dimensions an image has whose channels are last in memory; 0: they are not.
+    """
+    if tensor.shape == shape:
+        return tensor
+    if not last:
+        return tensor.reshape(shape)
+    front, channels, places = shape[:-last], shape[-last], shape[1 - last :]
+    return tensor.reshape(*front, *places, channels).movedim(-1, -last)
 
 
 def fuse(layers: Sequence[Layer], output: int, active: Sequence[bool]) -> list[Layer]:

@@ -62,7 +62,7 @@ class ShapeLayer(Layer):
         return self.move(dots[self.x], *self.shapes(point, dots[self.x]))
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _front(latents: int | None, shape: Sequence[int]) -> list[int]:
@@ -95,15 +95,16 @@ class Reshape(ShapeLayer):
     def forward(self, point: Point) -> Any:
         """y; with a copy where the layout that a layer of ours has put x in allows no view."""
         arguments = self.operation.arguments(point.values)
-        if self.operation.kind not in ("view", "_unsafe_view") or isinstance(arguments[1], torch.dtype):
-            return super().forward(point)
-        x = point.values[self.x]
-        y = self._laid_out(x.reshape(arguments[1]))
-        point.kept[self.index] = x.shape, y.shape
-        return y
+        if self.operation.kind in ("view", "_unsafe_view") and not isinstance(arguments[1], torch.dtype):
+            x = point.values[self.x]
+            y = x.reshape(arguments[1])
+            point.kept[self.index] = x.shape, y.shape
+        else:
+            y = super().forward(point)
+        return self._laid_out(y) if isinstance(y, Tensor) else y
 
     def _laid_out(self, y: Tensor) -> Tensor:
-        layout = _CHANNELS_LAST.get(y.dim()) if self.makes_images else None
+        layout = CHANNELS_LAST.get(y.dim()) if self.makes_images else None
         return y if layout is None else y.contiguous(memory_format=layout)
 
     def move(self, dot: Tensor, latents: int | None, x: torch.Size, y: torch.Size) -> Tensor:
