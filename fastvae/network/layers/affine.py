@@ -5,6 +5,7 @@ Linear in x and in A: dx = A^T dy, dA = dy (x) x, db = sum dy; the second-order 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -153,7 +154,9 @@ class ConvolutionLayer(AffineLayer):
         weight = values[self.weight]
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
         if layout is not None and weight.device.type == "cpu":
-            values[self.weight] = weight.contiguous(memory_format=layout)
+            weight = weight.contiguous(memory_format=layout)
+            # One channel, or one place, has both layouts: it must say that it means this one.
+            values[self.weight] = weight.as_strided(weight.shape, _strides_of_channels_last(weight.shape))
 
     def forward(self, point: Point) -> Tensor:
         """y."""
@@ -185,6 +188,12 @@ class ConvolutionLayer(AffineLayer):
 
     def _backward(self, dy: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Any, ...]:
         return torch.ops.aten.convolution_backward(dy, x, weight, None, *self.geometry, mask)
+
+
+def _strides_of_channels_last(shape: Sequence[int]) -> list[int]:
+    _, channels, *places = shape
+    strides = [channels * math.prod(places[at + 1 :]) for at in range(len(places))]
+    return [channels * math.prod(places), 1, *strides]
 
 
 class SameConvolution(ConvolutionLayer):

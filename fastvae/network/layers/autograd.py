@@ -1,11 +1,12 @@
 """An operation that no rule knows: its rules are autograd's, on that operation alone.
 
 reverse is one vector-Jacobian product with its graph; tangent and bend are gradients of it, which is right where
-PyTorch's derivatives of forward mode are not.
+PyTorch's derivatives of forward mode are not. After a force's reverse both are one gradient of its graph.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,30 @@ class _Graph(NamedTuple):
     """By slot, the inputs that may need a gradient."""
     parts: list[Any]
     """The results, of which tensors have a graph from the leaves."""
+
+
+class _Pulled(NamedTuple):
+    """One reverse that can be differentiated."""
+
+    seeds: list[Tensor]
+    """The cotangents of all results that have a graph, as leaves."""
+    found: dict[int, Tensor]
+    """By slot, the gradients that have a graph."""
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What one evaluation leaves for the rules."""
+
+    graph: Held
+    leaves: list[int]
+    is_one: bool
+    dy: Any = None
+    """Cotangents of the reverse that can be differentiated, by place."""
+    pulled: Held | None = None
+    dots: list[Any] = dataclasses.field(default_factory=list)
+    """Tangents of which ``bends`` are."""
+    bends: Sequence[Tensor | None] | None = None
 
 
 class AutogradLayer(Layer):
@@ -51,7 +76,7 @@ class AutogradLayer(Layer):
             for slot, value, may in zip(self.slots, given, wanted, strict=True)
             if may and isinstance(value, Tensor) and value.is_floating_point()
         ]
-        point.kept[self.index] = graph, leaves, isinstance(results, Tensor)
+        point.kept[self.index] = _Kept(graph, leaves, isinstance(results, Tensor))
         return results
 
     def _evaluate(self, size: int, given: Sequence[Any], wanted: Sequence[bool]) -> tuple[Held, Any]:
@@ -69,13 +94,37 @@ class AutogradLayer(Layer):
         return Held(_Graph(leaves, list(y))), parts
 
     def reverse(self, point: Point, dy: Any, grads: Gradients, products: Products | None) -> None:
-        """One vector-Jacobian product."""
-        graph, leaves, _ = point.kept[self.index]
-        slots = [slot for slot in leaves if products is not None or self.is_active[slot]]
-        if slots:
-            found = kernel(self._vjp, graph, slots, *_by_place(dy))
-            for slot, gradient in zip(slots, found, strict=True):
-                grads.add(slot, gradient)
+        """One vector-Jacobian product; that of a force can be differentiated."""
+        kept: _Kept = point.kept[self.index]
+        slots = [slot for slot in kept.leaves if products is not None or self.is_active[slot]]
+        if not slots:
+            return
+        places, cotangents = _by_place(dy)
+        if products is None:
+            kept.pulled, found = kernel(self._pull, kept.graph, slots, places, cotangents)
+            kept.dy, kept.bends = dict(zip(places, cotangents, strict=True)), None
+        else:
+            found = kernel(self._vjp, kept.graph, slots, places, cotangents)
+        for slot, gradient in zip(slots, found, strict=True):
+            grads.add(slot, gradient)
+
+    def _pull(
+        self, graph: Held, slots: Sequence[int], places: Sequence[int], dy: Sequence[Tensor]
+    ) -> tuple[Held | None, Sequence[Tensor | None]]:
+        outputs, cotangents = _reached(graph.value, places, dy)
+        has_graph = [part for part in graph.value.parts if isinstance(part, Tensor) and part.requires_grad]
+        if not outputs or len(outputs) < len(has_graph):
+            return None, self._vjp(graph, slots, places, dy)
+        seeds = [cotangent.detach().requires_grad_() for cotangent in cotangents]
+        leaves = [graph.value.leaves[slot] for slot in slots]
+        found = torch.autograd.grad(outputs, leaves, seeds, create_graph=True, allow_unused=True)
+        pulled = {
+            slot: gradient
+            for slot, gradient in zip(slots, found, strict=True)
+            if gradient is not None and gradient.requires_grad
+        }
+        values = [None if gradient is None else gradient.detach() for gradient in found]
+        return Held(_Pulled(seeds, pulled)), values
 
     def _vjp(
         self, graph: Held, slots: Sequence[int], places: Sequence[int], dy: Sequence[Tensor]
@@ -88,12 +137,45 @@ class AutogradLayer(Layer):
 
     def tangent(self, point: Point, dots: Values) -> Any:
         """J xdot, as the gradient of v -> <J^T v, xdot>."""
-        graph, leaves, is_one = point.kept[self.index]
-        given = [slot for slot in leaves if dots[slot] is not None]
-        found = kernel(self._jvp, graph, given, [dots[slot] for slot in given])
+        kept: _Kept = point.kept[self.index]
+        given = [slot for slot in kept.leaves if dots[slot] is not None]
+        along = [dots[slot] for slot in given]
+        if kept.pulled is None:
+            found = kernel(self._jvp, kept.graph, given, along)
+        else:
+            found, kept.bends = kernel(self._along, kept.graph, kept.pulled, kept.leaves, given, along)
+            kept.dots = along
         if all(dot is None for dot in found):
             return None
-        return found[0] if is_one else list(found)
+        return found[0] if kept.is_one else list(found)
+
+    def _along(
+        self,
+        graph: Held,
+        pulled: Held,
+        slots: Sequence[int],
+        given: Sequence[int],
+        dots: Sequence[Tensor],
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """J xdot, and the gradients of <J^T dy, xdot> to the inputs ``slots``."""
+        pairs = [
+            (pulled.value.found[slot], dot)
+            for slot, dot in zip(given, dots, strict=True)
+            if slot in pulled.value.found
+        ]
+        has_graph = [isinstance(part, Tensor) and part.requires_grad for part in graph.value.parts]
+        if not pairs:
+            return [None] * len(has_graph), [None] * len(slots)
+        seeds, leaves = pulled.value.seeds, [graph.value.leaves[slot] for slot in slots]
+        found = torch.autograd.grad(
+            [pair[0] for pair in pairs],
+            [*seeds, *leaves],
+            [pair[1] for pair in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        of_seeds = iter(found[: len(seeds)])
+        return [next(of_seeds) if has else None for has in has_graph], found[len(seeds) :]
 
     def _jvp(self, graph: Held, slots: Sequence[int], dots: Sequence[Tensor]) -> Sequence[Tensor | None]:
         has_graph = [isinstance(part, Tensor) and part.requires_grad for part in graph.value.parts]
@@ -109,12 +191,20 @@ class AutogradLayer(Layer):
 
     def bend(self, point: Point, dy: Any, dots: Values, grads: Gradients, products: Products) -> None:
         """The gradient of <J^T dy, xdot>."""
-        graph, leaves, _ = point.kept[self.index]
-        given = [slot for slot in leaves if dots[slot] is not None]
-        if given:
-            found = kernel(self._bent, graph, leaves, *_by_place(dy), given, [dots[slot] for slot in given])
-            for slot, gradient in zip(leaves, found, strict=True):
-                grads.add(slot, gradient)
+        kept: _Kept = point.kept[self.index]
+        given = [slot for slot in kept.leaves if dots[slot] is not None]
+        if not given:
+            return
+        places, cotangents = _by_place(dy)
+        along = [dots[slot] for slot in given]
+        if kept.pulled is None or not _are_same(cotangents, [kept.dy.get(at) for at in places]):
+            found = kernel(self._bent, kept.graph, kept.leaves, places, cotangents, given, along)
+        elif kept.bends is not None and _are_same(along, kept.dots):
+            found = kept.bends
+        else:
+            _, found = kernel(self._along, kept.graph, kept.pulled, kept.leaves, given, along)
+        for slot, gradient in zip(kept.leaves, found, strict=True):
+            grads.add(slot, gradient)
 
     def _bent(
         self,
@@ -137,6 +227,10 @@ class AutogradLayer(Layer):
 def _by_place(dy: Any) -> tuple[list[int], list[Tensor]]:
     """Cotangents of an operation's results, with their places."""
     return ([0], [dy]) if isinstance(dy, Tensor) else (list(dy), list(dy.values()))
+
+
+def _are_same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(a is b for a, b in zip(these, those, strict=True))
 
 
 def _reached(graph: _Graph, places: Sequence[int], dy: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -28,9 +28,9 @@ def choose_layout(layers: Sequence[Layer]) -> None:
     """Tell convolutions, and the reshapes from which they take their images through layers that keep a layout."""
     dims = {len(layer.geometry.stride) for layer in layers if isinstance(layer, ConvolutionLayer)}
     if any(len(norm.shape) in dims - {1} for norm in _layer_norms(layers)):
-        for layer in layers:
-            if isinstance(layer, ConvolutionLayer):
-                layer.channels_last = False
+        for each in layers:
+            if isinstance(each, ConvolutionLayer):
+                each.channels_last = False
         return
     made = {layer.index: layer for layer in layers}
     waiting = [layer.x for layer in layers if isinstance(layer, ConvolutionLayer)]
