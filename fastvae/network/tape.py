@@ -83,10 +83,15 @@ def tensors_in(values: Sequence[Any]) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes calls; a tensor is known by the variable that holds it."""
+    """Notes calls; a tensor is known by the variable that holds it.
 
-    def __init__(self) -> None:
+    Args:
+        with_graphs: whether autograd may build graphs; what it then does is noted with the rest.
+    """
+
+    def __init__(self, with_graphs: bool = False) -> None:
         super().__init__()
+        self._with_graphs = with_graphs
         self.calls: list[Call] = []
         self.memory: dict[int, int] = {}
         """Of each variable, what its memory is called."""
@@ -97,6 +102,8 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[int, Tensor] = {}
         """Variables that are the same in every run."""
         self._names: dict[int, int] = {}
+        self._places: dict[Any, int] = {}
+        """By where a tensor lies: autograd hands on other objects for the same numbers."""
         self._memories: dict[int, int] = {}
         self.failure = ""
 
@@ -116,7 +123,14 @@ class Recorder(TorchDispatchMode):
         self.memory[number] = number
         if isinstance(value, Tensor):
             self.memory[number] = self._memories.setdefault(value.untyped_storage()._cdata, number)
+            self._places[_place_of(value)] = number
         return number
+
+    def name_inputs(self, values: Sequence[Tensor]) -> list[int]:
+        """Their variables; Unrecordable where two are the same, as others may not be."""
+        if len({_place_of(value) for value in values}) < len(values):
+            raise Unrecordable("an input is given twice")
+        return [self.name(value) for value in values]
 
     def name_object(self, value: Any) -> int:
         """The variable of an object whose methods are called."""
@@ -140,7 +154,9 @@ class Recorder(TorchDispatchMode):
             except Unrecordable as reason:
                 self.failure = f"{_title(function)}: {reason}"
         result = function(*args, **kwargs)
-        if call is not None:
+        # What is asked of numbers of Python's alone is the same in every run.
+        is_fixed = isinstance(result, CONSTANTS) and not tensors_in([*args, *kwargs.values()])
+        if call is not None and not (is_fixed and result is not None):
             try:
                 self.calls.append(call._replace(results=tuple(self._taken(result, call.function))))
             except Unrecordable as reason:
@@ -162,7 +178,8 @@ class Recorder(TorchDispatchMode):
         for argument, value in zip(schema, given, strict=True):
             if not isinstance(value, (Tensor, list, tuple, *CONSTANTS)) and value is not MISSING:
                 raise Unrecordable(f"given a {type(value).__name__}")
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in([value])):
+            no_graph = self._with_graphs or not torch.is_grad_enabled()
+            if not no_graph and any(tensor.requires_grad for tensor in tensors_in([value])):
                 raise Unrecordable("its result has a graph")
             if argument.alias_info is not None and argument.alias_info.is_write:
                 changes.update(self.memory[self._number(tensor)] for tensor in tensors_in([value]))
@@ -170,6 +187,8 @@ class Recorder(TorchDispatchMode):
 
     def _number(self, value: Any) -> int:
         number = self._names.get(id(value))
+        if number is None and isinstance(value, Tensor):
+            number = self._places.get(_place_of(value))
         if number is None:
             raise Unrecordable("a tensor from nowhere")
         return number
@@ -193,9 +212,7 @@ class Recorder(TorchDispatchMode):
             return [self.name(result)]
         if isinstance(result, (tuple, list)):
             return [number for each in result for number in self._taken(each, function)]
-        if isinstance(function, OpOverload):
-            if result is not None:
-                raise Unrecordable("gives no tensor")
+        if isinstance(function, OpOverload) and result is None:
             return [self.name(_Nothing())]
         if result is not None:
             raise Unrecordable("gives no tensor")
@@ -203,10 +220,7 @@ class Recorder(TorchDispatchMode):
 
     def numbers_of(self, results: Sequence[Tensor | None]) -> list[int | None]:
         """The variables of results."""
-        numbers = [None if each is None else self._names.get(id(each), -1) for each in results]
-        if -1 in numbers:
-            raise Unrecordable("a result from nowhere")
-        return numbers
+        return [None if each is None else self._number(each) for each in results]
 
     def inputs_of(self, calls: slice, outputs: Sequence[int | None]) -> list[int]:
         """What some of the calls take from elsewhere."""
@@ -216,6 +230,11 @@ class Recorder(TorchDispatchMode):
     def code(self, calls: slice, inputs: Sequence[int], outputs: Sequence[int | None], **more: Any) -> Code:
         """Some of the calls as a function of variables; see ``Code``."""
         return Code(self.calls[calls], self.memory, inputs, outputs, constants=self.constants, **more)
+
+
+def _place_of(tensor: Tensor) -> Any:
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Nothing:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.models.base import BaseVAE
+from fastvae.network.vjp_tape import RepeatedVjp
 from fastvae.ood.copies import Adam, Copies
 from fastvae.private import private_copy, twin_of
-from fastvae.reference import adam_step
 
 __all__ = ["DifferentiatedCopies", "LoopedCopies", "VmappedCopies", "differentiated_copies"]
 
@@ -26,10 +26,13 @@ class DifferentiatedCopies(Copies):
     """
 
     def __init__(self, model: BaseVAE, x: Tensor, adam: Adam) -> None:
-        self._model, self._x, self._adam, self._steps = model, x, adam, 0
+        self._model, self._x = model, x
         self._trained = self._copied()
-        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._trained]
-        self._output: Tensor | None = None
+        self._optimizer = torch.optim.Adam(
+            self._trained, adam.lr, adam.betas, adam.eps, adam.weight_decay, fused=True
+        )
+        others = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
+        self._encoding_of_all = RepeatedVjp(self._encode, self._trained, [x, *others])
 
     @abstractmethod
     def _copied(self) -> list[Tensor]:
@@ -45,39 +48,20 @@ class DifferentiatedCopies(Copies):
 
     def forward(self) -> Tensor:
         """See ``Copies``."""
-        with torch.enable_grad():
-            self._output = self._encode()
-        return self._output.detach()
+        return self._encoding_of_all.forward()
 
     def update(self, grad: Tensor) -> None:
         """See ``Copies``."""
-        self._steps += 1
-        grads = self.gradients(grad, retain_graph=False)
-        adam = self._adam
-        with torch.no_grad():
-            for parameter, own, moments in zip(self._trained, grads, self._moments, strict=True):
-                if own is None:
-                    # torch.optim.Adam leaves alone, decay and all, what has no gradient.
-                    continue
-                adam_step(
-                    parameter,
-                    own,
-                    *moments,
-                    self._steps,
-                    lr=adam.lr,
-                    betas=adam.betas,
-                    eps=adam.eps,
-                    weight_decay=adam.weight_decay,
-                )
+        # What has no gradient, torch.optim.Adam leaves alone, decay and all.
+        for parameter, own in zip(self._trained, self.gradients(grad), strict=True):
+            # The fused step takes numbers in the order of memory, whatever a gradient's strides say [torch 2.13].
+            parameter.grad = None if own is None else own.contiguous()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
-    def gradients(self, grad: Tensor, *, retain_graph: bool) -> list[Tensor | None]:
+    def gradients(self, grad: Tensor, *, retain_graph: bool = False) -> list[Tensor | None]:
         """Of the last outputs to what is trained, given theirs [B, 2 d]; None for what they do not depend on."""
-        assert self._output is not None
-        return list(
-            torch.autograd.grad(
-                self._output, self._trained, grad, retain_graph=retain_graph, allow_unused=True
-            )
-        )
+        return self._encoding_of_all.backward(grad, retain_graph=retain_graph)
 
 
 class VmappedCopies(DifferentiatedCopies):
@@ -165,7 +149,7 @@ def differentiated_copies(model: BaseVAE, x: Tensor, adam: Adam) -> tuple[Differ
     looped = LoopedCopies(model, x[:1], adam)
     try:
         output = looped.forward()
-        expected = looped.of_first(looped.gradients(torch.ones_like(output), retain_graph=False))
+        expected = looped.of_first(looped.gradients(torch.ones_like(output)))
     except RuntimeError as error:
         raise ValueError(
             "LikelihoodRegret: encoder: expected one whose output autograd can differentiate to its parameters, got "
