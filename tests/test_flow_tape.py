@@ -342,9 +342,43 @@ def test_jacobians_of_the_zoo(name: str) -> None:
         network = read_network(p.decoder, p.z, condition=p.condition[0] if p.condition else None)
     except Exception:
         return
-    tapes = network.sweeps.jacobian_tapes
+    tapes = network.sweeps.tapes
     if tapes._seen:
         assert tapes._tapes, tapes.reasons
+
+
+def test_without_a_way_back() -> None:
+    """Flows, forces and Jacobians of which no gradient is wanted, or that keep nothing."""
+    module = sine()
+    x = torch.rand(3, 4, dtype=torch.float64)
+    for seed in range(CALLS + 2):
+        given = start(codes(3), seed=seed)
+        z, rho, steps, alpha = given.values()
+        with torch.no_grad():
+            ours = ops.hamiltonian_flow(module, z, rho, x, steps, alpha)
+            wanted = reference.hamiltonian_flow(module, z, rho, x, steps, alpha)
+            torch.testing.assert_close(list(ours), list(wanted), rtol=1e-10, atol=1e-12)
+            for p in (1, 2):
+                torch.testing.assert_close(
+                    ops.jacobian_l1(module, z, "none", p=p), reference.jacobian_l1(module, z, "none", p=p)
+                )
+        with torch.no_grad():
+            found = ops.log_px_and_force(module, z.detach(), x)
+        torch.testing.assert_close(found, reference.log_px_and_force(module, z.detach(), x))
+        weight, leaves = torch.rand(3, dtype=torch.float64), [z, *module.parameters()]
+        gradients = [
+            torch.autograd.grad(
+                jacobian(module, z, "none"), leaves, weight, allow_unused=True, materialize_grads=True
+            )
+            for jacobian in (ops.jacobian_l1, reference.jacobian_l1)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.1)
+    tapes = read_network(module, codes(3)).sweeps.tapes
+    kinds = {str(form).count("values") + 2 * str(form).count("gradients") for form in tapes._tapes}
+    assert len(tapes._tapes) >= 5 and kinds == {0, 1, 2} and not tapes.reasons
 
 
 def test_modules_are_let_go_by_their_tapes() -> None:

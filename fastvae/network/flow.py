@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastvae._extension import raw
-from fastvae.network.flow_tape import FlowTape, Recording
+from fastvae.network.flow_tape import FlowTape, Recording, form_with_head
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
 from fastvae.network.once import differentiable_once
@@ -33,11 +33,20 @@ def rows(codes: Tensor) -> Tensor:
 
 
 class Evaluation:
-    """log p(x | z) and its gradient at one z, with what the gradient through it needs."""
+    """log p(x | z) and its gradient at one z, with what the gradient through it needs, if one is wanted."""
 
-    def __init__(self, sweeps: Sweeps, passive: list[Any], wanted: list[bool], head: Head, z: Tensor) -> None:
+    def __init__(
+        self,
+        sweeps: Sweeps,
+        passive: list[Any],
+        wanted: list[bool],
+        head: Head,
+        z: Tensor,
+        keep: bool = True,
+    ) -> None:
         self.sweeps, self.head = sweeps, head
         self.point: Point = sweeps.forward(passive, z, wanted)
+        self.point.bends_later = keep
         self.at_output = head.at(sweeps.output(self.point))
         self.log_px = self.at_output.log_px
         gradient, self.cotangents = sweeps.reverse(self.point, self.at_output.residual)
@@ -92,10 +101,11 @@ class _Flow(torch.autograd.Function):
         ctx.tape, ctx.recording, ctx.kept = tape, recording, None
         if tape is not None:
             outputs, ctx.left = tape.forward(head, given)
+        elif not keep:
+            outputs = walked(sweeps, passive, inputs.wanted, head, there)
         else:
             with nullcontext() if recording is None else recording.recorder:
-                outputs, kept = walk(sweeps, passive, inputs.wanted, head, there, keep)
-            ctx.kept = kept if keep else None
+                outputs, ctx.kept = walk(sweeps, passive, inputs.wanted, head, there, keep)
             if recording is not None:
                 recording.ended_forward(outputs)
                 # What autograd gets a graph for must not be what it holds: nobody could let go of such a ring.
@@ -138,12 +148,12 @@ def walk(
 ) -> tuple[tuple[Tensor, ...], list[Evaluation]]:
     """From z, rho, steps and alpha: z_K, rho_K, log_px and the trajectory's; all evaluations, or the last one."""
     z, rho, steps, alpha = start
-    at = Evaluation(sweeps, passive, wanted, head, z)
+    at = Evaluation(sweeps, passive, wanted, head, z, keep)
     points, kept = [(z, rho, at.log_px)], [at]
     for step, alpha_k in zip(rows(steps).contiguous().unbind(0), alpha.unbind(0), strict=True):
         flat, half = kernel(raw.leapfrog_kick_drift, rows(z), rows(rho), at.force, step)
         z = flat.view_as(z)
-        at = Evaluation(sweeps, passive, wanted, head, z)
+        at = Evaluation(sweeps, passive, wanted, head, z, keep)
         if not keep:
             kept.clear()
         kept.append(at)
@@ -151,6 +161,18 @@ def walk(
         points.append((z, rho, at.log_px))
     trajectory = [torch.stack(column) for column in zip(*points, strict=True)]
     return (z.clone(), rho.clone(), points[-1][2].clone(), *trajectory), kept
+
+
+def walked(
+    sweeps: Sweeps, passive: list[Any], wanted: list[bool], head: Head, start: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The outputs of a walk of which nothing is kept, by straight code (tape.py) if it can be."""
+    form: Any = None
+    given: list[Tensor] = []
+    if sweeps.can_be_written_down(1, len(start[0])):
+        form, given = form_with_head(passive, head, start, (tuple(wanted), "walk"))
+    found = sweeps.tapes.run(form, given, lambda: walk(sweeps, passive, wanted, head, start, False)[0], head)
+    return cast("tuple[Tensor, ...]", found)
 
 
 def walk_back(ctx: Any, given: Sequence[Any]) -> tuple[Any, ...]:
@@ -228,6 +250,7 @@ def hamiltonian_flow(
     store: bool,
 ) -> tuple[Tensor, ...]:
     """z_K, rho_K, log_px, and the trajectory's z, rho and log_px; ``steps`` is [K, ...] to be broadcast to z."""
+    store = store and torch.is_grad_enabled()  # which nobody can see inside
     return _Flow.apply(sweeps, inputs, head, store, z, rho, head.x, steps, alpha, *inputs.parameters)
 
 
@@ -270,6 +293,22 @@ def log_px_and_force(sweeps: Sweeps, inputs: Inputs, head: Head, z: Tensor) -> t
     """log p(x | z) [B] and grad_z log p(x | z)."""
     if not torch.is_grad_enabled() or not (z.requires_grad or head.of_x or inputs.trained):
         with torch.no_grad():
-            at = Evaluation(sweeps, inputs.detached(), inputs.wanted, head, z.detach())
-        return at.log_px, at.gradient
+            return _force(sweeps, inputs, head, z.detach())
     return _Force.apply(sweeps, inputs, head, z, head.x, *inputs.parameters)
+
+
+def _force(sweeps: Sweeps, inputs: Inputs, head: Head, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Without a way back, by straight code (tape.py) if it can be."""
+    passive = inputs.detached()
+
+    def found() -> tuple[Tensor, Tensor]:
+        at = Evaluation(sweeps, passive, inputs.wanted, head, z, keep=False)
+        return at.log_px, at.gradient
+
+    form: Any = None
+    given: list[Tensor] = []
+    if sweeps.can_be_written_down(1, len(z)):
+        form, given = form_with_head(passive, head, [z], (tuple(inputs.wanted), "force"))
+    log_px, gradient = sweeps.tapes.run(form, given, found, head)
+    assert log_px is not None and gradient is not None
+    return log_px, gradient

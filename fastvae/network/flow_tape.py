@@ -14,7 +14,7 @@ from fastvae.network.tape import Recorder, Tapes, Unrecordable, check_same, form
 if TYPE_CHECKING:
     from fastvae.network.heads import Head
 
-__all__ = ["FlowTape", "FlowTapes", "Recording"]
+__all__ = ["FlowTape", "FlowTapes", "Recording", "form_with_head"]
 
 _MISSES = 3
 """Backward passes of another form after which a tape is given up."""
@@ -101,22 +101,24 @@ class FlowTapes(Tapes):
         self, passive: Sequence[Any], head: Head, others: Sequence[Tensor], facts: Any
     ) -> tuple[FlowTape | None, Recording | None, list[Tensor]]:
         """The tape, or what writes one, or neither; and the inputs in their order."""
-        if not is_plain(others[0]):
-            return None, None, []
-        of_head, of_its_own = head.form()
-        given = [*tensors_in(passive), *others, *of_its_own]
+        form, given = form_with_head(passive, head, others, facts)
         try:
-            form = (
-                form_of(passive),
-                form_of(given),
-                of_head,
-                facts,
-                torch.are_deterministic_algorithms_enabled(),
-            )
-            tape, is_due = self.look_up(form)
+            tape, is_due = (None, False) if form is None else self.look_up(form)
         except TypeError:  # something that has no hash
             return None, None, []
         if tape is not None and tape.misses > _MISSES:
             self.give_up(form, "cotangents of several forms")
             tape = None
         return tape, Recording(self, form, head, given) if is_due else None, given
+
+
+def form_with_head(
+    passive: Sequence[Any], head: Head, others: Sequence[Tensor], facts: Any
+) -> tuple[Any, list[Tensor]]:
+    """All that sweeps with a head depend on besides numbers, or None; and their tensors in order."""
+    if not is_plain(others[0]):
+        return None, []
+    of_head, of_its_own = head.form()
+    given = [*tensors_in(passive), *others, *of_its_own]
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    return (form_of(passive), form_of(given), of_head, facts, is_deterministic), given

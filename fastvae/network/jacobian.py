@@ -6,7 +6,7 @@ one reverse sweep of s for all latents, and one adjoint sweep. For squares, s = 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,28 +54,57 @@ class Plan:
             for start in range(0, len(self.latents), max(self.times, 1))
         ]
 
-    def run(self, z: Tensor, weight: float) -> Sequence[Tensor | None]:
-        """The sum of weight times value over samples [] and its gradients, by straight code (tape.py) if it can be."""
-        facts = tuple(self.latents), self.p, weight, tuple(self.inputs.wanted), self.in_front, self.times
-        given = [z, *tensors_in(self.passive)]
-        try:
-            form = (*facts, form_of(self.passive), form_of([z]))
-            hash(form)
-        except TypeError:  # something that has no hash
-            form = None
-        small = self.sweeps.can_be_written_down(len(self.latents), len(z))
-        if form is None or not small or not is_plain(z):
-            return self.value_and_gradients(z, weight)
-        return self.sweeps.jacobian_tapes.run(form, given, lambda: self.value_and_gradients(z, weight))
+    def run(
+        self, kind: str, z: Tensor, others: Sequence[Tensor], function: Callable[[], Sequence[Tensor | None]]
+    ) -> Sequence[Tensor | None]:
+        """What a function makes of z and others, by straight code (tape.py) if it can be.
 
-    def value_and_gradients(self, z: Tensor, weight: float) -> list[Tensor | None]:
-        """See ``run``."""
-        sums, total = _Gradient(self, z, z.new_full((len(z),), weight)), z.new_zeros(len(z))
-        for latents in self.terms():
-            term = Term(self, z, latents)
-            total = total + term.value()
-            sums.add(term)
-        return [total.sum() * weight, *sums.results()]
+        Args:
+            kind: all that it depends on besides tensors and this plan.
+        """
+        facts = kind, tuple(self.latents), self.p, tuple(self.inputs.wanted), self.in_front, self.times
+        given = [z, *others, *tensors_in(self.passive)]
+        form = None
+        if self.sweeps.can_be_written_down(len(self.latents), len(z)) and is_plain(z):
+            form = *facts, form_of(self.passive), form_of([z, *others])
+        return self.sweeps.tapes.run(form, given, function)
+
+    def values(self, z: Tensor) -> Tensor:
+        """Of each sample: [B]."""
+
+        def found() -> list[Tensor]:
+            total = z.new_zeros(len(z))
+            for latents in self.terms():
+                total = total + Term(self, z, latents).value()
+            return [total]
+
+        (total,) = self.run("values", z, [], found)
+        assert total is not None
+        return total
+
+    def gradients(self, z: Tensor, weight: Tensor) -> Sequence[Tensor | None]:
+        """Of the sum of weight [B] times values, to z and the trained tensors."""
+
+        def found() -> list[Tensor | None]:
+            sums = _Gradient(self, z, weight)
+            for latents in self.terms():
+                sums.add(Term(self, z, latents))
+            return sums.results()
+
+        return self.run("gradients", z, [weight], found)
+
+    def value_and_gradients(self, z: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """The sum of weight times value over samples [], and its gradients to z and the trained tensors."""
+
+        def found() -> list[Tensor | None]:
+            sums, total = _Gradient(self, z, z.new_full((len(z),), weight)), z.new_zeros(len(z))
+            for latents in self.terms():
+                term = Term(self, z, latents)
+                total = total + term.value()
+                sums.add(term)
+            return [total.sum() * weight, *sums.results()]
+
+        return self.run(f"both, {weight!r}", z, [], found)
 
 
 class Term:
@@ -154,13 +183,10 @@ class _JacobianL1(torch.autograd.Function):
         ctx.save_for_backward(z, *parameters)
         z = z.detach()
         if weight is not None and any(ctx.needs_input_grad):
-            value, *ctx.early = plan.run(z, weight)
+            value, *ctx.early = plan.value_and_gradients(z, weight)
             assert value is not None
             return value
-        total = z.new_zeros(len(z))
-        for latents in plan.terms():
-            term = Term(plan, z, latents)
-            total = total + term.value()
+        total = plan.values(z)
         return total if weight is None else total.sum() * weight
 
     @staticmethod
@@ -170,10 +196,7 @@ class _JacobianL1(torch.autograd.Function):
             if ctx.early is not None:
                 found = [None if part is None else part * gradient for part in ctx.early]
             else:
-                sums = _Gradient(ctx.plan, inputs[0].detach(), gradient)
-                for latents in ctx.plan.terms():
-                    sums.add(Term(ctx.plan, inputs[0].detach(), latents))
-                found = sums.results()
+                found = ctx.plan.gradients(inputs[0].detach(), gradient.detach())
         return None, None, *differentiable_once("jacobian_l1", found, [*inputs, gradient])
 
 

@@ -57,7 +57,7 @@ class Sweeps:
         self.kept_numbers = 1
         """Numbers of a sample that a sweep keeps for the next ones, about."""
         self._with_sigmoid: Sweeps | None = None
-        self.flow_tapes, self.jacobian_tapes = FlowTapes(), Tapes()
+        self.flow_tapes, self.tapes = FlowTapes(), Tapes()
         self._is_ours = all(type(layer).__module__.startswith("fastvae.") for layer in self.layers)
         self.dropped = [layer.index for layer in self.layers if layer.index not in kept]
         # Whose output's cotangent is needed once more, by bends.

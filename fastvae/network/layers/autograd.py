@@ -100,7 +100,7 @@ class AutogradLayer(Layer):
         if not slots:
             return
         places, cotangents = _by_place(dy)
-        if products is None:
+        if products is None and point.bends_later:
             kept.pulled, found = kernel(self._pull, kept.graph, slots, places, cotangents)
             kept.dy, kept.bends = dict(zip(places, cotangents, strict=True)), None
         else:

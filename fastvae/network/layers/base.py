@@ -106,6 +106,8 @@ class Point:
     def __init__(self, values: Values, wanted: Sequence[bool]) -> None:
         self.values, self.wanted = values, wanted
         self.kept: dict[int, Any] = {}
+        self.bends_later = True
+        """Whether tangents and bends may follow a reverse."""
 
 
 class Layer:
