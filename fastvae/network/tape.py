@@ -293,31 +293,34 @@ class Tapes:
         form: Any,
         given: Sequence[Tensor],
         function: Callable[[], Sequence[Tensor | None]],
-        owner: Any = None,
+        *owner: Any,
     ) -> Sequence[Tensor | None]:
         """What ``function`` returns, which it makes of the tensors ``given`` and of methods of ``owner`` alone.
 
         Args:
             form: all that it depends on besides numbers; None, or without a hash: it is not written down.
+            given: see above.
+            function: see above.
+            owner: an object, or none.
         """
         try:
             tape, is_due = (None, False) if form is None else self.look_up(form)
         except TypeError:  # something that has no hash
             tape, is_due = None, False
         if tape is not None:
-            found: Sequence[Tensor | None] = tape([owner, *given])[0]
+            found: Sequence[Tensor | None] = tape([*owner, *given])[0]
             return found
         if not is_due:
             return function()
         recorder = Recorder()
-        inputs = [recorder.name_object(owner), *map(recorder.name, given)]
+        inputs = [*map(recorder.name_object, owner), *map(recorder.name, given)]
         with recorder:
             results = function()
         try:
             if recorder.failure:
                 raise Unrecordable(recorder.failure)
             code = recorder.code(slice(None), inputs, recorder.numbers_of(results))
-            check_same(code([owner, *given])[0], results)
+            check_same(code([*owner, *given])[0], results)
         except Unrecordable as reason:
             self.give_up(form, str(reason))
         else:
