@@ -279,10 +279,67 @@ class StraightCode {
   py::object held_;
 };
 
+void append_number(std::string& text, int64_t number) {
+  text.append(reinterpret_cast<const char*>(&number), sizeof(number));
+}
+
+// All of values that a sweep may depend on besides tensors' numbers, for comparison: bytes, and what is no tensor.
+void append_form(py::handle values, std::string& text, py::list& others) {
+  for (const py::handle value : py::reinterpret_borrow<py::sequence>(values)) {
+    if (THPVariable_Check(value.ptr())) {
+      const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+      append_number(text, tensor.dim());
+      for (const auto& numbers : {tensor.sizes(), tensor.strides()}) {
+        text.append(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
+      }
+      append_number(text, static_cast<int64_t>(tensor.scalar_type()));
+      append_number(text, static_cast<int64_t>(tensor.device().type()) * 256 + tensor.device().index());
+    } else if (py::isinstance<py::list>(value) || py::isinstance<py::tuple>(value)) {
+      append_number(text, -1);
+      append_form(value, text, others);
+      append_number(text, -2);
+    } else {
+      append_number(text, -3);
+      others.append(value);
+    }
+  }
+}
+
+py::tuple form_of(const py::sequence& values) {
+  std::string text;
+  py::list others;
+  append_form(values, text, others);
+  return py::make_tuple(py::bytes(text), py::tuple(others));
+}
+
+// The place of the first tensor that is not dense, or has not the memory that it stands for; kNone: all are well.
+int64_t first_without_memory(const std::vector<at::Tensor>& tensors) {
+  for (size_t at = 0; at < tensors.size(); ++at) {
+    const at::Tensor& tensor = tensors[at];
+    if (tensor.layout() != at::kStrided) {
+      return static_cast<int64_t>(at);
+    }
+    if (tensor.numel() == 0 || tensor.is_meta()) {
+      continue;
+    }
+    int64_t reach = tensor.storage_offset() + 1;
+    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+      reach += (tensor.size(dim) - 1) * tensor.stride(dim);
+    }
+    if (reach * static_cast<int64_t>(tensor.element_size()) > static_cast<int64_t>(tensor.storage().nbytes())) {
+      return static_cast<int64_t>(at);
+    }
+  }
+  return kNone;
+}
+
 }  // namespace
 
 void bind_straight_code(py::module_& m) {
   using py::arg;
+  m.def("form_of", &form_of, arg("values"), "All of values, nested, that straight code depends on besides numbers.");
+  m.def("first_without_memory", &first_without_memory, arg("tensors"),
+        "The place of a tensor that is not dense or without the memory that it stands for; -1: none is.");
   py::class_<Kept>(m, "Kept", "What one run of straight code leaves for another.");
   py::class_<StraightCode>(m, "StraightCode", "Calls that were written down; see fastvae/network/straight.py.")
       .def(py::init<const py::list&, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
+from fastvae._extension import raw
 from fastvae.network.straight import CONSTANTS, MISSING, Call, Code, Held, Method, Variable, inputs_of
 
 __all__ = [
@@ -63,12 +64,8 @@ def outside(function: Callable[..., Any], *args: Any) -> Any:
 
 def form_of(values: Sequence[Any]) -> tuple[Any, ...]:
     """All of some values that a sweep may depend on, besides tensors' numbers."""
-    return tuple(
-        (value.shape, value.stride(), value.dtype, value.device)
-        if isinstance(value, Tensor)
-        else (form_of(value) if isinstance(value, (list, tuple)) else value)
-        for value in values
-    )
+    found: tuple[Any, ...] = raw.form_of(values)
+    return found
 
 
 def tensors_in(values: Sequence[Any]) -> list[Tensor]:

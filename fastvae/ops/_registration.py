@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
 from fastvae._compiling import is_compiling
+from fastvae._extension import raw
 from fastvae.decoding import check_outputs, contradiction
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
@@ -48,20 +48,18 @@ def check_memory(name: str, **tensors: Tensor) -> None:
 
     Its owner may have taken that away, as sharded training does; PyTorch's own operations read it all the same.
     """
-    for argument, tensor in tensors.items():
-        if tensor.layout != torch.strided:
-            raise ValueError(
-                f"fastvae::{name}: {argument}: expected a dense tensor, got one of {tensor.layout}"
-            )
-        if not tensor.numel() or tensor.is_meta:
-            continue
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
-        if needed > tensor.untyped_storage().nbytes():
-            raise ValueError(
-                f"fastvae::{name}: {argument}: expected a storage of at least {needed} bytes, got "
-                f"{tensor.untyped_storage().nbytes()} bytes behind {list(tensor.shape)} {tensor.dtype}"
-            )
+    at = raw.first_without_memory(list(tensors.values()))
+    if at < 0:
+        return
+    argument, tensor = list(tensors.items())[at]
+    if tensor.layout != torch.strided:
+        raise ValueError(f"fastvae::{name}: {argument}: expected a dense tensor, got one of {tensor.layout}")
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
+    raise ValueError(
+        f"fastvae::{name}: {argument}: expected a storage of at least {needed} bytes, got "
+        f"{tensor.untyped_storage().nbytes()} bytes behind {list(tensor.shape)} {tensor.dtype}"
+    )
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -368,9 +366,9 @@ def _check_first_memory(name: str, decoder: nn.Module) -> None:
 
 
 def _check_network_memory(name: str, network: ReadNetwork) -> None:
-    check_memory(
-        name, **{f"decoder's tensor {at}": t for at, t in enumerate(network.tensors) if t is not None}
-    )
+    tensors = [t for t in network.tensors if t is not None]
+    if raw.first_without_memory(tensors) >= 0:
+        check_memory(name, **{f"decoder's tensor {at}": t for at, t in enumerate(tensors)})
 
 
 def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
