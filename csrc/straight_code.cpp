@@ -181,6 +181,7 @@ class StraightCode {
     for (const py::handle each : calls) {
       calls_.push_back(decoded(py::reinterpret_borrow<py::tuple>(each)));
     }
+    expect_variables();
   }
 
   // The outputs, and what is kept. The functions come with each run: whoever holds them here, no collector sees.
@@ -231,6 +232,27 @@ class StraightCode {
       found.constant = torch::jit::toIValue(encoded[1], argument.real_type(), argument.N());
     }
     return found;
+  }
+
+  void expect_variables() const {
+    const auto expect = [this](const std::vector<int64_t>& numbers, int64_t least) {
+      for (const int64_t number : numbers) {
+        TORCH_CHECK_VALUE(number >= least && number < variables_, "straight code: expected a variable below ",
+                          variables_, ", got ", number);
+      }
+    };
+    expect(inputs_, 0);
+    expect(taken_, 0);
+    expect(outputs_, kNone);
+    expect(kept_, 0);
+    for (const Call& call : calls_) {
+      for (const Argument& argument : call.arguments) {
+        expect({argument.variable}, call.op.has_value() ? kNone : 0);
+        expect(argument.items, argument.may_lack ? kNone : 0);
+      }
+      expect(call.results, kNone);
+      expect(call.gone, 0);
+    }
   }
 
   // (name, overload) or a function's place; arguments; results; gone.

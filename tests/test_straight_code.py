@@ -176,6 +176,32 @@ def test_a_function_that_fails_says_so_itself() -> None:
         recorder_of_sum.code(slice(None), numbers, recorder_of_sum.numbers_of([total]))([torch.ones(2)])
 
 
+def test_code_that_was_written_wrongly() -> None:
+    from fastvae._extension import raw
+
+    def made(argument: tuple[str, object], result: int = 1, outputs: tuple[int, ...] = (1,)) -> object:
+        call = (("aten::sin", ""), [argument], [result], [])
+        return raw.StraightCode([call], 2, [0], [], list(outputs), [], Held)
+
+    x = torch.randn(3)
+    assert torch.equal(made(("variable", 0))((), [x], None)[0][0], x.sin())  # type: ignore[operator]
+    for wrong in (("variable", 2), ("variable", -2), ("list", [5])):
+        with pytest.raises(ValueError, match="expected a variable below 2"):
+            made(wrong)
+    with pytest.raises(ValueError, match="expected a variable below 2"):
+        made(("variable", 0), result=7)
+    with pytest.raises(ValueError, match="expected a variable below 2"):
+        made(("variable", 0), outputs=(9,))
+    with pytest.raises(RuntimeError):
+        made(("variable", 1))((), [x], None)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="gave fewer results"):
+        raw.StraightCode([(("aten::sin", ""), [("variable", 0)], [1, 1], [])], 2, [0], [], [1], [], Held)(
+            (), [x], None
+        )
+    with pytest.raises(RuntimeError, match="aten::sign_of"):
+        raw.StraightCode([(("aten::sign_of", ""), [], [1], [])], 2, [0], [], [1], [], Held)
+
+
 @pytest.mark.parametrize("empty", [(None,), (), [None, None]])
 def test_a_call_of_which_nothing_comes(empty: object) -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:

@@ -30,6 +30,12 @@ CASES = 3000
 DOCUMENTED = (ValueError, TypeError, RuntimeError, NotImplementedError, OverflowError, MemoryError)
 """NotImplementedError is also torch's for a device or layout without a kernel, OverflowError Python's for integers."""
 
+ELSEWHERE = (
+    *("Recycling", "Kept"),  # take nothing
+    *("NormActivationRules", "StraightCode"),  # made for one network: test_raw_entries, test_straight_code
+    *("form_of", "first_without_memory"),  # say how tensors lie, which dense copies do not
+)
+
 _MEMORY = 6 << 30
 
 
@@ -63,8 +69,7 @@ def entries() -> list[Entry]:
             found += [Entry("torch.ops", name, function, arguments), Entry("meta", name, function, arguments)]
     for name in sorted(dir(fastvae._C)):
         bound = getattr(fastvae._C, name)
-        # Recycling takes nothing; the rules of a norm are made for one network, and under test in test_raw_entries.
-        if name.startswith("__") or not callable(bound) or name in ("Recycling", "NormActivationRules"):
+        if name.startswith("__") or not callable(bound) or name in ELSEWHERE:
             continue
         signature = (bound.__init__ if isinstance(bound, type) else bound).__doc__.split("\n")[0]
         arguments = tuple(re.findall(r"(?:\(|, )(\w+): ", signature.partition(") ->")[0]))
