@@ -143,7 +143,7 @@ class AutogradLayer(Layer):
         if kept.pulled is None:
             found = kernel(self._jvp, kept.graph, given, along)
         else:
-            found, kept.bends = kernel(self._along, kept.graph, kept.pulled, kept.leaves, given, along)
+            found, kept.bends = kernel(self._along, kept.graph, kept.pulled, True, kept.leaves, given, along)
             kept.dots = along
         if all(dot is None for dot in found):
             return None
@@ -153,11 +153,12 @@ class AutogradLayer(Layer):
         self,
         graph: Held,
         pulled: Held,
+        of_results: bool,
         slots: Sequence[int],
         given: Sequence[int],
         dots: Sequence[Tensor],
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """J xdot, and the gradients of <J^T dy, xdot> to the inputs ``slots``."""
+        """J xdot where it is wanted, and the gradients of <J^T dy, xdot> to the inputs ``slots``."""
         pairs = [
             (pulled.value.found[slot], dot)
             for slot, dot in zip(given, dots, strict=True)
@@ -166,7 +167,8 @@ class AutogradLayer(Layer):
         has_graph = [isinstance(part, Tensor) and part.requires_grad for part in graph.value.parts]
         if not pairs:
             return [None] * len(has_graph), [None] * len(slots)
-        seeds, leaves = pulled.value.seeds, [graph.value.leaves[slot] for slot in slots]
+        seeds = pulled.value.seeds if of_results else []
+        leaves = [graph.value.leaves[slot] for slot in slots]
         found = torch.autograd.grad(
             [pair[0] for pair in pairs],
             [*seeds, *leaves],
@@ -175,7 +177,7 @@ class AutogradLayer(Layer):
             allow_unused=True,
         )
         of_seeds = iter(found[: len(seeds)])
-        return [next(of_seeds) if has else None for has in has_graph], found[len(seeds) :]
+        return [next(of_seeds, None) if has else None for has in has_graph], found[len(seeds) :]
 
     def _jvp(self, graph: Held, slots: Sequence[int], dots: Sequence[Tensor]) -> Sequence[Tensor | None]:
         has_graph = [isinstance(part, Tensor) and part.requires_grad for part in graph.value.parts]
@@ -202,7 +204,7 @@ class AutogradLayer(Layer):
         elif kept.bends is not None and _are_same(along, kept.dots):
             found = kept.bends
         else:
-            _, found = kernel(self._along, kept.graph, kept.pulled, kept.leaves, given, along)
+            _, found = kernel(self._along, kept.graph, kept.pulled, False, kept.leaves, given, along)
         for slot, gradient in zip(kept.leaves, found, strict=True):
             grads.add(slot, gradient)
 
