@@ -146,6 +146,9 @@ def test_what_cannot_be_written_down() -> None:
     assert "graph" in reason(lambda x: leaf.mul(2)) or "nowhere" in reason(lambda x: leaf.mul(2))
     assert "gives no tensor" in reason(lambda x: float(x.sum()))
     assert "gives no tensor" in reason(lambda x: kernel(lambda y: 3.0, x))
+    assert "depends on numbers" in reason(lambda x: x[x > 0])
+    assert "depends on numbers" in reason(lambda x: x.nonzero())
+    assert not reason(lambda x: x[torch.tensor([1, 0])])
     assert "Generator" in reason(lambda x: x.clone().normal_(generator=torch.Generator()) * 0)
 
 

@@ -153,15 +153,14 @@ def _once(calls: Sequence[Call], memory: Mapping[int, int], results: Sequence[in
     apart.update(*(call.changes for call in calls))
     names: dict[int, int] = {}
     known: dict[Any, Call] = {}
+    keys_of: dict[int, set[Any]] = {}  # by memory that they read
     found: list[Call] = []
     for call in calls:
         call = _renamed(call, names)
         if call.changes:
-            known = {
-                key: each
-                for key, each in known.items()
-                if not call.changes & {memory[of] for of in each.reads}
-            }
+            for each in call.changes:
+                for key in keys_of.pop(each, ()):
+                    known.pop(key, None)
         elif not any(memory[each] in apart for each in call.results):
             key = _key(call)
             before = known.get(key)
@@ -169,6 +168,8 @@ def _once(calls: Sequence[Call], memory: Mapping[int, int], results: Sequence[in
                 names.update(zip(call.results, before.results, strict=True))
                 continue
             known[key] = call
+            for each in call.reads:
+                keys_of.setdefault(memory[each], set()).add(key)
         found.append(call)
     return found
 

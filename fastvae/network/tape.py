@@ -169,6 +169,8 @@ class Recorder(TorchDispatchMode):
             # Numbers of Python's as a tensor, which whoever has it may write to.
             self.constants[self.name(args[0])] = args[0].clone()
             function = _CLONE
+        if torch.Tag.dynamic_output_shape in function.tags and not _is_index_of_places(function, args):
+            raise Unrecordable("the shape of its result depends on numbers")
         schema = function._schema.arguments
         given = [*args, *(kwargs.get(each.name, MISSING) for each in schema[len(args) :])]
         changes: set[int] = set()
@@ -229,6 +231,12 @@ class Recorder(TorchDispatchMode):
         return Code(self.calls[calls], self.memory, inputs, outputs, constants=self.constants, **more)
 
 
+def _is_index_of_places(function: Any, args: Sequence[Any]) -> bool:
+    """Whether it takes elements by their numbers, and by no mask."""
+    masks = (torch.bool, torch.uint8)
+    return function is _INDEX and not any(each is not None and each.dtype in masks for each in args[1])
+
+
 def _place_of(tensor: Tensor) -> Any:
     storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -239,6 +247,7 @@ class _Nothing:
 
 
 _LIFT, _CLONE = torch.ops.aten.lift_fresh.default, torch.ops.aten.clone.default
+_INDEX = torch.ops.aten.index.Tensor
 SEEN = 3
 """Runs of one form after which it is worth to write one down, which takes as long as ten."""
 _FORMS = 8

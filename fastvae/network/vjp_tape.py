@@ -51,7 +51,11 @@ class RepeatedVjp:
         """y, detached."""
         self._runs += 1
         if self._code is not None:
-            (output,), self._left = self._code[0](self._given())
+            try:
+                (output,), self._left = self._code[0](self._given())
+            except RuntimeError as error:  # what was written down does not fit these numbers
+                self._give_up(str(error))
+                return self._run()
             if self._is_checked:
                 return output
             self._found = output
@@ -62,19 +66,20 @@ class RepeatedVjp:
     def backward(self, dy: Tensor, *, retain_graph: bool = False) -> list[Tensor | None]:
         """Gradients to ``trained`` of the last y; None for what it does not depend on."""
         recorder, self._recorder = self._recorder, None
-        if self._code is not None:
-            found: Sequence[Tensor | None] = self._code[1]([dy], self._left)[0]
+        if self._code is not None and self._is_checked:
+            found = self._code[1]([dy], self._left)[0]
             self._left = None
-            if self._is_checked:
-                return list(found)
+            return list(found)
+        if self._code is not None:
             wanted = self._by_autograd(dy, retain_graph)
             assert self._output is not None
             try:
-                check_same((self._found, *found), (self._output.detach(), *wanted))
+                again = self._code[1]([dy], self._left)[0]
+                check_same((self._found, *again), (self._output.detach(), *wanted))
                 self._is_checked = True
-            except Unrecordable as reason:
+            except (Unrecordable, RuntimeError) as reason:
                 self._give_up(str(reason))
-            self._output = None
+            self._output = self._left = None
             return wanted
         if recorder is None:
             return self._by_autograd(dy, retain_graph)
