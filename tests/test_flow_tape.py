@@ -21,6 +21,7 @@ from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
 from fastvae.network.cache import read_network
 from fastvae.network.layers import Layer, layer_of
 from fastvae.network.layers.base import MAKERS
+from fastvae.network.tape import MOST_NUMBERS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*cannot be lowered"),
@@ -379,6 +380,25 @@ def test_without_a_way_back() -> None:
     tapes = read_network(module, codes(3)).sweeps.tapes
     kinds = {str(form).count("values") + 2 * str(form).count("gradients") for form in tapes._tapes}
     assert len(tapes._tapes) >= 5 and kinds == {0, 1, 2} and not tapes.reasons
+
+
+def test_a_long_walk_is_not_written_down() -> None:
+    """Its recorder would hold every evaluation, though the walk itself holds one."""
+    module = sine()
+    sweeps = read_network(module, codes(3)).sweeps
+    sweeps.kept_numbers = MOST_NUMBERS // 10
+    for steps in (4, 2):  # 15 and 9 tenths
+        for _ in range(CALLS):
+            given = start(codes(3), steps=steps)
+            with torch.no_grad():
+                ops.hamiltonian_flow(
+                    module,
+                    *(given[k] for k in ("z", "rho")),
+                    torch.zeros(3, 4).double(),
+                    given["steps"],
+                    given["alpha"],
+                )
+        assert len(sweeps.tapes._tapes) == (steps == 2)
 
 
 def test_modules_are_let_go_by_their_tapes() -> None:

@@ -11,7 +11,7 @@ in the kernels of the leapfrog operators.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -102,7 +102,7 @@ class _Flow(torch.autograd.Function):
         if tape is not None:
             outputs, ctx.left = tape.forward(head, given)
         elif not keep:
-            outputs = walked(sweeps, passive, inputs.wanted, head, there)
+            outputs = tuple(walked(sweeps, passive, inputs.wanted, head, there))
         else:
             with nullcontext() if recording is None else recording.recorder:
                 outputs, ctx.kept = walk(sweeps, passive, inputs.wanted, head, there, keep)
@@ -165,14 +165,35 @@ def walk(
 
 def walked(
     sweeps: Sweeps, passive: list[Any], wanted: list[bool], head: Head, start: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
     """The outputs of a walk of which nothing is kept, by straight code (tape.py) if it can be."""
+
+    def found() -> tuple[Tensor, ...]:
+        return walk(sweeps, passive, wanted, head, start, False)[0]
+
+    return _straight(sweeps, len(start[3]) + 1, passive, head, start, (tuple(wanted), "walk"), found)
+
+
+def _straight(
+    sweeps: Sweeps,
+    evaluations: int,
+    passive: list[Any],
+    head: Head,
+    others: Sequence[Tensor],
+    facts: Any,
+    function: Callable[[], Sequence[Tensor]],
+) -> Sequence[Tensor]:
+    """What a function makes of so many evaluations, by straight code (tape.py) if it can be.
+
+    Args:
+        others: codes and further tensors that it reads besides ``passive`` and the head's.
+        facts: all that it depends on besides tensors.
+    """
     form: Any = None
     given: list[Tensor] = []
-    if sweeps.can_be_written_down(1, len(start[0])):
-        form, given = form_with_head(passive, head, start, (tuple(wanted), "walk"))
-    found = sweeps.tapes.run(form, given, lambda: walk(sweeps, passive, wanted, head, start, False)[0], head)
-    return cast("tuple[Tensor, ...]", found)
+    if sweeps.can_be_written_down(evaluations, len(others[0])):
+        form, given = form_with_head(passive, head, others, facts)
+    return cast("Sequence[Tensor]", sweeps.tapes.run(form, given, function, head))
 
 
 def walk_back(ctx: Any, given: Sequence[Any]) -> tuple[Any, ...]:
@@ -305,10 +326,5 @@ def _force(sweeps: Sweeps, inputs: Inputs, head: Head, z: Tensor) -> tuple[Tenso
         at = Evaluation(sweeps, passive, inputs.wanted, head, z, keep=False)
         return at.log_px, at.gradient
 
-    form: Any = None
-    given: list[Tensor] = []
-    if sweeps.can_be_written_down(1, len(z)):
-        form, given = form_with_head(passive, head, [z], (tuple(inputs.wanted), "force"))
-    log_px, gradient = sweeps.tapes.run(form, given, found, head)
-    assert log_px is not None and gradient is not None
+    log_px, gradient = _straight(sweeps, 1, passive, head, [z], (tuple(inputs.wanted), "force"), found)
     return log_px, gradient

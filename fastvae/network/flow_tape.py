@@ -73,20 +73,20 @@ class Recording:
             self.tapes.give_up(self.form, str(reason))
 
     def _made(self, found: Sequence[Tensor | None]) -> FlowTape:
-        recorder, there, back = self.recorder, slice(0, self._middle), slice(self._middle, None)
+        recorder = self.recorder
         if recorder.failure:
             raise Unrecordable(recorder.failure)
         changed = zip(tensors_in(recorder.alive), self._versions, strict=False)
         if any(tensor._version != version for tensor, version in changed):
             raise Unrecordable("the way back changes what it needs")
-        results = recorder.numbers_of(found)
-        own = {self._head, *self._back_numbers}
-        kept = [each for each in recorder.inputs_of(back, results) if each not in own]
-        tape = FlowTape(
-            recorder.code(there, [self._head, *self._inputs], recorder.numbers_of(self._outputs), kept=kept),
-            recorder.code(back, [self._head, *self._back_numbers], results, taken=kept),
-            form_of(self._back),
+        halves = recorder.there_and_back(
+            self._middle,
+            [self._head, *self._inputs],
+            recorder.numbers_of(self._outputs),
+            [self._head, *self._back_numbers],
+            recorder.numbers_of(found),
         )
+        tape = FlowTape(*halves, form_of(self._back))
         outputs, left = tape.forward(self.head, self.given)
         again = tape.backward(self.head, left, self._back)
         assert again is not None

@@ -177,15 +177,13 @@ def _once(calls: Sequence[Call], memory: Mapping[int, int], results: Sequence[in
 def _renamed(call: Call, names: Mapping[int, int]) -> Call:
     if not call.reads & names.keys():
         return call
-    function = call.function
-    arguments = tuple(_replaced(each, names) for each in call.arguments)
-    return call._replace(function=function, arguments=arguments)
+    return call._replace(arguments=tuple(_replaced(each, names) for each in call.arguments))
 
 
 def _replaced(value: Any, names: Mapping[int, int]) -> Any:
     if isinstance(value, Variable):
         return Variable(names.get(value.number, value.number))
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+    if type(value) in (list, tuple):  # a recorder leaves others as they are
         return type(value)(_replaced(each, names) for each in value)
     return value
 

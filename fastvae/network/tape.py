@@ -221,14 +221,29 @@ class Recorder(TorchDispatchMode):
         """The variables of results."""
         return [None if each is None else self._number(each) for each in results]
 
-    def inputs_of(self, calls: slice, outputs: Sequence[int | None]) -> list[int]:
-        """What some of the calls take from elsewhere."""
-        found = inputs_of(self.calls[calls], self.memory, outputs)
-        return [each for each in found if each not in self.constants]
-
     def code(self, calls: slice, inputs: Sequence[int], outputs: Sequence[int | None], **more: Any) -> Code:
         """Some of the calls as a function of variables; see ``Code``."""
         return Code(self.calls[calls], self.memory, inputs, outputs, constants=self.constants, **more)
+
+    def there_and_back(
+        self,
+        middle: int,
+        inputs: Sequence[int],
+        outputs: Sequence[int | None],
+        given: Sequence[int],
+        found: Sequence[int | None],
+    ) -> tuple[Code, Code]:
+        """The calls as two functions, of which the second takes what the first one keeps.
+
+        Args:
+            middle: how many calls belong to the first one.
+            inputs, outputs: variables of the first one.
+            given, found: of the second one.
+        """
+        there, back = slice(0, middle), slice(middle, None)
+        taken = inputs_of(self.calls[back], self.memory, found)
+        kept = [each for each in taken if each not in {*given, *self.constants}]
+        return self.code(there, inputs, outputs, kept=kept), self.code(back, given, found, taken=kept)
 
 
 def _is_index_of_places(function: Any, args: Sequence[Any]) -> bool:

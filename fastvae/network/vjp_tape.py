@@ -136,13 +136,7 @@ class RepeatedVjp:
     ) -> tuple[Code, Code]:
         if recorder.failure:
             raise Unrecordable(recorder.failure)
-        there, back = slice(0, middle), slice(middle, None)
-        results = recorder.numbers_of(found)
-        kept = [each for each in recorder.inputs_of(back, results) if each != dy]
-        return (
-            recorder.code(there, self._inputs, self._y, kept=kept),
-            recorder.code(back, [dy], results, taken=kept),
-        )
+        return recorder.there_and_back(middle, self._inputs, self._y, [dy], recorder.numbers_of(found))
 
     def _give_up(self, reason: str) -> None:
         self._code, self.failure = None, reason

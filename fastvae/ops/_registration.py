@@ -366,9 +366,11 @@ def _check_first_memory(name: str, decoder: nn.Module) -> None:
 
 
 def _check_network_memory(name: str, network: ReadNetwork) -> None:
-    tensors = [t for t in network.tensors if t is not None]
-    if raw.first_without_memory(tensors) >= 0:
-        check_memory(name, **{f"decoder's tensor {at}": t for at, t in enumerate(tensors)})
+    # Their names are made where one is refused alone: this is asked at every call.
+    if raw.first_without_memory([t for t in network.tensors if t is not None]) >= 0:
+        check_memory(
+            name, **{f"decoder's tensor {at}": t for at, t in enumerate(network.tensors) if t is not None}
+        )
 
 
 def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
