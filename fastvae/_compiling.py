@@ -1,4 +1,4 @@
-"""Whether this call is traced by torch.compile or torch.export."""
+"""Whether this call is traced by torch.compile or torch.export, or captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 _exporting: list[int] = []
 """The thread in which this package exports a copy of a decoder: PyTorch's flag holds for all threads meanwhile."""
@@ -17,6 +18,11 @@ def is_compiling() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return True
     return torch.compiler.is_compiling() and _exporting in ([], [threading.get_ident()])
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with a tensor goes into a CUDA graph, so that no number of it can be looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

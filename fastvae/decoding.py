@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastvae._compiling import is_compiling
+from fastvae._compiling import is_captured, is_compiling
 from fastvae.modes import modes_kept
 from fastvae.sigmoids import SigmoidInputs, ending_of_module, ending_of_output
 
@@ -137,7 +137,7 @@ def _look_at(output: Any, decoder: Any, likelihood: Likelihood) -> None:
     settled = _settled[likelihood.probs]
     if decoder in settled or transformed() or not output.numel():
         return
-    if output.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(output):
         return
     if not likelihood.probs:
         ending = ending_of_output(output)

@@ -107,6 +107,89 @@ def test_fit_on_cuda(name: str, tmp_path: Any) -> None:
         assert torch.equal(found, expected.cpu())
 
 
+def fit_both_ways(name: str, **options: Any) -> tuple[Any, Any, BaseVAE, BaseVAE]:
+    """Histories and models of a run as it is and of one from CUDA graphs; batches of 5, the last of an epoch of 2."""
+    model, x = made(name)
+    x = torch.rand(37, *x.shape[1:], generator=seeded(4), dtype=torch.float64)
+    found: list[Any] = []
+    for cuda_graph in (False, True):
+        own = copy.deepcopy(model).cuda().train()
+        loader = DataLoader(TensorDataset(x), 5)
+        found.append(
+            (fit(own, loader, epochs=3, seed=3, progress=False, cuda_graph=cuda_graph, **options), own)
+        )
+    (plain, plain_model), (graphed, graphed_model) = found
+    return plain, graphed, plain_model, graphed_model
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_fit_from_cuda_graphs(name: str) -> None:
+    """The same noise, losses and weights; with gradients clipped and data drawn anew, too."""
+    plain, graphed, plain_model, graphed_model = fit_both_ways(name, clip_grad_norm=1.0, binarize=True)
+    torch.testing.assert_close(graphed.train_loss, plain.train_loss, rtol=1e-9, atol=0)
+    for found, expected in zip(graphed_model.parameters(), plain_model.parameters(), strict=True):
+        assert_same(found.detach(), expected.detach().cpu())
+
+
+class Halved(nn.Module):
+    """A schedule that changes a plain setting of the model after some steps."""
+
+    def __init__(self, model: BaseVAE) -> None:
+        super().__init__()
+        self.models = [model]
+        self.taken = torch.zeros(())
+
+    def forward(self, step: Any) -> Tensor:
+        return torch.zeros_like(step.loss)
+
+    def step(self) -> None:
+        self.taken += 1
+        self.models[0].beta = 0.5 if self.taken > 12 else 1.0
+
+
+def test_settings_that_change_under_cuda_graphs() -> None:
+    losses = []
+    for cuda_graph in (False, True):
+        model, x = made("vae")
+        model.penalties.append(Halved(model))
+        loader = DataLoader(TensorDataset(x), 5)
+        history = fit(model.cuda().train(), loader, epochs=25, seed=3, progress=False, cuda_graph=cuda_graph)
+        losses.append(history.train_loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
+
+
+class Spoiled(Halved):
+    """Spoils a weight once steps come from graphs."""
+
+    def step(self) -> None:
+        self.taken += 1
+        if self.taken == 6:
+            with torch.no_grad():
+                next(self.models[0].decoder.parameters()).fill_(float("inf"))
+
+
+@pytest.mark.parametrize(("name", "what"), [("hvae", "samples have no finite"), ("vae", "reconstruction")])
+def test_what_is_not_finite_under_cuda_graphs_is_named(name: str, what: str) -> None:
+    model, x = made(name)
+    model.penalties.append(Spoiled(model))
+    with pytest.raises(FloatingPointError, match=f"step 7.*{what}"):
+        fit(model.cuda(), [x] * 9, epochs=1, progress=False, cuda_graph=True)
+
+
+def test_data_is_checked_under_cuda_graphs() -> None:
+    model, x = made("vae")
+    batches = [x] * 6 + [x + 2]
+    with pytest.raises(ValueError, match=r"expected values in \[0, 1\]"):
+        fit(model.cuda(), batches, epochs=1, progress=False, cuda_graph=True)
+
+
+def test_a_step_that_waits_for_the_gpu_is_not_captured() -> None:
+    model, x = made("hvae")
+    model.on_divergence = "drop"
+    with pytest.raises(RuntimeError, match=r"fit: cuda_graph: expected .* HVAE .* got 'drop'"):
+        fit(model.cuda(), [x] * 6, epochs=1, progress=False, cuda_graph=True)
+
+
 class MeanLoss(nn.Module):
     """The mean loss as a function of tensors alone."""
 

@@ -300,6 +300,7 @@ def test_losses_must_be_one_a_sample() -> None:
         ({"epochs": 0}, "epochs: expected an int of at least 1, got 0"),
         ({"epochs": 1.5}, "epochs: expected an int"),
         ({"patience": 2}, "patience: expected a val_loader"),
+        ({"cuda_graph": True}, "cuda_graph: expected a model on a GPU, got one on cpu"),
         ({"max_steps": 0}, "max_steps"),
         ({"checkpoint_every": "batch"}, "checkpoint_every: expected .*'batch'"),
         ({"checkpoint_every": 0}, "checkpoint_every"),

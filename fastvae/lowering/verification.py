@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvae._extension  # noqa: F401  (defines torch.ops.fastvae)
-from fastvae._compiling import is_compiling
+from fastvae._compiling import is_captured, is_compiling
 from fastvae.likelihoods import Gaussian
 
 from .checks import check_global_hooks, check_is_module
@@ -90,7 +90,7 @@ def _can_compare(z: Tensor, tensors: list[Tensor]) -> bool:
         return False
     if any(tensor.dtype != z.dtype or tensor.device != z.device for tensor in tensors):
         return False
-    return z.dtype in _TOLERANCE and not (z.is_cuda and torch.cuda.is_current_stream_capturing())
+    return z.dtype in _TOLERANCE and not is_captured(z)
 
 
 def _tolerance(z: Tensor) -> float:

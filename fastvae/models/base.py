@@ -11,13 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvae._compiling import is_compiling
+from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import expect_numbers
 from fastvae.decoding import check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import LoweredNetwork
 from fastvae.models.evidence import importance_sampled
-from fastvae.models.inputs import capturing, check_is_tensor, explained, half_dtype_of, split_posterior
+from fastvae.models.inputs import check_is_tensor, explained, half_dtype_of, split_posterior
 from fastvae.models.steps import Penalty, TrainingStep
 from fastvae.models.terms import note_penalty, note_step
 from fastvae.private import twin_of
@@ -233,8 +233,7 @@ class BaseVAE(nn.Module, ABC):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
         check_is_tensor(self, x)
-        if self.check_finite and not is_compiling() and not capturing(x) and not transformed():
-            self.likelihood.check(x)
+        self.check_data(x)
         parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
         try:
@@ -253,6 +252,11 @@ class BaseVAE(nn.Module, ABC):
             )
         wide = torch.promote_types(mu.dtype, torch.float32)
         return mu.to(wide), logvar.to(wide)
+
+    def check_data(self, x: Tensor) -> None:
+        """ValueError if x is no data of the likelihood, where its numbers may be looked at (``check_finite``)."""
+        if self.check_finite and not is_compiling() and not is_captured(x) and not transformed():
+            self.likelihood.check(x)
 
     def decode(self, z: Tensor) -> Tensor:
         """Natural parameters of p(x | z) for z [B, d], in the decoder's layout."""

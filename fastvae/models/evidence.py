@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastvae._compiling import is_compiling
+from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import expect_numbers
 from fastvae.decoding import transformed
-from fastvae.models.inputs import capturing, check_is_tensor
+from fastvae.models.inputs import check_is_tensor
 
 if TYPE_CHECKING:
     from fastvae.models.base import BaseVAE, NoiseSource
@@ -67,7 +67,7 @@ def importance_sampled(
 
 
 def _warn_of_nan(model: BaseVAE, log_px: Tensor) -> None:
-    if is_compiling() or capturing(log_px) or transformed():
+    if is_compiling() or is_captured(log_px) or transformed():
         return
     bad = int(torch.isnan(log_px).sum())
     if bad:

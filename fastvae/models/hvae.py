@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_captured
 from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
-from fastvae.models.inputs import capturing
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 
@@ -226,7 +226,7 @@ class HVAE(BaseVAE):
         """Mask [B] of samples whose weight is not finite; None if all are, or nobody may look: in a CUDA graph."""
         if self.on_divergence == "ignore":
             return None
-        if capturing(path.log_px):
+        if is_captured(path.log_px):
             if self.on_divergence == "drop":
                 raise RuntimeError(
                     "HVAE: on_divergence: expected 'ignore' or 'raise' where a CUDA graph is captured, which runs the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["capturing", "check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
+__all__ = ["check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
 
 
 def check_is_tensor(owner: object, x: object) -> None:
@@ -20,11 +20,6 @@ def check_is_tensor(owner: object, x: object) -> None:
         else "torch.as_tensor(x)"
     )
     raise TypeError(f"{name}: x: expected a tensor [B, ...], got {kind}; to mend it: {remedy}")
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether x is recorded into a CUDA graph, so that no value can be looked at."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def half_dtype_of(module: nn.Module) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_captured
 from fastvae.likelihoods import Likelihood
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.network.facts import key_of
@@ -55,12 +56,12 @@ def density_of(likelihood: Likelihood, y: Tensor, x: Tensor, by_autograd: Deriva
     of_likelihood = key_of(likelihood)
     if of_likelihood is None or y.dtype not in _TOLERANCE or not len(y):
         return None
-    if y.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
     forms = tuple((tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in (y, x))
     key = of_likelihood, forms, torch.get_default_dtype(), registrations()
     with _lock:
         if key not in _known:
+            if is_captured(y):
+                return None
             found = outside(_read, likelihood, y, x, by_autograd)
             if len(_known) >= _REMEMBERED:
                 _known.popitem(last=False)

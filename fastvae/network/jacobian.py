@@ -6,7 +6,7 @@ one reverse sweep of s for all latents, and one adjoint sweep. For squares, s = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -115,7 +115,9 @@ class Term:
         # Rows of their own are as many in the last part, of which some then have no direction.
         self.count = len(latents) if plan.in_front else plan.times
         directions = z.new_zeros(self.count, 1, z[0].numel())
-        directions[range(len(latents)), 0, latents] = 1
+        # Not by indices, which would be copied to a GPU.
+        for row, latent, length in _runs(latents):
+            directions[row : row + length, 0, latent : latent + length].diagonal().fill_(1)
         along = directions.expand(self.count, len(z), -1).reshape(self.count, *z.shape)
         if not plan.in_front:
             z, along = z.repeat(self.count, *[1] * (z.dim() - 1)), along.flatten(0, 1)
@@ -148,6 +150,15 @@ class Term:
         if of_z is None or self.plan.in_front:
             return of_z
         return of_z.reshape(self.count, *self.shape).sum(0)
+
+
+def _runs(latents: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Where consecutive latents start, in the list and among all, and how many they are."""
+    start = 0
+    for end in range(1, len(latents) + 1):
+        if end == len(latents) or latents[end] != latents[end - 1] + 1:
+            yield start, latents[start], end - start
+            start = end
 
 
 class _Gradient:

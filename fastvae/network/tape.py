@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
+from fastvae._compiling import is_captured
 from fastvae._extension import raw
 from fastvae.network.straight import CONSTANTS, MISSING, Call, Code, Held, Method, Variable, inputs_of
 
@@ -368,7 +369,7 @@ def is_plain(z: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or z.dtype not in _ROUNDING:
         return False
-    return not (z.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_captured(z)
 
 
 def _title(function: Any) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
 from fastvae.models.base import BaseVAE, NoiseSource
+from fastvae.private import private_copy
 
 __all__ = ["refit_one"]
 
@@ -36,7 +35,7 @@ def refit_one(
     Returns:
         The model with the private encoder, and the loss before each step, [num_steps].
     """
-    private = copy.deepcopy(model)
+    private = private_copy(model)
     private.requires_grad_(False)
     private.encoder.requires_grad_(True)
     optimizer = torch.optim.Adam(private.encoder.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)

@@ -43,6 +43,7 @@ def fit(
     max_steps: int | None = None,
     clip_grad_norm: float | None = None,
     binarize: bool = False,
+    cuda_graph: bool = False,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     on_difference: Literal["raise", "warn"] = "raise",
     progress: bool = True,
@@ -89,6 +90,10 @@ def fit(
             the epoch's start.
         clip_grad_norm: largest gradient norm.
         binarize: draw binary images anew in each step (:func:`fastvae.data.binarize`).
+        cuda_graph: on a GPU, run forward and backward pass from a CUDA graph after the first batches of each shape:
+            small networks then train as fast as the GPU is, not as fast as Python launches kernels. The same losses. A
+            module's plain settings (``model.beta = 2``) may change; what else Python decides in ``forward`` stays as it
+            was captured, so that must depend on no number. Memory stays in use as for one more step.
         on_nonfinite: a loss or gradient that is not finite, or a model's ``DivergenceError``, raises before
             it reaches the weights; or that step is skipped, counted, and BatchNorm's running statistics are
             put back (a diverged validation counts as infinite loss).
@@ -149,7 +154,13 @@ def fit(
         on_difference=on_difference,
         options={"clip_grad_norm": clip_grad_norm, "binarize": binarize, "schedule_by": schedule_by},
         stepper=Stepper(
-            model, chosen_optimizer, clip_grad_norm, binarize, team, restore=on_nonfinite == "skip"
+            model,
+            chosen_optimizer,
+            clip_grad_norm,
+            binarize,
+            team,
+            restore=on_nonfinite == "skip",
+            cuda_graph=cuda_graph,
         ),
         team=team,
     )

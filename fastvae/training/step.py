@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from fastvae.data import binarize as draw_binary
 from fastvae.data import images_of
 from fastvae.models import DivergenceError
+from fastvae.models.base import BaseVAE
 from fastvae.models.terms import describe, recorded_terms
+from fastvae.training.captured import CapturedPasses, Pass
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_states, set_global_states
 
@@ -44,12 +46,29 @@ class Stepper:
     team: Team
     restore: bool
     """Put the model's buffers back as they were before a step that was not finite."""
+    cuda_graph: bool = False
+    """Run forward and backward passes from CUDA graphs."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Of the loss computed last."""
 
     def __post_init__(self) -> None:
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         self.demands_closure = closure is not None and closure.default is inspect.Parameter.empty
+        self._passes: CapturedPasses | None = None
+        if self.cuda_graph:
+            self._check_for_graphs()
+            self._passes = CapturedPasses(self.model, parameters_of(self.optimizer), self._backward)
+
+    def _check_for_graphs(self) -> None:
+        devices = sorted({p.device.type for p in self.model.parameters()})
+        unfit = {
+            f"a model on a GPU, got one on {', '.join(devices)}": devices != ["cuda"],
+            f"a single process, got {self.team.size}": self.team.size > 1,
+            f"an optimizer whose step needs no closure, got {type(self.optimizer).__name__}": self.demands_closure,
+        }
+        for what, here in unfit.items():
+            if here:
+                raise ValueError(f"fit: cuda_graph: expected {what}")
 
     def images(self, batch: Any) -> Tensor:
         """The images of a loader's batch, binarised if wanted, on the model's device."""
@@ -91,9 +110,9 @@ class Stepper:
         def evaluate_again() -> float:
             if noise is not None:
                 set_global_states(noise)
-            again, _, again_norm = self._backward(x)
-            self._clip(again_norm)
-            return float(again)
+            again = self._backward(x)
+            self._clip(again.norm)
+            return float(again.loss)
 
         if self.demands_closure:
             self.optimizer.step(evaluate_again)
@@ -102,18 +121,13 @@ class Stepper:
             self.optimizer.step()
         return loss, samples
 
-    def _backward(self, x: Tensor) -> tuple[Tensor, int, Tensor]:
-        """Mean loss, samples and gradient norm, with the gradients in place and not yet clipped."""
+    def _backward(self, x: Tensor) -> Pass:
+        """Forward and backward pass, with the gradients in place and not yet clipped."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, mean, samples = self._forward(x)
         loss.backward()
-        return (
-            mean,
-            samples,
-            torch.nn.utils.get_total_norm(
-                [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
-            ),
-        )
+        gradients = [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
+        return Pass(mean, samples, torch.nn.utils.get_total_norm(gradients), self.terms)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """The mean loss with its graph; without it, over all processes; their samples.
@@ -138,14 +152,25 @@ class Stepper:
         return loss, loss.detach().new_tensor(total / samples), int(samples)
 
     def _finite_backward(self, x: Tensor) -> tuple[float, int, Tensor]:
-        loss, samples, norm = self._backward(x)
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        # One transfer: on a GPU each would wait for the queue.
-        loss_value, norm_value = torch.stack([loss.to(dtype), norm.to(loss.device, dtype)]).tolist()
-        if not math.isfinite(loss_value) or not math.isfinite(norm_value):
-            why = self._not_finite(gradients=math.isfinite(loss_value))
-            raise NotFiniteError(f"loss {loss_value}, gradient norm {norm_value}{why}")
-        return float(loss_value), samples, norm
+        found = self._backward(x) if self._passes is None else self._from_graph(x)
+        loss, norm = found.numbers()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self.terms = found.terms
+            why = self._not_finite(gradients=math.isfinite(loss))
+            raise NotFiniteError(f"loss {loss}, gradient norm {norm}{why}")
+        return loss, found.samples, found.norm
+
+    def _from_graph(self, x: Tensor) -> Pass:
+        """As ``_backward``, which runs again where a graph's numbers are not finite: it has more to say of them."""
+        assert self._passes is not None
+        if isinstance(self.model, BaseVAE):
+            self.model.check_data(x)
+        noise = torch.cuda.get_rng_state(x.device)
+        found = self._passes(x)
+        if found.replayed and not all(map(math.isfinite, found.numbers())):
+            torch.cuda.set_rng_state(noise, x.device)
+            return self._backward(x)
+        return found
 
     def _not_finite(self, gradients: bool) -> str:
         """What is not finite of the loss computed last, or of its gradients, to be added to a message."""
