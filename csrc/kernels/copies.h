@@ -21,7 +21,8 @@ struct AdamUpdate {
   const T* grad;
   int64_t size;
   math::Adam<T> adam;
-  math::AdamRate<T> rate;
+  const math::AdamRate<T>* rates;  // of every step
+  const int32_t* taken;            // [1] steps
 };
 
 // The rows of a dense layer: one for each input and, with a bias, a last one whose input is 1.
@@ -35,10 +36,11 @@ struct CopiedRows {
   int64_t in;
   int64_t out;
   int64_t bias;                    // 0 or 1
-  int64_t steps;                   // that have been taken
+  const int32_t* taken;            // [1] steps of Adam, where a CUDA graph counts them
   const math::AdamRate<T>* rates;  // of every step
   math::Adam<T> adam;
   FASTVAE_HOST_DEVICE int64_t rows() const { return in + bias; }
+  FASTVAE_HOST_DEVICE int64_t steps() const { return *taken; }
 };
 
 // The parts of a sample's rows that a GPU's blocks take, whatever the number of samples.
@@ -56,7 +58,7 @@ struct CopiesProduct {
   T* partial = nullptr;  // CUDA: room for [samples, copies_chunks, out] where there is more than one chunk
 };
 
-// One step with the gradient delta (x) h, the step numbered layer.steps. Index: samples. With `grad_h`, W^T delta of
+// One step with the gradient delta (x) h, the step numbered layer.steps(). Index: samples. With `grad_h`, W^T delta of
 // the weights before the step; with `next`, W h + b after it, for an h that stays. Never both.
 template <typename T>
 struct CopiesUpdate {
@@ -69,7 +71,7 @@ struct CopiesUpdate {
   T* partial = nullptr;  // CUDA, with `next`: as above
 };
 
-// All rows up to layer.steps. Index: samples.
+// All rows up to layer.steps(). Index: samples.
 template <typename T>
 struct CopiesCatchUp {
   CopiedRows<T> layer;

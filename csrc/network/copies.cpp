@@ -63,6 +63,7 @@ NetworkCopies::NetworkCopies(const std::string& network, const std::vector<at::T
     rates_.mutable_data_ptr<double>()[2 * step + 1] = of_step.inverse_root;
   }
   rates_ = rates_.to(x.options());
+  taken_ = aten::zeros({1}, x.options().dtype(at::kInt));
   first_ = depth();
   for (size_t l = depth(); l-- > 0;) {
     first_ = has_parameters(stage(l)) ? l : first_;
@@ -168,7 +169,7 @@ CopiedRows<T> NetworkCopies::rows(const Layer& layer, const Stage& stage) const 
           stage.in.numel(),
           stage.out.numel(),
           stage.bias >= 0 ? 1 : 0,
-          steps_,
+          taken_.const_data_ptr<int32_t>(),
           reinterpret_cast<const math::AdamRate<T>*>(rates_.const_data_ptr<T>()),
           adam<T>()};
 }
@@ -266,7 +267,6 @@ at::Tensor NetworkCopies::forward() {
 }
 
 void NetworkCopies::step(const Trained& trained) const {
-  const math::AdamRate<double> now = rate(steps_);
   FASTVAE_DISPATCH(trained.value, {
     const AdamUpdate<scalar_t> args{trained.value.mutable_data_ptr<scalar_t>(),
                                     trained.mean.mutable_data_ptr<scalar_t>(),
@@ -274,7 +274,8 @@ void NetworkCopies::step(const Trained& trained) const {
                                     trained.grad.const_data_ptr<scalar_t>(),
                                     trained.value.numel(),
                                     adam<scalar_t>(),
-                                    {scalar_t(now.step), scalar_t(now.inverse_root)}};
+                                    reinterpret_cast<const math::AdamRate<scalar_t>*>(rates_.const_data_ptr<scalar_t>()),
+                                    taken_.const_data_ptr<int32_t>()};
     FASTVAE_LAUNCH(adam_update, trained.value.device(), args, args.size, 1);
   });
 }
@@ -368,6 +369,7 @@ void NetworkCopies::update(const at::Tensor& grad) {
     }
     g = affine_reverse(l, g);
   }
+  taken_.add_(1);  // not on the host: a CUDA graph replays this
   ++steps_;
   evaluated_ = false;
 }

@@ -75,7 +75,7 @@ class NetworkCopies {
 
   AdamSettings settings_;
   int64_t max_steps_;
-  int64_t steps_ = 0;
+  int64_t steps_ = 0;  // that the host asked for; replayed from a CUDA graph, they are more
   int64_t samples_ = 0;
   size_t tensors_;
   std::shared_ptr<const Program> program_;
@@ -83,6 +83,7 @@ class NetworkCopies {
   size_t first_ = 0;            // layer with parameters
   at::Tensor input_;            // of that layer, flat, channel last
   at::Tensor rates_;            // [steps, 2]
+  at::Tensor taken_;            // [1] int32
   bool product_ready_ = false;  // the last update left the first layer's product behind
   bool evaluated_ = false;      // forward has run since the last update
 };

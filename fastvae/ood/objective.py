@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae._extension import raw
-from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
+from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.models import VAE
 from fastvae.models.base import BaseVAE, encoded_already
+from fastvae.network.flow import log_px_and_force
+from fastvae.network.heads import make_head
+from fastvae.network.sweeps import Inputs
+from fastvae.ops._registration import read_decoder
 from fastvae.ops.hamiltonian_flow import observed_rows
 
 __all__ = ["PosteriorObjective"]
@@ -19,8 +24,8 @@ __all__ = ["PosteriorObjective"]
 class PosteriorObjective:
     """Minus the ELBO with beta = 1, for a mean and a log variance that need not be the encoder's.
 
-    A VAE whose decoder can be lowered runs forward and back in one sweep with its likelihood; any other model
-    goes through its own ``objective`` and autograd, with all its parameters frozen.
+    The decoder of a VAE runs forward and back in one sweep with its likelihood, by kernels or read as a graph; any
+    other model goes through its own ``objective`` and autograd, with all its parameters frozen.
 
     Args:
         model: a private copy in eval mode, its parameters frozen.
@@ -30,7 +35,12 @@ class PosteriorObjective:
 
     def __init__(self, model: BaseVAE, x: Tensor, codes: Tensor) -> None:
         self._model, self._x = model, x
-        self._network = _swept_decoder(model, codes)
+        self._sweep = _decoder_sweep(model, x, codes)
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether no code of a user's runs, but for what was read of the decoder."""
+        return self._sweep is not None
 
     def __call__(self, posterior: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [B] and its gradient [B, 2 d].
@@ -39,15 +49,11 @@ class PosteriorObjective:
             posterior: mean before log variance, [B, 2 d].
             noise: [noise_draws, B, d].
         """
-        if self._network is None:
+        if self._sweep is None:
             return self._by_autograd(posterior, noise)
         mu, logvar = posterior.chunk(2, 1)
         scaled = torch.exp(logvar / 2) * noise[0]
-        z = mu + scaled
-        like = self._model.likelihood
-        log_px, force = raw.decoder_gradient(
-            z, observed_rows(self._x, z, like), self._network.tensors, self._network.spec, like.spec
-        )
+        log_px, force = self._sweep(mu + scaled)
         variance = logvar.exp()
         loss = 0.5 * (mu.square() + variance - 1 - logvar).sum(1) - log_px
         return loss, torch.cat((mu - force, 0.5 * (variance - 1 - scaled * force)), 1)
@@ -62,14 +68,32 @@ class PosteriorObjective:
         return loss.detach(), grad
 
 
-def _swept_decoder(model: Any, codes: Tensor) -> LoweredNetwork | None:
-    """The decoder's layers, where the model's objective is a VAE's own."""
-    stock = isinstance(model, VAE) and type(model).objective is VAE.objective
-    if not stock or type(model).log_px is not BaseVAE.log_px or not model.likelihood.has_kernel:
+def _decoder_sweep(
+    model: Any, x: Tensor, codes: Tensor
+) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """log p(x | z) [B] and its gradient [B, d] as a function of z, where the model's objective is a VAE's own."""
+    kind = type(model)
+    stock = isinstance(model, VAE) and kind.objective is VAE.objective and kind.decode is BaseVAE.decode
+    if not stock or kind.log_px is not BaseVAE.log_px:
         return None
+    like = model.likelihood
+    if like.has_kernel:
+        try:
+            lowered = lower(model.decoder, strip_sigmoid=like.probs, compare_at=codes)
+            observed = observed_rows(x, codes, like)
+            return lambda z: raw.decoder_gradient(z, observed, lowered.tensors, lowered.spec, like.spec)
+        except CoupledSamples:
+            raise
+        except (UnsupportedLayer, ValueError):
+            pass
     try:
-        return lower(model.decoder, strip_sigmoid=model.likelihood.probs, compare_at=codes)
+        read = read_decoder("log_px_and_force", model.decoder, codes, "autograd", like)
     except CoupledSamples:
         raise
-    except (UnsupportedLayer, ValueError):
+    except (UnsupportedLayer, TypeError, ValueError):
         return None
+    if read is None:
+        return None
+    sweeps, inputs = read.sweeps, Inputs(read.sweeps, codes, read.tensors)
+    head = make_head(like, x, codes)
+    return lambda z: log_px_and_force(sweeps, inputs, head, z)

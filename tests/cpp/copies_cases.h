@@ -108,7 +108,9 @@ void check_copies(const CopiesCase& c, const char* type, const Run& run) {
   Arena<T> arena;
   const int64_t rows = c.in + c.bias, size = c.samples * rows * c.out;
   std::vector<int32_t> seen(c.samples * rows, 0);
+  int32_t taken = 0;
   CopiedRows<T> layer{};
+  layer.taken = &taken;
   layer.value = arena.random(size);
   layer.mean = arena.random(size);
   layer.square = arena.random(size, 0.0, 1.0);
@@ -125,11 +127,11 @@ void check_copies(const CopiesCase& c, const char* type, const Run& run) {
   T* grad_h = arena.output(c.samples * c.in);
   T* partial = arena.scratch(c.samples * copies_chunks(rows) * c.out);
   double worst = 0.0;
-  for (layer.steps = 0; layer.steps < kSteps; ++layer.steps) {
-    if (!c.first || layer.steps == 0) {
+  for (; taken < kSteps; ++taken) {
+    if (!c.first || taken == 0) {
       const T* fresh = arena.random(c.samples * c.in);
       for (int64_t i = 0; i < c.samples * c.in; ++i) {
-        h[i] = (i + layer.steps / 2) % 3 == 0 ? T(0) : fresh[i];
+        h[i] = (i + taken / 2) % 3 == 0 ? T(0) : fresh[i];
       }
       run(CopiesProduct<T>{layer, h, a, partial});
     }
@@ -143,7 +145,7 @@ void check_copies(const CopiesCase& c, const char* type, const Run& run) {
       }
       worst = std::max(worst, distance(grad_h, expected));
     }
-    plain.update(h, delta, layer.rates[layer.steps]);
+    plain.update(h, delta, layer.rates[taken]);
   }
   run(CopiesCatchUp<T>{layer});
   worst = std::max({worst, distance(layer.value, plain.value), distance(layer.mean, plain.mean),
@@ -157,6 +159,8 @@ void check_copies(const CopiesCase& c, const char* type, const Run& run) {
 template <typename T, typename Run>
 void check_adam_update(const char* type, const Run& run) {
   constexpr int64_t kSize = 133;
+  const math::AdamRate<T> rates[] = {{T(0.1), T(2)}, {T(0.3), T(1.5)}};
+  const int32_t taken = 1;
   Arena<T> arena;
   AdamUpdate<T> args{arena.random(kSize),
                      arena.random(kSize),
@@ -164,11 +168,12 @@ void check_adam_update(const char* type, const Run& run) {
                      arena.random(kSize),
                      kSize,
                      {T(0.25), T(0.75), T(0.25), T(0.125), T(0.5)},
-                     {T(0.3), T(1.5)}};
-  const CopiedRows<T> layer{args.value, args.mean, args.square, nullptr, 1, 1, kSize, 0, 0, nullptr, args.adam};
+                     rates,
+                     &taken};
+  const CopiedRows<T> layer{args.value, args.mean, args.square, nullptr, 1, 1, kSize, 0, nullptr, nullptr, args.adam};
   PlainLayer<T> plain(layer, {"", 1, 1, kSize, 0, false, false});
   const T one = T(1);
-  plain.update(&one, args.grad, args.rate);
+  plain.update(&one, args.grad, rates[taken]);
   run(args);
   const double worst = std::max(
       {distance(args.value, plain.value), distance(args.mean, plain.mean), distance(args.square, plain.square)});

@@ -31,14 +31,14 @@ FASTVAE_INLINE Row<T> row_of(const CopiedRows<T>& layer, int64_t row) {
 
 template <typename T>
 FASTVAE_INLINE void catch_up_row(const CopiedRows<T>& layer, int64_t row) {
-  const int64_t seen = layer.seen[row];
-  if (seen == layer.steps) {
+  const int64_t seen = layer.seen[row], steps = layer.steps();
+  if (seen == steps) {
     return;
   }
   const Row<T> at = row_of(layer, row);
   for (int64_t first = 0; first < layer.out; first += kTile) {
     const int64_t count = std::min(kTile, layer.out - first);
-    for (int64_t step = seen; step < layer.steps; ++step) {
+    for (int64_t step = seen; step < steps; ++step) {
       const math::AdamRate<T> rate = layer.rates[step];
 #pragma GCC ivdep
       for (int64_t i = first; i < first + count; ++i) {
@@ -46,7 +46,7 @@ FASTVAE_INLINE void catch_up_row(const CopiedRows<T>& layer, int64_t row) {
       }
     }
   }
-  layer.seen[row] = static_cast<int32_t>(layer.steps);
+  layer.seen[row] = static_cast<int32_t>(steps);
 }
 
 template <typename T>
@@ -93,7 +93,7 @@ FASTVAE_INLINE void update_row(const CopiesUpdate<T>& args, const Row<T>& at, co
 template <typename T>
 FASTVAE_INLINE void adam_update_template(const AdamUpdate<T>& args, int64_t begin, int64_t end) {
   const math::Adam<T> adam = args.adam;
-  const math::AdamRate<T> rate = args.rate;
+  const math::AdamRate<T> rate = args.rates[*args.taken];
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     math::adam(args.value[i], args.mean[i], args.square[i], args.grad[i], adam, rate);
@@ -120,7 +120,8 @@ FASTVAE_INLINE void copies_product_template(const CopiesProduct<T>& args, int64_
 template <typename T>
 FASTVAE_INLINE void copies_update_template(const CopiesUpdate<T>& args, int64_t begin, int64_t end) {
   const CopiedRows<T>& layer = args.layer;
-  const math::AdamRate<T> rate = layer.rates[layer.steps];
+  const int64_t steps = layer.steps();
+  const math::AdamRate<T> rate = layer.rates[steps];
   for (int64_t sample = begin; sample < end; ++sample) {
     const T* delta = args.delta + sample * layer.out;
     T* next = args.next == nullptr ? nullptr : args.next + sample * layer.out;
@@ -147,7 +148,7 @@ FASTVAE_INLINE void copies_update_template(const CopiesUpdate<T>& args, int64_t 
         continue;
       }
       update_row(args, at, delta, h, rate);
-      layer.seen[row] = static_cast<int32_t>(layer.steps + 1);
+      layer.seen[row] = static_cast<int32_t>(steps + 1);
       if (next != nullptr) {
         add_product(next, at.value, h, layer.out);
       }

@@ -9,8 +9,9 @@ namespace fastvae::cuda {
 
 template <typename T>
 __global__ void adam_update_kernel(const AdamUpdate<T> args) {
+  const math::AdamRate<T> rate = args.rates[*args.taken];
   for (int64_t i = global_thread(); i < args.size; i += global_threads()) {
-    math::adam(args.value[i], args.mean[i], args.square[i], args.grad[i], args.adam, args.rate);
+    math::adam(args.value[i], args.mean[i], args.square[i], args.grad[i], args.adam, rate);
   }
 }
 
@@ -19,13 +20,13 @@ __device__ T input_of(const CopiedRows<T>& layer, const T* h, int64_t sample, in
   return j < layer.in ? h[sample * layer.in + j] : T(1);
 }
 
-// One number of a row that has seen `seen` steps, as it is after layer.steps; the caller notes what it has seen then.
+// One number of a row that has seen `seen` steps, as it is after `steps`; the caller notes what it has seen then.
 template <typename T>
-__device__ T caught_up(const CopiedRows<T>& layer, int64_t i, int64_t seen) {
+__device__ T caught_up(const CopiedRows<T>& layer, int64_t i, int64_t seen, int64_t steps) {
   T value = layer.value[i];
-  if (seen < layer.steps) {
+  if (seen < steps) {
     T mean = layer.mean[i], square = layer.square[i];
-    for (int64_t step = seen; step < layer.steps; ++step) {
+    for (int64_t step = seen; step < steps; ++step) {
       math::adam(value, mean, square, T(0), layer.adam, layer.rates[step]);
     }
     layer.value[i] = value;
@@ -91,14 +92,15 @@ __device__ void note_seen(const CopiedRows<T>& layer, const RowChunk<T>& chunk, 
 template <typename T>
 __global__ void copies_product_kernel(const CopiesProduct<T> args, T* out) {
   const CopiedRows<T>& layer = args.layer;
+  const int64_t steps = layer.steps();
   for (int64_t block = blockIdx.x; block < layer.samples * copies_chunks(layer.rows()); block += gridDim.x) {
     const RowChunk<T> chunk(layer, block);
     sum_rows(layer, chunk, out + block * layer.out, [&](int64_t j, int64_t o) {
       const T h = input_of(layer, args.h, chunk.sample, j);
       const int64_t row = chunk.sample * layer.rows() + j;
-      return h == T(0) ? T(0) : h * caught_up(layer, row * layer.out + o, layer.seen[row]);
+      return h == T(0) ? T(0) : h * caught_up(layer, row * layer.out + o, layer.seen[row], steps);
     });
-    note_seen(layer, chunk, args.h, layer.steps);
+    note_seen(layer, chunk, args.h, steps);
   }
 }
 
@@ -106,7 +108,8 @@ __global__ void copies_product_kernel(const CopiesProduct<T> args, T* out) {
 template <typename T>
 __global__ void copies_update_columns_kernel(const CopiesUpdate<T> args, T* out) {
   const CopiedRows<T>& layer = args.layer;
-  const math::AdamRate<T> rate = layer.rates[layer.steps];
+  const int64_t steps = layer.steps();
+  const math::AdamRate<T> rate = layer.rates[steps];
   for (int64_t block = blockIdx.x; block < layer.samples * copies_chunks(layer.rows()); block += gridDim.x) {
     const RowChunk<T> chunk(layer, block);
     sum_rows(layer, chunk, out == nullptr ? out : out + block * layer.out, [&](int64_t j, int64_t o) {
@@ -115,12 +118,12 @@ __global__ void copies_update_columns_kernel(const CopiesUpdate<T> args, T* out)
         return T(0);
       }
       const int64_t row = chunk.sample * layer.rows() + j, i = row * layer.out + o;
-      caught_up(layer, i, layer.seen[row]);
+      caught_up(layer, i, layer.seen[row], steps);
       const T delta = args.delta[chunk.sample * layer.out + o];
       math::adam(layer.value[i], layer.mean[i], layer.square[i], h * delta, layer.adam, rate);
       return h * layer.value[i];
     });
-    note_seen(layer, chunk, args.h, layer.steps + 1);
+    note_seen(layer, chunk, args.h, steps + 1);
   }
 }
 
@@ -128,7 +131,8 @@ __global__ void copies_update_columns_kernel(const CopiesUpdate<T> args, T* out)
 template <typename T>
 __global__ void copies_update_rows_kernel(const CopiesUpdate<T> args) {
   const CopiedRows<T>& layer = args.layer;
-  const math::AdamRate<T> rate = layer.rates[layer.steps];
+  const int64_t steps = layer.steps();
+  const math::AdamRate<T> rate = layer.rates[steps];
   const int64_t lane = threadIdx.x % kWarp;
   for (int64_t row = global_thread() / kWarp; row < layer.samples * layer.rows(); row += global_threads() / kWarp) {
     const int64_t sample = row / layer.rows(), j = row % layer.rows();
@@ -145,14 +149,14 @@ __global__ void copies_update_rows_kernel(const CopiesUpdate<T> args) {
     T sum = T(0);
     for (int64_t o = lane; o < layer.out; o += kWarp) {
       const int64_t i = row * layer.out + o;
-      sum += caught_up(layer, i, seen) * delta[o];
+      sum += caught_up(layer, i, seen, steps) * delta[o];
       if (!idle) {
         math::adam(layer.value[i], layer.mean[i], layer.square[i], h * delta[o], layer.adam, rate);
       }
     }
     sum = warp_sum(sum);  // behind it, all lanes have read what the row has seen
     if (lane == 0) {
-      layer.seen[row] = static_cast<int32_t>(idle ? layer.steps : layer.steps + 1);
+      layer.seen[row] = static_cast<int32_t>(idle ? steps : steps + 1);
       if (asked) {
         args.grad_h[sample * layer.in + j] = sum;
       }
@@ -163,13 +167,14 @@ __global__ void copies_update_rows_kernel(const CopiesUpdate<T> args) {
 template <typename T>
 __global__ void copies_catch_up_kernel(const CopiesCatchUp<T> args) {
   const CopiedRows<T>& layer = args.layer;
+  const int64_t steps = layer.steps();
   for (int64_t block = blockIdx.x; block < layer.samples * copies_chunks(layer.rows()); block += gridDim.x) {
     const RowChunk<T> chunk(layer, block);
     const int64_t begin = chunk.sample * layer.rows();
     for (int64_t k = chunk.first * layer.out + threadIdx.x; k < chunk.end * layer.out; k += blockDim.x) {
-      caught_up(layer, begin * layer.out + k, layer.seen[begin + k / layer.out]);
+      caught_up(layer, begin * layer.out + k, layer.seen[begin + k / layer.out], steps);
     }
-    note_seen<T>(layer, chunk, nullptr, layer.steps);
+    note_seen<T>(layer, chunk, nullptr, steps);
   }
 }
 
