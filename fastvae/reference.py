@@ -27,7 +27,6 @@ from fastvae.likelihoods import Likelihood, resolve
 
 __all__ = [
     "Trajectory",
-    "adam_step",
     "expand_step_size",
     "gaussian_kl",
     "grad_dot",
@@ -454,26 +453,3 @@ def grad_dot(
         total = total + ((of_inputs + flag) * of_grads).sum((1, 3))
     assert isinstance(total, Tensor)
     return total
-
-
-def adam_step(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> None:
-    """Step number ``step`` (from 1) of Adam in place, with weight decay as part of the gradient.
-
-    Kingma, Ba, Adam, ICLR 2015, Algorithm 1, in the form of ``torch.optim.Adam``; all tensors of one shape.
-    """
-    grad = grad + weight_decay * parameter
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    root = exp_avg_sq.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
-    parameter.addcdiv_(exp_avg, root, value=-lr / (1 - betas[0] ** step))

@@ -109,7 +109,7 @@ class Code:
             written.append((*_encoded(call, functions), target, sorted(ended)))
         self._functions = tuple(functions)
         fixed = {number: value for number, value in (constants or {}).items() if number in last}
-        self._constants = list(fixed.values())
+        self.constants = list(fixed.values())
         self._code = raw.StraightCode(
             written,
             1 + max(memory, default=0),
@@ -122,9 +122,7 @@ class Code:
 
     def __call__(self, given: Sequence[Any], before: Any = None) -> tuple[tuple[Tensor, ...], Any]:
         """The outputs for these inputs, and what is kept, after a run that kept what this one takes."""
-        found: tuple[tuple[Tensor, ...], Any] = self._code(
-            self._functions, [*given, *self._constants], before
-        )
+        found: tuple[tuple[Tensor, ...], Any] = self._code(self._functions, [*given, *self.constants], before)
         return found
 
     def __len__(self) -> int:

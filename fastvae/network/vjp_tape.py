@@ -47,6 +47,12 @@ class RepeatedVjp:
         """Whether calls are made without autograd by now."""
         return self._code is not None and self._is_checked
 
+    def is_straight_on(self, device: torch.device) -> bool:
+        """Whether that is so and no tensor of another device takes part."""
+        if self._code is None or not self._is_checked:
+            return False
+        return all(tensor.device == device for code in self._code for tensor in code.constants)
+
     def forward(self) -> Tensor:
         """y, detached."""
         self._runs += 1

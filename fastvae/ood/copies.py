@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_captured
 from fastvae._extension import raw
 from fastvae.lowering import LoweredNetwork, UnsupportedLayer
 from fastvae.lowering.rows import RowsModule
 from fastvae.models.base import BaseVAE
-from fastvae.reference import adam_step
 
 __all__ = ["Adam", "Copies", "LoweredCopies", "PosteriorCopies", "lower_encoder", "numel_of"]
 
@@ -33,6 +34,9 @@ class Adam:
 
 class Copies(ABC):
     """B encoders, one for each x; a step is ``forward`` and then ``update``."""
+
+    can_be_captured: bool
+    """Whether steps may be replayed from a CUDA graph from now on."""
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -61,6 +65,8 @@ class LoweredCopies(Copies):
         CoupledSamples: an encoder whose samples depend on each other.
     """
 
+    can_be_captured = True
+
     def __init__(self, model: BaseVAE, x: Tensor, adam: Adam, num_steps: int) -> None:
         if type(model).encode is not BaseVAE.encode or type(model)._split is not BaseVAE._split:
             raise UnsupportedLayer(f"lower: {type(model).__name__} encodes in a way of its own")
@@ -85,16 +91,43 @@ class LoweredCopies(Copies):
         return {name: tensor for name, tensor in found if tensor is not None}
 
 
+class FusedAdam:
+    """PyTorch's fused step, of which a CUDA graph may be made.
+
+    Args:
+        trained: leaves.
+        settings: without weight decay unless ``decays``.
+    """
+
+    def __init__(self, trained: list[Tensor], settings: Adam, *, decays: bool = True) -> None:
+        decay = settings.weight_decay if decays else 0.0
+        self._trained = trained
+        self._optimizer = torch.optim.Adam(
+            trained, settings.lr, settings.betas, settings.eps, decay, fused=True
+        )
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """What has no gradient is left alone, decay and all."""
+        for leaf, gradient in zip(self._trained, gradients, strict=True):
+            # The fused step takes numbers in the order of memory, whatever a gradient's strides say [torch 2.13].
+            leaf.grad = None if gradient is None else gradient.contiguous()
+        # The step is the same with this flag and without: PyTorch asks for it in a graph and warns of it outside.
+        self._optimizer.param_groups[0]["capturable"] = is_captured(self._trained[0])
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
 class PosteriorCopies(Copies):
     """No encoders at all: Adam on the mean and the log variance of each image, from the encoder's on.
 
     Weight decay is for weights: there is none here.
     """
 
+    can_be_captured = True
+
     def __init__(self, mu: Tensor, logvar: Tensor, adam: Adam) -> None:
         self._output = torch.cat((mu, logvar), 1)
-        self._moments = torch.zeros_like(self._output), torch.zeros_like(self._output)
-        self._adam, self._steps = adam, 0
+        self._optimizer = FusedAdam([self._output], adam, decays=False)
 
     def forward(self) -> Tensor:
         """See ``Copies``."""
@@ -102,8 +135,7 @@ class PosteriorCopies(Copies):
 
     def update(self, grad: Tensor) -> None:
         """See ``Copies``."""
-        self._steps += 1
-        adam_step(self._output, grad, *self._moments, self._steps, lr=self._adam.lr, betas=self._adam.betas)
+        self._optimizer.step([grad])
 
     def parameters(self) -> dict[str, Tensor]:
         """None: the encoder was not touched."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvae.models.base import BaseVAE
 from fastvae.network.vjp_tape import RepeatedVjp
-from fastvae.ood.copies import Adam, Copies
+from fastvae.ood.copies import Adam, Copies, FusedAdam
 from fastvae.private import private_copy, twin_of
 
 __all__ = ["DifferentiatedCopies", "LoopedCopies", "VmappedCopies", "differentiated_copies"]
@@ -28,9 +28,7 @@ class DifferentiatedCopies(Copies):
     def __init__(self, model: BaseVAE, x: Tensor, adam: Adam) -> None:
         self._model, self._x = model, x
         self._trained = self._copied()
-        self._optimizer = torch.optim.Adam(
-            self._trained, adam.lr, adam.betas, adam.eps, adam.weight_decay, fused=True
-        )
+        self._optimizer = FusedAdam(self._trained, adam)
         others = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
         self._encoding_of_all = RepeatedVjp(self._encode, self._trained, [x, *others])
 
@@ -52,12 +50,12 @@ class DifferentiatedCopies(Copies):
 
     def update(self, grad: Tensor) -> None:
         """See ``Copies``."""
-        # What has no gradient, torch.optim.Adam leaves alone, decay and all.
-        for parameter, own in zip(self._trained, self.gradients(grad), strict=True):
-            # The fused step takes numbers in the order of memory, whatever a gradient's strides say [torch 2.13].
-            parameter.grad = None if own is None else own.contiguous()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.step(self.gradients(grad))
+
+    @property
+    def can_be_captured(self) -> bool:  # type: ignore[override]
+        """See ``Copies``."""
+        return self._encoding_of_all.is_straight_on(self._x.device)
 
     def gradients(self, grad: Tensor, *, retain_graph: bool = False) -> list[Tensor | None]:
         """Of the last outputs to what is trained, given theirs [B, 2 d]; None for what they do not depend on."""

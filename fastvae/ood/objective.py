@@ -68,9 +68,7 @@ class PosteriorObjective:
         return loss.detach(), grad
 
 
-def _decoder_sweep(
-    model: Any, x: Tensor, codes: Tensor
-) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+def _decoder_sweep(model: Any, x: Tensor, codes: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """log p(x | z) [B] and its gradient [B, d] as a function of z, where the model's objective is a VAE's own."""
     kind = type(model)
     stock = isinstance(model, VAE) and kind.objective is VAE.objective and kind.decode is BaseVAE.decode

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedPasses", "Pass"]
+from fastvae.cuda_graphs import WARM_UP, capture
 
-WARM_UP = 3
-"""Batches of a form that run as they are first: kernels are loaded, networks read and straight code written by then."""
+__all__ = ["CapturedPasses", "Pass"]
 
 _MANY = 32
 """Forms without a graph before somebody is told."""
@@ -103,18 +102,16 @@ class CapturedPasses:
         self._last = form
 
     def _capture(self, x: Tensor) -> _Graph:
-        graph, given = torch.cuda.CUDAGraph(), x.clone()
+        given = x.clone()
         try:
-            with torch.cuda.graph(graph):
-                made = self._run(given)
+            graph, made = capture(lambda: self._run(given), x.device)
         except RuntimeError as error:
             raise RuntimeError(
                 f"fit: cuda_graph: expected a training step of {type(self._model).__name__} that never waits for the "
                 f"GPU, so that a CUDA graph can hold it; pass cuda_graph=False. PyTorch: {error}"
             ) from error
-        return _Graph(
-            graph, given, made._replace(replayed=True), [parameter.grad for parameter in self._parameters]
-        )
+        gradients = [parameter.grad for parameter in self._parameters]
+        return _Graph(graph, given, made._replace(replayed=True), gradients)
 
     def _form(self, x: Tensor) -> tuple[Any, ...]:
         facts: list[Any] = [x.shape, x.stride(), x.dtype, x.device]
