@@ -3,7 +3,7 @@
     python benchmarks/zoo.py                        all entries, batches of 4, 16 and 64, one and two threads: an hour
     python benchmarks/zoo.py --quick                batches of 4, two threads, few rounds: under 10 minutes
     python benchmarks/zoo.py --only mlp,disent-fc   these entries alone
-    python benchmarks/zoo.py --cuda --batches 64    on a GPU
+    python benchmarks/zoo.py --cuda --batches 64    on a GPU; with --captured both from CUDA graphs
 
 Tasks, in float32: "flow", sum log p(x | z_K) - |rho_K|^2 / 2 of K = 3 leapfrog steps and its gradients to z, step size,
 alpha and all parameters; "jacobian", the mean over the batch of sum |dy/dz| and its gradients to all parameters.
@@ -193,6 +193,14 @@ def run_task(
         return [], str(error)
     except Exception as error:
         return [], f"eager PyTorch in float64: {common.why(error)}"
+    if options.captured:
+        try:
+            run_ours, run_eager = common.captured(run_ours), common.captured(run_eager)
+            our_error = error_of(run_ours(), exact)
+        except Exception as error:
+            return [], f"captured: {common.why(error)}"
+        if not our_error <= max(TOLERANCE, 2 * eager_error):
+            return [], f"replayed, ours differs from float64 by {our_error:.1e}"
     records = []
     for threads in options.all_threads:
         torch.set_num_threads(threads)
@@ -254,7 +262,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--width", type=int, default=4, help="of networks that have one (default 4; tests: 1)"
     )
     options_of.add_argument("--batches", help="batch sizes, by commas (default: 4,16,64; --quick: 4)")
+    options_of.add_argument("--captured", action="store_true", help="both from CUDA graphs, on a GPU")
     options = command.parse(options_of, arguments)
+    if options.captured and options.device != "cuda":
+        options_of.error("--captured: expected a GPU, got the CPU")
     options.only = [name for name in options.only.split(",") if name]
     if unknown := sorted(set(options.only) - set(ZOO)):
         options_of.error(f"--only: expected some of {', '.join(ZOO)}; got {', '.join(unknown)}")
@@ -268,7 +279,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    device, path = command.begin(options, "zoo")
+    device, path = command.begin(options, "zoo-captured" if options.captured else "zoo")
     environment = common.environment(device)
     packages = sorted({entry.package for entry in ZOO.values() if entry.package})
     settings = {
@@ -276,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batches": ", ".join(map(str, options.batches)),
         "width": options.width,
         "precision": "float32",
+        "captured in CUDA graphs": "yes" if options.captured else "no",
         **{package: common.version_of(package) for package in packages},
     }
     chosen = [entry for entry in ZOO.values() if not options.only or entry.name in options.only]

@@ -139,7 +139,7 @@ if [ -n "$dry" ]; then
 fi
 pytest=("$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider)
 ! has xdist || pytest+=(-n "${WORKERS:-8}" --dist worksteal)
-tests=${TESTS:-tests}
+read -ra tests <<<"${TESTS:-tests}"
 results="$work/$call/results"
 device=${dry:+--cpu --quick}
 device=${device:---cuda}
@@ -156,7 +156,7 @@ case $call in
   first)
     stage 90 smoke "${smoke[@]}" ${dry:+leapfrog grad_dot}
     if has pytest; then
-      stage 260 tests "${pytest[@]}" -k "(cuda or gpu) and not compile and not inductor and not export" "$tests"
+      stage 260 tests "${pytest[@]}" -k "(cuda or gpu) and not compile and not inductor and not export" "${tests[@]}"
     else
       note "pytest is not installed: only scripts/gpu_smoke.py compares the GPU with the CPU"
     fi
@@ -211,7 +211,7 @@ case $call in
       note "JAX is not installed"
     fi
     if has pytest; then
-      stage 300 tests-compile "${pytest[@]}" -k "(cuda or gpu) and (compile or inductor or export)" "$tests"
+      stage 300 tests-compile "${pytest[@]}" -k "(cuda or gpu) and (compile or inductor or export)" "${tests[@]}"
     fi
     ;;
 esac

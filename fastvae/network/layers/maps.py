@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from fastvae._compiling import is_captured
 from fastvae.network.program import Operation
 from fastvae.network.tape import kernel, outside
 
@@ -72,13 +73,15 @@ class MapLayer(Layer):
         numbers = tuple(point.values[slot] for slot in self.slots if slot != self.x)
         key = len(rows), tuple(x[1:]), rows.dtype, rows.device, numbers
         found = self._transposed.get(key)
-        if found is None:
-            if len(self._transposed) >= _SHAPES:
-                self._transposed.clear()
+        if found is None or is_captured(rows):
             found = Transposed(
                 functools.partial(self._apply, Point(list(point.values), ())), key[:1] + key[1], rows
             )
-            self._transposed[key] = found
+            # A graph of autograd belongs to the stream on which it was made: a CUDA graph has one of its own.
+            if not is_captured(rows):
+                if len(self._transposed) >= _SHAPES:
+                    self._transposed.clear()
+                self._transposed[key] = found
         return found
 
     def reverse(self, point: Point, dy: Tensor, grads: Gradients, products: Products | None) -> None:
