@@ -13,8 +13,8 @@ __all__ = ["capture", "run_steps"]
 
 _Made = TypeVar("_Made")
 
-WARM_UP = 4
-"""Runs before work is captured: kernels are loaded, networks read and straight code written and compared by then."""
+WARM_UP = 2
+"""Runs before work is captured: kernels are loaded and networks read by then."""
 
 _WORTHWHILE = 16
 """Steps from which on a capture, about ten of them, pays."""
@@ -48,11 +48,12 @@ def run_steps(
     Args:
         step: from an input to its result; it may change tensors in place.
         inputs: those of all steps.
-        can_be_captured: asked after the first steps: whether the others may be replayed from a CUDA graph.
+        can_be_captured: asked after each of the first steps: whether the others may be replayed from a CUDA graph.
     """
     results: list[Tensor] = []
     for one in inputs:
-        if inputs.is_cuda and len(results) == WARM_UP and len(inputs) >= _WORTHWHILE and can_be_captured():
+        left = len(inputs) - len(results)
+        if inputs.is_cuda and len(results) >= WARM_UP and left >= _WORTHWHILE and can_be_captured():
             break
         results.append(step(one))
     rest = inputs[len(results) :]
