@@ -30,7 +30,7 @@ def capture(function: Callable[[], _Made], device: torch.device) -> tuple[torch.
     """
     # A stream of this thread's own, and always the same: each has a workspace of cuBLAS.
     streams: dict[Any, torch.cuda.Stream] = vars(_streams)
-    stream = streams.setdefault(device, torch.cuda.Stream(device))
+    stream = streams.get(device) or streams.setdefault(device, torch.cuda.Stream(device))
     graph = torch.cuda.CUDAGraph()
     with (
         torch.cuda.device(device),
