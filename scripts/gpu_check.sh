@@ -137,7 +137,7 @@ if [ -n "$dry" ]; then
   races=(grad_dot)
   counters=(grad_dot)
 fi
-pytest=("$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider)
+pytest=("$PYTHON" -m pytest -v --tb=short -m "not slow" -p no:cacheprovider)
 ! has xdist || pytest+=(-n "${WORKERS:-8}" --dist worksteal)
 read -ra tests <<<"${TESTS:-tests}"
 results="$work/$call/results"

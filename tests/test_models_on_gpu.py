@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -105,6 +106,9 @@ def test_fit_on_cuda(name: str, tmp_path: Any) -> None:
     load_checkpoint(other, history.checkpoints[-1])
     for found, expected in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(found, expected.cpu())
+
+
+SGD = functools.partial(torch.optim.SGD, lr=1e-3)
 
 
 def fit_both_ways(name: str, **options: Any) -> tuple[Any, Any, BaseVAE, BaseVAE]:

@@ -407,3 +407,5 @@ def test_float64_on_cuda(operator: str, entry: Entry) -> None:
         condition=tuple(c.cuda() for c in p.condition),
     )
     assert_near(everything(operator, moved, False), everything(operator, moved, True))
+    if operator == "flow":
+        assert bool(explanation_of_what_is_outside(moved)) == (entry.name in OUTSIDE)

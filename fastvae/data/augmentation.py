@@ -162,9 +162,9 @@ class ColorJitter:
     def _jittered(self, images: Tensor, top: float, generator: torch.Generator | None) -> Tensor:
         if images.shape[1] != 3:
             raise ValueError(f"ColorJitter: x: expected images of 3 channels, got {images.shape[1]}")
-        reach = images.new_tensor([self.brightness, self.contrast, self.saturation])
-        factors = 1 + (2 * _uniform(images, 3, generator) - 1) * reach
-        brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
+        drawn = (2 * _uniform(images, 3, generator) - 1)[:, :, None, None, None].unbind(1)
+        reach = self.brightness, self.contrast, self.saturation
+        brightness, contrast, saturation = (1 + part * a for part, a in zip(drawn, reach, strict=True))
         images = images * brightness
         images = torch.lerp(_grey(images).mean((2, 3), keepdim=True).expand_as(images), images, contrast)
         return torch.lerp(_grey(images).expand_as(images), images, saturation).clamp(0, top)
@@ -188,7 +188,8 @@ class Compose:
 
 
 def _grey(images: Tensor) -> Tensor:
-    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    red, green, blue = images.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def _uniform(images: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -227,6 +227,9 @@ def _written_down(exported: Any, held: Held, calls: list[Call], prefix: str) -> 
 _LARGEST_TURN = 1024
 """Forwards that do something else from here on are refused: so many samples would have to be run to see what."""
 
+_MOST_BY_CUDNN = 65535
+"""Rows of a BatchNorm up to which PyTorch asks cuDNN on a GPU; its other kernel computes the same."""
+
 
 def _turns(exported: Any, codes: Any) -> tuple[int, ...] | None:
     """Numbers of samples next to those for which the run holds; None if it holds for its own alone."""
@@ -235,6 +238,8 @@ def _turns(exported: Any, codes: Any) -> tuple[int, ...] | None:
         return None
     known = exported.range_constraints.get(size.node.expr)
     if known is None or known.upper >= 2**31:
+        return ()
+    if codes.meta["val"].is_cuda and known.upper == _MOST_BY_CUDNN:
         return ()
     if known.upper >= _LARGEST_TURN:
         raise UnsupportedLayer("its forward does something else for batches of another size")
