@@ -217,7 +217,9 @@ class BaseVAE(nn.Module, ABC):
         def of_views(mu: Tensor) -> Tensor:
             own = max(draws) + 1
             drawn = self._noise(mu[: samples * own], noise, generator)
-            return drawn.reshape(len(drawn), samples, own, mu.shape[1])[:, :, draws].flatten(1, 2)
+            each = drawn.reshape(len(drawn), samples, own, mu.shape[1]).unbind(2)
+            # Not by a list of indices, which would be copied to a GPU.
+            return torch.stack([each[draw] for draw in draws], 2).flatten(1, 2)
 
         together = torch.stack(batch, 1).reshape(samples * count, *x.shape[1:])
         return self.objective(together, noise=of_views, generator=generator).parts(batch)
