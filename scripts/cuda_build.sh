@@ -49,6 +49,7 @@ print(
 EOF
 )
 "$PYTHON" scripts/gpu_smoke.py --device cpu
+"$PYTHON" scripts/cuda_graph_check.py
 if [ "${1:-}" = --pytorch-ood ]; then
   # From tests/, since -m finds the package of the folder that it runs in first. A skipped test would not do.
   python=$(realpath --no-symlinks "$(command -v "$PYTHON")")
