@@ -11,6 +11,7 @@ which shows only that they run.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from networks import mlp, softplus_mlp  # noqa: E402
 
 import fastvae  # noqa: E402
 from fastvae import architectures, ops, reference  # noqa: E402
+from fastvae.training import fit  # noqa: E402
 
 Work = Callable[[], object]
 
@@ -114,6 +116,32 @@ def regret_case(images: int) -> Callable[[torch.device, bool], dict[str, Work]]:
     return build
 
 
+def fit_case(make: Callable[[], fastvae.models.BaseVAE], *shape: int) -> Callable[..., dict[str, Work]]:
+    """Forty training steps of 128 images, the few before a capture among them."""
+
+    def build(device: torch.device, small: bool) -> dict[str, Work]:
+        x = torch.rand(2 if small else 128, *shape, device=device)
+
+        def trained(cuda_graph: bool) -> Work:
+            torch.manual_seed(0)
+            model = make().to(device)
+            adam = functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
+            options = {"optimizer": adam, "epochs": 1, "progress": False, "cuda_graph": cuda_graph}
+            return lambda: fit(model, [x] * (2 if small else 40), **options)
+
+        works = {"ours": trained(False)}
+        if device.type == "cuda":
+            works["ours, captured"] = trained(True)
+        return works
+
+    return build
+
+
+def dense_networks() -> tuple[nn.Module, nn.Module]:
+    """784-512-64 and 32-512-784."""
+    return mlp(784, 512, 64), softplus_mlp(32, 512, 784)
+
+
 def tracin_case(train: int, queries: int, draws: int) -> Callable[[torch.device, bool], dict[str, Work]]:
     """The paper's MNIST model, one checkpoint."""
 
@@ -161,6 +189,14 @@ CASES: dict[str, Callable[[torch.device, bool], dict[str, Work]]] = {
     "log_px": log_px_case,
     "grad_dot": grad_dot_case,
     "tracin": tracin_case(2000, 100, 16),
+    "fit-vae": fit_case(lambda: fastvae.VAE(*dense_networks()), 784),
+    "fit-hvae": fit_case(lambda: fastvae.HVAE(*dense_networks(), num_steps=10), 784),
+    "fit-hvae-conv": fit_case(
+        lambda: fastvae.HVAE(architectures.hvae_encoder(), architectures.hvae_decoder(), num_steps=10),
+        1,
+        28,
+        28,
+    ),
     "regret-8": regret_case(8),
     "regret-64": regret_case(64),
 }
