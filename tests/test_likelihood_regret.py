@@ -110,7 +110,6 @@ SHAPES: dict[Callable[[], BaseVAE], tuple[int, ...]] = {
     mixed: (2, 8, 8),
     hamiltonian: (20,),
     unlowered: (20,),
-    recurrent: (20,),
 }
 each_model = pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
 Make = Callable[[], BaseVAE]
@@ -515,11 +514,11 @@ def test_scores_that_are_not_finite_are_named() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize("target", ["encoder", "posterior"])
-@each_model
+@pytest.mark.parametrize("make", [*SHAPES, recurrent], ids=lambda make: make.__name__)
 def test_regret_on_cuda(make: Make, target: str, cuda_graph: bool) -> None:
-    model, x = build(make).eval(), data(make)
-    on_cpu = regret(model, target=target)
-    on_gpu = regret(copy.deepcopy(model).cuda(), target=target, cuda_graph=cuda_graph)
+    model, x = build(make).eval(), images(2, *SHAPES.get(make, (20,))).float()
+    on_cpu = regret(model, target=target, num_steps=20)
+    on_gpu = regret(copy.deepcopy(model).cuda(), target=target, num_steps=20, cuda_graph=cuda_graph)
     expected = quiet(on_cpu.refit, x, parameters=True)
     found = quiet(on_gpu.refit, x, parameters=True)
     assert found.mu.is_cuda  # type: ignore[attr-defined]

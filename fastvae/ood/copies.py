@@ -6,6 +6,7 @@ Here by fused kernels; differentiated.py has what autograd trains.
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from fastvae._compiling import is_captured
 from fastvae._extension import raw
-from fastvae.lowering import LoweredNetwork, UnsupportedLayer
+from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer
+from fastvae.lowering.errors import join
 from fastvae.lowering.rows import RowsModule
 from fastvae.models.base import BaseVAE
+from fastvae.network.cache import read_network
+from fastvae.network.chain import chain_of
 
 __all__ = ["Adam", "Copies", "LoweredCopies", "PosteriorCopies", "lower_encoder", "numel_of"]
 
@@ -52,7 +56,7 @@ class Copies(ABC):
 
 
 class LoweredCopies(Copies):
-    """An encoder that can be lowered, in C++: no gradient of a dense layer is stored, no graph recorded.
+    """An encoder that is a chain of layers, in C++: no gradient of a dense layer is stored, no graph recorded.
 
     Args:
         model: in eval mode.
@@ -71,11 +75,28 @@ class LoweredCopies(Copies):
         if type(model).encode is not BaseVAE.encode or type(model)._split is not BaseVAE._split:
             raise UnsupportedLayer(f"lower: {type(model).__name__} encodes in a way of its own")
         dtype = next(model.encoder.parameters(), x).dtype
-        rows = model.likelihood.as_float(x, dtype).flatten(1)
-        network = lower_encoder(model.encoder, tuple(x.shape[1:]), rows)
-        self._names = network.names
+        given = model.likelihood.as_float(x, dtype)
+        rows = given.flatten(1)
+        network: LoweredNetwork | None = None
+        try:
+            network = lower_encoder(model.encoder, tuple(x.shape[1:]), rows)
+            spec, self._parts = (
+                network.spec,
+                [[(name, tensor)] for name, tensor in zip(network.names, network.tensors, strict=True)],
+            )
+        except CoupledSamples:
+            raise
+        except UnsupportedLayer:
+            spec, self._parts = _read_encoder(model, given)
+        self._encoder = model.encoder
+        tensors = [
+            torch.cat([tensor for _, tensor in parts]) if len(parts) > 1 else parts[0][1]
+            for parts in self._parts
+        ]
         settings = adam.lr, *adam.betas, adam.eps, adam.weight_decay
-        self._copies = raw.NetworkCopies(network.spec, network.tensors, rows, *settings, num_steps)
+        self._copies = raw.NetworkCopies(spec, tensors, rows, *settings, num_steps)
+        if network is None:
+            self._compare(model.encode(x))
 
     def forward(self) -> Tensor:
         """See ``Copies``."""
@@ -87,8 +108,62 @@ class LoweredCopies(Copies):
 
     def parameters(self) -> dict[str, Tensor]:
         """See ``Copies``."""
-        found = zip(self._names, self._copies.parameters(), strict=True)
-        return {name: tensor for name, tensor in found if tensor is not None}
+        copies = self._copies.parameters()
+        found = {
+            name: part
+            for parts, tensor in zip(self._parts, copies, strict=True)
+            if tensor is not None
+            for (name, _), part in zip(parts, tensor.split([len(own) for _, own in parts], 1), strict=True)
+        }
+        # What the encoder has and does not use.
+        samples = len(next(iter(found.values())))
+        return {
+            name: found[name] if name in found else own.detach().expand(samples, *own.shape)
+            for name, own in self._encoder.named_parameters()
+        }
+
+    def _compare(self, posterior: tuple[Tensor, Tensor]) -> None:
+        """The chain that was read gives the encoder's own output."""
+        expected = torch.cat(posterior, 1)
+        error = float((self.forward().to(expected) - expected).norm())
+        near = 1e-3 if expected.dtype == torch.float32 else 1e-6
+        if not error <= near * float(expected.norm()) and bool(expected.isfinite().all()):
+            raise UnsupportedLayer("lower: the chain of layers that was read of it gives another output")
+
+
+class _Joined(nn.Module):
+    """An encoder whose mean and log variance are one tensor [B, 2 d]."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.encoder(x)
+        return output if isinstance(output, Tensor) else torch.cat(tuple(output), 1)
+
+
+_joined: weakref.WeakKeyDictionary[BaseVAE, _Joined] = weakref.WeakKeyDictionary()
+"""Of models that are used again, so that what was read of their encoders is known."""
+
+
+def _read_encoder(model: BaseVAE, x: Tensor) -> tuple[str, list[list[tuple[str, Tensor]]]]:
+    """Layers and, by tensor of theirs, names and values of what lies in it one below the other."""
+    joined = _joined.get(model)
+    if joined is None or joined.encoder is not model.encoder:
+        joined = _joined[model] = _Joined(model.encoder)
+    network = read_network(joined, x)
+    chain = chain_of(network, x[:2])
+    sources = network.sweeps.program.sources
+    parts: list[list[tuple[str, Tensor]]] = []
+    for numbers in chain.sources:
+        parts.append([])
+        for number in numbers:
+            source, tensor = sources[number], network.tensors[number]
+            if tensor is None or source.constant is not None or source.steps:
+                raise UnsupportedLayer("lower: a layer's tensor is no parameter of the encoder")
+            parts[-1].append((join(source.path, source.name).removeprefix("encoder."), tensor))
+    return chain.spec, parts
 
 
 class FusedAdam:

@@ -1,0 +1,241 @@
+"""A read network as a chain of layers, in the words of the kernels that train a copy of it for each sample.
+
+Two heads on one trunk are one layer of twice the width, whose outputs come one below the other; what follows them may
+move numbers about, as long as they end where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.lowering import UnsupportedLayer, activations
+from fastvae.network.cache import ReadNetwork
+from fastvae.network.program import Operation, Slot
+
+__all__ = ["Chain", "chain_of"]
+
+_ACTIVATIONS: dict[str, Callable[..., activations.Activation]] = {
+    "relu": activations.relu,
+    "leaky_relu": activations.leaky_relu,
+    "softplus": activations.softplus,
+    "tanh": activations.tanh,
+    "sigmoid": activations.sigmoid,
+    "silu": activations.silu,
+    "gelu": activations.gelu,
+}
+
+_MOVES = frozenset(
+    {
+        "alias", "cat", "chunk", "clone", "contiguous", "dropout", "flatten", "getitem", "movedim", "permute",
+        "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "transpose", "unbind",
+        "unflatten", "unsqueeze", "view", "_unsafe_view",
+    }
+)  # fmt: skip
+"""Operations that make no numbers: what they do with places is looked at."""
+
+
+class Chain(NamedTuple):
+    """Layers, and the sources of each of their tensors."""
+
+    spec: str
+    sources: list[tuple[int, ...]]
+    """By tensor of the spec the numbers of its sources, from 0, one below the other."""
+
+
+def chain_of(network: ReadNetwork, x: Tensor) -> Chain:
+    """The chain that a read network is for data like x [B, ...].
+
+    Raises:
+        UnsupportedLayer: it is none, or of other layers than linear, conv2d of one group, batch_norm and activations.
+    """
+    return _Reader(network, x).chain()
+
+
+class _Reader:
+    def __init__(self, network: ReadNetwork, x: Tensor) -> None:
+        self.program = network.sweeps.program
+        self.values = self.program.start(x, network.tensors)
+        self.values[0] = x
+        with torch.no_grad():
+            for operation in self.program.active:
+                self.values[operation.index] = operation.call(self.values)
+        self.texts: list[str] = [] if x.dim() == 2 else [_reshaped(x)]
+        self.sources: list[tuple[int, ...]] = []
+        self.taken: set[int] = set()
+
+    def chain(self) -> Chain:
+        at, rest = 0, list(self.program.active)
+        heads: tuple[int, ...] = ()
+        while at != self.program.output and not heads:
+            users = [operation for operation in rest if at in operation.slots]
+            if len(users) == 2 and all(user.kind in _MOVES for user in users):
+                users = self._once(users, rest)
+            if len(users) == 1 and self._follow(users[0], at):
+                at = users[0].index
+            elif len(users) == 2 and self._layer(users):
+                heads = users[0].index, users[1].index
+            else:
+                break
+            rest = [operation for operation in rest if operation not in users]
+        heads = heads or (at,)
+        self._check_order(heads, rest)
+        if self.values[heads[0]].dim() > 2:
+            self.texts.append("reshape -1")
+        return Chain(";".join(self.texts), self.sources)
+
+    def _once(self, moves: list[Operation], rest: list[Operation]) -> list[Operation]:
+        """The first of two moves, in place of both where they are the same."""
+        first, second = moves
+        a, b = (self.values[move.index] for move in moves)
+        if (
+            first.kind != second.kind
+            or not isinstance(a, Tensor)
+            or a.shape != b.shape
+            or not torch.equal(a, b)
+        ):
+            return moves
+        for place, operation in enumerate(rest):
+            if second.index in operation.slots:
+                args = [Slot(first.index) if arg == Slot(second.index) else arg for arg in operation.args]
+                rest[place] = Operation(
+                    operation.index,
+                    operation.name,
+                    operation.target,
+                    args,
+                    operation.kwargs,
+                    operation.is_number,
+                )
+        rest.remove(second)
+        return [first]
+
+    def _follow(self, operation: Operation, at: int) -> bool:
+        """Whether an operation is a layer of the chain."""
+        kind = operation.kind
+        if kind in _ACTIVATIONS or kind == "elu":
+            self.texts.append(_activation(operation))
+            return True
+        if kind == "batch_norm":
+            return self._norm(operation)
+        if kind in _MOVES:
+            return self._move(operation, at)
+        return self._layer([operation])
+
+    def _layer(self, heads: Sequence[Operation]) -> bool:
+        """One linear layer or convolution, or two of the same form side by side."""
+        first = heads[0]
+        forms = [self._form(operation) for operation in heads]
+        if forms[0] is None or any(form != forms[0] for form in forms):
+            return False
+        weights = self._tensor([operation.args[1] for operation in heads])
+        bias = self._tensor([_argument(operation, 2, None) for operation in heads])
+        self.texts.append(" ".join([first.kind, weights, bias, *forms[0]]))
+        return True
+
+    def _form(self, operation: Operation) -> list[str] | None:
+        """The numbers of a layer after its tensors; None where it is no layer of the kernels."""
+        x = self.values[operation.args[0].index]
+        if operation.kwargs:
+            return None
+        if operation.kind == "linear":
+            return [] if x.dim() == 2 else None
+        if operation.kind != "conv2d" or x.dim() != 4 or _argument(operation, 6, 1) != 1:
+            return None
+        numbers: list[str] = []
+        for place, default in ((3, 1), (4, 0), (5, 1)):
+            value = _argument(operation, place, default)
+            pair = list(value) if isinstance(value, (list, tuple)) else [value]
+            if not all(isinstance(number, int) for number in pair):
+                return None
+            numbers += map(str, pair * 2 if len(pair) == 1 else pair)
+        return [*numbers, "1"]
+
+    def _norm(self, operation: Operation) -> bool:
+        _, weight, bias, mean, var, training, _, eps, *_ = operation.args
+        if training or mean is None or var is None:
+            return False
+        tensors = [self._tensor([tensor]) for tensor in (weight, bias, mean, var)]
+        self.texts.append(" ".join(["batch_norm", *tensors, repr(eps)]))
+        return True
+
+    def _move(self, operation: Operation, at: int) -> bool:
+        """A reshape: the numbers of a sample stay in order."""
+        coded, result = self._coded([at], [operation], operation.index)
+        if not isinstance(result, Tensor) or result.dim() < 2 or not _same_rows(coded, result):
+            return False
+        if result.dim() == 2 or result.shape[1:] != coded[0].shape[1:]:
+            self.texts.append(_reshaped(result))
+        return True
+
+    def _tensor(self, slots: Sequence[Any]) -> str:
+        """The number of a tensor that is made of these sources."""
+        if all(slot is None for slot in slots):
+            return "-1"
+        if not all(isinstance(slot, Slot) and 1 <= slot.index <= len(self.program.sources) for slot in slots):
+            raise UnsupportedLayer(
+                "lower: a tensor of a layer is computed of others, or one of two heads has no bias"
+            )
+        found = tuple(slot.index - 1 for slot in slots)
+        if self.taken & set(found):
+            raise UnsupportedLayer("lower: a parameter is shared by two layers")
+        self.taken.update(found)
+        self.sources.append(found)
+        return str(len(self.sources) - 1)
+
+    def _check_order(self, heads: Sequence[int], rest: Sequence[Operation]) -> None:
+        """What comes after the chain leaves its outputs, one head's after the other's, where they are."""
+        for operation in rest:
+            if operation.kind not in _MOVES:
+                name = operation.name or operation.kind
+                raise UnsupportedLayer(
+                    f"lower: {name}: no layer of a chain that is trained for each sample by kernels"
+                )
+        coded, result = self._coded(heads, rest, self.program.output)
+        if not isinstance(result, Tensor) or not _same_rows(coded, result):
+            raise UnsupportedLayer("lower: outputs come in another order than the two heads give them")
+
+    def _coded(
+        self, places: Sequence[int], operations: Sequence[Operation], output: int
+    ) -> tuple[list[Tensor], Any]:
+        """Values with a number of its own in every place, and what operations make of them."""
+        values, coded, first = list(self.values), [], 0
+        for place in places:
+            like = self.values[place]
+            numbers = torch.arange(first, first + like.numel(), dtype=torch.float64, device=like.device)
+            values[place] = numbers.reshape(like.shape)
+            coded.append(values[place])
+            first += like.numel()
+        for operation in operations:
+            values[operation.index] = operation.call(values)
+        return coded, values[output]
+
+
+def _same_rows(coded: Sequence[Tensor], result: Tensor) -> bool:
+    expected = torch.cat([value.flatten(1) for value in coded], 1)
+    return len(result) == len(expected) and torch.equal(result.flatten(1), expected)
+
+
+def _reshaped(value: Tensor) -> str:
+    sizes = [-1] if value.dim() == 2 else list(value.shape[1:])
+    return " ".join(map(str, ["reshape", *sizes]))
+
+
+def _argument(operation: Operation, place: int, default: Any) -> Any:
+    return operation.args[place] if len(operation.args) > place else default
+
+
+def _activation(operation: Operation) -> str:
+    _, *numbers = operation.args
+    if operation.kind == "elu":
+        alpha = numbers[0] if numbers else 1.0
+        if any(scale != 1 for scale in numbers[1:]):
+            raise UnsupportedLayer(
+                "lower: elu: no layer of a chain that is trained for each sample by kernels"
+            )
+        kind, values = activations.elu(alpha)
+    else:
+        kind, values = _ACTIVATIONS[operation.kind](*numbers, **operation.kwargs)
+    return " ".join([kind, *(repr(float(value)) for value in values)])

@@ -1,0 +1,99 @@
+"""Likelihood regret and TracIn on the encoders of the zoo, against Adam by hand and one sample's gradient at a time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from influence_problems import mlp, tracin, vae_gradients
+from torch import Tensor, nn
+from zoo.encoders import ENCODERS, EncoderEntry, encoder_of
+
+from fastvae.models import VAE
+from fastvae.noise import SampleNoise, keys_of
+from fastvae.ood import LikelihoodRegret
+from fastvae.ood.sequential import refit_one
+
+QUICK = {
+    "two-heads-mlp", "unbound", "two-heads-batchnorm", "convolutional-heads", "resnet-groupnorm", "clamped-logvar",
+    "bag-of-tokens", "weights-used-thrice", "spectral-norm", "time-series", "disent-linear",
+}  # fmt: skip
+"""The others are trained by the slow tests alone."""
+
+IN_KERNELS = {
+    "mlp", "two-heads-mlp", "chunked", "split-to-a-list", "unbound", "sliced", "two-heads-convolutional",
+    "two-heads-batchnorm", "convolutional-heads", "pythae-mlp", "pythae-mnist-convnet", "disent-linear", "disent-conv64",
+    "disent-conv64-batchnorm",
+}  # fmt: skip
+"""Encoders whose copies are trained by kernels; all others by autograd, which a warning says."""
+
+STEPS = 20
+
+
+def each_encoder(*, quick: set[str]) -> Any:
+    """Parametrise over the zoo; slow but for those that are quick."""
+    return pytest.mark.parametrize(
+        "entry",
+        [
+            pytest.param(
+                entry,
+                id=entry.name,
+                marks=[
+                    *([] if entry.name in quick else [pytest.mark.slow]),
+                    pytest.mark.skipif(not entry.is_installed, reason=f"{entry.package} is not installed"),
+                ],
+            )
+            for entry in ENCODERS.values()
+        ],
+    )
+
+
+def model_of(entry: EncoderEntry) -> VAE:
+    """The encoder in front of a small decoder, in float64."""
+    encoder = encoder_of(entry)
+    torch.manual_seed(1)
+    decoder = nn.Sequential(mlp(entry.latents, 8, math.prod(entry.shape)), nn.Unflatten(1, entry.shape))
+    return VAE(encoder, decoder, "gaussian", latent_dim=entry.latents).double().eval()
+
+
+def data(entry: EncoderEntry, count: int, seed: int = 0) -> Tensor:
+    """float32 under models of both precisions, because noise is keyed by the bytes."""
+    return torch.rand(count, *entry.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_encoder(quick=QUICK)
+def test_regret_is_that_of_adam_by_hand(entry: EncoderEntry) -> None:
+    model, x = model_of(entry), data(entry, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = LikelihoodRegret(model, num_steps=STEPS, num_samples=2, lr=1e-3).refit(x, parameters=True)
+    by_autograd = any("copies are trained" in str(warning.message) for warning in caught)
+    assert by_autograd == (entry.name not in IN_KERNELS)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} was changed"
+    for i, image in enumerate(x.split(1)):
+        own, losses = refit_one(model, image, SampleNoise(keys_of(image), 0, 1), num_steps=STEPS, lr=1e-3)
+        with torch.no_grad():
+            mu, logvar = own.encode(image)
+        for name, parameter in own.encoder.named_parameters():
+            torch.testing.assert_close(found.parameters[name][i], parameter.detach(), rtol=1e-8, atol=1e-8)
+        for mine, theirs in ((found.mu[i], mu[0]), (found.logvar[i], logvar[0]), (found.losses[i], losses)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:TracIn", "ignore:.*materialise")
+@each_encoder(quick=QUICK | {"lstm", "transformer", "volume", "glu", "prelu", "monai-2d"})
+def test_influence_is_that_of_single_gradients(entry: EncoderEntry) -> None:
+    model, train, queries = model_of(entry), data(entry, 4), data(entry, 2, seed=1)
+    of_train, of_queries = (vae_gradients(model, x, 2).mean(1) for x in (train, queries))
+    found = tracin(model, train, num_samples=2, uncovered="materialise")
+    expected = of_queries @ of_train.T
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found.influence(queries), expected, rtol=0, atol=1e-10 * size)
+    squares = of_train.square().sum(1)
+    torch.testing.assert_close(found.self_influence(), squares, rtol=1e-10, atol=0)
