@@ -133,7 +133,14 @@ class _ByProducts(TorchFunctionMode):
     """Runs attention, recurrent layers and hardsigmoid by operations that have two derivatives.
 
     It holds for this thread alone, where the flags of torch.backends hold for all.
+
+    Args:
+        unrolled: recurrent layers on a CPU as well, whose own derivatives are not what is missing.
     """
+
+    def __init__(self, unrolled: bool = False) -> None:
+        super().__init__()
+        self._unrolled = unrolled
 
     def __torch_function__(
         self,
@@ -147,7 +154,8 @@ class _ByProducts(TorchFunctionMode):
             return _MATH[func](*args, **kwargs)
         recurrent = RECURRENT.get(getattr(func, "__name__", ""))
         # The form for packed sequences has its parameters in the place of has_biases.
-        if recurrent is not None and args[0].is_cuda and isinstance(args[3], bool):
+        asked = recurrent is not None and (self._unrolled or args[0].is_cuda)
+        if recurrent is not None and asked and isinstance(args[3], bool):
             return recurrent(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -155,6 +163,11 @@ class _ByProducts(TorchFunctionMode):
 def twice_differentiable() -> contextlib.AbstractContextManager[Any]:
     """The context in which a decoder is called whose gradient is to be differentiated again."""
     return contextlib.nullcontext() if is_compiling() else _ByProducts()
+
+
+def batchable() -> contextlib.AbstractContextManager[Any]:
+    """The context in which torch.vmap runs attention, a transformer's layers and recurrent layers: by products."""
+    return _ByProducts(unrolled=True)
 
 
 def _nodes(tensor: Tensor, until: Any) -> Iterator[Any]:

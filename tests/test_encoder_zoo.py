@@ -25,8 +25,8 @@ QUICK = {
 
 IN_KERNELS = {
     "mlp", "two-heads-mlp", "chunked", "split-to-a-list", "unbound", "sliced", "two-heads-convolutional",
-    "two-heads-batchnorm", "convolutional-heads", "pythae-mlp", "pythae-mnist-convnet", "disent-linear", "disent-conv64",
-    "disent-conv64-batchnorm",
+    "two-heads-batchnorm", "convolutional-heads", "pythae-mlp", "pythae-mnist-convnet", "disent-linear",
+    "disent-conv64", "disent-conv64-batchnorm",
 }  # fmt: skip
 """Encoders whose copies are trained by kernels; all others by autograd, which a warning says."""
 

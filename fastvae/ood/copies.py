@@ -22,6 +22,7 @@ from fastvae.lowering.rows import RowsModule
 from fastvae.models.base import BaseVAE
 from fastvae.network.cache import read_network
 from fastvae.network.chain import chain_of
+from fastvae.private import origin_of
 
 __all__ = ["Adam", "Copies", "LoweredCopies", "PosteriorCopies", "lower_encoder", "numel_of"]
 
@@ -147,13 +148,24 @@ _joined: weakref.WeakKeyDictionary[BaseVAE, _Joined] = weakref.WeakKeyDictionary
 """Of models that are used again, so that what was read of their encoders is known."""
 
 
+_no_chains: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, str]] = weakref.WeakKeyDictionary()
+"""Of encoders that were found to be no chain, by the shape of a sample, why."""
+
+
 def _read_encoder(model: BaseVAE, x: Tensor) -> tuple[str, list[list[tuple[str, Tensor]]]]:
     """Layers and, by tensor of theirs, names and values of what lies in it one below the other."""
+    why_not = _no_chains.setdefault(origin_of(model.encoder) or model.encoder, {})
+    if x.shape[1:] in why_not:
+        raise UnsupportedLayer(why_not[x.shape[1:]])
     joined = _joined.get(model)
     if joined is None or joined.encoder is not model.encoder:
         joined = _joined[model] = _Joined(model.encoder)
-    network = read_network(joined, x)
-    chain = chain_of(network, x[:2])
+    try:
+        network = read_network(joined, x)
+        chain = chain_of(network, x[:2])
+    except UnsupportedLayer as error:
+        why_not[x.shape[1:]] = str(error)
+        raise
     sources = network.sweeps.program.sources
     parts: list[list[tuple[str, Tensor]]] = []
     for numbers in chain.sources:

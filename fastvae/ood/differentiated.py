@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from fastvae._second_order import batchable
 from fastvae.models.base import BaseVAE
 from fastvae.network.vjp_tape import RepeatedVjp
 from fastvae.ood.copies import Adam, Copies, FusedAdam
@@ -84,7 +85,8 @@ class VmappedCopies(DifferentiatedCopies):
         return list(self._parameters.values())
 
     def _encode(self) -> Tensor:
-        encoded: Tensor = torch.vmap(self._encode_one)(self._parameters, self._x)
+        with batchable():
+            encoded: Tensor = torch.vmap(self._encode_one)(self._parameters, self._x)
         return encoded
 
     def _encode_one(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -69,9 +69,10 @@ class LikelihoodRegret(Detector):
     decoder is fixed, and so are the leapfrog steps of an HVAE: any model's regret is that of its own
     objective (with beta = 1, without penalties) and its own importance-sampled likelihood.
 
-    An encoder that ``fastvae.lowering`` can read (Linear, Conv2d, BatchNorm, activations) is trained by fused
-    kernels; any other by ``torch.vmap`` and autograd, and what that cannot run (LSTM, GRU, a transformer's layers) one
-    image after the other, with the same result, after one warning that names the way. A private copy
+    An encoder that is a chain of Linear, Conv2d, BatchNorm and activations, with one last layer or a head each for mean
+    and log variance, is trained by fused kernels; any other by ``torch.vmap`` and autograd (recurrent layers and
+    attention by products), and what that cannot run one image after the other, with the same result, after one warning
+    that names the way. A private copy
     of the model is worked on, in eval mode (BatchNorm's statistics stay, its weight and bias are trained): the
     model itself is not touched. All parameters of the encoder are trained, frozen ones too.
 
