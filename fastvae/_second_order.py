@@ -63,6 +63,16 @@ def lstm_cell(x: Tensor, state: tuple[Tensor, Tensor], *weights: Tensor) -> tupl
     return leave.sigmoid() * cell.tanh(), cell
 
 
+def gru_cell(x: Tensor, state: Tensor, *weights: Tensor) -> Tensor:
+    """torch.gru_cell, which on a CPU writes into its own products."""
+    of_input, of_state, *biases = weights
+    entered = F.linear(x, of_input, *biases[:1]).chunk(3, 1)
+    kept = F.linear(state, of_state, *biases[1:]).chunk(3, 1)
+    reset, update = ((a + b).sigmoid() for a, b in zip(entered[:2], kept[:2], strict=True))
+    new = (entered[2] + reset * kept[2]).tanh()
+    return new + update * (state - new)
+
+
 def _layers_of_cells(cell: Callable[..., Any], several: bool) -> Callable[..., Any]:
     """torch.lstm and its like as a loop over layers, directions and steps of one cell."""
 
@@ -123,7 +133,7 @@ _MATH: dict[Any, Callable[..., Any]] = {
 # cuDNN's recurrent layers have no second derivative; PyTorch's own on a CPU have.
 RECURRENT: dict[str, Callable[..., Any]] = {
     "lstm": _layers_of_cells(lstm_cell, True),
-    "gru": _layers_of_cells(torch.gru_cell, False),
+    "gru": _layers_of_cells(gru_cell, False),
     "rnn_tanh": _layers_of_cells(torch.rnn_tanh_cell, False),
     "rnn_relu": _layers_of_cells(torch.rnn_relu_cell, False),
 }

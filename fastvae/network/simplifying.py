@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
-from fastvae._second_order import RECURRENT, lstm_cell
+from fastvae._second_order import RECURRENT, gru_cell, lstm_cell
 from fastvae.network.layers.base import MAKERS
 from fastvae.network.program import is_size
 
@@ -140,7 +140,7 @@ def _simpler() -> dict[Any, Any]:
         aten.lerp.Scalar: lambda a, b, weight: a + (b - a) * weight,
         aten.lerp.Tensor: lambda a, b, weight: a + (b - a) * weight,
         aten.glu.default: _gated,
-        aten.gru_cell.default: _gru_cell,
+        aten.gru_cell.default: gru_cell,
         aten.lstm_cell.default: lstm_cell,
         aten.rnn_tanh_cell.default: lambda x, h, *weights: _projections(x, h, weights).tanh(),
         aten.rnn_relu_cell.default: lambda x, h, *weights: _projections(x, h, weights).relu(),
@@ -222,14 +222,6 @@ def _projections(x: Tensor, h: Tensor, weights: Sequence[Tensor | None]) -> Tens
     of_x, of_h, bias_x, bias_h = [*weights, None, None][:4]
     assert of_x is not None and of_h is not None
     return torch.nn.functional.linear(x, of_x, bias_x) + torch.nn.functional.linear(h, of_h, bias_h)
-
-
-def _gru_cell(x: Tensor, h: Tensor, *weights: Tensor) -> Tensor:
-    of_x, of_h, *biases = weights
-    reset_x, enter_x, new_x = torch.nn.functional.linear(x, of_x, *biases[:1]).chunk(3, 1)
-    reset_h, enter_h, new_h = torch.nn.functional.linear(h, of_h, *biases[1:]).chunk(3, 1)
-    new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
-    return new + (enter_x + enter_h).sigmoid() * (h - new)
 
 
 def _gated(x: Tensor, dim: int = -1) -> Tensor:
