@@ -268,14 +268,15 @@ at::Tensor NetworkCopies::forward() {
 
 void NetworkCopies::step(const Trained& trained) const {
   FASTVAE_DISPATCH(trained.value, {
-    const AdamUpdate<scalar_t> args{trained.value.mutable_data_ptr<scalar_t>(),
-                                    trained.mean.mutable_data_ptr<scalar_t>(),
-                                    trained.square.mutable_data_ptr<scalar_t>(),
-                                    trained.grad.const_data_ptr<scalar_t>(),
-                                    trained.value.numel(),
-                                    adam<scalar_t>(),
-                                    reinterpret_cast<const math::AdamRate<scalar_t>*>(rates_.const_data_ptr<scalar_t>()),
-                                    taken_.const_data_ptr<int32_t>()};
+    const AdamUpdate<scalar_t> args{
+        trained.value.mutable_data_ptr<scalar_t>(),
+        trained.mean.mutable_data_ptr<scalar_t>(),
+        trained.square.mutable_data_ptr<scalar_t>(),
+        trained.grad.const_data_ptr<scalar_t>(),
+        trained.value.numel(),
+        adam<scalar_t>(),
+        reinterpret_cast<const math::AdamRate<scalar_t>*>(rates_.const_data_ptr<scalar_t>()),
+        taken_.const_data_ptr<int32_t>()};
     FASTVAE_LAUNCH(adam_update, trained.value.device(), args, args.size, 1);
   });
 }
