@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ def parse_with_compilers(description: str | None, arguments: Sequence[str] | Non
     options = parse(options_of, arguments)
     options.compile = options.compile and not options.quick
     return options
+
+
+def names_of(options_of: argparse.ArgumentParser, given: str, known: Collection[str]) -> list[str]:
+    """What --only names, by commas."""
+    names = [name for name in given.split(",") if name]
+    if unknown := sorted(name for name in set(names) if name not in known):
+        options_of.error(f"--only: expected some of {', '.join(known)}; got {', '.join(unknown)}")
+    return names
 
 
 def begin(options: argparse.Namespace, name: str) -> tuple[torch.device, Path]:

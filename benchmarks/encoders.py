@@ -37,6 +37,7 @@ import tracin_rivals as rivals  # noqa: E402
 from zoo.encoders import ENCODERS, EncoderEntry, encoder_of  # noqa: E402
 
 import fastvae  # noqa: E402
+from fastvae.models.inputs import JoinedEncoder  # noqa: E402
 from fastvae.noise import SampleNoise, keys_of  # noqa: E402
 from fastvae.ood.sequential import refit_one  # noqa: E402
 
@@ -44,18 +45,6 @@ OURS = "ours"
 IMAGES, STEPS = 16, 50
 TOLERANCE = {"regret": 2e-2, "tracin": 1e-3}
 """|difference| / |rival's|: Adam's first steps are signs of gradients, of which one near zero may have either."""
-
-
-class Joined(nn.Module):
-    """An encoder whose mean and log variance are one tensor."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.encoder(x)
-        return output if isinstance(output, Tensor) else torch.cat(tuple(output), 1)
 
 
 def networks(entry: EncoderEntry, width: int) -> tuple[nn.Module, nn.Module]:
@@ -98,7 +87,9 @@ def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, common
         model, train, [None], lambda *_: 1.0, num_samples=1, uncovered="materialise"
     )
     losses = (
-        rivals.Losses(Joined(copy.deepcopy(encoder)), copy.deepcopy(decoder), 1.0).eval().to(options.device)
+        rivals.Losses(JoinedEncoder(copy.deepcopy(encoder)), copy.deepcopy(decoder), 1.0)
+        .eval()
+        .to(options.device)
     )
     noise = [rivals.noise_of(x, entry.latents) for x in (train, queries)]
     try:
@@ -215,9 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--width", type=int, default=4, help="of networks that have one (default 4; tests: 1)"
     )
     options = command.parse(options_of, arguments)
-    options.only = [name for name in options.only.split(",") if name]
-    if unknown := sorted(set(options.only) - set(ENCODERS)):
-        options_of.error(f"--only: expected some of {', '.join(ENCODERS)}; got {', '.join(unknown)}")
+    options.only = command.names_of(options_of, options.only, ENCODERS)
     return options
 
 

@@ -266,9 +266,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = command.parse(options_of, arguments)
     if options.captured and options.device != "cuda":
         options_of.error("--captured: expected a GPU, got the CPU")
-    options.only = [name for name in options.only.split(",") if name]
-    if unknown := sorted(set(options.only) - set(ZOO)):
-        options_of.error(f"--only: expected some of {', '.join(ZOO)}; got {', '.join(unknown)}")
+    options.only = command.names_of(options_of, options.only, ZOO)
     given = tuple(int(batch) for batch in options.batches.split(",")) if options.batches else None
     options.batches = given or (BATCHES[:1] if options.quick else BATCHES)
     one = options.quick or options.device == "cuda"

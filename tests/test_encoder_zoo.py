@@ -19,7 +19,8 @@ from fastvae.ood.sequential import refit_one
 
 QUICK = {
     "two-heads-mlp", "unbound", "two-heads-batchnorm", "convolutional-heads", "resnet-groupnorm", "clamped-logvar",
-    "bag-of-tokens", "weights-used-thrice", "spectral-norm", "time-series", "disent-linear",
+    "bag-of-tokens", "weights-used-thrice", "spectral-norm", "time-series", "flattened-volume",
+    "disent-linear",
 }  # fmt: skip
 """The others are trained by the slow tests alone."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
+__all__ = ["JoinedEncoder", "check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
 
 
 def check_is_tensor(owner: object, x: object) -> None:
@@ -79,3 +79,16 @@ def split_posterior(model: nn.Module, output: object, batch: int) -> tuple[Tenso
     if mu.dim() != 2 or mu.shape != logvar.shape or mu.shape[0] != batch:
         raise refuse(f"({list(mu.shape)}, {list(logvar.shape)})")
     return mu, logvar
+
+
+class JoinedEncoder(nn.Module):
+    """An encoder of one or two tensors, whose mean and log variance are one tensor [B, 2 d]."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean before log variance."""
+        output = self.encoder(x)
+        return output if isinstance(output, Tensor) else torch.cat(tuple(output), 1)

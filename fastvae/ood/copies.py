@@ -20,6 +20,7 @@ from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer
 from fastvae.lowering.errors import join
 from fastvae.lowering.rows import RowsModule
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import JoinedEncoder
 from fastvae.network.cache import read_network
 from fastvae.network.chain import chain_of
 from fastvae.private import origin_of
@@ -78,25 +79,30 @@ class LoweredCopies(Copies):
         dtype = next(model.encoder.parameters(), x).dtype
         given = model.likelihood.as_float(x, dtype)
         rows = given.flatten(1)
-        network: LoweredNetwork | None = None
+        is_read = False
         try:
             network = lower_encoder(model.encoder, tuple(x.shape[1:]), rows)
-            spec, self._parts = (
-                network.spec,
-                [[(name, tensor)] for name, tensor in zip(network.names, network.tensors, strict=True)],
-            )
+            spec = network.spec
+            self._parts = [[named] for named in zip(network.names, network.tensors, strict=True)]
         except CoupledSamples:
             raise
         except UnsupportedLayer:
             spec, self._parts = _read_encoder(model, given)
+            is_read = True
         self._encoder = model.encoder
         tensors = [
             torch.cat([tensor for _, tensor in parts]) if len(parts) > 1 else parts[0][1]
             for parts in self._parts
         ]
         settings = adam.lr, *adam.betas, adam.eps, adam.weight_decay
-        self._copies = raw.NetworkCopies(spec, tensors, rows, *settings, num_steps)
-        if network is None:
+        try:
+            self._copies = raw.NetworkCopies(spec, tensors, rows, *settings, num_steps)
+        except ValueError as error:
+            if not is_read:
+                raise
+            # A chain of shapes that the kernels do not know, such as those of volumes.
+            raise UnsupportedLayer(f"lower: {error}") from error
+        if is_read:
             self._compare(model.encode(x))
 
     def forward(self) -> Tensor:
@@ -132,21 +138,8 @@ class LoweredCopies(Copies):
             raise UnsupportedLayer("lower: the chain of layers that was read of it gives another output")
 
 
-class _Joined(nn.Module):
-    """An encoder whose mean and log variance are one tensor [B, 2 d]."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.encoder(x)
-        return output if isinstance(output, Tensor) else torch.cat(tuple(output), 1)
-
-
-_joined: weakref.WeakKeyDictionary[BaseVAE, _Joined] = weakref.WeakKeyDictionary()
+_joined: weakref.WeakKeyDictionary[BaseVAE, JoinedEncoder] = weakref.WeakKeyDictionary()
 """Of models that are used again, so that what was read of their encoders is known."""
-
 
 _no_chains: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, str]] = weakref.WeakKeyDictionary()
 """Of encoders that were found to be no chain, by the shape of a sample, why."""
@@ -159,7 +152,7 @@ def _read_encoder(model: BaseVAE, x: Tensor) -> tuple[str, list[list[tuple[str, 
         raise UnsupportedLayer(why_not[x.shape[1:]])
     joined = _joined.get(model)
     if joined is None or joined.encoder is not model.encoder:
-        joined = _joined[model] = _Joined(model.encoder)
+        joined = _joined[model] = JoinedEncoder(model.encoder)
     try:
         network = read_network(joined, x)
         chain = chain_of(network, x[:2])

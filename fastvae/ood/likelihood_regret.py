@@ -88,8 +88,8 @@ class LikelihoodRegret(Detector):
             ``torch.optim.Adam``, and applies to weights only.
         memory_budget: bytes, about; images are taken in groups whose copies fit. None: 256 MiB, which keep a CPU busy
             (15 images of the paper's DCGAN), or 4 GiB on a GPU.
-        cuda_graph: on a GPU, replay the steps of a group from a CUDA graph after the first ones, where nothing runs
-            but kernels and what was read of encoder and decoder. The same scores.
+        cuda_graph: on a GPU, replay the steps of a group from a CUDA graph after the first ones, where kernels take the
+            decoder, and they or straight code the encoders. The same scores.
 
     Raises:
         ValueError: an argument out of range.
@@ -211,7 +211,7 @@ class LikelihoodRegret(Detector):
         losses = run_steps(
             take,
             noise.transpose(0, 1),
-            lambda: self.cuda_graph and objective.is_swept and copies.can_be_captured,
+            lambda: self.cuda_graph and objective.can_be_captured and copies.can_be_captured,
         )
         mu, logvar = copies.forward().to(mu).chunk(2, 1)
         return Refit(mu, logvar, losses.T, copies.parameters() if parameters else {})

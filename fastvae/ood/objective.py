@@ -35,12 +35,10 @@ class PosteriorObjective:
 
     def __init__(self, model: BaseVAE, x: Tensor, codes: Tensor) -> None:
         self._model, self._x = model, x
-        self._sweep = _decoder_sweep(model, x, codes)
-
-    @property
-    def is_swept(self) -> bool:
-        """Whether no code of a user's runs, but for what was read of the decoder."""
-        return self._sweep is not None
+        self._sweep = _by_kernels(model, x, codes)
+        self.can_be_captured = self._sweep is not None
+        """Whether a CUDA graph may hold it: nothing but kernels runs."""
+        self._sweep = self._sweep or _by_reading(model, x, codes)
 
     def __call__(self, posterior: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [B] and its gradient [B, 2 d].
@@ -68,22 +66,37 @@ class PosteriorObjective:
         return loss.detach(), grad
 
 
-def _decoder_sweep(model: Any, x: Tensor, codes: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """log p(x | z) [B] and its gradient [B, d] as a function of z, where the model's objective is a VAE's own."""
+_Sweep = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""log p(x | z) [B] and its gradient [B, d] as a function of z."""
+
+
+def _is_stock(model: Any) -> bool:
+    """Whether the model's objective is a VAE's own."""
     kind = type(model)
     stock = isinstance(model, VAE) and kind.objective is VAE.objective and kind.decode is BaseVAE.decode
-    if not stock or kind.log_px is not BaseVAE.log_px:
+    return stock and kind.log_px is BaseVAE.log_px
+
+
+def _by_kernels(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
+    """Of a decoder that is lowered."""
+    if not _is_stock(model) or not model.likelihood.has_kernel:
         return None
     like = model.likelihood
-    if like.has_kernel:
-        try:
-            lowered = lower(model.decoder, strip_sigmoid=like.probs, compare_at=codes)
-            observed = observed_rows(x, codes, like)
-            return lambda z: raw.decoder_gradient(z, observed, lowered.tensors, lowered.spec, like.spec)
-        except CoupledSamples:
-            raise
-        except (UnsupportedLayer, ValueError):
-            pass
+    try:
+        lowered = lower(model.decoder, strip_sigmoid=like.probs, compare_at=codes)
+        observed = observed_rows(x, codes, like)
+    except CoupledSamples:
+        raise
+    except (UnsupportedLayer, ValueError):
+        return None
+    return lambda z: raw.decoder_gradient(z, observed, lowered.tensors, lowered.spec, like.spec)
+
+
+def _by_reading(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
+    """Of a decoder that is read as a graph."""
+    if not _is_stock(model):
+        return None
+    like = model.likelihood
     try:
         read = read_decoder("log_px_and_force", model.decoder, codes, "autograd", like)
     except CoupledSamples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layer_kinds import draw_statistics
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from .entry import Adapted
+from .entry import build as encoder_of
 from .packages import build, version_of
 
 __all__ = ["ENCODERS", "EncoderEntry", "encoder_of"]
@@ -50,22 +48,6 @@ class EncoderEntry:
     def is_installed(self) -> bool:
         """Whether what it is made of can be imported."""
         return not self.package or importlib.util.find_spec(self.package) is not None
-
-
-def encoder_of(entry: EncoderEntry, width: int = 1) -> nn.Module:
-    """The encoder in float32 and eval mode, seeded, no tensor of it where its initialisation put it on purpose."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = entry.make(width)
-    if entry.output is not None or entry.method != "forward":
-        module = Adapted(module, entry.method, entry.output)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() <= 1 or not parameter.any():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        draw_statistics(module, 0.2)
-    return module.eval()
 
 
 class TwoHeads(nn.Module):
@@ -451,6 +433,7 @@ _ENTRIES = (
     EncoderEntry("spectral-norm", lambda w: normalised(w, parametrizations.spectral_norm), VECTOR),
     EncoderEntry("time-series", layers_1d, (2, 16)),
     EncoderEntry("volume", layers_3d, (1, 8, 8, 8)),
+    EncoderEntry("flattened-volume", lambda w: TwoHeads(dense(64, 8 * w), 8 * w), (1, 4, 4, 4)),
     pythae("mlp", "default_architectures:Encoder_VAE_MLP", (1, 6, 6)),
     pythae("mnist-convnet", "benchmarks.mnist:Encoder_Conv_VAE_MNIST", (1, 28, 28)),
     pythae("mnist-resnet", "benchmarks.mnist:Encoder_ResNet_VAE_MNIST", (1, 28, 28)),

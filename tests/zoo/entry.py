@@ -53,11 +53,6 @@ class Entry:
     heavy: bool = False
     today: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether operators can be given the module as it is."""
-        return self.output is None and self.method == "forward"
-
 
 class Adapted(nn.Module):
     """A module that decodes by another method, or returns more than a tensor, as operators call a decoder."""
@@ -81,16 +76,17 @@ class Problem(NamedTuple):
     likelihood: Likelihood
 
 
-def build(entry: Entry, width: int = 1) -> nn.Module:
-    """The decoder in float32 and eval mode, seeded, no tensor of it where its initialisation put it on purpose.
+def build(entry: Any, width: int = 1) -> nn.Module:
+    """The module of an entry, of a decoder or an encoder, in float32 and eval mode, seeded.
 
-    Norms initialised to the identity, biases and gates to zero, would hide what goes wrong with them.
+    No tensor of it is where its initialisation put it on purpose: norms initialised to the identity, biases and gates
+    to zero, would hide what goes wrong with them.
     """
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages, about what they use that is deprecated
-        module = entry.make(width)
-    if not entry.is_plain:
+        module: nn.Module = entry.make(width)
+    if entry.output is not None or entry.method != "forward":
         module = Adapted(module, entry.method, entry.output)
     with torch.no_grad():
         for parameter in module.parameters():
