@@ -73,6 +73,16 @@ def gru_cell(x: Tensor, state: Tensor, *weights: Tensor) -> Tensor:
     return new + update * (state - new)
 
 
+def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """torch.rnn_tanh_cell and its like, which on a CPU add into their own products."""
+
+    def cell(x: Tensor, state: Tensor, *weights: Tensor) -> Tensor:
+        of_input, of_state, *biases = weights
+        return activation(F.linear(x, of_input, *biases[:1]) + F.linear(state, of_state, *biases[1:]))
+
+    return cell
+
+
 def _layers_of_cells(cell: Callable[..., Any], several: bool) -> Callable[..., Any]:
     """torch.lstm and its like as a loop over layers, directions and steps of one cell."""
 
@@ -125,17 +135,34 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(output) if inplace else output
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """torch._weight_norm, whose backward pass torch.vmap runs one sample at a time."""
+    others = None if dim == -1 else [each for each in range(v.dim()) if each != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
+
+
+def _bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.bilinear, which torch.vmap runs one sample at a time."""
+    output = torch.einsum("...i,oij,...j->...o", x, weight, y)
+    return output if bias is None else output + bias
+
+
 _MATH: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     F.hardsigmoid: _hardsigmoid,
+    F.bilinear: _bilinear,
+    torch._weight_norm: _weight_norm,
+}
+CELLS: dict[str, Callable[..., Any]] = {
+    "lstm_cell": lstm_cell,
+    "gru_cell": gru_cell,
+    "rnn_tanh_cell": _rnn_cell(torch.tanh),
+    "rnn_relu_cell": _rnn_cell(torch.relu),
 }
 # cuDNN's recurrent layers have no second derivative; PyTorch's own on a CPU have.
 RECURRENT: dict[str, Callable[..., Any]] = {
-    "lstm": _layers_of_cells(lstm_cell, True),
-    "gru": _layers_of_cells(gru_cell, False),
-    "rnn_tanh": _layers_of_cells(torch.rnn_tanh_cell, False),
-    "rnn_relu": _layers_of_cells(torch.rnn_relu_cell, False),
+    name.removesuffix("_cell"): _layers_of_cells(cell, name == "lstm_cell") for name, cell in CELLS.items()
 }
 
 
@@ -162,7 +189,11 @@ class _ByProducts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _MATH:
             return _MATH[func](*args, **kwargs)
-        recurrent = RECURRENT.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        if self._unrolled and name in CELLS:
+            given = [each for each in args if each is not None]
+            return CELLS[name](*given, **kwargs)
+        recurrent = RECURRENT.get(name)
         # The form for packed sequences has its parameters in the place of has_biases.
         asked = recurrent is not None and (self._unrolled or args[0].is_cuda)
         if recurrent is not None and asked and isinstance(args[3], bool):

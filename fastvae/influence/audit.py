@@ -29,10 +29,8 @@ AUDITED = 8
 _NUMBERS = 2**23
 
 
-def audit(
-    engine: Engine, evaluation: Evaluation, batch: Batch
-) -> tuple[dict[str, Terms | None], dict[str, str]]:
-    """The terms of each layer, and the parameters whose gradients differ, with the reason.
+def audit(engine: Engine, evaluation: Evaluation, batch: Batch) -> dict[str, Terms | None]:
+    """The terms of each layer; parameters whose gradients differ are moved to the next way that there is.
 
     In float64 if the model runs in it, where round-off hides nothing.
     """
@@ -57,45 +55,77 @@ def _bind(engine: Engine, evaluation: Evaluation, snapshot: Snapshot) -> None:
     evaluation.bind(snapshot)
 
 
-def _compared(
-    engine: Engine, evaluation: Evaluation, few: Batch
-) -> tuple[dict[str, Terms | None], dict[str, str]]:
-    samples, draws = len(few[0]), evaluation.draws_of(few)
-    found: dict[str, Tensor] = {}
-    magnitudes: dict[str, Tensor] = {}
-    terms: dict[str, Terms | None] = {}
-    captured, own = engine.capture(evaluation, few, True, 1 / draws)
-    if own is not None:
-        sizes = [engine.parameters[name].numel() for name in engine.of_flow]
-        found |= dict(zip(engine.of_flow, own.split(sizes, 1), strict=True))
-    for layer, calls in captured:
-        terms[layer.name] = layer.terms(calls, samples)
-        kinds = [kind for kind, has in (("weight", layer.weight), ("bias", layer.bias)) if has]
-        factors = Factors()
-        engine.add_factors(factors, layer, calls, TILES, samples)
-        for kind, part in zip(kinds, factors.dense, strict=True):
-            ordered = layer.rule.as_parameter(layer.module, part) if kind == "weight" else part
-            name = f"{layer.name}.{kind}".lstrip(".")
-            found[name] = ordered
-            sizes_of_calls = [
-                layer.rule.magnitude(kind, layer.module, call.input, call.grad, samples) for call in calls
-            ]
-            magnitudes[name] = torch.stack(sizes_of_calls).sum(0)
+def _compared(engine: Engine, evaluation: Evaluation, few: Batch) -> dict[str, Terms | None]:
     names = engine.covered
     numels = [engine.parameters[name].numel() for name in names]
-    exact = engine.by_autograd(evaluation, few, names, True).split(numels, 1) if names else ()
-    largest = max((float(gradient.norm()) for gradient in exact), default=0.0)
-    reasons = {}
-    for name, gradient in zip(names, exact, strict=True):
-        eps, size = torch.finfo(gradient.dtype).eps, float(gradient.norm())
-        error = float((found.get(name, torch.zeros_like(gradient)) - gradient).norm())
+    gradients = engine.by_autograd(evaluation, few, names, True).split(numels, 1) if names else ()
+    exact = dict(zip(names, gradients, strict=True))
+    largest = max((float(gradient.norm()) for gradient in gradients), default=0.0)
+    while True:
+        terms, errors = _errors(engine, evaluation, few, exact, largest)
+        if not errors:
+            return terms
+        for name, error in errors.items():
+            engine.move(
+                name,
+                f"its gradient from its layer's inputs and output gradients is off by {error:.1e} of autograd's: it is "
+                "used outside its layer's forward, or samples of a batch depend on each other",
+            )
+
+
+def _errors(
+    engine: Engine, evaluation: Evaluation, few: Batch, exact: dict[str, Tensor], largest: float
+) -> tuple[dict[str, Terms | None], dict[str, float]]:
+    """The terms of each layer, and the relative errors of the parameters whose gradients differ."""
+    samples, draws = len(few[0]), evaluation.draws_of(few)
+    terms: dict[str, Terms | None] = {}
+    errors: dict[str, float] = {}
+    unknown = set(engine.covered)
+
+    def compare(name: str, gradient: Tensor, magnitude: Tensor | None = None) -> None:
+        unknown.discard(name)
+        errors.pop(name, None)
+        wanted = exact[name]
+        eps, size = torch.finfo(wanted.dtype).eps, float(wanted.norm())
+        error = float((gradient - wanted).norm())
         # Sums in another order differ by the round-off of their terms, which may cancel to a true gradient of zero
         # (a bias before InstanceNorm); what is missing is of the size of the gradient.
-        cancelled = float(magnitudes[name].norm()) if name in magnitudes else 0.0
+        cancelled = 0.0 if magnitude is None else float(magnitude.norm())
         if not error <= math.sqrt(eps) * size + 100 * eps * cancelled + 10 * eps * largest:
-            reasons[name] = (
-                "its gradient from its layer's inputs and output gradients is off by "
-                f"{error / max(size, torch.finfo(gradient.dtype).tiny):.1e} of autograd's: it is used outside its "
-                "layer's forward, or samples of a batch depend on each other"
-            )
-    return terms, reasons
+            errors[name] = error / max(size, torch.finfo(wanted.dtype).tiny)
+
+    captured = engine.capture(evaluation, few, True, 1 / draws)
+    if captured.of_flow is not None:
+        sizes = [engine.parameters[name].numel() for name in engine.of_flow]
+        for name, gradient in zip(engine.of_flow, captured.of_flow.split(sizes, 1), strict=True):
+            compare(name, gradient)
+    for layer, calls in captured.layers:
+        terms[layer.name] = layer.terms(calls, samples)
+        kinds = [(kind, names) for kind in ("weight", "bias") if (names := getattr(layer, kind))]
+        factors = Factors()
+        engine.add_factors(factors, layer, calls, TILES, samples)
+        for (kind, names), part in zip(kinds, factors.dense, strict=True):
+            of_calls = [
+                layer.rule.magnitude(kind, layer.module, call.input, call.grad, samples) for call in calls
+            ]
+            sizes = [engine.parameters[name].numel() for name in names]
+            for name, gradient in zip(names, layer.in_order(kind, part).split(sizes, 1), strict=True):
+                compare(name, gradient, torch.stack(of_calls).sum(0))
+    for whole, module_calls in captured.modules:
+        sizes = [engine.parameters[name].numel() for name in whole.names]
+        for axis in (0, 1):
+            whole.look_along(axis)
+            try:
+                found = whole.gradients(module_calls, samples).split(sizes, 1)
+            # Whatever a module raises that torch.vmap cannot run, or whose samples lie elsewhere.
+            except Exception:
+                continue
+            for name, gradient in zip(whole.names, found, strict=True):
+                compare(name, gradient)
+            if not errors.keys() & set(whole.names):
+                break
+        else:
+            errors |= dict.fromkeys(whole.names, math.inf)
+    for name in list(unknown):
+        compare(name, torch.zeros_like(exact[name]))
+    return terms, errors

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
 from fastvae.influence.audit import audit
 from fastvae.influence.coverage import Coverage, CoverageRow, UncoveredParameter
 from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import GRAM, TILES, Factors, cheaper_route, pair_cost, self_route
-from fastvae.influence.rules import NormRule, Rule, Terms, rule_of
+from fastvae.influence.layers import Captured, Layer, SeenCall, places_in, sum_of, watched
+from fastvae.influence.modules import ModuleCall, WholeModule
+from fastvae.influence.rules import Terms
 from fastvae.influence.sweeps import Call, flow_parameters, is_swept
 
 __all__ = ["Engine"]
-
-
-@dataclass
-class _Layer:
-    """A module with parameters that take part."""
-
-    name: str
-    module: nn.Module
-    rule: Rule
-    weight: bool
-    bias: bool
-
-    def terms(self, calls: list[Call], samples: int) -> Terms | None:
-        """Of all calls of a batch together; None where the weight takes no part or has no factors."""
-        if not self.weight:
-            return None
-        found = [self.rule.terms(self.module, call.input, call.grad, samples) for call in calls]
-        known = [terms for terms in found if terms is not None]
-        if len(known) < len(found):
-            return None
-        return Terms(sum(terms.count for terms in known), known[0].inputs, known[0].outputs)
-
-
-@dataclass
-class _Seen:
-    """What a hook saw of one call of a layer."""
-
-    input: Tensor
-    version: int
-    edge: GradientEdge
 
 
 class Engine:
@@ -83,27 +52,31 @@ class Engine:
         if not wanted:
             raise ValueError("TracIn: the model has no trained parameter among the chosen layers")
         self.parameters = wanted
-        self._layers, self._uncovered = _layers_of(model, wanted)
+        self._layers, without_rule, self._places = places_in(model, wanted)
+        self._modules: dict[str, WholeModule] = {}
+        self._uncovered: dict[str, str] = {}
         # The flow of an HVAE hands out the gradients of its own parameters, if its decoder can be swept.
         self.of_flow = [name for name in flow_parameters(model) if name in wanted] if is_swept(model) else []
         for name in self.of_flow:
-            self._uncovered.pop(name, None)
+            without_rule.pop(name, None)
         for penalty in getattr(model, "penalties", ()):
             if getattr(penalty, "differentiates_decoder", False):
                 reason = (
                     f"{type(penalty).__name__} differentiates the decoder, and its gradient is no layer's own"
                 )
-                self._uncovered |= {name: reason for name in wanted if _in_decoder(name)}
-                self._leave_out_uncovered()
-        for name, reason in self._uncovered.items():
-            self._refuse(name, reason)
+                of_decoder = [name for name in wanted if _in_decoder(name)]
+                without_rule |= dict.fromkeys(of_decoder, reason)
+                self._places |= {name: iter(()) for name in of_decoder}
+        self._reasons: dict[str, str] = {}
+        for name, reason in without_rule.items():
+            self.move(name, reason)
         self._terms: dict[str, Terms | None] = {}
         self._audited: set[Any] = set()
 
     def bind(self, model: nn.Module) -> None:
         """Work on another copy of the model, of which the same parameters are differentiated."""
         parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-        known = [*self.parameters, *(layer.name for layer in self._layers)]
+        known = [*self.parameters, *(layer.name for layer in self._layers), *self._modules]
         missing = [name for name in known if name not in parameters and name not in modules]
         if missing:
             raise ValueError(
@@ -116,16 +89,34 @@ class Engine:
             parameter.requires_grad_()
         for layer in self._layers:
             layer.module = modules[layer.name]
+        for whole in self._modules.values():
+            whole.module = modules[whole.name]
 
-    def _refuse(self, name: str, reason: str) -> None:
-        if not self._materialise:
-            raise UncoveredParameter(name, reason)
+    def move(self, name: str, reason: str) -> None:
+        """Take the gradient of a parameter in the next way that there is, from its layer outwards.
 
-    def _leave_out_uncovered(self) -> None:
-        for layer in self._layers:
-            layer.weight = layer.weight and f"{layer.name}.weight".lstrip(".") not in self._uncovered
-            layer.bias = layer.bias and f"{layer.name}.bias".lstrip(".") not in self._uncovered
+        Raises:
+            UncoveredParameter: there is none but sample by sample, and nobody asked for it.
+        """
+        self._reasons.setdefault(name, reason)
+        for part in self._layers:
+            part.weight = [each for each in part.weight if each != name]
+            part.bias = [each for each in part.bias if each != name]
         self._layers = [layer for layer in self._layers if layer.weight or layer.bias]
+        for whole in list(self._modules.values()):
+            whole.parameters = [each for each in whole.parameters if whole.full_name(each) != name]
+            if not whole.parameters:
+                del self._modules[whole.name]
+        place = next(self._places[name], None)
+        if place is None:
+            if not self._materialise:
+                raise UncoveredParameter(name, self._reasons[name])
+            self._uncovered[name] = self._reasons[name]
+            return
+        module = self.model.get_submodule(place)
+        by_id = {id(parameter): own for own, parameter in module.named_parameters()}
+        own = by_id[id(self.parameters[name])]
+        self._modules.setdefault(place, WholeModule(place, module)).parameters.append(own)
 
     # ---- factors ----
 
@@ -155,10 +146,11 @@ class Engine:
 
     def gradient_numel(self, routes: dict[str, str]) -> int:
         """Those of them that are entries of gradients."""
-        numel = sum(self.parameters[name].numel() for name in self._uncovered)
+        apart = [*self._uncovered, *(name for whole in self._modules.values() for name in whole.names)]
+        numel = sum(self.parameters[name].numel() for name in apart)
         for layer in self._layers:
             if self._terms[layer.name] is None or routes[layer.name] == TILES:
-                numel += sum(parameter.numel() for parameter in layer.module.parameters(recurse=False))
+                numel += sum(self.parameters[name].numel() for name in (*layer.weight, *layer.bias))
         return numel
 
     def factors(
@@ -171,20 +163,21 @@ class Engine:
         draws = evaluation.draws_of(batch)
         samples = len(batch[0]) * (1 if fold else draws)
         found = Factors()
-        captured, own = self.capture(evaluation, batch, fold, 1 / draws if fold else 1.0)
-        found.dense += [] if own is None else [own]
-        for layer, calls in captured:
+        captured = self.capture(evaluation, batch, fold, 1 / draws if fold else 1.0)
+        found.dense += [] if captured.of_flow is None else [captured.of_flow]
+        for layer, calls in captured.layers:
             self.add_factors(found, layer, calls, routes[layer.name], samples)
+        found.dense += [whole.gradients(calls, samples) for whole, calls in captured.modules]
         if self._uncovered:
             found.dense.append(self.by_autograd(evaluation, batch, list(self._uncovered), fold))
         return found
 
-    def add_factors(self, found: Factors, layer: _Layer, calls: list[Call], route: str, samples: int) -> None:
+    def add_factors(self, found: Factors, layer: Layer, calls: list[Call], route: str, samples: int) -> None:
         """Append what the calls of a layer make of its gradients, by this route."""
         rule, module = layer.rule, layer.module
         if layer.weight and route == GRAM:
             pairs = [rule.factors(module, call.input, call.grad, samples) for call in calls]
-            bias = layer.bias and rule.bias_in_terms
+            bias = bool(layer.bias) and rule.bias_in_terms
             if bias and any(call.tangent for call in calls):
                 # Not every term is one of the bias: a feature that is 1 or 0 says which.
                 pairs = [
@@ -200,46 +193,55 @@ class Engine:
             found.output_grads.append(delta)
             found.bias.append(bias)
         elif layer.weight:
-            found.dense.append(_sum(_weight_gradient(layer, call, samples) for call in calls))
+            found.dense.append(layer.weight_gradient(calls, samples))
         if layer.bias and not (layer.weight and route == GRAM and rule.bias_in_terms):
             of_bias = [call for call in calls if not call.tangent]
             found.dense.append(
-                _sum(rule.bias_gradient(module, call.input, call.grad, samples) for call in of_bias)
+                sum_of(rule.bias_gradient(module, call.input, call.grad, samples) for call in of_bias)
             )
 
-    def capture(
-        self, evaluation: Evaluation, batch: Batch, fold: bool, scale: float
-    ) -> tuple[list[tuple[_Layer, list[Call]]], Tensor | None]:
-        """Every layer with what it was given and the gradient at what it gave; the flow's own gradients [B, P]."""
-        if (known := evaluation.calls(batch, fold)) is not None:
-            return [(layer, known[layer.name]) for layer in self._layers if layer.name in known], None
+    def capture(self, evaluation: Evaluation, batch: Batch, fold: bool, scale: float) -> Captured:
+        """Every layer and module with what it was given and the gradient at what it gave."""
+        if not self._modules and (known := evaluation.calls(batch, fold)) is not None:
+            return Captured(
+                [(each, known[each.name]) for each in self._layers if each.name in known], [], None
+            )
         sweep = evaluation.sweep()
         samples = len(batch[0]) * (1 if fold else evaluation.draws_of(batch))
         hooked = [layer for layer in self._layers if sweep is None or not _in_decoder(layer.name)]
-        seen: dict[str, list[_Seen]] = {layer.name: [] for layer in hooked}
-        with torch.enable_grad(), _hooks(hooked, seen):
+        seen: dict[str, list[SeenCall]] = {layer.name: [] for layer in hooked}
+        of_modules: dict[str, list[ModuleCall]] = {name: [] for name in self._modules}
+        with torch.enable_grad(), watched(hooked, list(self._modules.values()), seen, of_modules):
             total = evaluation.losses(batch, fold, sweep).sum()
-        flat = [call for of_layer in seen.values() for call in of_layer]
-        for name, of_layer in seen.items():
-            if any(call.input._version != call.version for call in of_layer):
-                raise ValueError(f"TracIn: {name}: its input was changed in place after the layer read it")
-        edges = [call.edge for call in flat] + ([] if sweep is None else sweep.edges)
+        flat = [(name, call) for name, calls in seen.items() for call in calls]
+        outputs = [(call, place) for calls in of_modules.values() for call in calls for place in call.outputs]
+        changed = [name for name, call in flat if call.input._version != call.version]
+        changed += [name for name, calls in of_modules.items() if any(call.was_changed for call in calls)]
+        if changed:
+            raise ValueError(f"TracIn: {changed[0]}: its input was changed in place after the layer read it")
+        edges = [call.edge for _, call in flat] + [call.outputs[place] for call, place in outputs]
+        edges += [] if sweep is None else sweep.edges
         grads = (
             torch.autograd.grad(total, edges, total.new_full((), scale), allow_unused=True) if edges else ()
         )
         found: dict[str, list[Call]] = {}
-        names = [name for name, of_layer in seen.items() for _ in of_layer]
-        for name, call, grad in zip(names, flat, grads, strict=False):
+        for (name, call), grad in zip(flat, grads, strict=False):
             if grad is not None:
                 found.setdefault(name, []).append(Call(call.input, grad))
+        for (of_module, place), grad in zip(outputs, grads[len(flat) :], strict=False):
+            if grad is not None:
+                of_module.grads[place] = grad
         own = None
         if sweep is not None:
             found |= {layer.name: sweep.calls(layer.name) for layer in self._layers if layer not in hooked}
             if self.of_flow:
                 gradients = sweep.gradients(self.of_flow, samples)
                 own = torch.cat([gradients[name] for name in self.of_flow], 1)
-        # A layer that the losses do not depend on has gradients of zero.
-        return [(layer, found[layer.name]) for layer in self._layers if found.get(layer.name)], own
+        # What the losses do not depend on has gradients of zero.
+        layers = [(layer, found[layer.name]) for layer in self._layers if found.get(layer.name)]
+        used = {name: [call for call in calls if call.grads] for name, calls in of_modules.items()}
+        modules = [(whole, used[name]) for name, whole in self._modules.items() if used[name]]
+        return Captured(layers, modules, own)
 
     def by_autograd(self, evaluation: Evaluation, batch: Batch, names: Sequence[str], fold: bool) -> Tensor:
         """[B, P] (or [B * S, P]) the gradients of these parameters, one sample at a time."""
@@ -271,20 +273,15 @@ class Engine:
         """Compare the gradients of a few samples with autograd's, once for a loss; see ``audit.audit``."""
         if self.audited(evaluation):
             return
-        terms, reasons = audit(self, evaluation, batch)
-        for name, reason in reasons.items():
-            self._refuse(name, reason)
-            self._uncovered[name] = reason
-        self._leave_out_uncovered()
+        terms = audit(self, evaluation, batch)
         self._terms = {layer.name: terms.get(layer.name) for layer in self._layers}
         self._audited.add(evaluation.loss_fn)
 
     def coverage(self, rows: int, columns: int) -> Coverage:
         """The rule and route of every parameter, for ``rows`` samples with ``columns`` others."""
         routes = self.routes(rows, columns)
-        owners = {
-            f"{layer.name}.{kind}".lstrip("."): layer for layer in self._layers for kind in ("weight", "bias")
-        }
+        owners = {name: layer for layer in self._layers for name in (*layer.weight, *layer.bias)}
+        wholes = {name: whole for whole in self._modules.values() for name in whole.names}
         found = []
         for name, parameter in self.model.named_parameters():
             shape, numel = tuple(parameter.shape), parameter.numel()
@@ -295,13 +292,16 @@ class Engine:
             elif name in self._uncovered:
                 rule = f"autograd, sample by sample: {self._uncovered[name]}"
                 found.append(CoverageRow(name, shape, rule, TILES, numel))
+            elif name in wholes:
+                kind = type(wholes[name].module).__name__
+                found.append(CoverageRow(name, shape, f"{kind}, by torch.vmap", TILES, numel))
             else:
                 layer = owners[name]
                 terms, route = self._terms[layer.name], routes[layer.name]
                 kind = type(layer.module).__name__
-                if name.endswith("bias") and route == GRAM and layer.rule.bias_in_terms and layer.weight:
+                if name in layer.bias and route == GRAM and layer.rule.bias_in_terms and layer.weight:
                     found.append(CoverageRow(name, shape, kind, "gram", 0.0))
-                elif name.endswith("bias") or terms is None:
+                elif name in layer.bias or terms is None:
                     found.append(CoverageRow(name, shape, kind, TILES, numel))
                 else:
                     cost = pair_cost(route, terms, terms.count, rows, columns)
@@ -310,44 +310,8 @@ class Engine:
         return Coverage(tuple(found))
 
 
-@contextmanager
-def _hooks(layers: Sequence[_Layer], seen: dict[str, list[_Seen]]) -> Iterator[None]:
-    """Note every call of the layers while inside."""
-
-    def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if output.requires_grad:
-                x = (args[0] if args else kwargs["input"]).detach()
-                # The edge stays that of this output if an activation then works in place.
-                seen[name].append(_Seen(x, x._version, get_gradient_edge(output)))
-
-        return hook
-
-    handles = [layer.module.register_forward_hook(hook_of(layer.name), with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _sum(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
-
-
 def _in_decoder(name: str) -> bool:
     return name == "decoder" or name.startswith("decoder.")
-
-
-def _weight_gradient(layer: _Layer, call: Call, samples: int) -> Tensor:
-    gradient = layer.rule.weight_gradient(layer.module, call.input, call.grad, samples)
-    if call.tangent and isinstance(layer.rule, NormRule):
-        # Affine in the input where a tangent wants what is linear in it.
-        gradient -= layer.rule.weight_gradient(layer.module, torch.zeros_like(call.input), call.grad, samples)
-    return gradient
 
 
 def _parameters_under(model: nn.Module, layers: Sequence[str] | None) -> set[int]:
@@ -358,28 +322,3 @@ def _parameters_under(model: nn.Module, layers: Sequence[str] | None) -> set[int
     if unknown:
         raise ValueError(f"TracIn: layers: expected names of modules of the model, got {', '.join(unknown)}")
     return {id(parameter) for name in layers for parameter in modules[name].parameters()}
-
-
-def _layers_of(model: nn.Module, wanted: dict[str, nn.Parameter]) -> tuple[list[_Layer], dict[str, str]]:
-    """The layers with a rule, and the parameters without one with the reason."""
-    names = {id(parameter): name for name, parameter in wanted.items()}
-    uses: dict[str, list[tuple[str, nn.Module, str]]] = {name: [] for name in wanted}
-    for module_name, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in names:
-                uses[names[id(parameter)]].append((module_name, module, kind))
-    layers: dict[str, _Layer] = {}
-    uncovered: dict[str, str] = {}
-    for name, owners in uses.items():
-        module_name, module, kind = owners[0]
-        rule = rule_of(module)
-        if len(owners) > 1:
-            uncovered[name] = "shared by " + ", ".join(owner[0] or "the model" for owner in owners)
-        elif isinstance(rule, str):
-            uncovered[name] = rule
-        elif kind not in ("weight", "bias"):
-            uncovered[name] = f"no rule for {kind} of {type(module).__name__}"
-        else:
-            layer = layers.setdefault(module_name, _Layer(module_name, module, rule, False, False))
-            setattr(layer, kind, True)
-    return list(layers.values()), uncovered

@@ -8,6 +8,7 @@ of a sample, draws of z.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -107,106 +108,148 @@ def _grouped_product(small: Tensor, patches: Tensor, groups: int, samples: int) 
     return total.reshape(samples, -1)
 
 
-Convolution = nn.Conv2d | nn.ConvTranspose2d
+Convolution = nn.modules.conv._ConvNd
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Where a convolution looks; one over a line is one over an image of height 1."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def patches(self, x: Tensor) -> Tensor:
+        """[rows, channels * kernel, *positions] of [rows, channels, *positions]."""
+        reaches = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        if x.dim() == 4:
+            grid = [
+                (size + 2 * p - reach) // s + 1
+                for size, p, reach, s in zip(x.shape[2:], self.padding, reaches, self.stride, strict=True)
+            ]
+            return F.unfold(x, self.kernel, self.dilation, self.padding, self.stride).unflatten(2, grid)
+        x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        for i, (reach, stride) in enumerate(zip(reaches, self.stride, strict=True)):
+            x = x.unfold(2 + i, reach, stride)
+        for i, dilation in enumerate(self.dilation):
+            x = x[(slice(None),) * (2 + len(self.kernel) + i) + (slice(None, None, dilation),)]
+        dims = len(self.kernel)
+        order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+        return x.permute(order).flatten(1, 1 + dims)
+
+
+def _window_of(module: Convolution) -> _Window:
+    """Of what is left after padding that is done apart."""
+    padding = (0,) * len(module.kernel_size) if _is_padded_apart(module) else module.padding
+    window: list[tuple[int, ...]] = [
+        module.kernel_size,
+        module.stride,
+        tuple(map(int, padding)),
+        module.dilation,
+    ]
+    if len(module.kernel_size) == 1:
+        window = [(of_height, *of_width) for of_height, of_width in zip((1, 1, 0, 1), window, strict=True)]
+    return _Window(*window)
+
+
+def _is_padded_apart(module: Convolution) -> bool:
+    return isinstance(module.padding, str) or module.padding_mode != "zeros"
+
+
+def _image(x: Tensor) -> Tensor:
+    """[rows, channels, 1, positions] of [rows, channels, positions]."""
+    return x.unsqueeze(2) if x.dim() == 3 else x
+
+
+def _as_terms(rows: Tensor, samples: int) -> Tensor:
+    """[B, rows * positions, channels] of [rows, channels, *positions]."""
+    rows = rows.flatten(2)
+    return rows.transpose(1, 2).reshape(samples, -1, rows.shape[1])
+
+
+class _ConvolutionRule(Rule):
+    def weight_gradient(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
+        assert isinstance(module, Convolution)
+        larger, smaller = self._ordered(module, _image(x), _image(g))
+        window = _window_of(module)
+        if _by_kernel(module, x):
+            found: Tensor = raw.convolution_gradients(
+                larger, smaller, window.kernel, window.stride, window.padding, samples
+            )
+            return found.flatten(1)
+        patches = self._patches(module, larger, smaller)
+        return _grouped_product(smaller.flatten(2), patches.flatten(2), module.groups, samples)
+
+    def as_parameter(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        assert isinstance(module, Convolution)
+        if not _by_kernel(module, gradient):
+            return gradient
+        # Our kernel's are channels last.
+        of_smaller, of_larger, *kernel = module.weight.shape
+        return gradient.unflatten(1, (math.prod(kernel), of_larger, of_smaller)).transpose(1, 3).flatten(1)
+
+    def bias_gradient(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
+        return _position_sums(g, samples)
+
+    def _ordered(self, module: Convolution, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """What the window moves over, and what it meets at each of its places."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _patches(module: Convolution, larger: Tensor, smaller: Tensor) -> Tensor:
+        """What the window sees at each place: [rows, channels * kernel, *positions]."""
+        patches = _window_of(module).patches(larger)
+        # An output padding of at least the stride makes room for windows that no position has.
+        for i, size in enumerate(smaller.shape[2:]):
+            patches = patches.narrow(2 + i, 0, size)
+        return patches
 
 
 def _by_kernel(module: Convolution, like: Tensor) -> bool:
     """Whether our kernel takes it: on a CPU, one group, no dilation, zeros around the image."""
-    plain = not isinstance(module.padding, str) and module.padding_mode == "zeros"
-    return like.device.type == "cpu" and module.groups == 1 and module.dilation == (1, 1) and plain
+    plain = len(module.kernel_size) < 3 and module.groups == 1 and set(module.dilation) == {1}
+    return like.device.type == "cpu" and plain and not _is_padded_apart(module)
 
 
-def _convolution_gradients(module: Convolution, larger: Tensor, smaller: Tensor, samples: int) -> Tensor:
-    """[B, numel], channels last: the window moves over the larger image."""
-    return raw.convolution_gradients(
-        larger, smaller, module.kernel_size, module.stride, module.padding, samples
-    ).flatten(1)
-
-
-def _channels_first(module: Convolution, gradient: Tensor) -> Tensor:
-    of_smaller, of_larger, height, width = module.weight.shape
-    return gradient.unflatten(1, (height * width, of_larger, of_smaller)).transpose(1, 3).flatten(1)
-
-
-class Conv2dRule(Rule):
+class ConvRule(_ConvolutionRule):
     bias_in_terms = True
 
     def terms(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Terms | None:
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, Convolution)
         if module.groups > 1:
             return None
         return Terms(len(g) // samples * g[0, 0].numel(), module.weight[0].numel(), g.shape[1])
 
     def factors(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        def as_terms(rows: Tensor) -> Tensor:
-            return rows.transpose(1, 2).reshape(samples, -1, rows.shape[1])
+        assert isinstance(module, Convolution)
+        patches = self._patches(module, *self._ordered(module, _image(x), _image(g)))
+        return _as_terms(patches, samples), _as_terms(g, samples)
 
-        return as_terms(self._patches(module, x)), as_terms(g.flatten(2))
-
-    def weight_gradient(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
-        assert isinstance(module, nn.Conv2d)
-        if _by_kernel(module, x):
-            return _convolution_gradients(module, x, g, samples)
-        return _grouped_product(g.flatten(2), self._patches(module, x), module.groups, samples)
-
-    def as_parameter(self, module: nn.Module, gradient: Tensor) -> Tensor:
-        assert isinstance(module, nn.Conv2d)
-        return _channels_first(module, gradient) if _by_kernel(module, gradient) else gradient
-
-    def bias_gradient(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
-        return _position_sums(g, samples)
-
-    @staticmethod
-    def _patches(module: nn.Module, x: Tensor) -> Tensor:
-        """[rows, in * kh * kw, positions]"""
-        assert isinstance(module, nn.Conv2d)
-        padding = module.padding
-        if isinstance(padding, str) or module.padding_mode != "zeros":
+    def _ordered(self, module: Convolution, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        if _is_padded_apart(module):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0, 0)
-        return F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+            sides = module._reversed_padding_repeated_twice
+            # PyTorch pads a line as a line in all modes.
+            x = _image(F.pad(x.flatten(2) if len(sides) == 2 else x, sides, mode=mode))
+        return x, g
 
 
-class ConvTranspose2dRule(Rule):
+class ConvTransposeRule(_ConvolutionRule):
     def terms(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Terms | None:
-        assert isinstance(module, nn.ConvTranspose2d)
+        assert isinstance(module, Convolution)
         if module.groups > 1:
             return None
         return Terms(len(x) // samples * x[0, 0].numel(), x.shape[1], module.weight[0].numel())
 
     def factors(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        def as_terms(rows: Tensor) -> Tensor:
-            return rows.transpose(1, 2).reshape(samples, -1, rows.shape[1])
-
+        assert isinstance(module, Convolution)
         # The roles are exchanged: the gradient is h_t (x) patch of g at t.
-        return as_terms(x.flatten(2)), as_terms(self._patches(module, x, g))
+        patches = self._patches(module, *self._ordered(module, _image(x), _image(g)))
+        return _as_terms(x, samples), _as_terms(patches, samples)
 
-    def weight_gradient(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
-        assert isinstance(module, nn.ConvTranspose2d)
-        if _by_kernel(module, x):
-            return _convolution_gradients(module, g, x, samples)
-        return _grouped_product(x.flatten(2), self._patches(module, x, g), module.groups, samples)
-
-    def as_parameter(self, module: nn.Module, gradient: Tensor) -> Tensor:
-        assert isinstance(module, nn.ConvTranspose2d)
-        return _channels_first(module, gradient) if _by_kernel(module, gradient) else gradient
-
-    def bias_gradient(self, module: nn.Module, x: Tensor, g: Tensor, samples: int) -> Tensor:
-        return _position_sums(g, samples)
-
-    @staticmethod
-    def _patches(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-        """The patch of the output that each position of the input meets: [rows, out * kh * kw, positions]."""
-        assert isinstance(module, nn.ConvTranspose2d)
-        height, width = x.shape[2:]
-        padding, dilation, stride = module.padding, module.dilation, module.stride
-        patches = F.unfold(g, module.kernel_size, dilation, padding, stride)  # type: ignore[arg-type]
-        # An output padding of at least the stride makes room for windows that no input position has.
-        across = (g.shape[3] + 2 * int(padding[1]) - dilation[1] * (module.kernel_size[1] - 1) - 1) // stride[
-            1
-        ] + 1
-        grid = patches.unflatten(2, (-1, across))
-        return grid[:, :, :height, :width].flatten(2)
+    def _ordered(self, module: Convolution, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g, x
 
 
 class NormRule(Rule):
@@ -251,14 +294,40 @@ class LayerNormRule(NormRule):
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
 
     def _sum(self, module: nn.Module, values: Tensor, samples: int) -> Tensor:
-        assert isinstance(module, nn.LayerNorm) and isinstance(module.weight, Tensor)
+        assert isinstance(module.weight, Tensor)
         return values.reshape(samples, -1, module.weight.numel()).sum(1)
+
+
+class RMSNormRule(LayerNormRule):
+    def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(module, nn.RMSNorm)
+        return F.rms_norm(x, module.normalized_shape, eps=module.eps)
 
 
 class GroupNormRule(NormRule):
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, nn.GroupNorm)
         return F.group_norm(x, module.num_groups, eps=module.eps)
+
+
+class InstanceNormRule(NormRule):
+    def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        own = not module.track_running_stats
+        return F.instance_norm(x, module.running_mean, module.running_var, None, None, own, eps=module.eps)
+
+
+class PReLURule(NormRule):
+    """What is multiplied by the weight is min(x, 0) instead of xhat."""
+
+    def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
+        return x.clamp(max=0)
+
+    def _sum(self, module: nn.Module, values: Tensor, samples: int) -> Tensor:
+        assert isinstance(module, nn.PReLU)
+        if module.num_parameters == 1:
+            return values.reshape(samples, -1).sum(1, keepdim=True)
+        return _position_sums(values, samples)
 
 
 class EmbeddingRule(Rule):
@@ -280,12 +349,21 @@ class EmbeddingRule(Rule):
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: LinearRule(),
-    nn.Conv2d: Conv2dRule(),
-    nn.ConvTranspose2d: ConvTranspose2dRule(),
+    nn.Conv1d: ConvRule(),
+    nn.Conv2d: ConvRule(),
+    nn.Conv3d: ConvRule(),
+    nn.ConvTranspose1d: ConvTransposeRule(),
+    nn.ConvTranspose2d: ConvTransposeRule(),
+    nn.ConvTranspose3d: ConvTransposeRule(),
     nn.BatchNorm1d: BatchNormRule(),
     nn.BatchNorm2d: BatchNormRule(),
     nn.BatchNorm3d: BatchNormRule(),
+    nn.InstanceNorm1d: InstanceNormRule(),
+    nn.InstanceNorm2d: InstanceNormRule(),
+    nn.InstanceNorm3d: InstanceNormRule(),
     nn.LayerNorm: LayerNormRule(),
+    nn.RMSNorm: RMSNormRule(),
+    nn.PReLU: PReLURule(),
     nn.GroupNorm: GroupNormRule(),
     nn.Embedding: EmbeddingRule(),
 }

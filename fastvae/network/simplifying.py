@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
-from fastvae._second_order import RECURRENT, gru_cell, lstm_cell
+from fastvae._second_order import CELLS, RECURRENT
 from fastvae.network.layers.base import MAKERS
 from fastvae.network.program import is_size
 
@@ -140,10 +140,7 @@ def _simpler() -> dict[Any, Any]:
         aten.lerp.Scalar: lambda a, b, weight: a + (b - a) * weight,
         aten.lerp.Tensor: lambda a, b, weight: a + (b - a) * weight,
         aten.glu.default: _gated,
-        aten.gru_cell.default: gru_cell,
-        aten.lstm_cell.default: lstm_cell,
-        aten.rnn_tanh_cell.default: lambda x, h, *weights: _projections(x, h, weights).tanh(),
-        aten.rnn_relu_cell.default: lambda x, h, *weights: _projections(x, h, weights).relu(),
+        **{getattr(aten, name).default: cell for name, cell in CELLS.items()},
         **{getattr(aten, kind).input: _unrolled(run) for kind, run in RECURRENT.items()},
         aten.threshold.default: lambda x, threshold, value: torch.where(x > threshold, x, value),
         aten.broadcast_tensors.default: _broadcast,
@@ -216,12 +213,6 @@ def _unrolled(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(x, hx, params, has_biases, *options)
 
     return write
-
-
-def _projections(x: Tensor, h: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
-    of_x, of_h, bias_x, bias_h = [*weights, None, None][:4]
-    assert of_x is not None and of_h is not None
-    return torch.nn.functional.linear(x, of_x, bias_x) + torch.nn.functional.linear(h, of_h, bias_h)
 
 
 def _gated(x: Tensor, dim: int = -1) -> Tensor:

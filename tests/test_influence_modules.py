@@ -1,0 +1,270 @@
+"""TracIn of layers without factors of their own: by further rules, by what computes a weight, by whole modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from influence_problems import images, tracin
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from fastvae.influence import TracIn
+
+
+def by_hand(model: nn.Module, x: Tensor) -> Tensor:
+    """[B, P] gradients of losses, one sample after the other."""
+    rows = []
+    for sample in x.split(1):
+        grads = torch.autograd.grad(model(sample).sum(), list(model.parameters()), materialize_grads=True)
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    return torch.stack(rows)
+
+
+def check(model: nn.Module, x: Tensor, queries: Tensor) -> TracIn:
+    """Scores and self-influence without anything materialised; the coverage is left to the caller."""
+    model = model.double().eval()
+    found = tracin(model, x, num_samples=1)
+    g, h = by_hand(model, x), by_hand(model, queries)
+    torch.testing.assert_close(found.influence(queries), h @ g.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.self_influence(), g.square().sum(1), rtol=1e-10, atol=1e-10)
+    assert "sample by sample" not in str(found.coverage())
+    return found
+
+
+class Loss(nn.Module):
+    """A layer and a loss that treats no two outputs alike."""
+
+    def __init__(self, layer: nn.Module, before: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.before = layer, nn.Identity() if before is None else before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(self.before(x)).flatten(1)
+        return (y.square() * torch.linspace(0.5, 2, y.shape[1], dtype=y.dtype)).sum(1)
+
+
+def normalised(layer: nn.Module) -> nn.Module:
+    """With running statistics that are not those of new layers."""
+    layer.running_mean.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr, operator]
+    layer.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(2))  # type: ignore[union-attr, operator]
+    return layer
+
+
+RULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 9)),
+    "Conv1d, dilated": (lambda: nn.Conv1d(4, 4, 2, padding=2, dilation=3, groups=2), (4, 9)),
+    "Conv1d, same": (lambda: nn.Conv1d(2, 3, 4, padding="same"), (2, 9)),
+    "Conv1d, circular": (lambda: nn.Conv1d(2, 3, 3, padding=2, padding_mode="circular"), (2, 9)),
+    "Conv1d, reflected": (lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="reflect", bias=False), (2, 5)),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, (3, 2, 1), stride=(2, 1, 1), padding=(1, 0, 1)), (2, 5, 4, 3)),
+    "Conv3d, dilated": (lambda: nn.Conv3d(2, 4, 2, padding=1, dilation=(1, 2, 1), groups=2), (2, 3, 4, 3)),
+    "Conv3d, replicated": (lambda: nn.Conv3d(1, 2, 3, padding=1, padding_mode="replicate"), (1, 3, 4, 3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(3, 2, 4, stride=3, padding=1, output_padding=2), (3, 5)),
+    "ConvTranspose1d, wide": (lambda: nn.ConvTranspose1d(2, 2, 2, dilation=3, output_padding=2), (2, 5)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(2, 3, 3, stride=2, output_padding=1), (2, 2, 3, 2)),
+    "ConvTranspose3d, grouped": (lambda: nn.ConvTranspose3d(4, 4, (2, 1, 3), padding=1, groups=2), (4, 2, 3, 2)),
+    "PReLU": (lambda: nn.PReLU(), (3, 4)),
+    "PReLU, by channel": (lambda: nn.PReLU(3, init=0.1), (3, 4, 2)),
+    "PReLU of vectors": (lambda: nn.PReLU(3), (3,)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 5)),
+    "InstanceNorm2d": (lambda: normalised(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)), (3, 4, 2)),
+    "InstanceNorm3d": (lambda: nn.InstanceNorm3d(2, affine=True), (2, 3, 2, 2)),
+    "RMSNorm": (lambda: nn.RMSNorm((3, 4)), (2, 3, 4)),
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), (2, 5, 5)),
+    "weight_norm of everything": (lambda: parametrizations.weight_norm(nn.Linear(4, 3), dim=None), (4,)),
+    "spectral_norm": (lambda: parametrizations.spectral_norm(nn.ConvTranspose2d(2, 3, 3)), (2, 3, 3)),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4)), (4,)),
+    "low rank": (lambda: low_rank(nn.Linear(4, 5)), (4,)),
+}  # fmt: skip
+
+
+def low_rank(layer: nn.Linear) -> nn.Module:
+    """A weight that has a sum of two factors added, which are parameters, too."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(5, 2))
+            self.b = nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + self.a @ self.b
+
+    return parametrize.register_parametrization(layer, "weight", Added())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name: str) -> None:
+    make, shape = RULES[name]
+    torch.manual_seed(0)
+    layer = make()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    found = check(Loss(layer, nn.Tanh()), images(6, *shape) - 0.5, images(3, *shape, seed=2) - 0.5)
+    assert "torch.vmap" not in str(found.coverage())
+
+
+class SequenceFirst(nn.Module):
+    """Samples along the second dimension, states of its own along the second as well."""
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, **options: object) -> None:
+        super().__init__()
+        self.rows = kind(3, 4, 2, **options)  # type: ignore[arg-type]
+        self.start = nn.Parameter(torch.randn(2 * (1 + self.rows.bidirectional), 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(0, 1)
+        start = self.start.expand(-1, len(x), -1).contiguous()
+        return self.rows(h, (start, start) if isinstance(self.rows, nn.LSTM) else start)[0].transpose(0, 1)
+
+
+class Cells(nn.Module):
+    """A cell that is called many times, the first time without a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for row in x.unbind(1):
+            state = self.cell(row, state)
+        return state  # type: ignore[return-value]
+
+
+class Masked(nn.Module):
+    """Attention under a mask of as many rows as there are queries later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.register_buffer("mask", torch.ones(3, 3, dtype=torch.bool).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, attn_mask=self.mask)[0]
+
+
+class Shared(nn.Module):
+    """One weight under two names and used a third time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x))) @ self.first.weight
+
+
+class Positions(nn.Module):
+    """A parameter of its own, added to all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.layer = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.positions)
+
+
+class Pair(nn.Module):
+    """Returns a dict, of which one entry has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.inner(x=x)
+        return found["mu"] + found["both"][0] + found["count"]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, *, x: Tensor) -> dict[str, object]:
+        return {"mu": x * self.scale, "both": (x.exp() * self.scale.exp(),), "count": (x > 0).to(x.dtype)}
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LSTM": (SequenceFirst, (5, 3)),
+    "GRU, both ways": (lambda: SequenceFirst(nn.GRU, bidirectional=True), (5, 3)),
+    "RNN": (lambda: SequenceFirst(nn.RNN, bias=False), (5, 3)),
+    "GRUCell": (Cells, (5, 3)),
+    "attention": (Masked, (3, 4)),
+    "transformer": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2), (3, 4)),
+    "transformer, sequence first": (
+        lambda: Turned(nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), 2)), (3, 4),
+    ),
+    "Bilinear": (lambda: Twice(nn.Bilinear(4, 4, 3)), (4,)),
+    "shared": (Shared, (4,)),
+    "positions": (Positions, (3, 4)),
+    "dict": (Pair, (4,)),
+    "weight_norm of a GRUCell": (lambda: parametrizations.weight_norm(nn.GRUCell(4, 3), "weight_hh"), (4,)),
+    "old weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 3)), (4,)),
+}  # fmt: skip
+
+
+class Turned(nn.Module):
+    """Samples along the second dimension of what is inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.inner(x.transpose(0, 1))
+        return (found if isinstance(found, Tensor) else found[0]).transpose(0, 1)
+
+
+class Twice(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x.exp())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm", "error:There is a performance drop")
+@pytest.mark.parametrize("name", MODULES)
+def test_whole_modules(name: str) -> None:
+    make, shape = MODULES[name]
+    torch.manual_seed(0)
+    model, x = Loss(make()), images(8, *shape) - 0.5
+    found = check(model, x, images(3, *shape, seed=2) - 0.5)
+    assert "by torch.vmap" in str(found.coverage())
+    # The same in tiles of one sample, and of samples with draws of their own.
+    scores = tracin(model, x, num_samples=1).influence(x)
+    again = torch.cat([tracin(model, each, num_samples=1).influence(x) for each in x.split(2)], 1)
+    torch.testing.assert_close(scores, again, rtol=1e-12, atol=1e-12)
+
+
+class Noisy(nn.Module):
+    """A recurrent VAE of nobody's: noise of its own between two modules without rules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.GRU(3, 4, batch_first=True), Positions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mu = self.encoder(x)[1][0]
+        z = mu + 0.1 * torch.randn_like(mu)
+        return self.decoder(z[:, None].expand(-1, 3, -1)).flatten(1).square().sum(1)
+
+
+def test_modules_under_noise_keyed_by_sample() -> None:
+    torch.manual_seed(0)
+    model, x = Noisy().double(), images(6, 5, 3)
+    found = tracin(model, x, num_samples=4)
+    one_by_one = tracin(model, x, num_samples=4, uncovered="materialise")
+    with_error = found.influence_with_error(x[:2])
+    scores = torch.cat([one_by_one.influence(each) for each in x[:2].split(1)])
+    torch.testing.assert_close(with_error.influence_scores, scores, rtol=1e-10, atol=1e-10)
+    assert (with_error.standard_errors > 0).all()
+    assert "GRU, by torch.vmap" in str(found.coverage())
