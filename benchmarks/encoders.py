@@ -5,9 +5,10 @@
     python benchmarks/encoders.py --only vgg,lstm    these entries alone
 
 A model has the encoder, a small decoder and a Bernoulli likelihood, float32. "regret": Adam on a private encoder for
-each of 16 images, beside the careful loop (fastvae/ood/sequential.py). "tracin": scores of 16 queries and 64 training
-images, one draw, beside vmap(grad) and one product or, where torch.vmap cannot run the encoder, a backward pass
-a sample. Both must agree with the rival before they are timed. Written are encoders-<device>.json, .md and .png.
+each of 16 images, beside the careful loop (fastvae/ood/sequential.py). "tracin": scores of 16 queries and 512 training
+images, one draw, beside vmap(grad), 64 at a time, and one product or, where torch.vmap cannot run the encoder, a
+backward pass a sample. Both must agree with the rival before they are timed. Written are encoders-<device>.json, .md
+and .png.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, common
     model = fastvae.VAE(encoder, decoder, latent_dim=entry.latents).eval().to(options.device)
     generator = torch.Generator().manual_seed(3)
     train, queries = (
-        torch.rand(count, *entry.shape, generator=generator).to(options.device) for count in (64, 16)
+        torch.rand(count, *entry.shape, generator=generator).to(options.device) for count in (512, 16)
     )
     ours = fastvae.influence.TracIn(
         model, train, [None], lambda *_: 1.0, num_samples=1, uncovered="materialise"

@@ -27,8 +27,8 @@ class Engine:
     Args:
         model: any module, a private copy in eval mode; ``bind`` exchanges it for that of another checkpoint.
         layers: names of the modules whose parameters take part; None: all.
-        uncovered: "error", or "materialise": the gradients of parameters that no rule covers are computed by
-            autograd, sample by sample.
+        uncovered: "error", or "materialise": the gradients of parameters that neither a rule nor a module by itself
+            gives are computed by autograd, sample by sample.
 
     Raises:
         UncoveredParameter: by "error".

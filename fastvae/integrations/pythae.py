@@ -1,60 +1,20 @@
 """pythae's models (Chadebec, Vincent, Allassonniere, NeurIPS 2022 Datasets and Benchmarks) as fastvae's.
 
 pythae's networks return a ``ModelOutput``, a dictionary with attributes: an encoder's holds "embedding" and
-"log_covariance", a decoder's "reconstruction". The two adapters here take the tensors out; the networks inside are
-the pythae model's own, so that both models have the same parameters, and training one trains the other.
+"log_covariance", a decoder's "reconstruction". ``fastvae.models.SelectOutputs`` takes the tensors out; the networks
+inside are the pythae model's own, so that both models have the same parameters, and training one trains the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
-from fastvae.models import VAE, BaseVAE
+from fastvae.models import VAE, BaseVAE, SelectOutputs
 
-__all__ = ["Decoder", "Encoder", "from_pythae", "likelihood_of"]
+__all__ = ["from_pythae", "likelihood_of"]
 
 Model = TypeVar("Model", bound=BaseVAE)
-
-
-class Encoder(nn.Module):
-    """A pythae encoder as fastvae's models call one: x [B, ...] -> (mu [B, d], logvar [B, d])."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``embedding`` and ``log_covariance`` of the network's output."""
-        output = self.network(x)
-        if not isinstance(output, Mapping) or not {"embedding", "log_covariance"} <= output.keys():
-            found = list(output) if isinstance(output, Mapping) else type(output).__name__
-            raise ValueError(
-                f"from_pythae: encoder: expected an output with 'embedding' and 'log_covariance' (a Gaussian q(z | x)),"
-                f" got {found} from {type(self.network).__name__}"
-            )
-        return output["embedding"], output["log_covariance"]
-
-
-class Decoder(nn.Module):
-    """A pythae decoder as fastvae's models call one: z [B, d] -> [B, ...].
-
-    ``fastvae.lowering`` reads through it: loops over a ModuleList and the final reshape are followed, so that
-    pythae's MLP and convolutional decoders run in kernels. Those with skip connections (ResNet) are read as a
-    graph of operations and swept in PyTorch.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, z: Tensor) -> Tensor:
-        """``reconstruction`` of the network's output."""
-        reconstruction: Tensor = self.network(z)["reconstruction"]
-        return reconstruction
 
 
 def likelihood_of(model_config: Any) -> Likelihood:
@@ -99,7 +59,7 @@ def from_pythae(
         options: further arguments of ``model_class``, such as ``num_steps=`` or ``penalties=``.
 
     Returns:
-        ``model_class(Encoder(model.encoder), Decoder(model.decoder), likelihood, ...)``. It takes tensors x [B, ...];
+        ``model_class`` around ``SelectOutputs`` of the two networks. It takes tensors x [B, ...];
         ``fastvae.fit`` takes pythae's loaders, whose batches are dictionaries with "data", as they are.
 
     Raises:
@@ -117,8 +77,8 @@ def from_pythae(
         options.setdefault("beta", config.beta)
     options.setdefault("latent_dim", config.latent_dim)
     return model_class(
-        Encoder(model.encoder),
-        Decoder(model.decoder),
+        SelectOutputs(model.encoder, "embedding", "log_covariance"),
+        SelectOutputs(model.decoder, "reconstruction"),
         likelihood_of(config) if likelihood is None else likelihood,
         **options,
     )

@@ -5,6 +5,7 @@ from fastvae.models.consistency_vae import ConsistencyVAE
 from fastvae.models.hvae import HVAE, DivergenceError
 from fastvae.models.iwae import IWAE
 from fastvae.models.jacobian_l1_vae import JacobianL1VAE
+from fastvae.models.outputs import SelectOutputs
 from fastvae.models.vae import VAE
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "DivergenceError",
     "JacobianL1VAE",
     "Penalty",
+    "SelectOutputs",
     "TrainingStep",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastvae.models.outputs import names_in
+
 __all__ = ["JoinedEncoder", "check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
 
 
@@ -69,12 +71,12 @@ def split_posterior(model: nn.Module, output: object, batch: int) -> tuple[Tenso
         mu, logvar = output.chunk(2, dim=1)
         return mu, logvar
     if not (
-        isinstance(output, (tuple, list))
-        and len(output) == 2
-        and isinstance(output[0], Tensor)
-        and isinstance(output[1], Tensor)
+        isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(o, Tensor) for o in output)
     ):
-        raise refuse(type(output).__name__)
+        raise refuse(
+            f"{type(output).__name__}; to choose among its parts ({names_in(output)}): "
+            "fastvae.models.SelectOutputs(encoder, mu, logvar) with the names or places of the two"
+        )
     mu, logvar = output
     if mu.dim() != 2 or mu.shape != logvar.shape or mu.shape[0] != batch:
         raise refuse(f"({list(mu.shape)}, {list(logvar.shape)})")
