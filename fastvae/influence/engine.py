@@ -66,7 +66,7 @@ class Engine:
                 )
                 of_decoder = [name for name in wanted if _in_decoder(name)]
                 without_rule |= dict.fromkeys(of_decoder, reason)
-                self._places |= {name: iter(()) for name in of_decoder}
+                self._places |= {name: [] for name in of_decoder}
         self._reasons: dict[str, str] = {}
         for name, reason in without_rule.items():
             self.move(name, reason)
@@ -107,12 +107,12 @@ class Engine:
             whole.parameters = [each for each in whole.parameters if whole.full_name(each) != name]
             if not whole.parameters:
                 del self._modules[whole.name]
-        place = next(self._places[name], None)
-        if place is None:
+        if not self._places[name]:
             if not self._materialise:
                 raise UncoveredParameter(name, self._reasons[name])
             self._uncovered[name] = self._reasons[name]
             return
+        place = self._places[name].pop(0)
         module = self.model.get_submodule(place)
         by_id = {id(parameter): own for own, parameter in module.named_parameters()}
         own = by_id[id(self.parameters[name])]

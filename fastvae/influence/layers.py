@@ -124,7 +124,7 @@ def watched(
 
 def places_in(
     model: nn.Module, wanted: dict[str, nn.Parameter]
-) -> tuple[list[Layer], dict[str, str], dict[str, Iterator[str]]]:
+) -> tuple[list[Layer], dict[str, str], dict[str, list[str]]]:
     """The layers with a rule, the parameters without one with the reason, and what else these may be taken through.
 
     The last are names of modules, innermost first, of every parameter; none of one that nothing could help.
@@ -140,17 +140,17 @@ def places_in(
                 uses[names[id(parameter)]].append((module_name, module, kind))
     layers: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
-    places: dict[str, Iterator[str]] = {}
+    places: dict[str, list[str]] = {}
     for name, owners in uses.items():
         module_name, module, kind = computed.get(id(wanted[name]), owners[0])
         rule = rule_of(module)
-        places[name] = places_of([owner[0] for owner in owners], model)
+        places[name] = list(places_of([owner[0] for owner in owners], model))
         if len(owners) > 1:
             reasons[name] = "shared by " + ", ".join(owner[0] or "the model" for owner in owners)
         elif isinstance(rule, str):
             reasons[name] = rule
             if not rule.startswith("no rule"):  # no way helps
-                places[name] = iter(())
+                places[name] = []
         elif kind not in ("weight", "bias") or (kind == "bias" and id(wanted[name]) in computed):
             reasons[name] = f"no rule for {kind} of {type(module).__name__}"
         else:

@@ -108,7 +108,7 @@ class WholeModule:
         for place, grad in call.grads.items():
             axis = self._axis_in(grad, rows)
             if axis is None:
-                raise ValueError("a result without a row for each sample")
+                raise ValueError("TracIn: a module returned a tensor without a row for each sample")
             grads[place] = _of_samples(grad, axis, samples)
         # Each tensor under all its names: functional_call, left to tie weights by itself, does not put back those of
         # a module that is registered twice.
@@ -151,7 +151,7 @@ class WholeModule:
         if key not in self._axes:
             first = next(iter(_tensors(call.inputs)), None)
             if first is None or first.dim() <= self.axis:
-                raise ValueError("a call without a tensor that has samples")
+                raise ValueError("TracIn: a module was called without a tensor that has samples")
             rows = first.shape[self.axis]
             self._axes[key] = [
                 self._axis_in(each, rows) if isinstance(each, Tensor) else None for each in call.inputs
@@ -194,5 +194,5 @@ def _of_samples(value: Any, axis: int | None, samples: int) -> Any:
     if axis is None:
         return value
     if value.shape[axis] % samples:
-        raise ValueError(f"{value.shape[axis]} rows for {samples} samples")
+        raise ValueError(f"TracIn: a module was given {value.shape[axis]} rows for {samples} samples")
     return value.unflatten(axis, (samples, -1)).movedim(axis, 0)
