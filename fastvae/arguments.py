@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
-__all__ = ["expect_numbers", "is_integer"]
+__all__ = ["expect_numbers", "expect_positive", "is_integer"]
 
 
 def expect_numbers(owner: str, *, hint: str = "", **arguments: object) -> None:
@@ -32,3 +33,11 @@ def expect_numbers(owner: str, *, hint: str = "", **arguments: object) -> None:
 def is_integer(value: object) -> TypeGuard[int]:
     """Whether it counts something: an int or a numpy integer, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def expect_positive(owner: str, *, hint: str = "", **arguments: Any) -> None:
+    """TypeError as of ``expect_numbers``, ValueError for a number that is not finite or not above 0."""
+    expect_numbers(owner, hint=hint, **arguments)
+    for name, value in arguments.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{owner}: {name}: expected a finite number above 0, got {value}")

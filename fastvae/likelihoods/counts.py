@@ -1,0 +1,213 @@
+"""Counts: 0, 1, 2, ... in any dtype; of uint8 the count itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvae.arguments import expect_positive
+from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid
+
+__all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
+
+
+class Counts(Likelihood):
+    """What likelihoods of counts share."""
+
+    def as_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x as an encoder sees it: the counts."""
+        return x.to(dtype)
+
+    def check(self, x: Tensor) -> None:
+        """As ``Likelihood.check``; also ValueError for what is no count: negative, or no whole number."""
+        if x.is_floating_point():
+            super().check(x)
+        elif x.is_complex():
+            raise ValueError(f"{type(self).__name__}: x: expected counts, got {x.dtype}")
+        if not x.numel() or x.dtype in (torch.bool, torch.uint8):
+            return
+        if (low := x.min().item()) < 0:
+            raise ValueError(f"{type(self).__name__}: x: expected counts of at least 0, got {low:.6g}")
+        if x.is_floating_point() and bool((other := x[x != x.round()]).numel()):
+            raise ValueError(
+                f"{type(self).__name__}: x: expected whole numbers, got {other[0].item():.6g} (and "
+                f"{other.numel() - 1} more of {x.numel()}); counts that were divided or transformed are none"
+            )
+
+
+@dataclass(frozen=True)
+class Poisson(Counts):
+    """Independent Poisson elements with log rates a: log p = x a - e^a - log(x!)."""
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
+        log_rate, x = self._match(params, x)
+        x = x.to(log_rate.dtype)
+        return (x * log_rate - log_rate.exp() - torch.lgamma(x + 1)).sum(1)
+
+    def mean(self, params: Tensor) -> Tensor:
+        """exp(params)."""
+        return at_least_float32(params).exp()
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Counts, as floats."""
+        return torch.poisson(self.mean(params), generator=generator)
+
+
+@dataclass(frozen=True)
+class NegativeBinomial(Counts):
+    """Independent negative binomial elements with log means a: variance m + m^2 / dispersion, m = e^a.
+
+    log p = lgamma(x + r) - lgamma(r) - log(x!) + r log(r / (r + m)) + x log(m / (r + m)), r = dispersion: scVI's
+    parameterisation (Lopez et al., Nature Methods 2018), theirs being called theta or inverse dispersion. As it grows
+    this becomes a Poisson.
+
+    Args:
+        dispersion: r > 0, or "decoder": the decoder returns [B, 2 C, ...] for data [B, C, ...], C log means and then C
+            log dispersions.
+    """
+
+    dispersion: float | str = 1.0
+
+    def __post_init__(self) -> None:
+        _check_dispersion(self, self.dispersion)
+
+    @property
+    def values_per_element(self) -> int:
+        """2 where the dispersion is the decoder's, else 1."""
+        return 2 if self.dispersion == "decoder" else 1
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
+        params, x = self._match(params, x)
+        log_mean, *rest = params.chunk(self.values_per_element, 1)
+        return negative_binomial(log_mean, _dispersion(log_mean, self.dispersion, rest), x).sum(1)
+
+    def mean(self, params: Tensor) -> Tensor:
+        """exp of the log means."""
+        return at_least_float32(params).chunk(self.values_per_element, 1)[0].exp()
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Counts, as floats: Poisson numbers of a gamma distributed rate."""
+        log_mean, *rest = at_least_float32(params).chunk(self.values_per_element, 1)
+        return _drawn(log_mean, _dispersion(log_mean, self.dispersion, rest), generator)
+
+
+@dataclass(frozen=True)
+class ZeroInflatedNegativeBinomial(Counts):
+    """A negative binomial count, or with some probability 0 whatever it is (dropout of single-cell counts).
+
+    p = pi [x = 0] + (1 - pi) NegativeBinomial(x), pi = sigmoid(g) (Lopez et al., Nature Methods 2018). The decoder
+    returns [B, 2 C, ...] for data [B, C, ...]: C log means of the negative binomial, then C logits g; with
+    dispersion="decoder" C log dispersions after them.
+
+    Args:
+        dispersion: as of :class:`NegativeBinomial`.
+    """
+
+    dispersion: float | str = 1.0
+
+    def __post_init__(self) -> None:
+        _check_dispersion(self, self.dispersion)
+
+    @property
+    def values_per_element(self) -> int:
+        """3 where the dispersion is the decoder's, else 2."""
+        return 3 if self.dispersion == "decoder" else 2
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
+        params, x = self._match(params, x)
+        log_mean, logits, *rest = params.chunk(self.values_per_element, 1)
+        x = x.to(log_mean.dtype)
+        counted = negative_binomial(log_mean, _dispersion(log_mean, self.dispersion, rest), x)
+        # log(pi + (1 - pi) e^counted), exactly on both sides of g = 0.
+        likely = log_sigmoid(logits) - log_sigmoid(logits - counted)
+        rare = counted - log_sigmoid(counted - logits) + log_sigmoid(-logits)
+        zero = torch.where(logits > 0, likely, rare)
+        return torch.where(x > 0, log_sigmoid(-logits) + counted, zero).sum(1)
+
+    def mean(self, params: Tensor) -> Tensor:
+        """(1 - pi) times the negative binomial's mean."""
+        log_mean, logits, *_ = at_least_float32(params).chunk(self.values_per_element, 1)
+        return torch.sigmoid(-logits) * log_mean.exp()
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Counts, as floats."""
+        log_mean, logits, *rest = at_least_float32(params).chunk(self.values_per_element, 1)
+        counted = _drawn(log_mean, _dispersion(log_mean, self.dispersion, rest), generator)
+        return counted * torch.bernoulli(torch.sigmoid(-logits), generator=generator)
+
+
+_LARGE = 64.0
+"""From which on Stirling's series has all digits of a double after three terms."""
+
+
+def negative_binomial(log_mean: Tensor, dispersion: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    """log p of each element, with no digits lost to sums that cancel where counts or the dispersion are large."""
+    x = x.to(log_mean.dtype)
+    r, log_r = dispersion
+    # log(r / (r + m)) and log(m / (r + m))
+    log_rest, log_share = log_sigmoid(log_r - log_mean), log_sigmoid(log_mean - log_r)
+    small, large = r.clamp(max=_LARGE), r.clamp(min=_LARGE)
+    few, many = x.clamp(max=_LARGE), x.clamp(min=_LARGE)
+    plain = few * log_share + r * log_rest + (torch.lgamma(few + small) - torch.lgamma(small))
+    # Gamma(x + r) / (Gamma(r) r^x) is 1 for infinite r, where its parts are infinite.
+    rising = (few + large - 0.5) * torch.log1p(few / large) - few + _stirling(few + large) - _stirling(large)
+    like_poisson = few * log_mean + (few + r) * log_rest + rising
+    of_few = torch.where(r < _LARGE, plain, like_poisson) - torch.lgamma(few + 1)
+    return torch.where(x < _LARGE, of_few, _of_many(many, r, log_r, log_rest, log_share))
+
+
+def _of_many(x: Tensor, r: Tensor, log_r: Tensor, log_rest: Tensor, log_share: Tensor) -> Tensor:
+    """By deviances from the mean (Loader, "Fast and accurate computation of binomial probabilities", 2000), n = x + r:
+
+    log(r / n) + x log(n m / (x (r + m))) + r log(n / (r + m)) + log(n / x) / 2 + the rests of Stirling's formula.
+    """
+    n = x + r
+    off = log_share.exp() - x * torch.exp(log_rest - log_r)  # (m - x) / (r + m)
+    of_x = _log1p(r * off / x, log_share + torch.log1p(r / x))
+    of_r = _log1p(-off, log_rest + torch.log1p(x / r))
+    small, large = r.clamp(max=_LARGE), r.clamp(min=_LARGE)
+    by_lgamma = torch.lgamma(small + 1) - small * (small.log() - 1)
+    by_series = 0.5 * torch.log(2 * math.pi * large) + _stirling(large)
+    of_gamma = torch.where(r < _LARGE, by_lgamma, by_series)
+    rest = _stirling(n) - _stirling(x) - of_gamma
+    return log_r - torch.log(n) + x * of_x + r * of_r + 0.5 * torch.log1p(r / x) + rest
+
+
+def _log1p(y: Tensor, otherwise: Tensor) -> Tensor:
+    """log(1 + y), which far from y = 0 is given."""
+    return torch.where(y.abs() < 0.5, torch.log1p(y.clamp(-0.5, 0.5)), otherwise)
+
+
+def _stirling(y: Tensor) -> Tensor:
+    """lgamma(y) - ((y - 1/2) log y - y + log(2 pi) / 2), for large y."""
+    square = y.square()
+    return (1 / 12 - (1 / 360 - 1 / (1260 * square)) / square) / y
+
+
+def _check_dispersion(owner: Likelihood, dispersion: float | str) -> None:
+    name = type(owner).__name__
+    if isinstance(dispersion, str):
+        if dispersion != "decoder":
+            raise ValueError(f"{name}: dispersion: expected a number or 'decoder', got {dispersion!r}")
+        return
+    expect_positive(name, dispersion=dispersion)
+
+
+def _dispersion(like: Tensor, dispersion: float | str, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """r and log r."""
+    if isinstance(dispersion, str):
+        return rest[0].exp(), rest[0]
+    r, log_r = (torch.full((), value, dtype=like.dtype) for value in (dispersion, math.log(dispersion)))
+    return r, log_r
+
+
+def _drawn(log_mean: Tensor, dispersion: tuple[Tensor, Tensor], generator: torch.Generator | None) -> Tensor:
+    r = dispersion[0].to(log_mean.device).expand_as(log_mean).contiguous()
+    gamma = torch._standard_gamma(r, generator=generator)
+    return torch.poisson(gamma * log_mean.exp() / r, generator=generator)

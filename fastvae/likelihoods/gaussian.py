@@ -1,0 +1,91 @@
+"""Normal densities."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvae.arguments import expect_numbers, expect_positive
+from fastvae.likelihoods.base import Likelihood, at_least_float32, unit_interval
+
+__all__ = ["Gaussian", "GaussianHead"]
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Independent normal elements N(a, scale^2) around the decoder's output a; ``scale`` > 0 in the unit of
+    x, a number: TypeError for a tensor.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        expect_numbers("Gaussian", hint="a learned scale is not supported yet", scale=self.scale)
+        if not isinstance(self.scale, (int, float)):
+            object.__setattr__(self, "scale", float(self.scale))
+        expect_positive("Gaussian", scale=self.scale)
+
+    @property
+    def spec(self) -> str:
+        """The likelihood as the C++ parser reads it."""
+        return f"gaussian {float(self.scale)!r}"
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
+        mean, x = self._match(params, x)
+        constant = math.log(self.scale) + 0.5 * math.log(2 * math.pi)
+        residual = (unit_interval(x, mean.dtype) - mean) / self.scale
+        return -0.5 * residual.square().sum(1) - constant * mean.shape[1]
+
+    def mean(self, params: Tensor) -> Tensor:
+        """params."""
+        return at_least_float32(params)
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """params + scale * standard normal noise."""
+        mean = self.mean(params)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.scale * noise
+
+
+@dataclass(frozen=True)
+class GaussianHead(Likelihood):
+    """Independent normal elements of which the decoder gives mean and log scale.
+
+    The decoder returns [B, 2 C, ...] for data [B, C, ...]: C means, then C log scales, in the unit of x.
+
+    Args:
+        min_scale: the scale is at least this, > 0: a decoder that reconstructs some element exactly would else send its
+            density to infinity. Where it is smaller there is no gradient to its logarithm.
+    """
+
+    min_scale: float = 1e-6
+
+    def __post_init__(self) -> None:
+        expect_positive("GaussianHead", min_scale=self.min_scale)
+
+    @property
+    def values_per_element(self) -> int:
+        """2."""
+        return 2
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
+        params, x = self._match(params, x)
+        mean, log_scale = params.chunk(2, 1)
+        log_scale = log_scale.clamp(min=math.log(self.min_scale))
+        residual = (unit_interval(x, mean.dtype) - mean) * torch.exp(-log_scale)
+        return (-0.5 * residual.square() - log_scale).sum(1) - 0.5 * math.log(2 * math.pi) * mean.shape[1]
+
+    def mean(self, params: Tensor) -> Tensor:
+        """The means."""
+        return at_least_float32(params).chunk(2, 1)[0]
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Means + scales * standard normal noise."""
+        mean, log_scale = at_least_float32(params).chunk(2, 1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + log_scale.clamp(min=math.log(self.min_scale)).exp() * noise
