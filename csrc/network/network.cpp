@@ -375,7 +375,7 @@ void Network::add_observed_gradient(const at::Tensor& z, const Tape& tape, const
   const at::Tensor weight = cotangent.unsqueeze(1);
   const at::Tensor gradient = grad_x.view({z.size(0), -1});
   const size_t last = depth() - 1;
-  if (likelihood_.kind == Likelihood::kGaussian) {
+  if (likelihood_.kind != Likelihood::kBernoulli) {  // of x - a alone
     gradient.addcmul_(weight, tape.delta[last].view({z.size(0), -1}), -1);
     return;
   }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <optional>
 #include <utility>
 
@@ -339,19 +340,26 @@ std::shared_ptr<const Program> find_program(const char* op, std::string_view tex
 
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text) {
   const std::vector<std::string> words = split(text, ' ');
+  static const std::map<std::string, Likelihood> kScaled = {{"gaussian", Likelihood::kGaussian},
+                                                            {"laplace", Likelihood::kLaplace},
+                                                            {"negative_binomial", Likelihood::kNegativeBinomial}};
   LikelihoodSpec spec;
   if (words.size() == 1 && words[0] == "bernoulli") {
     spec.kind = Likelihood::kBernoulli;
-  } else if (words.size() == 2 && words[0] == "gaussian") {
-    spec.kind = Likelihood::kGaussian;
+  } else if (words.size() == 1 && words[0] == "poisson") {
+    spec.kind = Likelihood::kPoisson;
+  } else if (words.size() == 2 && kScaled.count(words[0]) == 1) {
+    spec.kind = kScaled.at(words[0]);
     spec.scale = to_number(op, "likelihood", words[1]);
-    FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a scale > 0", spec.scale);
+    FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a number > 0", spec.scale);
   } else if (words.size() == 2 && words[0] == "categorical") {
     spec.kind = Likelihood::kCategorical;
     spec.classes = to_integer(op, "likelihood", words[1]);
     FASTVAE_CHECK_VALUE(spec.classes > 1, op, "likelihood", "at least 2 classes", spec.classes);
   } else {
-    FASTVAE_CHECK_VALUE(false, op, "likelihood", "'bernoulli', 'gaussian SCALE' or 'categorical CLASSES'",
+    FASTVAE_CHECK_VALUE(false, op, "likelihood",
+                        "'bernoulli', 'poisson', 'gaussian SCALE', 'laplace SCALE', 'negative_binomial DISPERSION' or "
+                        "'categorical CLASSES'",
                         "'" + std::string(text) + "'");
   }
   return spec;

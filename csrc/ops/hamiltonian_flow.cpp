@@ -145,8 +145,8 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   FASTVAE_CHECK_VALUE(needs.size() == 5 + parameters.size(), op, "needs", c10::str(5 + parameters.size(), " flags"),
                       needs.size());
   const FlowPath path = flow.path(z_steps, rho_steps, stash, store);
-  FASTVAE_CHECK_VALUE(flow.likelihood.kind != Likelihood::kCategorical || !needs[2], op, "x",
-                      "no gradient (a class has none)", "x.requires_grad");
+  FASTVAE_CHECK_VALUE(!flow.likelihood.is_discrete() || !needs[2], op, "x",
+                      "no gradient (a class and a count have none)", "x.requires_grad");
   const FlowCotangents cotangents = flow.cotangents(grad_z_in, grad_rho_in, grad_log_px_in);
 
   const auto room = [&](bool wanted, at::IntArrayRef sizes) {

@@ -40,7 +40,7 @@ def log_sigmoid(y: Tensor) -> Tensor:
 
 
 # What a spec stands for.
-_OF_SPEC = ("log_prob", "as_float", "classes", "params_of_output", "values_per_element")
+_OF_SPEC = ("log_prob", "as_float", "base_measure", "classes", "params_of_output", "values_per_element")
 
 
 class Likelihood(ABC):
@@ -87,6 +87,10 @@ class Likelihood(ABC):
     def has_kernel(self) -> bool:
         """Whether the fused operators can take this likelihood."""
         return not self._has_own_density and self.spec != ""
+
+    def base_measure(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The part of log p(x) that depends on x alone and that kernels leave out: [B], or None if they do not."""
+        return None
 
     @abstractmethod
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:

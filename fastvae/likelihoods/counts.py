@@ -17,6 +17,12 @@ __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 class Counts(Likelihood):
     """What likelihoods of counts share."""
 
+    def base_measure(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """log p(x) where the mean is x: [B]. Kernels compute what is missing to it, and that is small."""
+        counts = x.detach().reshape(x.shape[0], -1).double()
+        # Of a count of 0 any small mean will do.
+        return self.log_prob(counts.clamp(min=1e-40).log(), counts).to(dtype)
+
     def as_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x as an encoder sees it: the counts."""
         return x.to(dtype)
@@ -41,6 +47,11 @@ class Counts(Likelihood):
 @dataclass(frozen=True)
 class Poisson(Counts):
     """Independent Poisson elements with log rates a: log p = x a - e^a - log(x!)."""
+
+    @property
+    def spec(self) -> str:
+        """The likelihood as the C++ parser reads it."""
+        return "poisson"
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
@@ -79,6 +90,11 @@ class NegativeBinomial(Counts):
     def values_per_element(self) -> int:
         """2 where the dispersion is the decoder's, else 1."""
         return 2 if self.dispersion == "decoder" else 1
+
+    @property
+    def spec(self) -> str:
+        """The likelihood as the C++ parser reads it; empty where the dispersion is the decoder's."""
+        return "" if isinstance(self.dispersion, str) else f"negative_binomial {float(self.dispersion)!r}"
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""

@@ -27,6 +27,11 @@ class Laplace(Likelihood):
     def __post_init__(self) -> None:
         expect_positive("Laplace", scale=self.scale)
 
+    @property
+    def spec(self) -> str:
+        """The likelihood as the C++ parser reads it."""
+        return f"laplace {float(self.scale)!r}"
+
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``. At x = a its derivative is taken as 0."""
         location, x = self._match(params, x)

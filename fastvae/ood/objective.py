@@ -89,7 +89,13 @@ def _by_kernels(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
         raise
     except (UnsupportedLayer, ValueError):
         return None
-    return lambda z: raw.decoder_gradient(z, observed, lowered.tensors, lowered.spec, like.spec)
+    base = like.base_measure(x, codes.dtype)
+
+    def sweep(z: Tensor) -> tuple[Tensor, Tensor]:
+        log_px, gradient = raw.decoder_gradient(z, observed, lowered.tensors, lowered.spec, like.spec)
+        return log_px if base is None else log_px + base, gradient
+
+    return sweep
 
 
 def _by_reading(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:

@@ -172,6 +172,8 @@ def hamiltonian_flow(
         store,
         return_trajectory,
     )
+    if (base := like.base_measure(x, z.dtype)) is not None:
+        log_px, log_px_steps = log_px + base, log_px_steps + base
     if return_trajectory:
         return z_K, rho_K, log_px, Trajectory(z_steps.detach(), rho_steps.detach(), log_px_steps.detach())
     return z_K, rho_K, log_px

@@ -73,7 +73,9 @@ def log_px(
             return reference.log_px(decoder, z, x, like, condition=condition)
     observed = like.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
     refuse_forward_mode("log_px", z, observed, *network.tensors)
-    return torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, like.spec)
+    found = torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, like.spec)
+    base = like.base_measure(x, z.dtype)
+    return found if base is None else found + base
 
 
 @torch.library.register_fake("fastvae::log_px")

@@ -181,6 +181,7 @@ void for_each_head(const LikelihoodSpec& likelihood, int64_t samples, int64_t po
                             std::to_string(samples) + ", " + std::to_string(positions) + ", " +
                             std::to_string(channels) + "]";
   const int64_t size = samples * positions * channels;
+  const bool of_counts = likelihood.is_discrete() && !categorical;
   const int64_t observed = categorical ? size / likelihood.classes : size;
   for (const bool biased : {true, false}) {
     for (const int wanted : {0, 1, 2, 3}) {  // residual only; both; log probability only; both, in place
@@ -190,7 +191,7 @@ void for_each_head(const LikelihoodSpec& likelihood, int64_t samples, int64_t po
               T* a = arena.random(size, -4.0, 4.0);
               args.a = a;
               args.bias = biased ? arena.random(channels) : nullptr;
-              args.x = arena.random(observed, 0.0, 1.0);
+              args.x = arena.random(observed, 0.0, of_counts ? 9.0 : 1.0);
               args.residual = wanted == 2 ? nullptr : (wanted == 3 ? a : arena.output(size));
               args.log_prob = wanted == 0 ? nullptr : arena.output(samples);
               args.samples = samples;
@@ -489,7 +490,9 @@ void for_each_case(Visitor visit) {
     for_each_pointwise<T>(7, 3, activation, visit);
     for_each_pointwise<T>(3, 400, activation, visit);
   }
-  for (const Likelihood kind : {Likelihood::kBernoulli, Likelihood::kGaussian}) {
+#define FASTVAE_KIND(kind, Head) Likelihood::kind,
+  for (const Likelihood kind : {FASTVAE_INDEPENDENT_HEADS(FASTVAE_KIND)}) {
+#undef FASTVAE_KIND
     const LikelihoodSpec likelihood{kind, 0.7};
     for_each_head<T>(likelihood, 1, 1, 1, visit);
     for_each_head<T>(likelihood, 5, 3, 7, visit);

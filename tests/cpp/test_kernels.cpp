@@ -115,6 +115,15 @@ void naive(const HeadResidual<T>& args) {
         } else if (args.likelihood.kind == Likelihood::kGaussian) {
           r = (x - a[c]) / (scale * scale);
           log_prob += -0.5L * (x - a[c]) * r - logl(scale) - 0.5L * logl(2 * acosl(-1));
+        } else if (args.likelihood.kind == Likelihood::kLaplace) {
+          r = (x > a[c] ? 1 : -1) / scale;
+          log_prob += -fabsl(x - a[c]) / scale - logl(2 * scale);
+        } else if (args.likelihood.kind == Likelihood::kPoisson) {
+          r = x - expl(a[c]);
+          log_prob += (x > 0 ? x * (a[c] - logl(x)) : 0) - (expl(a[c]) - x);
+        } else if (args.likelihood.kind == Likelihood::kNegativeBinomial) {
+          r = x - (x + scale) * expl(a[c]) / (expl(a[c]) + scale);
+          log_prob += (x > 0 ? x * (a[c] - logl(x)) : 0) - (x + scale) * logl((expl(a[c]) + scale) / (x + scale));
         } else {
           const bool chosen = c == class_at(args.x[index], classes);
           r = (chosen ? 1 : 0) - expl(a[c]) / sum;
@@ -143,7 +152,7 @@ void naive(const HeadTangent<T>& args) {
     const T* residual = args.residual + index * classes;
     const std::vector<T> u(args.adot + index * classes, args.adot + (index + 1) * classes);
     std::vector<long double> p(classes);
-    long double mean = 0;
+    long double mean = 0, q = 0;
     for (int64_t c = 0; c < classes; ++c) {
       p[c] = (categorical ? static_cast<long double>(c == class_at(args.x[index], classes)) : x) - residual[c];
       mean += p[c] * u[c];
@@ -154,14 +163,26 @@ void naive(const HeadTangent<T>& args) {
         curved = -p[c] * (1 - p[c]) * u[c];
       } else if (args.likelihood.kind == Likelihood::kGaussian) {
         curved = -u[c] / (scale * scale);
+      } else if (args.likelihood.kind == Likelihood::kLaplace) {
+        curved = 0;
+      } else if (args.likelihood.kind == Likelihood::kPoisson) {
+        curved = -p[c] * u[c];
+      } else if (args.likelihood.kind == Likelihood::kNegativeBinomial) {
+        q = p[c] / (x + scale);
+        curved = -(x + scale) * q * (1 - q) * u[c];
       } else {
         curved = -p[c] * (u[c] - mean);
       }
       args.delta_dot[index * classes + c] = static_cast<T>(curved + cotangent * residual[c]);
     }
     if (args.grad_x != nullptr) {
-      args.grad_x[index] +=
-          static_cast<T>(args.likelihood.kind == Likelihood::kGaussian ? u[0] / (scale * scale) : u[0]);
+      long double cross = 1 - q;  // q is 0 but of a negative binomial
+      if (args.likelihood.kind == Likelihood::kGaussian) {
+        cross = 1 / (scale * scale);
+      } else if (args.likelihood.kind == Likelihood::kLaplace) {
+        cross = 0;
+      }
+      args.grad_x[index] += static_cast<T>(cross * u[0]);
     }
   }
 }

@@ -57,6 +57,8 @@ long double exact_exp_excess(long double x) {
   return sum * x * x / 2.0L;
 }
 long double exact_log1p_unit(long double x) { return log1pl(x); }
+long double exact_log(long double x) { return logl(x); }
+long double exact_log1p(long double x) { return log1pl(x); }
 long double exact_tanh(long double x) { return tanhl(x); }
 long double exact_erf(long double x) { return erfl(x); }
 long double exact_sigmoid(long double x) { return 1.0L / (1.0L + expl(-x)); }
@@ -81,6 +83,8 @@ std::vector<Elementary<T>> elementary_functions() {
           FUNCTION(expm1, F::kLowest, F::kHighest, 2),
           FUNCTION(exp_excess, F::kLowest, F::kHighest, 16),
           FUNCTION(log1p_unit, T(0), T(1), 2),
+          FUNCTION(log, std::numeric_limits<T>::min(), huge, 2),
+          FUNCTION(log1p, T(-0.9), huge, 4),
           FUNCTION(tanh, -huge, huge, 3),
           FUNCTION(erf, -huge, huge, 1.5),
           FUNCTION(sigmoid, F::kLowest, huge, 3),

@@ -112,12 +112,12 @@ FASTVAE_INLINE void log_prob_samples(const ConvTransposeLogProb<T>& args, int64_
 template <typename T>
 FASTVAE_INLINE void conv_transpose_log_prob_template(const ConvTransposeLogProb<T>& args, int64_t begin, int64_t end) {
   switch (args.likelihood.kind) {
-    case Likelihood::kBernoulli:
-      log_prob_samples<IndependentPosition<math::BernoulliHead<T>, T>>(args, begin, end);
-      break;
-    case Likelihood::kGaussian:
-      log_prob_samples<IndependentPosition<math::GaussianHead<T>, T>>(args, begin, end);
-      break;
+#define FASTVAE_CASE(kind, Head)                                         \
+  case Likelihood::kind:                                                 \
+    log_prob_samples<IndependentPosition<Head<T>, T>>(args, begin, end); \
+    break;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_CASE)
+#undef FASTVAE_CASE
     case Likelihood::kCategorical:
       log_prob_samples<CategoricalPosition<T>>(args, begin, end);
       break;

@@ -66,12 +66,12 @@ FASTVAE_INLINE void categorical_head_rows(const HeadResidual<T>& args, int64_t b
 template <typename T>
 FASTVAE_INLINE void head_residual_template(const HeadResidual<T>& args, int64_t begin, int64_t end) {
   switch (args.likelihood.kind) {
-    case Likelihood::kBernoulli:
-      independent_head_rows<math::BernoulliHead<T>>(args, begin, end);
-      break;
-    case Likelihood::kGaussian:
-      independent_head_rows<math::GaussianHead<T>>(args, begin, end);
-      break;
+#define FASTVAE_CASE(kind, Head)                      \
+  case Likelihood::kind:                              \
+    independent_head_rows<Head<T>>(args, begin, end); \
+    break;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_CASE)
+#undef FASTVAE_CASE
     case Likelihood::kCategorical:
       categorical_head_rows(args, begin, end);
       break;
@@ -88,7 +88,7 @@ FASTVAE_INLINE void independent_tangent_rows(const HeadTangent<T>& args, int64_t
     if (args.grad_x != nullptr) {
 #pragma GCC ivdep
       for (int64_t i = offset; i < offset + n; ++i) {
-        args.grad_x[i] += head.cross(args.x[i]) * args.adot[i];
+        args.grad_x[i] += head.cross(args.residual[i], args.x[i]) * args.adot[i];
       }
     }
 #pragma GCC ivdep
@@ -134,12 +134,12 @@ FASTVAE_INLINE void categorical_tangent_rows(const HeadTangent<T>& args, int64_t
 template <typename T>
 FASTVAE_INLINE void head_tangent_template(const HeadTangent<T>& args, int64_t begin, int64_t end) {
   switch (args.likelihood.kind) {
-    case Likelihood::kBernoulli:
-      independent_tangent_rows<math::BernoulliHead<T>>(args, begin, end);
-      break;
-    case Likelihood::kGaussian:
-      independent_tangent_rows<math::GaussianHead<T>>(args, begin, end);
-      break;
+#define FASTVAE_CASE(kind, Head)                         \
+  case Likelihood::kind:                                 \
+    independent_tangent_rows<Head<T>>(args, begin, end); \
+    break;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_CASE)
+#undef FASTVAE_CASE
     case Likelihood::kCategorical:
       categorical_tangent_rows(args, begin, end);
       break;

@@ -132,14 +132,13 @@ void head_residual_launch(const HeadResidual<T>& args, Stream stream) {
                              : head_chunks(args.likelihood, args.positions, args.channels);
   const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) {
-    case Likelihood::kBernoulli:
-      launch("head_residual", independent_head_kernel<math::BernoulliHead<T>, T>, grid, stream, args,
-             math::BernoulliHead<T>(args.likelihood), chunks);
-      break;
-    case Likelihood::kGaussian:
-      launch("head_residual", independent_head_kernel<math::GaussianHead<T>, T>, grid, stream, args,
-             math::GaussianHead<T>(args.likelihood), chunks);
-      break;
+#define FASTVAE_CASE(kind, Head)                                                                               \
+  case Likelihood::kind:                                                                                       \
+    launch("head_residual", independent_head_kernel<Head<T>, T>, grid, stream, args, Head<T>(args.likelihood), \
+           chunks);                                                                                            \
+    break;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_CASE)
+#undef FASTVAE_CASE
     case Likelihood::kCategorical:
       launch("head_residual", categorical_head_kernel<T>, grid, stream, args, chunks);
       break;
@@ -161,7 +160,7 @@ __global__ void independent_tangent_kernel(const HeadTangent<T> args, const Head
       const T x = args.x[i];
       const T r = args.residual[i];
       if (args.grad_x != nullptr) {
-        args.grad_x[i] += head.cross(x) * adot;
+        args.grad_x[i] += head.cross(r, x) * adot;
       }
       args.delta_dot[i] = head.curvature(r, x) * adot + cotangent * r;
     }
@@ -202,14 +201,13 @@ void head_tangent_launch(const HeadTangent<T>& args, Stream stream) {
   const int64_t chunks = head_chunks(args.likelihood, args.positions, args.channels);
   const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) {
-    case Likelihood::kBernoulli:
-      launch("head_tangent", independent_tangent_kernel<math::BernoulliHead<T>, T>, grid, stream, args,
-             math::BernoulliHead<T>(args.likelihood), chunks);
-      break;
-    case Likelihood::kGaussian:
-      launch("head_tangent", independent_tangent_kernel<math::GaussianHead<T>, T>, grid, stream, args,
-             math::GaussianHead<T>(args.likelihood), chunks);
-      break;
+#define FASTVAE_CASE(kind, Head)                                                                                 \
+  case Likelihood::kind:                                                                                         \
+    launch("head_tangent", independent_tangent_kernel<Head<T>, T>, grid, stream, args, Head<T>(args.likelihood), \
+           chunks);                                                                                              \
+    break;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_CASE)
+#undef FASTVAE_CASE
     case Likelihood::kCategorical:
       launch("head_tangent", categorical_tangent_kernel<T>, grid, stream, args, chunks);
       break;

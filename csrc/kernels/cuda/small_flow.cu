@@ -182,12 +182,15 @@ void small_flow_launch(const SmallFlow<T>& args, Stream stream) {
   constexpr int64_t kLanes = kSmallFlowLanes<T>;
   const Plan<T> plan = make_plan(args.network, args.dim);
   const Grid grid{(args.samples + kLanes - 1) / kLanes, kThreads, plan.numel * sizeof(T)};
-  if (args.network.likelihood.kind == Likelihood::kBernoulli) {
-    launch("small_flow", small_flow_kernel<math::BernoulliHead<T>, T>, grid, stream, args, plan,
-           math::BernoulliHead<T>(args.network.likelihood));
-  } else {
-    launch("small_flow", small_flow_kernel<math::GaussianHead<T>, T>, grid, stream, args, plan,
-           math::GaussianHead<T>(args.network.likelihood));
+  switch (args.network.likelihood.kind) {
+#define FASTVAE_CASE(kind, Head)                                                                                     \
+  case Likelihood::kind:                                                                                             \
+    launch("small_flow", small_flow_kernel<Head<T>, T>, grid, stream, args, plan, Head<T>(args.network.likelihood)); \
+    break;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_CASE)
+#undef FASTVAE_CASE
+    case Likelihood::kCategorical:  // runs layer by layer (takes_small_flow)
+      break;
   }
 }
 

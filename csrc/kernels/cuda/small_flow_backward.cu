@@ -222,7 +222,7 @@ struct BackwardTile {
       Pack<T> grad_x = pack_at(shared + plan.grad_x, r, share.group);
       Pack<T> delta_dot;
       for (int i = 0; i < kWidth; ++i) {
-        grad_x.lane[i] += head.cross(x.lane[i]) * adot.lane[i];
+        grad_x.lane[i] += head.cross(residual.lane[i], x.lane[i]) * adot.lane[i];
         delta_dot.lane[i] =
             head.curvature(residual.lane[i], x.lane[i]) * adot.lane[i] + cotangent.lane[i] * residual.lane[i];
       }
@@ -370,12 +370,16 @@ template <typename T>
 void small_flow_backward_launch(const SmallFlowBackward<T>& args, Stream stream) {
   const Plan<T> plan = make_plan(args.network, args.dim);
   const Grid grid{args.tasks, kThreads, plan.numel * sizeof(T)};
-  if (args.network.likelihood.kind == Likelihood::kBernoulli) {
-    launch("small_flow_backward", small_flow_backward_kernel<math::BernoulliHead<T>, T>, grid, stream, args, plan,
-           math::BernoulliHead<T>(args.network.likelihood));
-  } else {
-    launch("small_flow_backward", small_flow_backward_kernel<math::GaussianHead<T>, T>, grid, stream, args, plan,
-           math::GaussianHead<T>(args.network.likelihood));
+  switch (args.network.likelihood.kind) {
+#define FASTVAE_CASE(kind, Head)                                                                    \
+  case Likelihood::kind:                                                                            \
+    launch("small_flow_backward", small_flow_backward_kernel<Head<T>, T>, grid, stream, args, plan, \
+           Head<T>(args.network.likelihood));                                                       \
+    break;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_CASE)
+#undef FASTVAE_CASE
+    case Likelihood::kCategorical:  // runs layer by layer (takes_small_flow)
+      break;
   }
 }
 

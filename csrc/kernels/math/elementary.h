@@ -3,13 +3,15 @@
 //   exp(x)    = 2^n e^r,  n = round(x / ln 2),  r = x - n ln 2 (two-term), |r| <= ln 2 / 2, Taylor in r
 //   expm1(x)  = 2^n (e^r - 1) + (2^n - 1)                        (exact to rounding near 0, where n = 0)
 //   exp_excess(x) = e^x - 1 - x:  2^n (e^r - 1) + (2^n - 1) - x, and where n = 0 the series without its first term
-//   log1p(t)  = 2 atanh(t / (2 + t)),  t in [0, 1]: a series in s^2 <= 1/9
+//   log(x)    = n ln 2 + 2 atanh((m - 1) / (m + 1)),  x = 2^n m: a series in s^2 <= 1/9
+//   log1p(t)  = 2 atanh(t / (2 + t)) for t in [0, 1]; elsewhere log(1 + t), mended by what rounding took
 //   erf(x)    = two polynomials, interpolated at Chebyshev nodes in 50 digits; see there
 //
 // Cost: about 12 (float) or 20 (double) FLOPs each, three times that for erf. Error against the exact result, in float
-// and in double, with and without fused multiply-adds: exp within 1.1 ulp, erf within 1.5, expm1 and log1p_unit within
-// 2, tanh, sigmoid and softplus within 3, where exp neither overflows nor becomes subnormal (arguments are clamped to
-// that range; NaN passes through). Asserted by tests/cpp/test_math.cpp over the whole range for each instruction set.
+// and in double, with and without fused multiply-adds: exp within 1.1 ulp, erf within 1.5, expm1, log and log1p_unit
+// within 2, log1p within 4, tanh, sigmoid and softplus within 3, where exp neither overflows nor becomes subnormal
+// (arguments are clamped to that range; NaN passes through). Asserted by tests/cpp/test_math.cpp over the whole range for
+// each instruction set.
 #pragma once
 
 #include <cmath>
@@ -115,9 +117,8 @@ FASTVAE_HOST_DEVICE T exp_excess(T x) {
   return x > Ieee<T>::kHighest ? Ieee<T>::kInfinity : value;
 }
 
-// log(1 + t) for t in [0, 1].
-FASTVAE_HOST_DEVICE float log1p_unit(float t) {
-  const float s = t / (2.0F + t);
+// 2 atanh(s) = log((1 + s) / (1 - s)) for |s| <= 1/3.
+FASTVAE_HOST_DEVICE float twice_atanh(float s) {
   const float s2 = s * s;
   float p = 1.0F / 15.0F;
   p = p * s2 + 1.0F / 13.0F;
@@ -130,7 +131,6 @@ FASTVAE_HOST_DEVICE float log1p_unit(float t) {
   return 2.0F * (s * p + s);
 }
 
-// 2 atanh(s) = log((1 + s) / (1 - s)) for |s| <= 1/3.
 FASTVAE_HOST_DEVICE double twice_atanh(double s) {
   const double s2 = s * s;
   double p = 1.0 / 33.0;
@@ -153,7 +153,33 @@ FASTVAE_HOST_DEVICE double twice_atanh(double s) {
   return 2.0 * (s * p + s);
 }
 
-FASTVAE_HOST_DEVICE double log1p_unit(double t) { return twice_atanh(t / (2.0 + t)); }
+// log(1 + t) for t in [0, 1].
+template <typename T>
+FASTVAE_HOST_DEVICE T log1p_unit(T t) {
+  return twice_atanh(t / (T(2) + t));
+}
+
+// log(x) for numbers that are neither infinite nor subnormal: -infinity for 0, NaN for what is below it or NaN.
+template <typename T>
+FASTVAE_HOST_DEVICE T log(T x) {
+  using F = Ieee<T>;
+  using Int = typename F::Int;
+  // x = 2^k m, m in [sqrt(1/2), sqrt(2)).
+  const Int bits = bit_cast<Int>(x);
+  const Int k = (bits - bit_cast<Int>(static_cast<T>(0.70710678118654752440))) >> F::kMantissaBits;
+  const T m = bit_cast<T>(bits - (k << F::kMantissaBits));
+  const T n = bit_cast<T>(bit_cast<Int>(F::kRound) + k) - F::kRound;
+  const T found = n * F::kLn2High + (n * F::kLn2Low + twice_atanh((m - T(1)) / (m + T(1))));
+  return x > T(0) ? found : (x == T(0) ? -F::kInfinity : std::numeric_limits<T>::quiet_NaN());
+}
+
+// log(1 + t) for t > -1.
+template <typename T>
+FASTVAE_HOST_DEVICE T log1p(T t) {
+  const T u = T(1) + t;
+  // What rounding took of u: log(u) t / (u - 1), which near 0 is t.
+  return u == T(1) ? t : math::log(u) * (t / (u - T(1)));
+}
 
 template <typename T>
 FASTVAE_HOST_DEVICE T absolute(T x) {

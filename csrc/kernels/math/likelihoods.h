@@ -2,22 +2,37 @@
 //
 //   Bernoulli    ll = x a - log(1 + e^a)                 r = x - p       S = -p (1 - p),  p = sigmoid(a) = x - r
 //   Gaussian     ll = -((x - a)/s)^2 / 2 - log s - log(2 pi)/2     r = (x - a)/s^2     S = -1/s^2
+//   Laplace      ll = -|x - a|/s - log(2 s)              r = sign(x - a)/s   S = 0
+//   Poisson      ll = x (a - log x) - (e^a - x)          r = x - e^a     S = r - x
+//   NegativeBinomial  ll = x (a - log x) - (x + d) log(1 + (e^a - x) / (x + d))     r = x - (x + d) q
+//                S = -(x + d) q (1 - q), q = sigmoid(a - log d)
 //   Categorical  ll = a_c - logsumexp(a)                 r = onehot(c) - p   S u = -p (u - <p, u>)
 //
-// r = d ll/d a and S = d^2 ll/d a^2 are what the reverse and the adjoint sweep start from. The adjoint recovers p
-// from x and the stored r, so that a itself need not be kept.
+// r = d ll/d a and S = d^2 ll/d a^2 are what the reverse and the adjoint sweep start from. The adjoint recovers p, e^a
+// or q from x and the stored r, so that a itself need not be kept. Of counts, ll is relative to what it is where the
+// mean is x: small numbers, whose sums lose nothing. The caller adds the rest once a sample (Likelihood.base_measure).
 #pragma once
 
 #include "elementary.h"
 
 namespace fastvae {
 
-enum class Likelihood : int { kBernoulli = 0, kGaussian, kCategorical };
+// Likelihoods whose outputs are independent: kind, head. Each is Head(spec), with the functions of those below.
+#define FASTVAE_INDEPENDENT_HEADS(each)                                                                       \
+  each(kBernoulli, math::BernoulliHead) each(kGaussian, math::GaussianHead) each(kLaplace, math::LaplaceHead) \
+      each(kPoisson, math::PoissonHead) each(kNegativeBinomial, math::NegativeBinomialHead)
+
+enum class Likelihood : int { kBernoulli = 0, kGaussian, kLaplace, kPoisson, kNegativeBinomial, kCategorical };
 
 struct LikelihoodSpec {
   Likelihood kind = Likelihood::kBernoulli;
-  double scale = 1.0;     // gaussian
+  double scale = 1.0;     // gaussian, laplace; of a negative binomial its dispersion
   int64_t classes = 256;  // categorical
+
+  // Whether x is a class or a count.
+  bool is_discrete() const {
+    return kind == Likelihood::kCategorical || kind == Likelihood::kPoisson || kind == Likelihood::kNegativeBinomial;
+  }
 };
 
 namespace math {
@@ -40,7 +55,7 @@ struct BernoulliHead {
     const T p = x - r;
     return -p * (T(1) - p);
   }
-  FASTVAE_HOST_DEVICE T cross(T) const { return T(1); }  // d r / d x
+  FASTVAE_HOST_DEVICE T cross(T, T) const { return T(1); }  // d r / d x
 };
 
 template <typename T>
@@ -56,7 +71,59 @@ struct GaussianHead {
     return {T(-0.5) * (x - a) * r + constant, r};
   }
   FASTVAE_HOST_DEVICE T curvature(T, T) const { return -precision; }
-  FASTVAE_HOST_DEVICE T cross(T) const { return precision; }
+  FASTVAE_HOST_DEVICE T cross(T, T) const { return precision; }
+};
+
+template <typename T>
+struct LaplaceHead {
+  T slope;
+  T constant;
+  FASTVAE_HOST_DEVICE explicit LaplaceHead(const LikelihoodSpec& spec)
+      : slope(static_cast<T>(1.0 / spec.scale)), constant(static_cast<T>(-std::log(2.0 * spec.scale))) {}
+  FASTVAE_HOST_DEVICE T residual(T a, T x) const {
+    const T off = x - a;
+    // NaN stays NaN, and at 0 the derivative is taken as 0.
+    return off > T(0) ? slope : (off < T(0) ? -slope : off * slope);
+  }
+  FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
+    const T r = residual(a, x);
+    return {constant - (x - a) * r, r};
+  }
+  FASTVAE_HOST_DEVICE T curvature(T, T) const { return T(0); }
+  FASTVAE_HOST_DEVICE T cross(T, T) const { return T(0); }
+};
+
+// log(x), and 0 for x = 0, where it is multiplied by x.
+template <typename T>
+FASTVAE_HOST_DEVICE T log_of_count(T x) {
+  return math::log(x > T(0) ? x : T(1));
+}
+
+template <typename T>
+struct PoissonHead {
+  FASTVAE_HOST_DEVICE explicit PoissonHead(const LikelihoodSpec&) {}
+  FASTVAE_HOST_DEVICE T residual(T a, T x) const { return x - math::exp(a); }
+  FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
+    const T r = residual(a, x);
+    return {x * (a - log_of_count(x)) + r, r};
+  }
+  FASTVAE_HOST_DEVICE T curvature(T r, T x) const { return r - x; }
+  FASTVAE_HOST_DEVICE T cross(T, T) const { return T(1); }
+};
+
+template <typename T>
+struct NegativeBinomialHead {
+  T dispersion;
+  T log_dispersion;
+  FASTVAE_HOST_DEVICE explicit NegativeBinomialHead(const LikelihoodSpec& spec)
+      : dispersion(static_cast<T>(spec.scale)), log_dispersion(static_cast<T>(std::log(spec.scale))) {}
+  FASTVAE_HOST_DEVICE T residual(T a, T x) const { return x - (x + dispersion) * math::sigmoid(a - log_dispersion); }
+  FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
+    const T n = x + dispersion;
+    return {x * (a - log_of_count(x)) - n * math::log1p((math::exp(a) - x) / n), residual(a, x)};
+  }
+  FASTVAE_HOST_DEVICE T curvature(T r, T x) const { return (r - x) * (dispersion + r) / (x + dispersion); }
+  FASTVAE_HOST_DEVICE T cross(T r, T x) const { return (dispersion + r) / (x + dispersion); }
 };
 
 // The class of a pixel given as a float in [0, 1]; clamped, so that a wrong x can never become a wild index.
