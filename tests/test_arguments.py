@@ -155,7 +155,7 @@ def test_numbers_of_python_and_numpy_are_taken(name: str, argument: str) -> None
 
 def test_a_learned_scale_is_said_to_be_not_there_yet() -> None:
     with pytest.raises(
-        TypeError, match=r"Gaussian: scale: .* got Parameter; a learned scale is not supported yet"
+        TypeError, match=r"Gaussian: scale: .* got Parameter; for a learned scale pass scale='learned'"
     ):
         Gaussian(nn.Parameter(torch.tensor(0.5)))  # type: ignore[arg-type]
 

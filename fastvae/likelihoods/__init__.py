@@ -17,6 +17,7 @@ from fastvae.likelihoods.categorical import Categorical, DiscretizedLogistic
 from fastvae.likelihoods.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from fastvae.likelihoods.gaussian import Gaussian, GaussianHead
 from fastvae.likelihoods.heavy_tails import Laplace, StudentT
+from fastvae.likelihoods.learned import LearnedLikelihood
 
 __all__ = [
     "Bernoulli",
@@ -26,6 +27,7 @@ __all__ = [
     "Gaussian",
     "GaussianHead",
     "Laplace",
+    "LearnedLikelihood",
     "Likelihood",
     "NegativeBinomial",
     "Poisson",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae.arguments import expect_positive
 from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid
+from fastvae.likelihoods.learned import LearnedLikelihood
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
@@ -77,11 +80,21 @@ class NegativeBinomial(Counts):
     this becomes a Poisson.
 
     Args:
-        dispersion: r > 0, or "decoder": the decoder returns [B, 2 C, ...] for data [B, C, ...], C log means and then C
-            log dispersions.
+        dispersion: r > 0; or "decoder": the decoder returns [B, 2 C, ...] for data [B, C, ...], C log means and then C
+            log dispersions; or "learned": trained with the model, a module whose parameter is ``log_dispersion``.
+        shape: of a learned dispersion, broadcast to a sample: (genes,) for one a gene, () for one that all share.
+        initial: what a learned dispersion starts as.
     """
 
     dispersion: float | str = 1.0
+
+    def __new__(
+        cls, dispersion: float | str = 1.0, *, shape: Sequence[int] = (), initial: float = 1.0
+    ) -> Any:
+        """A module, where the dispersion is learned."""
+        if dispersion == "learned":
+            return LearnedLikelihood(NegativeBinomial("decoder"), "log_dispersion", shape, initial)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _check_dispersion(self, self.dispersion)
@@ -121,10 +134,20 @@ class ZeroInflatedNegativeBinomial(Counts):
     dispersion="decoder" C log dispersions after them.
 
     Args:
-        dispersion: as of :class:`NegativeBinomial`.
+        dispersion, shape, initial: as of :class:`NegativeBinomial`.
     """
 
     dispersion: float | str = 1.0
+
+    def __new__(
+        cls, dispersion: float | str = 1.0, *, shape: Sequence[int] = (), initial: float = 1.0
+    ) -> Any:
+        """A module, where the dispersion is learned."""
+        if dispersion == "learned":
+            return LearnedLikelihood(
+                ZeroInflatedNegativeBinomial("decoder"), "log_dispersion", shape, initial
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _check_dispersion(self, self.dispersion)
@@ -210,7 +233,9 @@ def _check_dispersion(owner: Likelihood, dispersion: float | str) -> None:
     name = type(owner).__name__
     if isinstance(dispersion, str):
         if dispersion != "decoder":
-            raise ValueError(f"{name}: dispersion: expected a number or 'decoder', got {dispersion!r}")
+            raise ValueError(
+                f"{name}: dispersion: expected a number, 'decoder' or 'learned', got {dispersion!r}"
+            )
         return
     expect_positive(name, dispersion=dispersion)
 

@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae.arguments import expect_numbers, expect_positive
 from fastvae.likelihoods.base import Likelihood, at_least_float32, unit_interval
+from fastvae.likelihoods.learned import LearnedLikelihood
 
 __all__ = ["Gaussian", "GaussianHead"]
-
-
-@dataclass(frozen=True)
-class Gaussian(Likelihood):
-    """Independent normal elements N(a, scale^2) around the decoder's output a; ``scale`` > 0 in the unit of
-    x, a number: TypeError for a tensor.
-    """
-
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        expect_numbers("Gaussian", hint="a learned scale is not supported yet", scale=self.scale)
-        if not isinstance(self.scale, (int, float)):
-            object.__setattr__(self, "scale", float(self.scale))
-        expect_positive("Gaussian", scale=self.scale)
-
-    @property
-    def spec(self) -> str:
-        """The likelihood as the C++ parser reads it."""
-        return f"gaussian {float(self.scale)!r}"
-
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
-        mean, x = self._match(params, x)
-        constant = math.log(self.scale) + 0.5 * math.log(2 * math.pi)
-        residual = (unit_interval(x, mean.dtype) - mean) / self.scale
-        return -0.5 * residual.square().sum(1) - constant * mean.shape[1]
-
-    def mean(self, params: Tensor) -> Tensor:
-        """params."""
-        return at_least_float32(params)
-
-    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """params + scale * standard normal noise."""
-        mean = self.mean(params)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + self.scale * noise
 
 
 @dataclass(frozen=True)
@@ -89,3 +55,72 @@ class GaussianHead(Likelihood):
         mean, log_scale = at_least_float32(params).chunk(2, 1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean + log_scale.clamp(min=math.log(self.min_scale)).exp() * noise
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    """Independent normal elements N(a, scale^2) around the decoder's output a.
+
+    Args:
+        scale: > 0, in the unit of x: a number; "learned": trained with the model (the sigma-VAE of Rybkin, Daniilidis,
+            Levine, "Simple and effective VAE training with calibrated decoders", ICML 2021), a module whose parameter
+            is ``log_scale``; or a tensor without a gradient, which stays as it is.
+        shape: of a learned scale, broadcast to a sample of the decoder's output: () for one that all elements share,
+            (C, 1, 1) for one a channel, the sample's own for one an element.
+        initial: what a learned scale starts as.
+        min_scale: a learned scale is at least this; where it is smaller there is no gradient to its logarithm.
+
+    Raises:
+        TypeError: a scale that is a Parameter or requires a gradient: pass "learned" and ``initial``.
+        ValueError: a scale that is not finite or not above 0.
+    """
+
+    scale: float = 1.0
+
+    def __new__(
+        cls,
+        scale: float | str | Tensor = 1.0,
+        *,
+        shape: Sequence[int] = (),
+        initial: float = 1.0,
+        min_scale: float = 1e-6,
+    ) -> Any:
+        """A module, where the scale is no number."""
+        if isinstance(scale, str):
+            if scale != "learned":
+                raise ValueError(f"Gaussian: scale: expected a number, a tensor or 'learned', got {scale!r}")
+            return LearnedLikelihood(GaussianHead(min_scale), "log_scale", shape, initial)
+        if isinstance(scale, Tensor) and not scale.requires_grad:
+            head = GaussianHead(min_scale)
+            return LearnedLikelihood(head, "log_scale", scale.shape, scale, is_trained=False)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        expect_numbers(
+            "Gaussian", hint="for a learned scale pass scale='learned', initial=...", scale=self.scale
+        )
+        if not isinstance(self.scale, (int, float)):
+            object.__setattr__(self, "scale", float(self.scale))
+        expect_positive("Gaussian", scale=self.scale)
+
+    @property
+    def spec(self) -> str:
+        """The likelihood as the C++ parser reads it."""
+        return f"gaussian {float(self.scale)!r}"
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
+        mean, x = self._match(params, x)
+        constant = math.log(self.scale) + 0.5 * math.log(2 * math.pi)
+        residual = (unit_interval(x, mean.dtype) - mean) / self.scale
+        return -0.5 * residual.square().sum(1) - constant * mean.shape[1]
+
+    def mean(self, params: Tensor) -> Tensor:
+        """params."""
+        return at_least_float32(params)
+
+    def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """params + scale * standard normal noise."""
+        mean = self.mean(params)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.scale * noise

@@ -272,7 +272,9 @@ class BaseVAE(nn.Module, ABC):
 
     def log_px(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]."""
-        return self.likelihood.log_prob(self.decode(z), x)
+        like = self.likelihood
+        # A module is called as one, so that hooks on it see it.
+        return (like if isinstance(like, nn.Module) else like.log_prob)(self.decode(z), x)
 
     def draw_noise(
         self, mu: Tensor, generator: torch.Generator | None = None, draws: int | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae._extension import raw
+from fastvae.likelihoods.learned import without_parameters
 from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.models import VAE
 from fastvae.models.base import BaseVAE, encoded_already
@@ -102,9 +103,9 @@ def _by_reading(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
     """Of a decoder that is read as a graph."""
     if not _is_stock(model):
         return None
-    like = model.likelihood
+    decoder, like = without_parameters(model.decoder, model.likelihood)
     try:
-        read = read_decoder("log_px_and_force", model.decoder, codes, "autograd", like)
+        read = read_decoder("log_px_and_force", decoder, codes, "autograd", like)
     except CoupledSamples:
         raise
     except (UnsupportedLayer, TypeError, ValueError):

@@ -16,6 +16,7 @@ from fastvae._compiling import is_compiling
 from fastvae._extension import raw
 from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.learned import without_parameters
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import hamiltonian_flow as sweep_flow
 from fastvae.network.heads import make_head
@@ -128,7 +129,7 @@ def hamiltonian_flow(
     """
     check_tensors("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
     refuse_function_transforms("hamiltonian_flow", z)
-    like = resolve(likelihood)
+    decoder, like = without_parameters(decoder, resolve(likelihood))
     if memory not in ("auto", "store", "recompute"):
         raise ValueError(
             f"fastvae::hamiltonian_flow: memory: expected 'auto', 'store' or 'recompute', got {memory!r}"

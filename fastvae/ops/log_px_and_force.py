@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastvae import reference
 from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.learned import without_parameters
 from fastvae.lowering import UnsupportedLayer
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import log_px_and_force as sweep
@@ -70,7 +71,7 @@ def log_px_and_force(
     check_tensors(name, z=z, x=x)
     refuse_function_transforms(name, z)
     refuse_function_transforms(name, x)
-    like = resolve(likelihood)
+    decoder, like = without_parameters(decoder, resolve(likelihood))
     z = float32_under_autocast(z)
     _check(name, z, x)
     check_condition(name, condition, len(z))

@@ -190,7 +190,7 @@ def _text(value: Any, depth: int = 3) -> str | None:
     if isinstance(value, dict):
         pairs = sorted((repr(key), _text(entry, depth - 1)) for key, entry in value.items())
         return f"{{{', '.join(f'{key}: {text}' for key, text in pairs)}}}" if len(pairs) <= 64 else None
-    if isinstance(value, Likelihood) or (callable(value) and not isinstance(value, nn.Module)):
+    if not isinstance(value, nn.Module) and (isinstance(value, Likelihood) or callable(value)):
         name = getattr(value, "__qualname__", None)
         if isinstance(name, str):
             return name

@@ -10,8 +10,8 @@
 // Cost: about 12 (float) or 20 (double) FLOPs each, three times that for erf. Error against the exact result, in float
 // and in double, with and without fused multiply-adds: exp within 1.1 ulp, erf within 1.5, expm1, log and log1p_unit
 // within 2, log1p within 4, tanh, sigmoid and softplus within 3, where exp neither overflows nor becomes subnormal
-// (arguments are clamped to that range; NaN passes through). Asserted by tests/cpp/test_math.cpp over the whole range for
-// each instruction set.
+// (arguments are clamped to that range; NaN passes through). Asserted by tests/cpp/test_math.cpp over the whole range
+// for each instruction set.
 #pragma once
 
 #include <cmath>
