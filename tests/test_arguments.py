@@ -16,7 +16,7 @@ import fastvae
 from fastvae import HVAE, IWAE, VAE, ConsistencyVAE, JacobianL1VAE, metrics, noise, ood
 from fastvae import data as fastvae_data
 from fastvae.influence import TracIn
-from fastvae.likelihoods import Categorical, Gaussian
+from fastvae.likelihoods import Categorical, Gaussian, Laplace, NegativeBinomial, StudentT
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.penalties import BetaAnnealing, Consistency, JacobianL1
 
@@ -74,7 +74,9 @@ def _scores(**options: Any) -> Any:
 
 # Of each callable, the arguments that are numbers, with values that it takes.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "Gaussian": (Gaussian, {"scale": 0.5}),
+    "Laplace": (Laplace, {"scale": 0.5}),
+    "StudentT": (StudentT, {"df": 3.0, "scale": 0.5}),
+    "NegativeBinomial": (NegativeBinomial, {"dispersion": 2.0}),
     "Categorical": (Categorical, {"num_classes": 5}),
     "VAE": (_model(VAE), {"beta": 2.0, "latent_dim": 2}),
     "IWAE": (_model(IWAE), {"beta": 2.0, "num_samples": 3, "latent_dim": 2}),
@@ -153,7 +155,7 @@ def test_numbers_of_python_and_numpy_are_taken(name: str, argument: str) -> None
         call(**{argument: number})
 
 
-def test_a_learned_scale_is_said_to_be_not_there_yet() -> None:
+def test_a_parameter_is_no_scale_and_the_error_says_what_is() -> None:
     with pytest.raises(
         TypeError, match=r"Gaussian: scale: .* got Parameter; for a learned scale pass scale='learned'"
     ):

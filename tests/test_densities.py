@@ -211,7 +211,7 @@ def value_and_slopes(likelihood: Likelihood, params: list[float], x: float) -> t
     value = likelihood.log_prob(at, torch.tensor([[x]], dtype=torch.float64)).sum()
     (slope,) = torch.autograd.grad(value, at, create_graph=True)
     curves = torch.autograd.grad(slope.sum(), at)[0] if slope.requires_grad else torch.zeros_like(at)
-    return float(value), slope.detach(), curves
+    return float(value.detach()), slope.detach(), curves
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,10 @@ def test_refusals() -> None:
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: Laplace(0.0), "Laplace: scale: expected a finite number above 0, got 0.0"),
         (lambda: StudentT(df=-1.0), "StudentT: df: expected a finite number above 0, got -1.0"),
-        (lambda: NegativeBinomial("gene"), "dispersion: expected a number or 'decoder', got 'gene'"),
+        (
+            lambda: NegativeBinomial("gene"),
+            "dispersion: expected a number, 'decoder' or 'learned', got 'gene'",
+        ),
         (
             lambda: ZeroInflatedNegativeBinomial(math.inf),
             "dispersion: expected a finite number above 0, got inf",

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Likelihood", "at_least_float32", "check_dtype", "log_sigmoid", "unit_interval"]
+from fastvae.arguments import expect_positive
+
+__all__ = ["Likelihood", "at_least_float32", "check_dtype", "log_sigmoid", "set_positive", "unit_interval"]
 
 
 def unit_interval(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,6 +33,15 @@ def check_dtype(x: Tensor) -> None:
 def at_least_float32(params: Tensor) -> Tensor:
     """Half precision as float32."""
     return params.float() if params.dtype in (torch.float16, torch.bfloat16) else params
+
+
+def set_positive(likelihood: Likelihood, *names: str, hint: str = "") -> None:
+    """Check settings that are numbers above 0, and keep numpy's as Python's."""
+    for name in names:
+        value = getattr(likelihood, name)
+        expect_positive(type(likelihood).__name__, hint=hint, **{name: value})
+        if not isinstance(value, (int, float)):
+            object.__setattr__(likelihood, name, float(value))
 
 
 def log_sigmoid(y: Tensor) -> Tensor:

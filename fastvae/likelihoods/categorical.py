@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers, expect_positive, is_integer
-from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, unit_interval
+from fastvae.arguments import expect_numbers, is_integer
+from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, set_positive, unit_interval
 
 __all__ = ["Categorical", "DiscretizedLogistic"]
 
@@ -137,7 +137,7 @@ class DiscretizedLogistic(Likelihood):
     min_scale: float = 1e-4
 
     def __post_init__(self) -> None:
-        expect_positive("DiscretizedLogistic", min_scale=self.min_scale)
+        set_positive(self, "min_scale")
         Categorical(self.num_classes)
 
     @property

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_positive
-from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid
+from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, set_positive
 from fastvae.likelihoods.learned import LearnedLikelihood
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
@@ -97,7 +96,7 @@ class NegativeBinomial(Counts):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _check_dispersion(self, self.dispersion)
+        _check_dispersion(self)
 
     @property
     def values_per_element(self) -> int:
@@ -150,7 +149,7 @@ class ZeroInflatedNegativeBinomial(Counts):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _check_dispersion(self, self.dispersion)
+        _check_dispersion(self)
 
     @property
     def values_per_element(self) -> int:
@@ -229,15 +228,14 @@ def _stirling(y: Tensor) -> Tensor:
     return (1 / 12 - (1 / 360 - 1 / (1260 * square)) / square) / y
 
 
-def _check_dispersion(owner: Likelihood, dispersion: float | str) -> None:
-    name = type(owner).__name__
-    if isinstance(dispersion, str):
-        if dispersion != "decoder":
-            raise ValueError(
-                f"{name}: dispersion: expected a number, 'decoder' or 'learned', got {dispersion!r}"
-            )
-        return
-    expect_positive(name, dispersion=dispersion)
+def _check_dispersion(likelihood: NegativeBinomial | ZeroInflatedNegativeBinomial) -> None:
+    given = likelihood.dispersion
+    if not isinstance(given, str):
+        set_positive(likelihood, "dispersion")
+    elif given != "decoder":
+        raise ValueError(
+            f"{type(likelihood).__name__}: dispersion: expected a number, 'decoder' or 'learned', got {given!r}"
+        )
 
 
 def _dispersion(like: Tensor, dispersion: float | str, rest: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers, expect_positive
-from fastvae.likelihoods.base import Likelihood, at_least_float32, unit_interval
+from fastvae.likelihoods.base import Likelihood, at_least_float32, set_positive, unit_interval
 from fastvae.likelihoods.learned import LearnedLikelihood
 
 __all__ = ["Gaussian", "GaussianHead"]
@@ -31,7 +30,7 @@ class GaussianHead(Likelihood):
     min_scale: float = 1e-6
 
     def __post_init__(self) -> None:
-        expect_positive("GaussianHead", min_scale=self.min_scale)
+        set_positive(self, "min_scale")
 
     @property
     def values_per_element(self) -> int:
@@ -96,12 +95,7 @@ class Gaussian(Likelihood):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        expect_numbers(
-            "Gaussian", hint="for a learned scale pass scale='learned', initial=...", scale=self.scale
-        )
-        if not isinstance(self.scale, (int, float)):
-            object.__setattr__(self, "scale", float(self.scale))
-        expect_positive("Gaussian", scale=self.scale)
+        set_positive(self, "scale", hint="for a learned scale pass scale='learned', initial=...")
 
     @property
     def spec(self) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_positive
-from fastvae.likelihoods.base import Likelihood, at_least_float32, unit_interval
+from fastvae.likelihoods.base import Likelihood, at_least_float32, set_positive, unit_interval
 
 __all__ = ["Laplace", "StudentT"]
 
@@ -25,7 +24,7 @@ class Laplace(Likelihood):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        expect_positive("Laplace", scale=self.scale)
+        set_positive(self, "scale")
 
     @property
     def spec(self) -> str:
@@ -70,7 +69,7 @@ class StudentT(Likelihood):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        expect_positive("StudentT", df=self.df, scale=self.scale)
+        set_positive(self, "df", "scale")
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
