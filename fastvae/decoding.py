@@ -61,7 +61,9 @@ def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> LoweredNetwork 
     return network
 
 
-def natural_parameters(decoder: Callable[[Tensor], Tensor], z: Tensor, likelihood: Likelihood) -> Tensor:
+def natural_parameters(
+    decoder: Callable[..., Tensor], z: Tensor, likelihood: Likelihood, condition: Tensor | None = None
+) -> Tensor:
     """Natural parameters [B, ...] of p(x | z), from the decoder itself, in its layout.
 
     Of a decoder that ends in a Sigmoid, as ``Bernoulli(probs=True)`` wants it, they are what went into that
@@ -72,14 +74,15 @@ def natural_parameters(decoder: Callable[[Tensor], Tensor], z: Tensor, likelihoo
         ValueError: a decoder of logits that ends in a Sigmoid, or one of probabilities whose first outputs
             are none. Where neither its layers nor autograd tell, a warning if the first outputs are all in [0, 1].
     """
+    given = (z,) if condition is None else (z, condition)
     if is_compiling():
-        return likelihood.params_of_output(decoder(z))
+        return likelihood.params_of_output(decoder(*given))
     if not likelihood.probs or _is_compiled(decoder):
-        output = decoder(z)
+        output = decoder(*given)
         _look_at(output, decoder, likelihood)
         return likelihood.params_of_output(output)
     with SigmoidInputs() as seen:
-        output = decoder(z)
+        output = decoder(*given)
     logits = seen.logits_of(output)
     if logits is not None:
         return logits

@@ -283,7 +283,7 @@ def test_healthy_batches_run_the_flow_once(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(hvae, "hamiltonian_flow", counted)
     make(HVAE)(data())
-    assert calls == [{}]
+    assert len(calls) == 1
 
 
 def test_repr_names_the_model() -> None:

@@ -106,10 +106,10 @@ def test_evidence_takes_as_many_decodes_as_asked_for(monkeypatch: pytest.MonkeyP
     model, x = make(IWAE, num_samples=50), data()
     codes = 0
 
-    def count(decoder: nn.Module, z: Tensor, *rest: object) -> Tensor:
+    def count(decoder: nn.Module, z: Tensor, *rest: object, **options: object) -> Tensor:
         nonlocal codes
         codes += z.shape[0] * z.shape[1]
-        return log_px(decoder, z, *rest)
+        return log_px(decoder, z, *rest, **options)
 
     log_px = fastvae.ops.log_px
     monkeypatch.setattr(fastvae.ops, "log_px", count)

@@ -7,7 +7,7 @@ from fastvae.data.augmentation import ColorJitter, Compose, RandomAffine, Random
 from fastvae.data.factors import FactorDataset, FactorSpace
 from fastvae.data.files import load
 from fastvae.data.generated import shapes, three_dots
-from fastvae.data.images import ImageDataset, binarize, collate_binarized, images_of
+from fastvae.data.images import ImageDataset, binarize, collate_binarized, condition_of, images_of
 
 __all__ = [
     "ColorJitter",
@@ -20,6 +20,7 @@ __all__ = [
     "accepts_generator",
     "binarize",
     "collate_binarized",
+    "condition_of",
     "images_of",
     "load",
     "shapes",

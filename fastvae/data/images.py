@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-__all__ = ["ImageDataset", "binarize", "collate_binarized", "images_of"]
+__all__ = ["ImageDataset", "binarize", "collate_binarized", "condition_of", "images_of"]
 
 
 class ImageDataset(Dataset[tuple[Any, ...]]):
@@ -122,6 +122,31 @@ def collate_binarized(samples: list[Any]) -> Any:
     if isinstance(batch, Mapping):
         return {**batch, "data": binary}
     return [binary, *batch[1:]]
+
+
+def condition_of(batch: Any, place: int | str | Callable[[Any], Tensor]) -> Tensor:
+    """What a conditional model is given besides the images of a loader's batch.
+
+    Args:
+        batch: as of ``images_of``.
+        place: its index in a tuple or list, its key in a mapping, or a function of the batch.
+
+    Raises:
+        TypeError: no tensor there.
+    """
+    found: object = None
+    if callable(place):
+        found = place(batch)
+    elif isinstance(batch, Mapping):
+        found = batch.get(place)
+    elif isinstance(batch, (tuple, list)) and isinstance(place, int) and -len(batch) <= place < len(batch):
+        found = batch[place]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"condition_of: batch: expected a tensor at {place!r}, got {type(found).__name__} in a batch that is a "
+            f"{type(batch).__name__}"
+        )
+    return found
 
 
 def images_of(batch: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvae.arguments import expect_numbers
-from fastvae.data import images_of
+from fastvae.data import condition_of, images_of
 from fastvae.integrations import TORCHVISION
 from fastvae.models import BaseVAE
 from fastvae.training import step_penalties
@@ -43,13 +43,19 @@ class LitVAE(lightning.LightningModule):
         model: any of fastvae's models; ``lit.model`` is it, trained.
         optimizer: callable from (parameters, lr=...) to an optimiser.
         lr: learning rate.
+        condition: of a conditional model, where its condition is in a batch; see :func:`fastvae.fit`.
 
     Raises:
         TypeError: ``model`` is not one of fastvae's.
     """
 
     def __init__(
-        self, model: BaseVAE, *, optimizer: Callable[..., Optimizer] = torch.optim.Adam, lr: float = 1e-3
+        self,
+        model: BaseVAE,
+        *,
+        optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+        lr: float = 1e-3,
+        condition: int | str | Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, BaseVAE):
@@ -58,24 +64,29 @@ class LitVAE(lightning.LightningModule):
         self.model = model
         self._optimizer = optimizer
         self.lr = lr
+        self._condition = condition
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The training loss of each sample: [B], in nats."""
-        losses: Tensor = self.model(x)
+        losses: Tensor = self.model(x, condition=condition)
         return losses
+
+    def _given(self, batch: Any) -> Tensor | None:
+        return None if self._condition is None else condition_of(batch, self._condition)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The mean loss of a batch: []."""
         x = images_of(batch)
-        loss = self(x).mean()
+        loss = self(x, self._given(batch)).mean()
         self.log("train_loss", loss, batch_size=len(x))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs ``val_loss`` and ``val_elbo``."""
         x = images_of(batch)
-        self.log("val_loss", self(x).mean(), batch_size=len(x))
-        self.log("val_elbo", self.model.elbo(x).mean(), batch_size=len(x))
+        given = self._given(batch)
+        self.log("val_loss", self(x, given).mean(), batch_size=len(x))
+        self.log("val_elbo", self.model.elbo(x, condition=given).mean(), batch_size=len(x))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, then the penalties' step; not called for batches that are only accumulated."""

@@ -17,7 +17,15 @@ from fastvae.decoding import check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import LoweredNetwork
 from fastvae.models.evidence import importance_sampled
-from fastvae.models.inputs import check_is_tensor, explained, half_dtype_of, split_posterior
+from fastvae.models.inputs import (
+    check_condition,
+    check_is_tensor,
+    explained,
+    given,
+    half_dtype_of,
+    split_posterior,
+    takes_condition,
+)
 from fastvae.models.steps import Penalty, TrainingStep
 from fastvae.models.terms import note_penalty, note_step
 from fastvae.private import twin_of
@@ -56,7 +64,8 @@ class BaseVAE(nn.Module, ABC):
         encoder: module; takes x (floats in [0, 1]; uint8 images are divided by 255; any reshaping is its own)
             and returns [B, 2d], mean before log variance, or the pair (mu [B, d], logvar [B, d]), sigma =
             exp(logvar / 2).
-        decoder: module [B, d] -> natural parameters of the likelihood.
+        decoder: module [B, d] -> natural parameters of the likelihood. Encoder and decoder that take a second argument
+            are given the ``condition`` [B, ...] (labels, covariates, an image) of a call: q(z | x, c), p(x | z, c).
         likelihood: "bernoulli", "gaussian", "categorical" or a ``fastvae.likelihoods.Likelihood``.
         beta: weight of the KL part of the *training loss* (Higgins et al., beta-VAE, ICLR 2017); ``elbo`` and
             ``log_likelihood`` are of the model itself, beta = 1.
@@ -125,6 +134,7 @@ class BaseVAE(nn.Module, ABC):
         beta: float | None = None,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
     ) -> TrainingStep:
         """One evaluation of the objective, without penalties; beta is the model's unless given.
 
@@ -133,14 +143,18 @@ class BaseVAE(nn.Module, ABC):
         """
 
     @abstractmethod
-    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    def log_weight(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """log of one importance weight of p(x): [N], for x [N, ...], mu and logvar [N, d], noise [draws, N,
         d].
 
         The mean of its exponential over the noise is p(x).
         """
 
-    def log_weights(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    def log_weights(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """``log_weight`` of several draws for each x: [S, B], for x [B, ...], mu and logvar [B, d], noise
         [weight_draws, S, B, d]. Not for training: it may come without a gradient.
         """
@@ -150,15 +164,23 @@ class BaseVAE(nn.Module, ABC):
             mu.repeat(draws, 1),
             logvar.repeat(draws, 1),
             noise.reshape(self.weight_draws, draws * batch, -1),
+            None if condition is None else condition.repeat(draws, *(1 for _ in condition.shape[1:])),
         )
         return weights.reshape(draws, batch)
 
     @abstractmethod
-    def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample_posterior(
+        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """One code [B, d] for each x from the approximate posterior, as the decoder would be given it."""
 
     def forward(
-        self, x: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The training loss of each sample, in nats: minus the ELBO with beta, plus the penalties.
 
@@ -166,6 +188,7 @@ class BaseVAE(nn.Module, ABC):
             x: [B, ...] uint8, bool or floating.
             noise: [noise_draws, B, d] in place of a draw; views that penalties ask for then share it.
             generator: source of all randomness, on any device.
+            condition: [B, ...] what the networks are given besides.
 
         Returns:
             [B]
@@ -176,7 +199,7 @@ class BaseVAE(nn.Module, ABC):
             for penalty, view in zip(self.penalties, views, strict=True)
             if view is not None
         ]
-        step, *steps = self._evaluate(x, asked, noise, generator)
+        step, *steps = self._evaluate(x, asked, noise, generator, condition)
         note_step(step)
         for penalty in self.penalties:
             if isinstance(penalty, Penalty) and penalty.on_views:
@@ -199,6 +222,7 @@ class BaseVAE(nn.Module, ABC):
         asked: Sequence[tuple[Tensor, bool]],
         noise: Tensor | None,
         generator: torch.Generator | None,
+        condition: Tensor | None,
     ) -> list[TrainingStep]:
         """The objective at x and at each view that was asked for, as one batch.
 
@@ -206,7 +230,7 @@ class BaseVAE(nn.Module, ABC):
         it shares the noise of x.
         """
         if not asked:
-            return [self.objective(x, noise=noise, generator=generator)]
+            return [self.objective(x, noise=noise, generator=generator, **given(condition))]
         batch = [x, *(view for view, _ in asked)]
         samples, count = x.shape[0], len(batch)
         # Which draw each view takes: x the first, the others one of their own each, or that of x.
@@ -222,25 +246,33 @@ class BaseVAE(nn.Module, ABC):
             return torch.stack([each[draw] for draw in draws], 2).flatten(1, 2)
 
         together = torch.stack(batch, 1).reshape(samples * count, *x.shape[1:])
-        return self.objective(together, noise=of_views, generator=generator).parts(batch)
+        each = None if condition is None else condition.repeat_interleave(count, 0)
+        return self.objective(together, noise=of_views, generator=generator, **given(each)).parts(batch)
 
-    def loss(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def loss(
+        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """The mean training loss of a batch: []."""
-        return self(x, generator=generator).mean()
+        return self(x, generator=generator, condition=condition).mean()
 
-    def elbo(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def elbo(
+        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """One-sample estimate of the evidence lower bound in nats, beta = 1, without penalties: [B]."""
-        return -self.objective(x, beta=1.0, generator=generator).loss
+        return -self.objective(x, beta=1.0, generator=generator, **given(condition)).loss
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
         check_is_tensor(self, x)
         self.check_data(x)
+        if condition is not None:
+            check_condition(self, condition, x.shape[0])
+        second = () if condition is None or not takes_condition(self.encoder) else (condition,)
         parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
         try:
-            output = self.encoder(self.likelihood.as_float(x, dtype))
-        except (RuntimeError, ValueError) as error:
+            output = self.encoder(self.likelihood.as_float(x, dtype), *second)
+        except (RuntimeError, ValueError, TypeError) as error:
             if (better := explained(error, self, "encoder", x)) is None:
                 raise
             raise better from error
@@ -260,21 +292,34 @@ class BaseVAE(nn.Module, ABC):
         if self.check_finite and not is_compiling() and not is_captured(x) and not transformed():
             self.likelihood.check(x)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """Natural parameters of p(x | z) for z [B, d], in the decoder's layout."""
         half = half_dtype_of(self.decoder)
+        if condition is not None:
+            check_condition(self, condition, z.shape[0])
+            self._check_takes_condition()
         try:
-            return natural_parameters(self.decoder, z if half is None else z.to(half), self.likelihood)
-        except (RuntimeError, ValueError) as error:
+            return natural_parameters(
+                self.decoder, z if half is None else z.to(half), self.likelihood, condition
+            )
+        except (RuntimeError, ValueError, TypeError) as error:
             if (better := explained(error, self, "decoder", z)) is None:
                 raise
             raise better from error
 
-    def log_px(self, z: Tensor, x: Tensor) -> Tensor:
+    def _check_takes_condition(self) -> None:
+        if not takes_condition(self.decoder):
+            raise ValueError(
+                f"{type(self).__name__}: condition: expected a decoder that takes one, forward(z, condition), got "
+                f"{type(self.decoder).__name__}"
+            )
+
+    def log_px(self, z: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]."""
         like = self.likelihood
         # A module is called as one, so that hooks on it see it.
-        return (like if isinstance(like, nn.Module) else like.log_prob)(self.decode(z), x)
+        params = self.decode(z, **given(condition))
+        return (like if isinstance(like, nn.Module) else like.log_prob)(params, x)
 
     def draw_noise(
         self, mu: Tensor, generator: torch.Generator | None = None, draws: int | None = None
@@ -299,6 +344,7 @@ class BaseVAE(nn.Module, ABC):
         generator: torch.Generator | None = None,
         noise: NoiseSource | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """log p(x) in nats by importance sampling: log of the mean of ``num_samples`` weights.
 
@@ -316,6 +362,7 @@ class BaseVAE(nn.Module, ABC):
                 first + count - 1 of all of x as [weight_draws, count, B, d]; ``fastvae.noise.SampleNoise``
                 keys them by the sample.
             posterior: (mu, logvar), [B, d] each, of the proposal in place of ``encode(x)``.
+            condition: [B, ...] what the networks are given besides: log p(x | condition).
 
         Returns:
             [B], detached. A RuntimeWarning says so if any of them is NaN.
@@ -324,13 +371,16 @@ class BaseVAE(nn.Module, ABC):
             ValueError: num_samples or chunk_size below 1, or a posterior of another shape.
             TypeError: num_samples or chunk_size that is not a number; an x that is not a tensor.
         """
-        return importance_sampled(self, x, num_samples, chunk_size, generator, noise, posterior)
+        return importance_sampled(self, x, num_samples, chunk_size, generator, noise, posterior, condition)
 
     @torch.no_grad()
-    def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, num_samples: int, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Means of p(x | z) for ``num_samples`` draws of z from the prior, in the decoder's layout, detached.
 
-        ``model.likelihood.sample(model.decode(z))`` draws x itself.
+        ``model.likelihood.sample(model.decode(z))`` draws x itself. ``condition`` [num_samples, ...]: what the decoder
+        is given besides.
         """
         expect_numbers("sample", num_samples=num_samples)
         if self.latent_dim is None:
@@ -341,13 +391,15 @@ class BaseVAE(nn.Module, ABC):
         like = next(self.parameters(), torch.empty(0))
         device = like.device if generator is None else generator.device
         z = torch.randn(num_samples, self.latent_dim, generator=generator, device=device, dtype=like.dtype)
-        return self.likelihood.mean(self.decode(z.to(like.device)))
+        return self.likelihood.mean(self.decode(z.to(like.device), **given(condition)))
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def reconstruct(
+        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Mean of p(x | z) for one code of the approximate posterior of each x, of x's shape, detached."""
-        z = self.sample_posterior(x, generator=generator)
-        return self.likelihood.mean(self.decode(z)).reshape(x.shape)
+        z = self.sample_posterior(x, generator=generator, **given(condition))
+        return self.likelihood.mean(self.decode(z, **given(condition))).reshape(x.shape)
 
     def extra_repr(self) -> str:
         """What ``repr`` says of the settings."""
@@ -384,8 +436,8 @@ class BaseVAE(nn.Module, ABC):
 def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) -> _Model:
     """A twin of the model whose ``encode`` of this very x is known; of anything else it is the model's own."""
 
-    def encode(other: Tensor) -> tuple[Tensor, Tensor]:
-        return encoded if other is x else model.encode(other)
+    def encode(other: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return encoded if other is x else model.encode(other, **given(condition))
 
     return twin_of(model, encode=encode)
 

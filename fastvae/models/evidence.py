@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import expect_numbers
 from fastvae.decoding import transformed
-from fastvae.models.inputs import check_is_tensor
+from fastvae.models.inputs import check_is_tensor, given
 
 if TYPE_CHECKING:
     from fastvae.models.base import BaseVAE, NoiseSource
@@ -28,6 +28,7 @@ def importance_sampled(
     generator: torch.Generator | None,
     noise: NoiseSource | None,
     posterior: tuple[Tensor, Tensor] | None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """See ``BaseVAE.log_likelihood``, which calls it without gradients: [B]."""
     expect_numbers("log_likelihood", num_samples=num_samples, chunk_size=chunk_size)
@@ -36,7 +37,8 @@ def importance_sampled(
         raise ValueError(f"log_likelihood: num_samples: expected at least 1, got {num_samples}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"log_likelihood: chunk_size: expected at least 1, got {chunk_size}")
-    mu, logvar = model.encode(x) if posterior is None else posterior
+    named = given(condition)
+    mu, logvar = model.encode(x, **named) if posterior is None else posterior
     batch = mu.shape[0]
     if mu.shape != logvar.shape or batch != len(x):
         raise ValueError(
@@ -58,7 +60,8 @@ def importance_sampled(
             drawn = noise(done, count, mu)
         for start in range(0, batch, rows):
             part = slice(start, start + rows)
-            weights = model.log_weights(x[part], mu[part], logvar[part], drawn[:, :, part])
+            of_part = {name: value[part] for name, value in named.items()}
+            weights = model.log_weights(x[part], mu[part], logvar[part], drawn[:, :, part], **of_part)
             total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
         done += count
     found = total - math.log(num_samples)

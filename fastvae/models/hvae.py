@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from fastvae._compiling import is_captured
 from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
+from fastvae.models.inputs import given
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 
@@ -164,41 +166,56 @@ class HVAE(BaseVAE):
         beta: float | None = None,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise)."""
-        mu, logvar = self.encode(x)
+        mu, logvar = self.encode(x, **given(condition))
         noise = self._noise(mu, noise, generator)
-        path = self._follow(x, mu, logvar, noise)
+        path = self._follow(x, mu, logvar, noise, condition)
         bad = self._diverged(path)
         if bad is not None:
             if self.on_divergence == "raise":
-                raise self._report(x, mu, logvar, noise, bad)
-            path = self._give_up(x, mu, logvar, noise, bad)
+                raise self._report(x, mu, logvar, noise, bad, condition)
+            path = self._give_up(x, mu, logvar, noise, bad, condition)
         loss = -path.log_px - self._kl_weight(beta) * path.log_ratio
         return TrainingStep(
-            self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator, -path.log_ratio
+            self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator, -path.log_ratio, condition
         )
 
-    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    def log_weight(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """A sample of the ELBO above, which is the log of an importance weight: [N]."""
-        path = self._follow(x, mu, logvar, noise)
+        path = self._follow(x, mu, logvar, noise, condition)
         bad = self._diverged(path)
         if bad is None:
             return path.weight()
         if self.on_divergence == "raise":
-            raise self._report(x, mu, logvar, noise, bad)
+            raise self._report(x, mu, logvar, noise, bad, condition)
         self.divergences += int(bad.sum())
         return path.weight().masked_fill(bad, -float("inf"))
 
-    def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample_posterior(
+        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """One z_K [B, d] for each x."""
-        return self.objective(x, generator=generator).z
+        return self.objective(x, generator=generator, **given(condition)).z
 
     def flow(
-        self, z: Tensor, rho: Tensor, x: Tensor, step_size: Tensor, alpha: Tensor
+        self,
+        z: Tensor,
+        rho: Tensor,
+        x: Tensor,
+        step_size: Tensor,
+        alpha: Tensor,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """z_K, rho_K [B, d] and log p(x | z_K) [B]; see :func:`fastvae.ops.hamiltonian_flow`."""
-        return hamiltonian_flow(self.decoder, z, rho, x, step_size, alpha, self.likelihood)
+        if condition is not None:
+            self._check_takes_condition()
+        return hamiltonian_flow(
+            self.decoder, z, rho, x, step_size, alpha, self.likelihood, condition=condition
+        )
 
     def _start(self, mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_0, rho_0 and alpha."""
@@ -209,17 +226,20 @@ class HVAE(BaseVAE):
             alpha.to(mu.dtype),
         )
 
-    def _follow(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
+    def _follow(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None
+    ) -> _Path:
         z_0, rho_0, alpha = self._start(mu, logvar, noise)
-        z, rho, log_px = self.flow(z_0, rho_0, x, self.step_size.to(mu.dtype), alpha)
+        eps = self.step_size.to(mu.dtype)
+        z, rho, log_px = self.flow(z_0, rho_0, x, eps, alpha, **given(condition))
         # The constants of the four normal densities cancel, and so does the volume: prod alpha^2 = beta_0.
         log_ratio = 0.5 * (logvar + noise.square().sum(0) - z.square() - rho.square()).sum(1)
         return _Path(z_0, z, log_px, log_ratio)
 
-    def _stay(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
+    def _stay(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None) -> _Path:
         """The trajectory of no steps and no tempering: the VAE's sample ELBO."""
         z_0 = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z_0, x)
+        log_px = self.log_px(z_0, x, **given(condition))
         return _Path(z_0, z_0, log_px, 0.5 * (logvar + noise[0].square() - z_0.square()).sum(1))
 
     def _diverged(self, path: _Path) -> Tensor | None:
@@ -236,7 +256,15 @@ class HVAE(BaseVAE):
         bad = ~torch.isfinite(path.weight().detach())
         return bad if bool(bad.any()) else None
 
-    def _give_up(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor) -> _Path:
+    def _give_up(
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        bad: Tensor,
+        condition: Tensor | None,
+    ) -> _Path:
         """The batch again, diverged samples without their trajectory.
 
         Masking alone would not do: a cotangent of zero times an infinite derivative is NaN in every
@@ -244,10 +272,15 @@ class HVAE(BaseVAE):
         """
         order = torch.cat((torch.nonzero(~bad)[:, 0], torch.nonzero(bad)[:, 0]))
         kept, given_up = order.split([len(order) - int(bad.sum()), int(bad.sum())])
-        still = self._stay(x[given_up], mu[given_up], logvar[given_up], noise[:, given_up])
+
+        def those(rows: Tensor) -> tuple[Any, ...]:
+            of_rows = None if condition is None else condition[rows]
+            return x[rows], mu[rows], logvar[rows], noise[:, rows], of_rows
+
+        still = self._stay(*those(given_up))
         if not bool(torch.isfinite(still.weight()).all()):
-            raise self._report(x, mu, logvar, noise, bad)
-        moved = self._follow(x[kept], mu[kept], logvar[kept], noise[:, kept])
+            raise self._report(x, mu, logvar, noise, bad, condition)
+        moved = self._follow(*those(kept))
         self.divergences += len(given_up)
         back = torch.argsort(order)
         return _Path(
@@ -258,12 +291,22 @@ class HVAE(BaseVAE):
         )
 
     @torch.no_grad()
-    def _report(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor) -> DivergenceError:
+    def _report(
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        bad: Tensor,
+        condition: Tensor | None,
+    ) -> DivergenceError:
         """Run the diverged samples again, step by step, to say where it went wrong."""
         z_0, rho_0, alpha = self._start(mu[bad], logvar[bad], noise[:, bad])
         eps = self.step_size.to(mu.dtype)
         trajectory = hamiltonian_flow(
-            self.decoder, z_0, rho_0, x[bad], eps, alpha, self.likelihood, return_trajectory=True
+            *(self.decoder, z_0, rho_0, x[bad], eps, alpha, self.likelihood),
+            condition=None if condition is None else condition[bad],
+            return_trajectory=True,
         )[3]
         energy = trajectory.energy()
         # Where every energy is finite, the weight is infinite by their difference: blame the last step.

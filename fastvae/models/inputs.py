@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastvae.models.outputs import names_in
 
-__all__ = ["JoinedEncoder", "check_is_tensor", "explained", "half_dtype_of", "split_posterior"]
+__all__ = [
+    "JoinedEncoder",
+    "check_condition",
+    "check_is_tensor",
+    "explained",
+    "given",
+    "half_dtype_of",
+    "split_posterior",
+    "takes_condition",
+]
 
 
 def check_is_tensor(owner: object, x: object) -> None:
@@ -24,6 +36,27 @@ def check_is_tensor(owner: object, x: object) -> None:
     raise TypeError(f"{name}: x: expected a tensor [B, ...], got {kind}; to mend it: {remedy}")
 
 
+def takes_condition(module: nn.Module) -> bool:
+    """Whether a network is called with a condition as its second argument."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+
+def check_condition(model: nn.Module, condition: object, rows: int) -> None:
+    """TypeError or ValueError for a condition that is no tensor with a row for each sample."""
+    name = type(model).__name__
+    if not isinstance(condition, Tensor):
+        raise TypeError(f"{name}: condition: expected a tensor [B, ...], got {type(condition).__name__}")
+    if condition.dim() == 0 or len(condition) != rows:
+        raise ValueError(f"{name}: condition: expected {rows} rows as x has, got {list(condition.shape)}")
+
+
+def given(condition: Tensor | None) -> dict[str, Any]:
+    """As an argument, where there is one: methods of a user's subclass need not know of conditions."""
+    return {} if condition is None else {"condition": condition}
+
+
 def half_dtype_of(module: nn.Module) -> torch.dtype | None:
     """bfloat16 or float16, where the module's first floating parameter is of it."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -33,6 +66,10 @@ def half_dtype_of(module: nn.Module) -> torch.dtype | None:
 def explained(error: Exception, model: nn.Module, role: str, given: Tensor) -> Exception | None:
     """An error in place of a network's own that says what to do, or None."""
     name, text = type(model).__name__, str(error)
+    if isinstance(error, TypeError) and "missing 1 required positional argument" in text:
+        return TypeError(
+            f"{name}: the {role} takes a condition, and none was given; pass condition= ({text})"
+        )
     # GroupNorm says the same of one image whose groups are single values, in eval mode too.
     coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
     per_channel = isinstance(error, ValueError) and "more than 1 value per channel" in text

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import Noise, TrainingStep, reparameterize
+from fastvae.models.inputs import given
 from fastvae.models.vae import VAE
 
 __all__ = ["IWAE"]
@@ -95,14 +96,16 @@ class IWAE(VAE):
         beta: float | None = None,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the bound above and its parts; see ``BaseVAE.objective`` (K draws of noise)."""
-        mu, logvar = self.encode(x)
+        mu, logvar = self.encode(x, **given(condition))
         noise = self._noise(mu, noise, generator)
         z = reparameterize(mu, logvar, noise).transpose(0, 1)
         count = z.shape[1]
         rows = x.repeat_interleave(count, 0) if count > 1 else x
-        log_px = self.log_px(z.flatten(0, 1), rows).reshape(z.shape[:2])
+        each = None if condition is None else condition.repeat_interleave(count, 0)
+        log_px = self.log_px(z.flatten(0, 1), rows, **given(each)).reshape(z.shape[:2])
         log_ratio = self._log_ratio(z, mu[:, None], logvar[:, None], noise.transpose(0, 1))
         log_weights = log_px + self._kl_weight(beta) * log_ratio
         if self.estimator == "dreg" and z.requires_grad:
@@ -110,11 +113,17 @@ class IWAE(VAE):
             share = torch.softmax(log_weights.detach(), 1)[..., None]
             z.register_hook(lambda grad: grad * share)
         loss = math.log(count) - torch.logsumexp(log_weights, 1)
-        return TrainingStep(self, x, mu, logvar, z[:, 0], z[:, 0], log_px[:, 0], loss, generator)
+        return TrainingStep(
+            self, x, mu, logvar, z[:, 0], z[:, 0], log_px[:, 0], loss, generator, None, condition
+        )
 
-    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    def log_weight(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """log of the mean of the weights of the draws, noise [draws, N, d]: [N]."""
-        each = torch.stack([super(IWAE, self).log_weight(x, mu, logvar, draw[None]) for draw in noise])
+        each = torch.stack(
+            [super(IWAE, self).log_weight(x, mu, logvar, draw[None], condition) for draw in noise]
+        )
         return torch.logsumexp(each, 0) - math.log(len(noise))
 
     def _log_ratio(self, z: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:

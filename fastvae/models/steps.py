@@ -39,6 +39,8 @@ class TrainingStep:
     """Where a penalty draws its own noise from."""
     kl: Tensor | None = None
     """[B] what the loss has besides log p(x | z), before beta weighs it; None where the loss is no such sum."""
+    condition: Tensor | None = None
+    """[B, ...] what the networks were given besides."""
     view: TrainingStep | None = None
     """The same for the view of x that the penalty asked for."""
 
@@ -50,6 +52,7 @@ class TrainingStep:
             return tensor.reshape(samples, count, *tensor.shape[1:]).unbind(1)
 
         names = ["mu", "logvar", "z_0", "z", "log_px", "loss"] + (["kl"] if self.kl is not None else [])
+        names += ["condition"] if self.condition is not None else []
         split_up = zip(*(split(getattr(self, name)) for name in names), strict=True)
         return [
             replace(self, x=x, **dict(zip(names, tensors, strict=True)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvae import ops
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
-from fastvae.models.inputs import half_dtype_of
+from fastvae.models.inputs import given, half_dtype_of
 
 __all__ = ["VAE"]
 
@@ -30,30 +30,35 @@ class VAE(BaseVAE):
         beta: float | None = None,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
     ) -> TrainingStep:
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
-        mu, logvar = self.encode(x)
+        mu, logvar = self.encode(x, **given(condition))
         z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
-        log_px = self.log_px(z, x)
+        log_px = self.log_px(z, x, **given(condition))
         # Not the fused ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the
         # networks are, and under torch.func, which users' per-sample gradients and Hessians need.
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
         loss = self._kl_weight(beta) * kl - log_px
-        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl)
+        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl, condition)
 
-    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    def log_weight(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) at z = mu + sigma noise[0]: [N]."""
         z = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z, x)
+        log_px = self.log_px(z, x, **given(condition))
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
 
     @torch.no_grad()
-    def log_weights(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    def log_weights(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """``log_weight`` of several draws, [S, B], without a gradient; see :func:`fastvae.ops.log_px`."""
         if half_dtype_of(self.decoder) is not None:
-            return super().log_weights(x, mu, logvar, noise)
+            return super().log_weights(x, mu, logvar, noise, condition)
         z = reparameterize(mu, logvar, noise[0])
-        log_px = ops.log_px(self.decoder, z, x, self.likelihood)
+        log_px = ops.log_px(self.decoder, z, x, self.likelihood, condition=condition)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(2)
 
     def _codes_at_once(self, x: Tensor, mu: Tensor) -> int:
@@ -61,7 +66,9 @@ class VAE(BaseVAE):
             return super()._codes_at_once(x, mu)
         return max(1, _CODE_NUMBERS // max(1, mu.shape[1]))
 
-    def sample_posterior(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample_posterior(
+        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """One z ~ q(z | x) for each x: [B, d]."""
-        mu, logvar = self.encode(x)
+        mu, logvar = self.encode(x, **given(condition))
         return reparameterize(mu, logvar, self.draw_noise(mu, generator)[0])

@@ -65,9 +65,10 @@ def log_px(
         raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
     z = float32_under_autocast(z)
     check_condition("log_px", condition, z.shape[1])
-    network = lower_or_read(
-        *("log_px", decoder, z, "own operators", like), condition=condition, flat=z.dim() == 3, read=False
-    )
+    # Kernels know of no conditions.
+    network = None
+    if condition is None:
+        network = lower_or_read(*("log_px", decoder, z, "own operators", like), flat=z.dim() == 3, read=False)
     if not isinstance(network, LoweredNetwork):
         with torch.no_grad():
             return reference.log_px(decoder, z, x, like, condition=condition)

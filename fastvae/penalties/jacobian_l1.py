@@ -48,7 +48,9 @@ class JacobianL1(AnnealedPenalty):
         # With probs=True the decoder ends in the sigmoid itself.
         sigmoid = isinstance(likelihood, Bernoulli) and not likelihood.probs
         output = "sigmoid" if sigmoid else "identity"
-        value = jacobian_l1(step.model.decoder, step.z.detach(), "none", output=output)
+        value = jacobian_l1(
+            step.model.decoder, step.z.detach(), "none", output=output, condition=step.condition
+        )
         return self.gamma * self.ramp() * value
 
     def extra_repr(self) -> str:

@@ -12,13 +12,25 @@ from torch import Tensor, nn
 
 from fastvae.cuda_graphs import WARM_UP, capture
 
-__all__ = ["CapturedPasses", "Pass"]
+__all__ = ["Batch", "CapturedPasses", "Pass"]
 
 _MANY = 32
 """Forms without a graph before somebody is told."""
 
 _REMEMBERED = 4
 """Graphs, each of which keeps the memory of its passes."""
+
+
+class Batch(NamedTuple):
+    """What a model is given."""
+
+    x: Tensor
+    condition: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """One or both."""
+        return [self.x] if self.condition is None else [self.x, self.condition]
 
 
 class Pass(NamedTuple):
@@ -45,7 +57,7 @@ class Pass(NamedTuple):
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    x: Tensor
+    batch: Batch
     made: Pass
     gradients: list[Tensor | None]
 
@@ -62,25 +74,26 @@ class CapturedPasses:
         run: a forward and backward pass of a batch from gradients that are None.
     """
 
-    def __init__(self, model: nn.Module, parameters: list[Tensor], run: Callable[[Tensor], Pass]) -> None:
+    def __init__(self, model: nn.Module, parameters: list[Tensor], run: Callable[[Batch], Pass]) -> None:
         self._model, self._parameters, self._run = model, parameters, run
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._last: tuple[Any, ...] = ()
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
 
-    def __call__(self, x: Tensor) -> Pass:
+    def __call__(self, batch: Batch) -> Pass:
         """Of one batch."""
-        form = self._form(x)
+        form = self._form(batch)
         found = self._graphs.get(form)
         if found is None:
             self._note(form)
             if self._seen[form] <= WARM_UP:
-                return self._run(x)
-            found = self._capture(x)
+                return self._run(batch)
+            found = self._capture(batch)
             if len(self._graphs) >= _REMEMBERED:
                 self._graphs.popitem(last=False)
             self._graphs[form] = found
-        found.x.copy_(x)
+        for own, tensor in zip(found.batch.tensors, batch.tensors, strict=True):
+            own.copy_(tensor)
         found.graph.replay()
         for parameter, gradient in zip(self._parameters, found.gradients, strict=True):
             parameter.grad = gradient
@@ -101,10 +114,10 @@ class CapturedPasses:
             self._seen.clear()
         self._last = form
 
-    def _capture(self, x: Tensor) -> _Graph:
-        given = x.clone()
+    def _capture(self, batch: Batch) -> _Graph:
+        given = Batch(*(tensor.clone() for tensor in batch.tensors))
         try:
-            graph, made = capture(lambda: self._run(given), x.device)
+            graph, made = capture(lambda: self._run(given), batch.x.device)
         except RuntimeError as error:
             raise RuntimeError(
                 f"fit: cuda_graph: expected a training step of {type(self._model).__name__} that never waits for the "
@@ -113,8 +126,8 @@ class CapturedPasses:
         gradients = [parameter.grad for parameter in self._parameters]
         return _Graph(graph, given, made._replace(replayed=True), gradients)
 
-    def _form(self, x: Tensor) -> tuple[Any, ...]:
-        facts: list[Any] = [x.shape, x.stride(), x.dtype, x.device]
+    def _form(self, batch: Batch) -> tuple[Any, ...]:
+        facts: list[Any] = [(x.shape, x.stride(), x.dtype, x.device) for x in batch.tensors]
         facts += torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         for module in self._model.modules():
             facts += [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,6 +43,7 @@ def fit(
     max_steps: int | None = None,
     clip_grad_norm: float | None = None,
     binarize: bool = False,
+    condition: int | str | Callable[[Any], Tensor] | None = None,
     cuda_graph: bool = False,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     on_difference: Literal["raise", "warn"] = "raise",
@@ -90,6 +91,8 @@ def fit(
             the epoch's start.
         clip_grad_norm: largest gradient norm.
         binarize: draw binary images anew in each step (:func:`fastvae.data.binarize`).
+        condition: of a conditional model, where its condition is in a batch: an index (1: what stands behind the
+            images), a key, or a function of the batch. The loss is then ``model(x, condition=c)``.
         cuda_graph: on a GPU, run forward and backward pass from a CUDA graph after the first batches of each shape:
             small networks then train as fast as the GPU is, not as fast as Python launches kernels. The same losses. A
             module's plain settings (``model.beta = 2``) may change; what else Python decides in ``forward`` stays as it
@@ -161,6 +164,7 @@ def fit(
             team,
             restore=on_nonfinite == "skip",
             cuda_graph=cuda_graph,
+            condition=condition,
         ),
         team=team,
     )

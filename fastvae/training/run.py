@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fastvae.models import DivergenceError
 from fastvae.modes import modes_kept
 from fastvae.training.archive import DamagedFileError
+from fastvae.training.captured import Batch
 from fastvae.training.checkpoints import save_checkpoint, step_penalties
 from fastvae.training.definition import (
     Definition,
@@ -162,8 +163,10 @@ class Run:
                 complete = False
                 break
             batches += 1
-            x = self.stepper.images(batch)
-            done = self._step(x, f"epoch {number}, step {batches} (step {self.steps + 1} of the run)")
+            done = self._step(
+                self.stepper.batch(batch),
+                f"epoch {number}, step {batches} (step {self.steps + 1} of the run)",
+            )
             if done is not None:
                 value, count = done
                 total += value * count
@@ -215,10 +218,10 @@ class Run:
             if self.patience is not None:
                 self.best = copy.deepcopy(unwrap(self.model).state_dict())
 
-    def _step(self, x: Tensor, where: str) -> tuple[float, int] | None:
+    def _step(self, batch: Batch, where: str) -> tuple[float, int] | None:
         """One optimisation step; its loss and samples, or None if it was skipped."""
         try:
-            return self.stepper.take(x)
+            return self.stepper.take(batch)
         except NotFiniteError as problem:
             if self.on_nonfinite == "raise":
                 raise self._not_finite(f"{where}: {problem}") from problem.__cause__
@@ -244,10 +247,10 @@ class Run:
         with modes_kept(self.model):
             self.model.eval()
             for batch in self.val_loader:
-                x = self.stepper.images(batch)
-                samples += x.shape[0]
+                given = self.stepper.batch(batch)
+                samples += len(given.x)
                 try:
-                    part, why = self.stepper.validation_loss(x)
+                    part, why = self.stepper.validation_loss(given)
                     total, problem = total + part, problem or why
                 except DivergenceError as error:
                     total, cause = math.inf, error

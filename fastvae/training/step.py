@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvae.data import binarize as draw_binary
-from fastvae.data import images_of
+from fastvae.data import condition_of, images_of
 from fastvae.models import DivergenceError
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import given
 from fastvae.models.terms import describe, recorded_terms
-from fastvae.training.captured import CapturedPasses, Pass
+from fastvae.training.captured import Batch, CapturedPasses, Pass
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_states, set_global_states
 
@@ -48,6 +50,8 @@ class Stepper:
     """Put the model's buffers back as they were before a step that was not finite."""
     cuda_graph: bool = False
     """Run forward and backward passes from CUDA graphs."""
+    condition: int | str | Callable[[Any], Tensor] | None = None
+    """Where the condition is in a batch."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Of the loss computed last."""
 
@@ -70,27 +74,31 @@ class Stepper:
             if here:
                 raise ValueError(f"fit: cuda_graph: expected {what}")
 
-    def images(self, batch: Any) -> Tensor:
-        """The images of a loader's batch, binarised if wanted, on the model's device."""
-        x = images_of(batch)
-        x = draw_binary(x) if self.binarize else x
-        return x.to(next(self.model.parameters()).device, non_blocking=True)
+    def batch(self, loaded: Any) -> Batch:
+        """The images of a loader's batch, binarised if wanted, and the condition, on the model's device."""
+        x = images_of(loaded)
+        found = [draw_binary(x) if self.binarize else x]
+        if self.condition is not None:
+            found.append(condition_of(loaded, self.condition))
+        device = next(self.model.parameters()).device
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in found))
 
-    def losses(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
+    def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """model(x): [B], or ValueError."""
+        x = batch.x
         with recorded_terms() as self.terms:
-            losses: Tensor = (self.model if model is None else model)(x)
+            losses: Tensor = (self.model if model is None else model)(x, **given(batch.condition))
         if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"fit: model(x): expected the loss of each sample, [{x.shape[0]}], got {found}")
         return losses
 
-    def validation_loss(self, x: Tensor) -> tuple[float, str]:
+    def validation_loss(self, batch: Batch) -> tuple[float, str]:
         """The sum of model(x) in this process, and what of it is not finite."""
-        total = float(self.losses(x, self.team.replica).sum(dtype=torch.float64))
+        total = float(self.losses(batch, self.team.replica).sum(dtype=torch.float64))
         return total, "" if math.isfinite(total) else self._not_finite(gradients=False)
 
-    def take(self, x: Tensor) -> tuple[float, int]:
+    def take(self, batch: Batch) -> tuple[float, int]:
         """One optimisation step; its mean loss and number of samples, over all processes.
 
         NotFiniteError, in all processes or none, leaves the weights as they were.
@@ -98,7 +106,7 @@ class Stepper:
         noise = global_states() if self.demands_closure else None
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.restore else []
         try:
-            loss, samples, norm = self._finite_backward(x)
+            loss, samples, norm = self._finite_backward(batch)
         except NotFiniteError:
             if self.restore:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -110,7 +118,7 @@ class Stepper:
         def evaluate_again() -> float:
             if noise is not None:
                 set_global_states(noise)
-            again = self._backward(x)
+            again = self._backward(batch)
             self._clip(again.norm)
             return float(again.loss)
 
@@ -121,38 +129,37 @@ class Stepper:
             self.optimizer.step()
         return loss, samples
 
-    def _backward(self, x: Tensor) -> Pass:
+    def _backward(self, batch: Batch) -> Pass:
         """Forward and backward pass, with the gradients in place and not yet clipped."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, mean, samples = self._forward(x)
+        loss, mean, samples = self._forward(batch)
         loss.backward()
         gradients = [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
         return Pass(mean, samples, torch.nn.utils.get_total_norm(gradients), self.terms)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """The mean loss with its graph; without it, over all processes; their samples.
 
         NotFiniteError where a trajectory diverged in any process: a process that went on to its backward pass would
         wait for the gradients of one that did not.
         """
         cause: DivergenceError | None = None
+        samples = len(batch.x)
         try:
-            loss = self.losses(x).mean()
+            loss = self.losses(batch).mean()
         except DivergenceError as error:
             if self.team.size == 1:
                 raise NotFiniteError(str(error)) from error
             loss, cause = torch.tensor(0.0), error
         if self.team.size == 1:
-            return loss, loss.detach(), x.shape[0]
-        total, samples, diverged = self.team.sums(
-            float(loss.detach()) * x.shape[0], x.shape[0], cause is not None
-        )
+            return loss, loss.detach(), samples
+        total, count, diverged = self.team.sums(float(loss.detach()) * samples, samples, cause is not None)
         if diverged:
             raise NotFiniteError(str(cause or "trajectories of another process diverged")) from cause
-        return loss, loss.detach().new_tensor(total / samples), int(samples)
+        return loss, loss.detach().new_tensor(total / count), int(count)
 
-    def _finite_backward(self, x: Tensor) -> tuple[float, int, Tensor]:
-        found = self._backward(x) if self._passes is None else self._from_graph(x)
+    def _finite_backward(self, batch: Batch) -> tuple[float, int, Tensor]:
+        found = self._backward(batch) if self._passes is None else self._from_graph(batch)
         loss, norm = found.numbers()
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.terms = found.terms
@@ -160,16 +167,16 @@ class Stepper:
             raise NotFiniteError(f"loss {loss}, gradient norm {norm}{why}")
         return loss, found.samples, found.norm
 
-    def _from_graph(self, x: Tensor) -> Pass:
+    def _from_graph(self, batch: Batch) -> Pass:
         """As ``_backward``, which runs again where a graph's numbers are not finite: it has more to say of them."""
         assert self._passes is not None
         if isinstance(self.model, BaseVAE):
-            self.model.check_data(x)
-        noise = torch.cuda.get_rng_state(x.device)
-        found = self._passes(x)
+            self.model.check_data(batch.x)
+        noise = torch.cuda.get_rng_state(batch.x.device)
+        found = self._passes(batch)
         if found.replayed and not all(map(math.isfinite, found.numbers())):
-            torch.cuda.set_rng_state(noise, x.device)
-            return self._backward(x)
+            torch.cuda.set_rng_state(noise, batch.x.device)
+            return self._backward(batch)
         return found
 
     def _not_finite(self, gradients: bool) -> str:
