@@ -86,6 +86,8 @@ class BaseVAE(nn.Module, ABC):
     """Independent standard normal [B, d] that one evaluation of the objective uses."""
     linear_in_beta: bool = True
     """Whether the loss is beta R - log p(x | z), so that beta can be annealed from outside."""
+    has_closed_kl: bool = False
+    """Whether R is KL(q(z | x) || N(0, I)) in closed form."""
 
     @property
     def weight_draws(self) -> int:

@@ -44,6 +44,7 @@ class IWAE(VAE):
 
     linear_in_beta = False
     weight_draws = 1
+    has_closed_kl = False
 
     def __init__(
         self,

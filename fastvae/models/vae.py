@@ -23,6 +23,8 @@ class VAE(BaseVAE):
     closed form. Arguments, shapes and errors: ``BaseVAE``.
     """
 
+    has_closed_kl = True
+
     def objective(
         self,
         x: Tensor,

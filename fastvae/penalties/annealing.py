@@ -50,16 +50,62 @@ class AnnealedPenalty(Penalty):
 
 
 class BetaAnnealing(AnnealedPenalty):
-    """Lets the model's beta grow linearly from 0 to its value over ``anneal_steps`` optimisation steps.
+    """Lets the model's beta grow linearly from 0 to its value over ``anneal_steps`` optimisation steps, once or often.
 
     For models whose loss is beta R - log p(x | z), as VAE and HVAE: it adds (ramp - 1) beta R, also for the views that
     a ``Consistency`` asks for. ``elbo`` and ``log_likelihood``, which have beta = 1, are not touched.
 
+    Args:
+        anneal_steps: of a ramp.
+        cycle_steps: steps after which beta falls to 0 and the ramp begins again (Fu et al., "Cyclical annealing
+            schedule", NAACL 2019); None: never.
+        num_cycles: after so many cycles beta stays where it is.
+
     Raises:
-        ValueError: in training, a model whose loss is not linear in beta (IWAE).
+        ValueError: a cycle that is shorter than its ramp, or num_cycles without cycle_steps; in training, a model whose
+            loss is not linear in beta (IWAE).
     """
 
     on_views = True
+
+    def __init__(
+        self, anneal_steps: int = 0, *, cycle_steps: int | None = None, num_cycles: int | None = None
+    ) -> None:
+        super().__init__(anneal_steps)
+        expect_numbers("BetaAnnealing", cycle_steps=cycle_steps, num_cycles=num_cycles)
+        if cycle_steps is not None and not (
+            is_integer(cycle_steps) and cycle_steps >= max(1, self.anneal_steps)
+        ):
+            raise ValueError(
+                f"BetaAnnealing: cycle_steps: expected an int of at least anneal_steps = {self.anneal_steps}, got "
+                f"{cycle_steps!r}"
+            )
+        if num_cycles is not None and not (
+            is_integer(num_cycles) and num_cycles >= 1 and cycle_steps is not None
+        ):
+            raise ValueError(
+                f"BetaAnnealing: num_cycles: expected an int of at least 1, with cycle_steps, got {num_cycles!r}"
+            )
+        self.cycle_steps, self.num_cycles = cycle_steps, num_cycles
+
+    def ramp(self) -> Tensor:
+        """Of the present cycle: [] float64, on the module's device."""
+        if self.cycle_steps is None or not self.anneal_steps:
+            return super().ramp()
+        within = (self.steps_taken % self.cycle_steps).double() / self.anneal_steps
+        if self.num_cycles is not None:
+            over = self.steps_taken >= self.num_cycles * self.cycle_steps
+            within = within.masked_fill(over, 1)
+        return within.clamp(max=1)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says of the settings."""
+        cycles = (
+            ""
+            if self.cycle_steps is None
+            else f", cycle_steps={self.cycle_steps}, num_cycles={self.num_cycles}"
+        )
+        return super().extra_repr() + cycles
 
     def forward(self, step: TrainingStep) -> Tensor:
         """(ramp - 1) beta R of each sample, which the loss has at full weight: [B]."""
