@@ -325,6 +325,17 @@ def test_flow_and_force_are_those_of_autograd(name: str) -> None:
 
 
 @each
+def test_empty_batches(name: str) -> None:
+    likelihood = ALL[name]
+    model = HVAE(
+        mlp(PIXELS, 8, 4), mlp(2, 8, PIXELS * likelihood.values_per_element), likelihood, num_steps=2
+    )
+    x = torch.zeros(0, PIXELS)
+    assert model(x).shape == (0,) and model.log_likelihood(x, 3).shape == (0,)
+    assert ops.log_px(model.decoder, torch.zeros(2, 0, 2), x, likelihood).shape == (2, 0)
+
+
+@each
 @pytest.mark.filterwarnings("ignore:.*copies are trained")
 def test_in_models_and_scores(name: str, tmp_path: Any) -> None:
     likelihood = ALL[name]

@@ -10,7 +10,7 @@ from influence_problems import images, tracin
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from fastvae.influence import TracIn
+from fastvae.influence import TracIn, UncoveredParameter
 
 
 def by_hand(model: nn.Module, x: Tensor) -> Tensor:
@@ -268,3 +268,164 @@ def test_modules_under_noise_keyed_by_sample() -> None:
     torch.testing.assert_close(with_error.influence_scores, scores, rtol=1e-10, atol=1e-10)
     assert (with_error.standard_errors > 0).all()
     assert "GRU, by torch.vmap" in str(found.coverage())
+
+
+class TimeFirst(nn.Module):
+    """Takes [B, T, D] and returns [T, B, D']."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight).transpose(0, 1)
+
+
+class LastStates(nn.Module):
+    """Two layers' states come along the first dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.GRU(4, 5, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x)[1][-1]
+
+
+class Placed(nn.Module):
+    """A constant of as many rows as are audited is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.places = Scaled(), nn.Buffer(torch.randn(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, self.places)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        return x * self.scale + places
+
+
+class Turn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(TimeFirst(), Turn()),
+        LastStates,
+        Placed,
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    ],
+    ids=["time first", "states", "constant", "transformer"],
+)
+def test_any_number_of_samples(make: Callable[[], nn.Module]) -> None:
+    """As many as there are steps, layers or audited samples, or one: where samples lie is no matter of chance."""
+    torch.manual_seed(0)
+    model = Loss(make()).double().eval()
+    for count in (1, 2, 8, 11):
+        x = images(count, 8, 4) - 0.5
+        g = by_hand(model, x)
+        found = tracin(model, x, num_samples=1)
+        for queries in (1, 2, 8):
+            some = x.repeat(8, 1, 1)[:queries]
+            h = by_hand(model, some)
+            torch.testing.assert_close(found.influence(some), h @ g.T, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.self_influence(), g.square().sum(1), rtol=1e-9, atol=1e-9)
+
+
+class Chosen(nn.Module):
+    """A layer that sees only the rows that a mask names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[..., 0] > 0
+        h = x.new_zeros(*x.shape[:2], 3)
+        h[rows] = self.layer(x[rows])
+        return h.square().sum((1, 2))
+
+
+def test_chosen_rows_are_materialised_or_refused() -> None:
+    torch.manual_seed(0)
+    model = Chosen().double()
+    ragged, full = images(9, 5, 4) - 0.5, images(9, 5, 4) + 0.1
+    g = by_hand(model, ragged)
+    found = tracin(model, ragged, num_samples=1, uncovered="materialise")
+    torch.testing.assert_close(found.influence(ragged), g @ g.T, rtol=1e-9, atol=1e-9)
+    with pytest.raises(UncoveredParameter, match="cannot be told apart"):
+        tracin(model, ragged, num_samples=1).influence(ragged)
+    # Whole where they are audited, and not later.
+    late = tracin(model, full, num_samples=1)
+    torch.testing.assert_close(late.influence(full), by_hand(model, full) @ by_hand(model, full).T)
+    with pytest.raises(ValueError, match=r"layer: expected \[5.0\] rows a sample .* of rows that are chosen"):
+        late.influence(ragged[:4])
+
+
+class Running(nn.Module):
+    """Keeps a mean of its own, and a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.mean, self.calls = nn.Parameter(torch.randn(4, 3)), nn.Buffer(torch.zeros(3)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = torch.tanh(x @ self.weight)
+        self.mean = 0.9 * self.mean + 0.1 * output.detach().mean(0)
+        self.calls += 1
+        return output
+
+
+class TwoNames(nn.Module):
+    """One layer under two names, whose weight is also used by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+        self.same = self.layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) * self.scale + nn.functional.linear(x, self.same.weight)
+
+
+def test_modules_that_change_themselves_and_layers_of_two_names() -> None:
+    torch.manual_seed(0)
+    for module in (Running(), TwoNames()):
+        model, x = Loss(module).double(), images(12, 4) - 0.5
+        g = by_hand(model, x)
+        found = tracin(model, x, num_samples=1, uncovered="materialise")
+        for _ in range(2):
+            torch.testing.assert_close(found.influence(x[:3]), g[:3] @ g.T, rtol=1e-9, atol=1e-9)
+    sparse = Loss(nn.Embedding(5, 3, sparse=True), Rounded()).double()
+    tokens = images(9, 4)
+    h = by_hand_dense(sparse, tokens)
+    torch.testing.assert_close(tracin(sparse, tokens, num_samples=1).influence(tokens), h @ h.T)
+
+
+class Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (4 * x).long()
+
+
+def by_hand_dense(model: nn.Module, x: Tensor) -> Tensor:
+    grads = [torch.autograd.grad(model(each).sum(), list(model.parameters()))[0] for each in x.split(1)]
+    return torch.stack([grad.to_dense().flatten() for grad in grads])
+
+
+@pytest.mark.parametrize("dtype", [torch.cfloat, torch.bfloat16])
+def test_other_precisions_are_refused(dtype: torch.dtype) -> None:
+    model = Loss(nn.Linear(4, 3, dtype=dtype))
+    with pytest.raises(
+        TypeError, match=r"TracIn: model: expected parameters in float32 or float64, .* 'layer.weight'"
+    ):
+        tracin(model, images(4, 4).to(dtype))

@@ -253,3 +253,48 @@ def test_refusals() -> None:
             run()
     assert Gaussian(0.3) == Gaussian(scale=0.3) != Gaussian(0.4)
     assert isinstance(Gaussian("learned"), LearnedLikelihood) and not isinstance(Gaussian(), nn.Module)
+
+
+def test_modes_inside_a_decoder_stay() -> None:
+    """A frozen BatchNorm in a decoder that trains, and the other way round."""
+    decoder = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+    model = HVAE(nn.Linear(4, 6), decoder, Gaussian("learned"), num_steps=2, step_size=0.01).train()
+    decoder[1].eval()
+    model.loss(torch.rand(6, 4)).backward()
+    assert not decoder[1].training and decoder[2].training
+    decoder.eval()
+    decoder[2].train()
+    ops.log_px_and_force(decoder, torch.rand(6, 3), torch.rand(6, 4), Gaussian("learned"))
+    assert decoder[2].training and not decoder[1].training
+
+
+def test_likelihoods_of_both_kinds_take_each_others_place() -> None:
+    model = model_of("one scale").float()
+    x = data(model.likelihood, 3, torch.float32)
+    model.likelihood = Gaussian(0.5)
+    assert "likelihood.log_scale" not in model.state_dict() and model(x).isfinite().all()
+    model.likelihood = Gaussian("learned")
+    assert "likelihood.log_scale" in model.state_dict() and model(x).isfinite().all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_scales_of_another_precision_are_read() -> None:
+    model = HVAE(
+        nn.Linear(5, 6), nn.Linear(3, 5), Gaussian(torch.full((5,), 0.5, dtype=torch.float64)), num_steps=2
+    )
+    for _ in range(2):
+        model.loss(torch.rand(4, 5)).backward()
+
+
+@pytest.mark.parametrize("name", ["one scale", "one dispersion"])
+def test_a_backward_pass_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    model = model_of(name, HVAE, num_steps=2, step_size=0.01).float()
+    decoder = nn.Sequential(
+        nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 1, 2), nn.Flatten()
+    )
+    model.decoder = nn.Sequential(decoder, nn.Linear(9, PIXELS))
+    x = data(model.likelihood, 3, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(x).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.decoder.parameters())

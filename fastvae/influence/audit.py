@@ -15,8 +15,10 @@ from torch import Tensor
 from fastvae.influence.coverage import UncoveredParameter
 from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import TILES, Factors
+from fastvae.influence.layers import Layer
 from fastvae.influence.rules import Terms
 from fastvae.influence.snapshots import Snapshot
+from fastvae.influence.sweeps import Call
 from fastvae.private import private_copy
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ def _compared(engine: Engine, evaluation: Evaluation, few: Batch) -> dict[str, T
         if not errors:
             return terms
         for name, error in errors.items():
+            if math.isinf(error):
+                engine.move(name, "the samples in what its layer is given cannot be told apart")
+                continue
             engine.move(
                 name,
                 f"its gradient from its layer's inputs and output gradients is off by {error:.1e} of autograd's: it is "
@@ -100,32 +105,58 @@ def _errors(
         for name, gradient in zip(engine.of_flow, captured.of_flow.split(sizes, 1), strict=True):
             compare(name, gradient)
     for layer, calls in captured.layers:
-        terms[layer.name] = layer.terms(calls, samples)
-        kinds = [(kind, names) for kind in ("weight", "bias") if (names := getattr(layer, kind))]
-        factors = Factors()
-        engine.add_factors(factors, layer, calls, TILES, samples)
-        for (kind, names), part in zip(kinds, factors.dense, strict=True):
-            of_calls = [
-                layer.rule.magnitude(kind, layer.module, call.input, call.grad, samples) for call in calls
-            ]
-            sizes = [engine.parameters[name].numel() for name in names]
-            for name, gradient in zip(names, layer.in_order(kind, part).split(sizes, 1), strict=True):
-                compare(name, gradient, torch.stack(of_calls).sum(0))
-    for whole, module_calls in captured.modules:
-        sizes = [engine.parameters[name].numel() for name in whole.names]
-        for axis in (0, 1):
-            whole.look_along(axis)
+        terms[layer.name] = None
+        try:
+            terms[layer.name] = layer.terms(calls, samples)
+            parts = _of_layer(engine, layer, calls, samples)
+        # Rows that are not as many for each sample, say.
+        except RuntimeError:
+            errors |= dict.fromkeys((*layer.weight, *layer.bias), math.inf)
+            unknown.difference_update((*layer.weight, *layer.bias))
+            continue
+        for name, gradient, magnitude in parts:
+            compare(name, gradient, magnitude)
+    if captured.modules:
+        # The same samples without the last one, to see where they are; a single sample is also two.
+        fewer = (
+            tuple(part[:-1] for part in few)
+            if samples > 1
+            else tuple(part.repeat_interleave(2, 0) for part in few)
+        )
+        again = {
+            id(whole): calls for whole, calls in engine.capture(evaluation, fewer, True, 1 / draws).modules
+        }
+        for whole, module_calls in captured.modules:
+            sizes = [engine.parameters[name].numel() for name in whole.names]
             try:
-                found = whole.gradients(module_calls, samples).split(sizes, 1)
-            # Whatever a module raises that torch.vmap cannot run, or whose samples lie elsewhere.
+                whole.learn(module_calls, samples, again.get(id(whole), []), len(fewer[0]))
+                gradients = whole.gradients(module_calls, samples).split(sizes, 1)
+            # Whatever a module raises that torch.vmap cannot run, or whose samples do not stand apart.
             except Exception:
+                errors |= dict.fromkeys(whole.names, math.inf)
+                unknown.difference_update(whole.names)
                 continue
-            for name, gradient in zip(whole.names, found, strict=True):
+            for name, gradient in zip(whole.names, gradients, strict=True):
                 compare(name, gradient)
-            if not errors.keys() & set(whole.names):
-                break
-        else:
-            errors |= dict.fromkeys(whole.names, math.inf)
     for name in list(unknown):
         compare(name, torch.zeros_like(exact[name]))
     return terms, errors
+
+
+def _of_layer(
+    engine: Engine, layer: Layer, calls: list[Call], samples: int
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Names, gradients [B, numel] and magnitudes of a layer's parameters."""
+    kinds = [(kind, names) for kind in ("weight", "bias") if (names := getattr(layer, kind))]
+    factors = Factors()
+    engine.add_factors(factors, layer, calls, TILES, samples)
+    found = []
+    for (kind, names), part in zip(kinds, factors.dense, strict=True):
+        of_calls = [
+            layer.rule.magnitude(kind, layer.module, call.input, call.grad, samples) for call in calls
+        ]
+        magnitude = torch.stack(of_calls).sum(0)
+        sizes = [engine.parameters[name].numel() for name in names]
+        ordered = layer.in_order(kind, part).split(sizes, 1)
+        found += [(name, gradient, magnitude) for name, gradient in zip(names, ordered, strict=True)]
+    return found

@@ -49,6 +49,12 @@ class Engine:
                 self._absent[name] = (parameter, "frozen: not trained")
             else:
                 wanted[name] = parameter
+        for name, parameter in wanted.items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"TracIn: model: expected parameters in float32 or float64, got {parameter.dtype} at {name!r}; "
+                    "score model.float(), or leave it out by layers="
+                )
         if not wanted:
             raise ValueError("TracIn: the model has no trained parameter among the chosen layers")
         self.parameters = wanted
@@ -71,6 +77,8 @@ class Engine:
         for name, reason in without_rule.items():
             self.move(name, reason)
         self._terms: dict[str, Terms | None] = {}
+        self._rows: dict[Any, dict[str, list[float]]] = {}
+        """Of a loss, how many rows each layer is given for a sample, call by call, as ``audit`` saw it."""
         self._audited: set[Any] = set()
 
     def bind(self, model: nn.Module) -> None:
@@ -219,6 +227,8 @@ class Engine:
         changed += [name for name, calls in of_modules.items() if any(call.was_changed for call in calls)]
         if changed:
             raise ValueError(f"TracIn: {changed[0]}: its input was changed in place after the layer read it")
+        if fold:
+            self._check_rows(evaluation, seen, samples)
         edges = [call.edge for _, call in flat] + [call.outputs[place] for call, place in outputs]
         edges += [] if sweep is None else sweep.edges
         grads = (
@@ -243,6 +253,20 @@ class Engine:
         modules = [(whole, used[name]) for name, whole in self._modules.items() if used[name]]
         return Captured(layers, modules, own)
 
+    def _check_rows(self, evaluation: Evaluation, seen: dict[str, list[SeenCall]], samples: int) -> None:
+        """Rows that a mask chooses, or that are sent to one of several layers, cannot be told apart by sample."""
+        known = self._rows.setdefault(evaluation.loss_fn, {})
+        for name, calls in seen.items():
+            found = [len(call.input) / samples for call in calls if call.input.dim()]
+            if not self.audited(evaluation):
+                known[name] = found
+            elif found != known.get(name, found):
+                raise ValueError(
+                    f"TracIn: {name}: expected {known[name]} rows a sample in its calls, as the first samples had, got "
+                    f"{found}: of rows that are chosen nobody knows whose they are. Leave the layer out by layers=, or "
+                    "have samples first that show it, with uncovered='materialise'"
+                )
+
     def by_autograd(self, evaluation: Evaluation, batch: Batch, names: Sequence[str], fold: bool) -> Tensor:
         """[B, P] (or [B * S, P]) the gradients of these parameters, one sample at a time."""
         parameters = [self.parameters[name] for name in names]
@@ -255,7 +279,7 @@ class Engine:
                 grads = torch.autograd.grad(
                     loss, parameters, allow_unused=True, retain_graph=not fold, materialize_grads=True
                 )
-                rows.append(torch.cat([grad.flatten() for grad in grads]))
+                rows.append(torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in grads]))
         return torch.stack(rows)
 
     # ---- what is covered ----

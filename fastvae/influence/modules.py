@@ -6,6 +6,7 @@ Only the module itself is run again, on what its hook saw, with the gradient of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,9 +53,18 @@ class ModuleCall:
         return cls(inputs, form, [each._version for each in _tensors(inputs)], edges)
 
     @property
+    def form_of_inputs(self) -> Form:
+        """See ``Form``."""
+        return tuple(each.dim() if isinstance(each, Tensor) else None for each in self.inputs)
+
+    @property
     def was_changed(self) -> bool:
         """Whether an input was changed in place since."""
         return [each._version for each in _tensors(self.inputs)] != self.versions
+
+
+Form = tuple[int | None, ...]
+"""Of a call the dimensions of its inputs; None for what is no tensor."""
 
 
 @dataclass
@@ -65,11 +75,9 @@ class WholeModule:
     module: nn.Module
     parameters: list[str] = field(default_factory=list)
     """Their names in the module, those of its children with dots."""
-    axis: int = 0
-    """The dimension of its first tensor that has the samples, those of one side by side. A tensor of another size
-    there has them along the other one of its first two dimensions, or none."""
-    _axes: dict[Any, list[int | None]] = field(default_factory=dict)
-    """Where the samples are in each argument, by the arguments' dimensions."""
+    _axes: dict[Form, tuple[list[int | None], dict[int, int]]] = field(default_factory=dict)
+    """Of the calls of a form, the dimension of each input and of each result that has the samples, those of one side by
+    side; None for an input without samples."""
 
     @property
     def names(self) -> list[str]:
@@ -80,16 +88,41 @@ class WholeModule:
         """The name in the model of a parameter by its name in the module."""
         return f"{self.name}.{name}"
 
-    def look_along(self, axis: int) -> None:
-        """Have the samples along another dimension."""
-        self.axis = axis
+    def learn(
+        self, calls: Sequence[ModuleCall], samples: int, others: Sequence[ModuleCall], other_samples: int
+    ) -> None:
+        """Where the samples are: in the dimensions that differ between two batches as their numbers of samples do.
+
+        Raises:
+            ValueError: that is not so.
+        """
         self._axes.clear()
+        if len(calls) != len(others):
+            raise ValueError(f"TracIn: {self.name}: not called as often for another batch")
+        for call, other in zip(calls, others, strict=True):
+            if call.form_of_inputs != other.form_of_inputs or call.grads.keys() != other.grads.keys():
+                raise ValueError(f"TracIn: {self.name}: called in another way for another batch")
+            inputs = [
+                _sample_axis(a, b, samples, other_samples) if isinstance(a, Tensor) else None
+                for a, b in zip(call.inputs, other.inputs, strict=True)
+            ]
+            outputs = {
+                place: _sample_axis(grad, other.grads[place], samples, other_samples)
+                for place, grad in call.grads.items()
+            }
+            if all(axis is None for axis in inputs) or None in outputs.values():
+                raise ValueError(f"TracIn: {self.name}: a call without samples")
+            found = inputs, {place: axis for place, axis in outputs.items() if axis is not None}
+            if self._axes.setdefault(call.form_of_inputs, found) != found:
+                raise ValueError(
+                    f"TracIn: {self.name}: calls of one form have their samples in different places"
+                )
 
     def gradients(self, calls: Sequence[ModuleCall], samples: int) -> Tensor:
         """[B, numel] the gradient of each sample.
 
         Raises:
-            ValueError: arguments in which the samples cannot be told.
+            ValueError: calls that are not like those that ``learn`` saw.
         """
         total: Tensor | None = None
         for call in calls:
@@ -99,22 +132,18 @@ class WholeModule:
         return total
 
     def _of_call(self, call: ModuleCall, samples: int) -> Tensor:
-        axes = self._axes_of(call)
-        tensors = [_of_samples(each, axis, samples) for each, axis in zip(call.inputs, axes, strict=True)]
-        rows = next(
-            each.shape[axis] for each, axis in zip(call.inputs, axes, strict=True) if axis is not None
-        )
-        grads = {}
-        for place, grad in call.grads.items():
-            axis = self._axis_in(grad, rows)
-            if axis is None:
-                raise ValueError("TracIn: a module returned a tensor without a row for each sample")
-            grads[place] = _of_samples(grad, axis, samples)
-        # Each tensor under all its names: functional_call, left to tie weights by itself, does not put back those of
-        # a module that is registered twice.
+        if call.form_of_inputs not in self._axes:
+            raise ValueError(f"TracIn: {self.name}: called in another way than for the first samples")
+        axes, axes_of_grads = self._axes[call.form_of_inputs]
+        tensors = [self._split(each, axis, samples) for each, axis in zip(call.inputs, axes, strict=True)]
+        grads = {
+            place: self._split(grad, axes_of_grads[place], samples) for place, grad in call.grads.items()
+        }
+        # Each tensor under all its names, each module once: functional_call, left to tie weights by itself or given one
+        # module under two names, does not put back what it exchanged.
         aliases = {
             f"{path}.{name}".lstrip("."): tensor
-            for path, module in self.module.named_modules(remove_duplicate=False)
+            for path, module in self.module.named_modules()
             for name, tensor in module._parameters.items()
             if tensor is not None
         }
@@ -141,28 +170,53 @@ class WholeModule:
             gradient: dict[str, Tensor] = torch.func.grad(product)(own, given, grads)
             return gradient
 
-        with torch.no_grad(), batchable():
+        with torch.no_grad(), batchable(), _left_as_it_was(self.module, self.name):
             found: dict[str, Tensor] = torch.vmap(of_one)(moving, grads)
         return torch.cat([found[name].reshape(samples, -1) for name in self.parameters], 1)
 
-    def _axes_of(self, call: ModuleCall) -> list[int | None]:
-        """As at the first call of this form: later a tensor without samples may happen to have as many rows."""
-        key = tuple(each.dim() if isinstance(each, Tensor) else None for each in call.inputs)
-        if key not in self._axes:
-            first = next(iter(_tensors(call.inputs)), None)
-            if first is None or first.dim() <= self.axis:
-                raise ValueError("TracIn: a module was called without a tensor that has samples")
-            rows = first.shape[self.axis]
-            self._axes[key] = [
-                self._axis_in(each, rows) if isinstance(each, Tensor) else None for each in call.inputs
-            ]
-        return self._axes[key]
+    def _split(self, value: Any, axis: int | None, samples: int) -> Any:
+        """[B, ...] each sample's own part, of the same number of dimensions."""
+        if axis is None:
+            return value
+        if value.shape[axis] % samples:
+            raise ValueError(f"TracIn: {self.name}: {value.shape[axis]} rows for {samples} samples")
+        return value.unflatten(axis, (samples, -1)).movedim(axis, 0)
 
-    def _axis_in(self, tensor: Tensor, rows: int) -> int | None:
-        for axis in (self.axis, 1 - self.axis):
-            if tensor.dim() > axis and tensor.shape[axis] == rows:
-                return axis
+
+def _sample_axis(a: Tensor, b: Tensor, samples: int, other_samples: int) -> int | None:
+    """The one dimension that differs; None if none does. ValueError where it is not the samples' alone."""
+    if a.dim() != b.dim():
+        raise ValueError("TracIn: a tensor of other dimensions for another batch")
+    differ = [axis for axis in range(a.dim()) if a.shape[axis] != b.shape[axis]]
+    if not differ:
         return None
+    if len(differ) > 1 or a.shape[differ[0]] * other_samples != b.shape[differ[0]] * samples:
+        raise ValueError(
+            f"TracIn: {list(a.shape)} for {samples} samples and {list(b.shape)} for {other_samples}"
+        )
+    return differ[0]
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module, name: str) -> Iterator[None]:
+    """Put back what a forward assigns to its module: under torch.vmap such tensors are no use outside.
+
+    Raises:
+        ValueError: it assigned buffers, which are state.
+    """
+    before = [(each, dict(vars(each)), dict(each._buffers)) for each in module.modules()]
+    try:
+        yield
+    finally:
+        changed = False
+        for each, attributes, buffers in before:
+            changed |= any(value is not buffers.get(key) for key, value in each._buffers.items())
+            vars(each).clear()
+            vars(each).update(attributes)
+            each._buffers.clear()
+            each._buffers.update(buffers)
+    if changed:
+        raise ValueError(f"TracIn: {name}: its forward changes its buffers")
 
 
 def places_of(owners: Sequence[str], root: nn.Module) -> Iterator[str]:
@@ -187,12 +241,3 @@ def places_of(owners: Sequence[str], root: nn.Module) -> Iterator[str]:
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     return (each for each in values if isinstance(each, Tensor))
-
-
-def _of_samples(value: Any, axis: int | None, samples: int) -> Any:
-    """[B, ...] each sample's own part, of the same number of dimensions."""
-    if axis is None:
-        return value
-    if value.shape[axis] % samples:
-        raise ValueError(f"TracIn: a module was given {value.shape[axis]} rows for {samples} samples")
-    return value.unflatten(axis, (samples, -1)).movedim(axis, 0)

@@ -21,7 +21,7 @@ class Counts(Likelihood):
 
     def base_measure(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """log p(x) where the mean is x: [B]. Kernels compute what is missing to it, and that is small."""
-        counts = x.detach().reshape(x.shape[0], -1).double()
+        counts = x.detach().flatten(1).double()
         # Of a count of 0 any small mean will do.
         return self.log_prob(counts.clamp(min=1e-40).log(), counts).to(dtype)
 

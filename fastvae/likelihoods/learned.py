@@ -43,7 +43,7 @@ class LearnedLikelihood(nn.Module, Likelihood):
         if not all(is_integer(size) and size > 0 for size in sizes):
             raise ValueError(f"{kind}: shape: expected positive integers, got {sizes}")
         if isinstance(initial, Tensor):
-            start = initial.detach().clone()
+            start = initial.detach().clone().to(torch.get_default_dtype())
         else:
             expect_positive(kind, initial=initial)
             start = torch.full(sizes, float(initial))
@@ -144,7 +144,7 @@ def without_parameters(decoder: nn.Module, likelihood: Likelihood) -> tuple[nn.M
     logarithm = likelihood.logarithm
     if known is None or known.decoder is not decoder or known.logarithm is not logarithm:
         known = _AppendedDecoder(decoder, logarithm, likelihood.values_per_element)
-        known.train(decoder.training)
         _appended_of[likelihood] = known
+    # Not train(), which would set what is inside the user's decoder.
     known.training = decoder.training
     return known, likelihood.head

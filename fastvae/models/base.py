@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,12 @@ class BaseVAE(nn.Module, ABC):
         self.latent_dim = int(latent_dim) if latent_dim is not None else _latent_dim_of(network)
         self.penalties = nn.ModuleList(penalties)
         self.check_finite = check_finite
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A likelihood is a module or not, and may be exchanged for one that is not or is.
+        if name == "likelihood" and not isinstance(value, nn.Module):
+            self._modules.pop(name, None)
+        super().__setattr__(name, value)
 
     @abstractmethod
     def objective(

@@ -22,7 +22,7 @@ from fastvae._extension import raw
 from fastvae.network.flow_tape import FlowTape, Recording, form_with_head
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
-from fastvae.network.once import differentiable_once
+from fastvae.network.once import backward_pass, differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
 from fastvae.network.tape import kernel
 
@@ -125,7 +125,7 @@ class _Flow(torch.autograd.Function):
         given = [
             t if t is None else t.detach() for t in (z_steps, rho_steps, steps, alpha, gz, grho, of_log_px)
         ]
-        with torch.no_grad():
+        with backward_pass(steps):
             found = None if ctx.tape is None else ctx.tape.backward(ctx.head, ctx.left, given)
             if found is None:
                 recording, ctx.recording = ctx.recording, None
@@ -293,7 +293,7 @@ class _Force(torch.autograd.Function):
     def backward(ctx: Any, of_log_px: Tensor | None, u: Tensor | None) -> Any:
         z, x, *parameters = ctx.saved_tensors
         found: dict[int, Tensor] = {}
-        with torch.no_grad():
+        with backward_pass(z):
             products = Products(ctx.passive, ctx.inputs.wanted, found)
             of_z, of_x = ctx.at.adjoint(u, of_log_px, products)
             products.finish()

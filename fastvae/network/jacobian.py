@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae.network.layers import Products
-from fastvae.network.once import differentiable_once
+from fastvae.network.once import backward_pass, differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
 from fastvae.network.tape import form_of, is_plain, tensors_in
 
@@ -205,7 +205,7 @@ class _JacobianL1(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         inputs = ctx.saved_tensors
-        with torch.no_grad():
+        with backward_pass(gradient):
             if ctx.early is not None:
                 found = [None if part is None else part * gradient for part in ctx.early]
             else:

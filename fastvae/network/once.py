@@ -6,7 +6,8 @@ that a second derivative would lose its terms in silence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ class _Refusal(torch.autograd.Function):
             f"fastvae::{ctx.name}: differentiable once; its second derivative is not implemented. For "
             f"create_graph=True use fastvae.reference.{ctx.name}, which PyTorch can differentiate twice"
         )
+
+
+@contextmanager
+def backward_pass(like: Tensor) -> Iterator[None]:
+    """No graph, and full precision: of what autocast is when a backward pass runs nothing was said forward."""
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
 
 
 def differentiable_once(
