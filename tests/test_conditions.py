@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae import HVAE, IWAE, VAE, ConsistencyVAE, JacobianL1VAE, fit, reference
+from fastvae.influence import TracIn
 from fastvae.models.base import BaseVAE
+from fastvae.noise import Stream, draws_of, keys_of
 
 PIXELS, CLASSES, DIM = 6, 3, 2
 
@@ -149,6 +151,53 @@ def test_fit_takes_the_condition_from_the_loader(name: str, tmp_path: Path) -> N
     third = model_of(name).float()
     fit(third, batches, epochs=2, condition=lambda batch: batch["label"], progress=False)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), third.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["VAE", "IWAE", "HVAE"])
+def test_influence(name: str) -> None:
+    model = model_of(name).eval()
+    (x, labels), (queries, others) = data(6), data(3)
+    parameters = list(model.parameters())
+
+    def gradients(x: Tensor, labels: Tensor) -> Tensor:
+        rows = []
+        for sample, label in zip(x.split(1), labels.split(1), strict=True):
+            mean = 0
+            for key in draws_of(keys_of(sample), 0, 3):
+                noise = Stream(key[None]).normal((model.noise_draws, DIM)).transpose(0, 1)
+                loss = model(sample, noise=noise, condition=label).sum()
+                grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
+                mean = mean + torch.cat([grad.flatten() for grad in grads]) / 3
+            rows.append(mean)
+        return torch.stack(rows)
+
+    g, h = gradients(x, labels), gradients(queries, others)
+    options: dict[str, Any] = {"num_samples": 3, "uncovered": "materialise" if name == "HVAE" else "error"}
+    found = TracIn(model, (x, labels), None, condition=1, **options)
+    torch.testing.assert_close(found.influence((queries, others)), h @ g.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.self_influence(), g.square().sum(1), rtol=1e-10, atol=1e-10)
+    scores, errors = found.influence_with_error((queries, others))
+    torch.testing.assert_close(scores, h @ g.T, rtol=1e-10, atol=1e-10)
+    assert (errors > 0).all()
+    samples = [{"data": a, "label": b} for a, b in zip(x, labels, strict=True)]
+    by_name = TracIn(model, DataLoader(Named(samples), 4), None, condition="label", **options)
+    some = [{"data": queries, "label": others}]
+    torch.testing.assert_close(by_name.influence(some), h @ g.T, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="TracIn: condition: expected a fastvae model and its own loss"):
+        TracIn(nn.Linear(2, 2), x, None, condition=1)
+
+
+class Named(torch.utils.data.Dataset[Any]):
+    """Samples with names."""
+
+    def __init__(self, samples: list[dict[str, Tensor]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, at: int) -> dict[str, Tensor]:
+        return self.samples[at]
 
 
 def test_a_decoder_alone_may_take_it() -> None:

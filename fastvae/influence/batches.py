@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,25 @@ from torch.utils.data import (
 )
 
 from fastvae._distribution import to_mend
-from fastvae.data import images_of
+from fastvae.data import condition_of, images_of
 from fastvae.influence.evaluation import Batch
 
-__all__ = ["check_order", "count_of", "tiles_of", "with_bar"]
+__all__ = [
+    "Take",
+    "check_order",
+    "count_of",
+    "images_alone",
+    "tiles_of",
+    "whole_batch",
+    "with_bar",
+    "with_condition",
+]
+
+Take = Callable[[Any], Batch]
+"""What of a loader's batch is used."""
 
 
-def tiles_of(data: Any, tile: int, batch_size: int, whole: bool) -> Iterator[Batch]:
+def tiles_of(data: Any, tile: int, batch_size: int, take: Take) -> Iterator[Batch]:
     """Consecutive tiles of ``tile`` samples, the last one smaller.
 
     Args:
@@ -31,7 +43,7 @@ def tiles_of(data: Any, tile: int, batch_size: int, whole: bool) -> Iterator[Bat
             as a ``DataLoader``.
         tile: samples.
         batch_size: at which a ``Dataset`` is collated, at least.
-        whole: keep every entry of a batch; else only the images, by ``fastvae.data.images_of``.
+        take: ``images_alone``, ``whole_batch`` or a partial ``with_condition``.
     """
     if isinstance(data, TensorDataset):
         data = data.tensors
@@ -44,7 +56,7 @@ def tiles_of(data: Any, tile: int, batch_size: int, whole: bool) -> Iterator[Bat
     waiting: list[Batch] = []
     count = 0
     for given in batches:
-        batch = _as_batch(given, whole)
+        batch = take(given)
         while count + len(batch[0]) >= tile:
             need = tile - count
             yield _joined([*waiting, tuple(part[:need] for part in batch)])
@@ -100,20 +112,33 @@ def _is_batch(data: Any) -> bool:
     return isinstance(data, (tuple, list)) and bool(data) and all(isinstance(part, Tensor) for part in data)
 
 
-def _as_batch(given: Any, whole: bool) -> Batch:
-    if not whole:
-        return (images_of(given),)
+def images_alone(given: Any) -> Batch:
+    """The images of a batch, by ``fastvae.data.images_of``."""
+    return (images_of(given),)
+
+
+def with_condition(place: Any, given: Any) -> Batch:
+    """The images of a batch and its condition, by ``fastvae.data.condition_of``."""
+    return _even((images_of(given), condition_of(given, place)))
+
+
+def whole_batch(given: Any) -> Batch:
+    """Every entry of a batch, which are tensors."""
     batch = (given,) if isinstance(given, Tensor) else given
     if isinstance(batch, Mapping) or not _is_batch(batch):
         raise TypeError(
             "TracIn: with a loss_fn a batch is expected to be a tensor or a tuple of tensors, the last one the "
             f"targets; got {type(given).__name__}"
         )
+    return _even(tuple(batch))
+
+
+def _even(batch: Batch) -> Batch:
     if len({len(part) for part in batch}) > 1:
         raise ValueError(
             f"TracIn: expected as many samples in every entry of a batch, got {[len(part) for part in batch]}"
         )
-    return tuple(batch)
+    return batch
 
 
 def _joined(parts: list[Batch]) -> Batch:

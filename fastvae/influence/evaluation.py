@@ -12,6 +12,7 @@ from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept
 from fastvae.lowering.rows import RowsModule
 from fastvae.models import BaseVAE
 from fastvae.models.base import encoded_already
+from fastvae.models.inputs import given
 from fastvae.noise import Stream, draws_of, keys_of
 
 __all__ = ["Batch", "Evaluation"]
@@ -28,12 +29,18 @@ class Evaluation:
             ``loss_fn(model(x), x)`` for a batch of one tensor.
         draws: S, of the noise of a model that draws any.
         seed: of the noise.
+        is_conditional: ``batch[1]`` is the condition of one of our models.
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Callable[..., Tensor] | None, draws: int, seed: int
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor] | None,
+        draws: int,
+        seed: int,
+        is_conditional: bool = False,
     ) -> None:
-        self.loss_fn, self.seed = loss_fn, seed
+        self.loss_fn, self.seed, self.is_conditional = loss_fn, seed, is_conditional
         self.draws = draws
         self._random: bool | None = None
         self.bind(Snapshot(1.0, model))
@@ -51,7 +58,7 @@ class Evaluation:
 
         None where autograd and hooks have to find them.
         """
-        if self.loss_fn is not None or not isinstance(self.model, BaseVAE):
+        if self.loss_fn is not None or not isinstance(self.model, BaseVAE) or self.is_conditional:
             return None
         x, shape = batch[0], batch[0].shape[1:]
         if shape not in self._encoders:
@@ -71,7 +78,7 @@ class Evaluation:
         keys = keys_of(batch[0])
         if isinstance(self.model, BaseVAE) and self.loss_fn is None and not self.model.penalties:
             model = self.model if sweep is None else sweep.installed()
-            return self._of_vae(model, batch[0], keys, fold)
+            return self._of_vae(model, batch[0], keys, fold, self._condition(batch))
         if not self.is_random(batch):
             return self._of_rows(batch)
         rows = tuple(part.repeat_interleave(self.draws, 0) for part in batch)
@@ -91,9 +98,17 @@ class Evaluation:
                 self._random = draws_noise(self._of_rows, tuple(part[:1] for part in batch))
         return self._random
 
-    def _of_vae(self, model: BaseVAE, x: Tensor, keys: Tensor, fold: bool) -> Tensor:
-        repeated = x.repeat_interleave(self.draws, 0) if self.draws > 1 else x
-        encoded = model.encode(x if fold else repeated)
+    def _condition(self, batch: Batch) -> Tensor | None:
+        return batch[1] if self.is_conditional else None
+
+    def _of_vae(
+        self, model: BaseVAE, x: Tensor, keys: Tensor, fold: bool, condition: Tensor | None
+    ) -> Tensor:
+        repeated, each = x, condition
+        if self.draws > 1:
+            repeated = x.repeat_interleave(self.draws, 0)
+            each = None if condition is None else condition.repeat_interleave(self.draws, 0)
+        encoded = model.encode(x, **given(condition)) if fold else model.encode(repeated, **given(each))
         if fold and self.draws > 1:
             encoded = (
                 encoded[0].repeat_interleave(self.draws, 0),
@@ -101,12 +116,12 @@ class Evaluation:
             )
         stream = Stream(draws_of(keys, self.seed, self.draws))
         noise = stream.normal((model.noise_draws, *encoded[0].shape[1:])).to(encoded[0]).transpose(0, 1)
-        losses: Tensor = encoded_already(model, repeated, encoded)(repeated, noise=noise)
+        losses: Tensor = encoded_already(model, repeated, encoded)(repeated, noise=noise, **given(each))
         return losses
 
     def _of_rows(self, rows: Batch) -> Tensor:
         if self.loss_fn is None:
-            losses = self.model(rows[0])
+            losses = self.model(rows[0], **given(self._condition(rows)))
             wanted = "model(x), with loss_fn=None,"
         else:
             output = self.model(*rows[:-1]) if len(rows) > 1 else self.model(rows[0])

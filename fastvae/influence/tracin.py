@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from fastvae._extension import raw
 from fastvae.arguments import expect_numbers
 from fastvae.influence.audit import AUDITED
-from fastvae.influence.batches import check_order, count_of, tiles_of, with_bar
+from fastvae.influence.batches import (
+    Take,
+    check_order,
+    count_of,
+    images_alone,
+    tiles_of,
+    whole_batch,
+    with_bar,
+    with_condition,
+)
 from fastvae.influence.cache import FactorCache, fingerprint
 from fastvae.influence.coverage import Coverage
 from fastvae.influence.engine import Engine
@@ -24,6 +34,7 @@ from fastvae.influence.scores import InfluenceWithError, self_scores
 from fastvae.influence.sharding import Share
 from fastvae.influence.snapshots import Snapshot, Snapshots
 from fastvae.influence.topk import KMostInfluentialResults, TopK
+from fastvae.models import BaseVAE
 from fastvae.private import Turns, private_copy
 from fastvae.training import load_checkpoint
 from fastvae.training.parallel import unwrap
@@ -90,6 +101,7 @@ class TracIn:
         cache_dir: a folder in which the factors of the training set are kept (safetensors), so that further
             queries need no forward or backward pass over it. They take much more room than the images:
             ``coverage`` says by which route each layer goes. One folder for each model class and loss.
+        condition: of a conditional ``fastvae`` model, where its condition is in a batch, as for :func:`fastvae.fit`.
 
     Raises:
         UncoveredParameter: a parameter whose gradients would be missing; at the first call, too.
@@ -114,6 +126,7 @@ class TracIn:
         uncovered: str = "error",
         process_group: Any = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        condition: int | str | Callable[[Any], Tensor] | None = None,
     ) -> None:
         expect_numbers(
             "TracIn", num_samples=num_samples, batch_size=batch_size, seed=seed, query_seed=query_seed
@@ -126,14 +139,20 @@ class TracIn:
         self.batch_size = batch_size
         check_order("train_dataset", train_dataset)
         self._snapshots = Snapshots(self.model, checkpoints, checkpoints_load_func, self._use)
+        if condition is not None and not (
+            isinstance(self.model, BaseVAE) and loss_fn is test_loss_fn is None
+        ):
+            raise ValueError("TracIn: condition: expected a fastvae model and its own loss")
+        self._place = condition
         private = private_copy(self.model)
         self._engine = Engine(private, layers, uncovered)
-        self._train = Evaluation(private, loss_fn, num_samples, seed)
+        self._train = Evaluation(private, loss_fn, num_samples, seed, condition is not None)
         self._query = Evaluation(
             private,
             loss_fn if test_loss_fn is None else test_loss_fn,
             num_samples,
             seed if query_seed is None else query_seed,
+            condition is not None,
         )
         self._share = Share(process_group)
         self._turns = Turns()
@@ -271,10 +290,15 @@ class TracIn:
 
     def _audit(self, evaluation: Evaluation, data: Any) -> None:
         if not self._engine.audited(evaluation):
-            few = next(tiles_of(data, AUDITED, self.batch_size, evaluation.loss_fn is not None))
+            few = next(tiles_of(data, AUDITED, self.batch_size, self._take(evaluation)))
             self._engine.audit(evaluation, self._here(few))
 
     # ---- samples ----
+
+    def _take(self, evaluation: Evaluation) -> Take:
+        if self._place is not None:
+            return functools.partial(with_condition, self._place)
+        return images_alone if evaluation.loss_fn is None else whole_batch
 
     def _count(self, data: Any = None) -> int:
         return count_of(self.train_dataset if data is None else data)
@@ -302,7 +326,7 @@ class TracIn:
         evaluation = self._train if data is None else self._query
         data = self.train_dataset if data is None else data
         tile = self._tile(evaluation, routes)
-        tiles: Iterable[Batch] = tiles_of(data, tile, self.batch_size, evaluation.loss_fn is not None)
+        tiles: Iterable[Batch] = tiles_of(data, tile, self.batch_size, self._take(evaluation))
         if show_progress:
             tiles = with_bar(tiles, -(-count_of(data) // tile))
         first = 0
@@ -314,8 +338,7 @@ class TracIn:
     def _queries(self, inputs: Any) -> Batch:
         """All queries as one batch."""
         check_order("inputs", inputs)
-        whole = self._query.loss_fn is not None
-        parts = list(tiles_of(inputs, 2**40, self.batch_size, whole))
+        parts = list(tiles_of(inputs, 2**40, self.batch_size, self._take(self._query)))
         if not parts:
             raise ValueError("TracIn: inputs: expected at least one sample")
         queries = self._here(parts[0])
