@@ -16,7 +16,9 @@ import fastvae
 from fastvae import HVAE, IWAE, VAE, ConsistencyVAE, JacobianL1VAE, fit, reference
 from fastvae.influence import TracIn
 from fastvae.models.base import BaseVAE
-from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.noise import SampleNoise, Stream, draws_of, keys_of
+from fastvae.ood import LikelihoodRegret
+from fastvae.ood.sequential import refit_one
 
 PIXELS, CLASSES, DIM = 6, 3, 2
 
@@ -185,6 +187,28 @@ def test_influence(name: str) -> None:
     torch.testing.assert_close(by_name.influence(some), h @ g.T, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="TracIn: condition: expected a fastvae model and its own loss"):
         TracIn(nn.Linear(2, 2), x, None, condition=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*copies are trained", "ignore:fastvae.ops.log_px")
+@pytest.mark.parametrize("name", ["VAE", "IWAE", "HVAE", "a decoder alone"])
+def test_likelihood_regret(name: str) -> None:
+    model = model_of("VAE" if name == "a decoder alone" else name).eval()
+    if name == "a decoder alone":
+        model.encoder = mlp(PIXELS, 2 * DIM).double()
+    x, labels = data(3)
+    detector = LikelihoodRegret(model, num_steps=6, num_samples=3, lr=1e-3)
+    found = detector.refit(x, condition=labels, parameters=True)
+    for i, label in enumerate(labels):
+        noise = SampleNoise(keys_of(x[[i]]), 0, model.noise_draws)
+        own, losses = refit_one(model, x[[i]], noise, num_steps=6, lr=1e-3, condition=label[None])
+        torch.testing.assert_close(found.losses[i], losses, rtol=1e-8, atol=1e-8)
+        for key, parameter in own.encoder.named_parameters():
+            torch.testing.assert_close(found.parameters[key][i], parameter.detach(), rtol=1e-7, atol=1e-8)
+    scores = detector.predict(x, condition=labels)
+    one_by_one = torch.cat([detector.predict(x[[i]], condition=labels[[i]]) for i in range(3)])
+    torch.testing.assert_close(scores, one_by_one, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match=r"LikelihoodRegret: condition: expected 3 rows"):
+        detector.predict(x, condition=labels[:2])
 
 
 class Named(torch.utils.data.Dataset[Any]):

@@ -43,9 +43,9 @@ def takes_condition(module: nn.Module) -> bool:
     return len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
-def check_condition(model: nn.Module, condition: object, rows: int) -> None:
+def check_condition(owner: object, condition: object, rows: int) -> None:
     """TypeError or ValueError for a condition that is no tensor with a row for each sample."""
-    name = type(model).__name__
+    name = type(owner).__name__
     if not isinstance(condition, Tensor):
         raise TypeError(f"{name}: condition: expected a tensor [B, ...], got {type(condition).__name__}")
     if condition.dim() == 0 or len(condition) != rows:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvae._second_order import batchable
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import given
 from fastvae.network.vjp_tape import RepeatedVjp
 from fastvae.ood.copies import Adam, Copies, FusedAdam
 from fastvae.private import private_copy, twin_of
@@ -24,14 +25,16 @@ class DifferentiatedCopies(Copies):
         model: in eval mode.
         x: [B, ...], on the model's device.
         adam: its settings.
+        condition: [B, ...], of an encoder that takes one.
     """
 
-    def __init__(self, model: BaseVAE, x: Tensor, adam: Adam) -> None:
+    def __init__(self, model: BaseVAE, x: Tensor, adam: Adam, condition: Tensor | None = None) -> None:
         self._model, self._x = model, x
+        self._given = (x,) if condition is None else (x, condition)
         self._trained = self._copied()
         self._optimizer = FusedAdam(self._trained, adam)
         others = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
-        self._encoding_of_all = RepeatedVjp(self._encode, self._trained, [x, *others])
+        self._encoding_of_all = RepeatedVjp(self._encode, self._trained, [*self._given, *others])
 
     @abstractmethod
     def _copied(self) -> list[Tensor]:
@@ -86,12 +89,14 @@ class VmappedCopies(DifferentiatedCopies):
 
     def _encode(self) -> Tensor:
         with batchable():
-            encoded: Tensor = torch.vmap(self._encode_one)(self._parameters, self._x)
+            encoded: Tensor = torch.vmap(self._encode_one)(self._parameters, *self._given)
         return encoded
 
-    def _encode_one(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    def _encode_one(self, parameters: dict[str, Tensor], *given: Tensor) -> Tensor:
         own = {name: parameters[first] for name, first in self._aliases.items()}
-        encoded: Tensor = torch.func.functional_call(self._encoding, own, (x[None],), tie_weights=False)
+        encoded: Tensor = torch.func.functional_call(
+            self._encoding, own, tuple(each[None] for each in given), tie_weights=False
+        )
         return encoded[0]
 
     def of_first(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -117,7 +122,8 @@ class LoopedCopies(DifferentiatedCopies):
         return [parameter for encoder in self._encoders for parameter in encoder.parameters()]
 
     def _encode(self) -> Tensor:
-        return torch.cat([model(x) for model, x in zip(self._models, self._x.split(1), strict=True)])
+        rows = zip(*(each.split(1) for each in self._given), strict=True)
+        return torch.cat([model(*row) for model, row in zip(self._models, rows, strict=True)])
 
     def of_first(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """See ``DifferentiatedCopies``."""
@@ -136,17 +142,19 @@ class _Encoding(nn.Module):
         super().__init__()
         self.model = twin_of(model, check_finite=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self.model.encode(x), 1)
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return torch.cat(self.model.encode(x, **given(condition)), 1)
 
 
-def differentiated_copies(model: BaseVAE, x: Tensor, adam: Adam) -> tuple[DifferentiatedCopies, str]:
+def differentiated_copies(
+    model: BaseVAE, x: Tensor, adam: Adam, condition: Tensor | None = None
+) -> tuple[DifferentiatedCopies, str]:
     """The copies that autograd can train, side by side if it can be, and how they are trained, in words.
 
     Raises:
         ValueError: an encoder that cannot be differentiated.
     """
-    looped = LoopedCopies(model, x[:1], adam)
+    looped = LoopedCopies(model, x[:1], adam, None if condition is None else condition[:1])
     try:
         output = looped.forward()
         expected = looped.of_first(looped.gradients(torch.ones_like(output)))
@@ -157,7 +165,7 @@ def differentiated_copies(model: BaseVAE, x: Tensor, adam: Adam) -> tuple[Differ
         ) from error
     reason = "torch.vmap computes other gradients of it"
     try:
-        vmapped = VmappedCopies(model, x, adam)
+        vmapped = VmappedCopies(model, x, adam, condition)
         output = vmapped.forward()
         grads = vmapped.of_first(vmapped.gradients(torch.ones_like(output), retain_graph=True))
         # A module that keeps its weights in a second place does not see those that torch.vmap is given.
@@ -165,7 +173,9 @@ def differentiated_copies(model: BaseVAE, x: Tensor, adam: Adam) -> tuple[Differ
             return vmapped, "by torch.vmap and autograd"
     except Exception as error:
         reason = f"torch.vmap cannot run it ({type(error).__name__}: {_first_line(error)})"
-    return LoopedCopies(model, x, adam), f"by autograd, one image after the other, because {reason}"
+    return LoopedCopies(
+        model, x, adam, condition
+    ), f"by autograd, one image after the other, because {reason}"
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fastvae.cuda_graphs import run_steps
 from fastvae.influence.noise import draws_noise
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
+from fastvae.models.inputs import check_condition, given, takes_condition
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
 from fastvae.ood.copies import (
@@ -143,11 +145,12 @@ class LikelihoodRegret(Detector):
         self.cuda_graph = cuda_graph
         self._copies = PrivateCopies()
 
-    def predict(self, x: Tensor, *, show_progress: bool = False) -> Tensor:
+    def predict(self, x: Tensor, *, condition: Tensor | None = None, show_progress: bool = False) -> Tensor:
         """The regret of each image in nats, higher = more foreign: [B], detached, on the model's device.
 
         Args:
             x: [B, ...] as the model takes it, on any device.
+            condition: [B, ...] of a conditional model.
             show_progress: a bar over the groups of images (needs tqdm).
 
         Raises:
@@ -157,12 +160,14 @@ class LikelihoodRegret(Detector):
         """
         with self._borrowed() as model:
             scores = []
-            for part in self._groups(model, self._checked(model, x), show_progress):
-                refit = self._refit(model, part, parameters=False)
+            checked = self._checked(model, x, condition)
+            for part, given_part in self._groups(model, *checked, show_progress):
+                refit = self._refit(model, part, given_part, parameters=False)
+                own = given(given_part)
                 noise = SampleNoise(keys_of(part), self.seed, model.weight_draws, start=_FIRST_SAMPLE)
                 before, after = (
-                    model.log_likelihood(part, self.num_samples, noise=noise, posterior=posterior)
-                    for posterior in (model.encode(part), (refit.mu, refit.logvar))
+                    model.log_likelihood(part, self.num_samples, noise=noise, posterior=posterior, **own)
+                    for posterior in (model.encode(part, **own), (refit.mu, refit.logvar))
                 )
                 scores.append(after - before)
         found = torch.cat(scores) if scores else next(self.model.parameters()).new_zeros(0)
@@ -176,16 +181,16 @@ class LikelihoodRegret(Detector):
             )
         return found
 
-    def refit(self, x: Tensor, *, parameters: bool = False) -> Refit:
+    def refit(self, x: Tensor, *, condition: Tensor | None = None, parameters: bool = False) -> Refit:
         """The optimisation alone: each image's own posterior, and its encoder's parameters if asked for.
 
         Args:
-            x: as for ``predict``.
+            x, condition: as for ``predict``.
             parameters: also return them: as many numbers as the encoder has, times B.
         """
         with self._borrowed() as model:
-            groups = self._groups(model, self._checked(model, x), False)
-            parts = [self._refit(model, part, parameters) for part in groups]
+            groups = self._groups(model, *self._checked(model, x, condition), False)
+            parts = [self._refit(model, *part, parameters) for part in groups]
         if not parts:
             return self._empty(parameters)
         mu, logvar, losses, copies = zip(*parts, strict=True)
@@ -196,11 +201,11 @@ class LikelihoodRegret(Detector):
             {name: torch.cat([part[name] for part in copies]) for name in copies[0]},
         )
 
-    def _refit(self, model: BaseVAE, x: Tensor, parameters: bool) -> Refit:
+    def _refit(self, model: BaseVAE, x: Tensor, condition: Tensor | None, parameters: bool) -> Refit:
         """Of one group."""
-        mu, logvar = model.encode(x)
-        copies = self._encoders(model, x, mu, logvar)
-        objective = PosteriorObjective(model, x, mu)
+        mu, logvar = model.encode(x, **given(condition))
+        copies = self._encoders(model, x, condition, mu, logvar)
+        objective = PosteriorObjective(model, x, mu, condition)
         noise = SampleNoise(keys_of(x), self.seed, model.noise_draws)(0, self.num_steps, mu)
 
         def take(noise_of_step: Tensor) -> Tensor:
@@ -216,13 +221,18 @@ class LikelihoodRegret(Detector):
         mu, logvar = copies.forward().to(mu).chunk(2, 1)
         return Refit(mu, logvar, losses.T, copies.parameters() if parameters else {})
 
-    def _encoders(self, model: BaseVAE, x: Tensor, mu: Tensor, logvar: Tensor) -> Copies:
+    def _encoders(
+        self, model: BaseVAE, x: Tensor, condition: Tensor | None, mu: Tensor, logvar: Tensor
+    ) -> Copies:
         if self.target == "posterior":
             return PosteriorCopies(mu, logvar, self.adam)
+        of_encoder = condition if condition is not None and takes_condition(model.encoder) else None
         try:
+            if of_encoder is not None:
+                raise UnsupportedLayer("lower: it takes a condition")
             return LoweredCopies(model, x, self.adam, self.num_steps)
         except UnsupportedLayer as error:
-            copies, way = differentiated_copies(model, x, self.adam)
+            copies, way = differentiated_copies(model, x, self.adam, of_encoder)
             if self.model.encoder not in _warned:
                 _warned.add(self.model.encoder)
                 warnings.warn(
@@ -255,8 +265,8 @@ class LikelihoodRegret(Detector):
         ):
             yield model.requires_grad_(False)
 
-    def _checked(self, model: BaseVAE, x: Tensor) -> Tensor:
-        """x on the model's device, of a shape and with values that the model takes."""
+    def _checked(self, model: BaseVAE, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and condition on the model's device, of a shape and with values that the model takes."""
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"LikelihoodRegret: x: expected a batch of images [B, ...], got {got}")
@@ -269,23 +279,31 @@ class LikelihoodRegret(Detector):
         # A tensor made under inference_mode cannot take part in a backward pass.
         x = (x.clone() if x.is_inference() else x.detach()).to(like.device)
         model.likelihood.check(x)
+        if condition is not None:
+            check_condition(self, condition, len(x))
+            condition = (condition.clone() if condition.is_inference() else condition.detach()).to(
+                like.device
+            )
+        first = given(None if condition is None else condition[:1])
         if len(x):
             try:
-                if self.target == "encoder" and draws_noise(model.encode, x[:1]):
+                if self.target == "encoder" and draws_noise(partial(model.encode, **first), x[:1]):
                     raise ValueError(
                         "LikelihoodRegret: encoder: expected the same output for the same image, so that each can "
                         "be optimised for its own; it draws random numbers in eval mode"
                     )
-                mu, _ = model.encode(x[:1])
-                model.log_px(mu, x[:1])
+                mu, _ = model.encode(x[:1], **first)
+                model.log_px(mu, x[:1], **first)
             except RuntimeError as error:
                 raise ValueError(
                     f"LikelihoodRegret: x: the model does not take images of shape {list(x.shape[1:])}: {error}"
                 ) from error
-        return x
+        return x, condition
 
-    def _groups(self, model: BaseVAE, x: Tensor, show_progress: bool) -> Iterator[Tensor]:
-        """The images, so many at a time as their copies fit into the budget."""
+    def _groups(
+        self, model: BaseVAE, x: Tensor, condition: Tensor | None, show_progress: bool
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The images and their conditions, so many at a time as their copies fit into the budget."""
         size = self._group_size(model, x)
         starts: Iterable[int] = range(0, len(x), size)
         if show_progress:
@@ -297,7 +315,8 @@ class LikelihoodRegret(Detector):
                 ) from error
             starts = tqdm(starts, desc="LikelihoodRegret", unit="group")
         for start in starts:
-            yield x[start : start + size]
+            rows = slice(start, start + size)
+            yield x[rows], None if condition is None else condition[rows]
 
     def _group_size(self, model: BaseVAE, x: Tensor) -> int:
         outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element

@@ -13,6 +13,7 @@ from fastvae.likelihoods.learned import without_parameters
 from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.models import VAE
 from fastvae.models.base import BaseVAE, encoded_already
+from fastvae.models.inputs import given
 from fastvae.network.flow import log_px_and_force
 from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs
@@ -32,14 +33,15 @@ class PosteriorObjective:
         model: a private copy in eval mode, its parameters frozen.
         x: [B, ...], on the model's device.
         codes: [B, d], at the first two of which the decoder is compared with what was read of it.
+        condition: [B, ...], of a conditional model.
     """
 
-    def __init__(self, model: BaseVAE, x: Tensor, codes: Tensor) -> None:
-        self._model, self._x = model, x
-        self._sweep = _by_kernels(model, x, codes)
+    def __init__(self, model: BaseVAE, x: Tensor, codes: Tensor, condition: Tensor | None = None) -> None:
+        self._model, self._x, self._condition = model, x, condition
+        self._sweep = None if condition is not None else _by_kernels(model, x, codes)
         self.can_be_captured = self._sweep is not None
         """Whether a CUDA graph may hold it: nothing but kernels runs."""
-        self._sweep = self._sweep or _by_reading(model, x, codes)
+        self._sweep = self._sweep or _by_reading(model, x, codes, condition)
 
     def __call__(self, posterior: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [B] and its gradient [B, 2 d].
@@ -62,7 +64,7 @@ class PosteriorObjective:
             leaf = posterior.detach().requires_grad_()
             mu, logvar = leaf.chunk(2, 1)
             model = encoded_already(self._model, self._x, (mu, logvar))
-            loss = model.objective(self._x, beta=1.0, noise=noise).loss
+            loss = model.objective(self._x, beta=1.0, noise=noise, **given(self._condition)).loss
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), grad
 
@@ -99,13 +101,13 @@ def _by_kernels(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
     return sweep
 
 
-def _by_reading(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
+def _by_reading(model: Any, x: Tensor, codes: Tensor, condition: Tensor | None) -> _Sweep | None:
     """Of a decoder that is read as a graph."""
     if not _is_stock(model):
         return None
     decoder, like = without_parameters(model.decoder, model.likelihood)
     try:
-        read = read_decoder("log_px_and_force", decoder, codes, "autograd", like)
+        read = read_decoder("log_px_and_force", decoder, codes, "autograd", like, condition)
     except CoupledSamples:
         raise
     except (UnsupportedLayer, TypeError, ValueError):

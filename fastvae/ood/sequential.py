@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvae.models.base import BaseVAE, NoiseSource
+from fastvae.models.inputs import given
 from fastvae.private import private_copy
 
 __all__ = ["refit_one"]
@@ -20,6 +21,7 @@ def refit_one(
     lr: float = 2e-4,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 5e-5,
+    condition: Tensor | None = None,
 ) -> tuple[BaseVAE, Tensor]:
     """Train a private copy of the encoder on one image by ``torch.optim.Adam``.
 
@@ -31,6 +33,7 @@ def refit_one(
         x: one image, [1, ...].
         noise: of the steps, the draw's number being that of the step from 0; see ``fastvae.noise``.
         num_steps, lr, betas, weight_decay: of Adam; the paper's by default.
+        condition: [1, ...] of a conditional model.
 
     Returns:
         The model with the private encoder, and the loss before each step, [num_steps].
@@ -40,11 +43,12 @@ def refit_one(
     private.encoder.requires_grad_(True)
     optimizer = torch.optim.Adam(private.encoder.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     with torch.no_grad():
-        like = private.encode(x)[0]
+        like = private.encode(x, **given(condition))[0]
     losses = []
     for step in range(num_steps):
         optimizer.zero_grad()
-        loss = private.objective(x, beta=1.0, noise=noise(step, 1, like)[:, 0]).loss.sum()
+        noise_of_step = noise(step, 1, like)[:, 0]
+        loss = private.objective(x, beta=1.0, noise=noise_of_step, **given(condition)).loss.sum()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
