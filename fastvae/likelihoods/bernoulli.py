@@ -82,10 +82,7 @@ class ContinuousBernoulli(Likelihood):
 
     def mean(self, params: Tensor) -> Tensor:
         """E[x] = 1/2 + (coth(h) - 1 / h) / 2, h = a / 2; not sigmoid(a), which is where the mode tends to."""
-        h = at_least_float32(params) / 2
-        size = h.abs().clamp(min=_NEAR)
-        far = (1 / torch.tanh(size) - 1 / size) * h.sign()
-        return 0.5 + 0.5 * torch.where(h.abs() < _NEAR, h * _polynomial(h * h, _LANGEVIN), far)
+        return 0.5 + 0.5 * langevin(at_least_float32(params) / 2)
 
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """By the inverse of the distribution function, log(1 + u (e^a - 1)) / a."""
@@ -107,6 +104,7 @@ _LOG_SINH_RATIO = (
 """log(sinh(h) / h) by powers of h^2, from the first on."""
 _LANGEVIN = tuple(2 * (n + 1) * c for n, c in enumerate(_LOG_SINH_RATIO))
 """(coth(h) - 1 / h) / h, the derivative over h."""
+_LANGEVIN_SLOPE = tuple((2 * n + 1) * c for n, c in enumerate(_LANGEVIN))
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
@@ -124,3 +122,20 @@ def _log_sinh_ratio(h: Tensor) -> Tensor:
     size = h.abs().clamp(min=_NEAR)
     far = size + torch.log1p(-torch.exp(-2 * size)) - torch.log(2 * size)
     return torch.where(h.abs() < _NEAR, square * _polynomial(square, _LOG_SINH_RATIO), far)
+
+
+def langevin(h: Tensor) -> Tensor:
+    """coth(h) - 1 / h, the derivative of log(sinh(h) / h)."""
+    size = h.abs().clamp(min=_NEAR)
+    far = (1 / torch.tanh(size) - 1 / size) * h.sign()
+    near = h.clamp(-_NEAR, _NEAR)
+    return torch.where(h.abs() < _NEAR, near * _polynomial(near * near, _LANGEVIN), far)
+
+
+def langevin_slope(h: Tensor) -> Tensor:
+    """Its derivative, 1 / h^2 - 1 / sinh(h)^2."""
+    size = h.abs().clamp(min=_NEAR)
+    e = torch.exp(-2 * size)
+    far = 1 / size.square() - 4 * e / (1 - e).square()
+    near = h.clamp(-_NEAR, _NEAR)
+    return torch.where(h.abs() < _NEAR, _polynomial(near * near, _LANGEVIN_SLOPE), far)

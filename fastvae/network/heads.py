@@ -1,18 +1,20 @@
 """log p(x | y) at the network's end: residual r = d log p / dy, curvature times a vector, and the gradients to x.
 
-Bernoulli: r = x - sigmoid(y), S v = -p (1 - p) v. Gaussian: r = (x - y) / scale^2, S v = -v / scale^2. Any other
-likelihood's ``log_prob`` is read and swept like a network (density.py); where it cannot be read, or the gradient to x
-is wanted, by two passes of autograd through it.
+Bernoulli: r = x - sigmoid(y), S v = -p (1 - p) v. Gaussian: r = (x - y) / scale^2, S v = -v / scale^2. Further formulas
+are in closed_heads.py. Any other likelihood's ``log_prob`` is read and swept like a network (density.py); where it
+cannot be read, or the gradient to x is wanted, by two passes of autograd through it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from fastvae.network.closed_heads import ClosedForm, closed_form_of
 from fastvae.network.density import density_of, tensors_of
 from fastvae.network.facts import key_of
 from fastvae.network.layers import Point, Products
@@ -167,6 +169,51 @@ class _GaussianHead(_Elementwise):
         return dot * (-1 / self.likelihood.scale**2)  # type: ignore[attr-defined]
 
 
+class _ClosedHead(Head):
+    """A head of several outputs an element, in closed form (closed_heads.py)."""
+
+    def __init__(self, likelihood: Likelihood, x: Tensor, dtype: torch.dtype, formulas: ClosedForm) -> None:
+        super().__init__(likelihood, x)
+        self._formulas = formulas
+        self.rows = formulas.data(self.data, dtype)
+
+    def form(self) -> tuple[Any, list[Tensor]]:
+        """See ``Head``."""
+        return (type(self), key_of(self.likelihood)), [self.data, self.rows]
+
+    def at(self, y: Tensor) -> AtOutput:
+        """See ``Head``."""
+        # It also refuses shapes that do not fit.
+        log_px = self.log_px(y)
+        parts, x = self._parts(y)
+        return AtOutput(y, log_px, torch.cat(self._formulas.first(parts, x), 1))
+
+    def adjoint(
+        self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Head``."""
+        if dot is None:
+            return at.plus_value(None, of_log_px), None
+        parts, x = self._parts(at.y)
+        dots = dot.chunk(self._formulas.parts, 1)
+        found: list[Tensor | None] = [None] * len(dots)
+
+        def add(i: int, term: Tensor) -> None:
+            known = found[i]
+            found[i] = term if known is None else known + term
+
+        for (i, j), curvature in self._formulas.second(parts, x).items():
+            add(i, curvature * dots[j])
+            if i != j:
+                add(j, curvature * dots[i])
+        curved = torch.cat([part for part in found if part is not None], 1)
+        return at.plus_value(curved, of_log_px), None
+
+    def _parts(self, y: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        parts = y.chunk(self._formulas.parts, 1)
+        return parts, self.rows.reshape(parts[0].shape)
+
+
 class _Swept(Head):
     """A head whose density is read and swept; by autograd where it cannot be."""
 
@@ -227,4 +274,7 @@ def make_head(likelihood: Likelihood, x: Tensor, like: Tensor) -> Head:
     if kind is not None and likelihood.has_kernel:
         head: Head = kind(likelihood, x, like.dtype)
         return head
-    return Head(likelihood, x) if x.requires_grad else _Swept(likelihood, x)
+    if x.requires_grad:
+        return Head(likelihood, x)
+    formulas = closed_form_of(likelihood)
+    return _Swept(likelihood, x) if formulas is None else _ClosedHead(likelihood, x, like.dtype, formulas)
