@@ -24,7 +24,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-BENCHMARKS := $(addprefix bench-,flow models jacobian consistency log_likelihood regret tracin scale zoo encoders)
+BENCHMARKS := $(addprefix bench-,flow models jacobian consistency likelihoods log_likelihood regret tracin scale zoo encoders)
 .PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3

@@ -30,6 +30,7 @@ import flow  # noqa: E402
 import flow_report  # noqa: E402
 import flow_rivals  # noqa: E402
 import jacobian  # noqa: E402
+import likelihoods  # noqa: E402
 import log_likelihood  # noqa: E402
 import models  # noqa: E402
 import networks  # noqa: E402
@@ -128,6 +129,15 @@ def test_relative_error_of_nan_is_nan_and_passes_no_bound() -> None:
 
 
 @pytest.mark.slow
+def test_quick_run_of_the_likelihoods_times_every_one(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, script="likelihoods")
+    record = read(tmp_path / "likelihoods-cpu-quick.json")
+    assert [case["likelihood"] for case in record["cases"]] == list(likelihoods.LIKELIHOODS)
+    for case in record["cases"]:
+        assert all(case[task]["speed_up"] > 0 for task in likelihoods.TASKS)
+    assert "| ZeroInflatedNegativeBinomial |" in printed and "## log_px: median" in printed
+
+
 def test_quick_run_of_the_log_likelihood_times_every_contestant(tmp_path: Path) -> None:
     printed = run_quick(tmp_path, script="log_likelihood")
     record = read(tmp_path / "log_likelihood-cpu-quick.json")
