@@ -43,8 +43,10 @@ __all__ = [
 Decoder = Callable[[Tensor], Tensor]
 StepSize = Tensor | float | Sequence[float]
 
-# Decoder outputs held at once where nothing asks for all of them: 16 MiB of float32.
-_OUTPUTS_AT_ONCE = 2**22
+_OUTPUTS_AT_ONCE = {"cpu": 2**20}
+"""Decoder outputs held at once where nothing asks for all of them. Larger tensors leave the caches of a CPU, and their
+memory goes back to the system each time."""
+_OUTPUTS_ELSEWHERE = 2**22
 
 
 class Trajectory(NamedTuple):
@@ -400,12 +402,12 @@ def log_px(
 ) -> Tensor:
     """As ``fastvae.ops.log_px``: log p(x_b | z_sb), [S, B], for z [S, B, ...]; differentiable here.
 
-    The decoder runs in parts of about 2**22 outputs, of one draw or of several.
+    The decoder runs in parts of about 2**20 outputs (on a GPU 2**22), of one draw or of several.
     """
     like = resolve(likelihood)
     draws, samples = z.shape[:2]
     outputs = max(1, math.prod(x.shape[1:]) * like.values_per_element)
-    rows = max(1, _OUTPUTS_AT_ONCE // outputs)
+    rows = max(1, _OUTPUTS_AT_ONCE.get(z.device.type, _OUTPUTS_ELSEWHERE) // outputs)
     together = max(1, rows // max(1, samples))
 
     def part(first: int, start: int) -> Tensor:

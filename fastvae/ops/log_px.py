@@ -40,7 +40,7 @@ def log_px(
 
     Args:
         decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters.
-            Any other module runs as it is, in parts of 2**22 outputs, after one warning; under
+            Any other module runs as it is, in parts of 2**20 outputs (on a GPU 2**22), after one warning; under
             ``torch.compile(fullgraph=True)`` it raises instead.
         z: codes [S, B, d], or [S, B, ...] where the decoder takes such; float32 or float64, CPU or CUDA.
         x: data, B samples with as many elements as the likelihood needs, in any shape; float, uint8 or bool.
