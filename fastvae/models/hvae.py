@@ -14,6 +14,7 @@ from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import given
+from fastvae.models.stability import stable_step_size
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 
@@ -81,7 +82,8 @@ class HVAE(BaseVAE):
             ``models.tempering``.
         beta_0: initial inverse temperature at the start of the trajectory, in (0, 1).
         learn_tempering: whether the alphas or beta_0 are trained.
-        step_size: initial leapfrog step: number, [d] per dimension, [K] or [K, 1] per step, or [K, d].
+        step_size: initial leapfrog step: number, [d] per dimension, [K] or [K, 1] per step, or [K, d]. What suits a
+            likelihood of small scale may be much less than the default: ``stable_step_size`` measures it.
         max_step_size: its upper bound; the step size is max_step_size * sigmoid of a parameter.
         learn_step_size: whether it is trained.
         on_divergence: what happens where a sample's log weight is NaN or infinite, which is looked at once
@@ -194,6 +196,27 @@ class HVAE(BaseVAE):
             raise self._report(x, mu, logvar, noise, bad, condition)
         self.divergences += int(bad.sum())
         return path.weight().masked_fill(bad, -float("inf"))
+
+    def stable_step_size(
+        self, x: Tensor, *, condition: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> float:
+        """A step size at which leapfrog steps are stable for x: half of the limit 2 / sqrt(lambda).
+
+        lambda is the largest eigenvalue of -d^2 log p(x, z) / dz^2 at a code of q(z | x) for each x, in eval mode
+        (Neal, "MCMC using Hamiltonian dynamics", 2011, section 5.4.2: beyond the limit the energy grows without bound).
+        Before training, ``HVAE(..., step_size=min(0.2, model.stable_step_size(x)))`` starts where trajectories stay finite;
+        curvature grows as the decoder learns, and a step size that is trained follows slowly.
+
+        Args:
+            x: [B, ...], a batch of the data.
+            condition: [B, ...] of a conditional model.
+            generator: of the codes.
+
+        Raises:
+            ValueError: no sample, or outputs that are not finite.
+            NotImplementedError: a decoder that cannot be differentiated twice.
+        """
+        return stable_step_size(self, x, condition, generator)
 
     def sample_posterior(
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
@@ -337,7 +360,8 @@ class HVAE(BaseVAE):
         return DivergenceError(
             f"HVAE: {count} trajectories left the finite range, the first at leapfrog step {step} of "
             f"{self.num_steps} (energy error {error:.4g} nats the step before); step size "
-            f"{sizes[0]:.4g} to {sizes[1]:.4g}. Lower step_size or max_step_size{otherwise}",
+            f"{sizes[0]:.4g} to {sizes[1]:.4g}. Lower step_size or max_step_size (model.stable_step_size(x) "
+            f"measures one){otherwise}",
             step,
             int(bad.sum()),
             error,
