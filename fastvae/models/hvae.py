@@ -204,8 +204,8 @@ class HVAE(BaseVAE):
 
         lambda is the largest eigenvalue of -d^2 log p(x, z) / dz^2 at a code of q(z | x) for each x, in eval mode
         (Neal, "MCMC using Hamiltonian dynamics", 2011, section 5.4.2: beyond the limit the energy grows without bound).
-        Before training, ``HVAE(..., step_size=min(0.2, model.stable_step_size(x)))`` starts where trajectories stay finite;
-        curvature grows as the decoder learns, and a step size that is trained follows slowly.
+        Before training, ``HVAE(..., step_size=min(0.2, model.stable_step_size(x)))`` starts where trajectories stay
+        finite; curvature grows as the decoder learns, and a step size that is trained follows slowly.
 
         Args:
             x: [B, ...], a batch of the data.
