@@ -224,6 +224,34 @@ class Named(torch.utils.data.Dataset[Any]):
         return self.samples[at]
 
 
+def test_a_run_with_another_condition_is_no_continuation(tmp_path: Path) -> None:
+    x, labels = data(6)
+    loader = DataLoader(TensorDataset(x, labels, (labels + 1) % CLASSES), 3)
+    fit(model_of("VAE"), loader, epochs=1, condition=1, progress=False, run_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"same condition \(2\), found 1"):
+        fit(model_of("VAE"), loader, epochs=2, condition=2, progress=False, run_dir=tmp_path)
+
+
+class Tempered(nn.Module):
+    """Its second argument is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp(PIXELS, 2 * DIM)
+
+    def forward(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        return self.layers(x) / temperature
+
+
+def test_a_second_argument_that_is_no_condition() -> None:
+    x, labels = data()
+    model = VAE(Tempered(), Decoder(), "gaussian", latent_dim=DIM).double()
+    noise = torch.ones(1, 5, DIM).double()
+    found = model(x, noise=noise, condition=labels)
+    model.encoder = model.encoder.layers
+    torch.testing.assert_close(found, model(x, noise=noise, condition=labels))
+
+
 def test_a_decoder_alone_may_take_it() -> None:
     torch.manual_seed(0)
     model = VAE(mlp(PIXELS, 2 * DIM), Decoder(), "gaussian", latent_dim=DIM).double()

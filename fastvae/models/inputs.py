@@ -37,10 +37,12 @@ def check_is_tensor(owner: object, x: object) -> None:
 
 
 def takes_condition(module: nn.Module) -> bool:
-    """Whether a network is called with a condition as its second argument."""
+    """Whether a network is called with a condition: its second argument has no default, or None."""
     parameters = inspect.signature(module.forward).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    if len(positional) > 1:
+        return positional[1].default in (inspect.Parameter.empty, None)
+    return any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
 def check_condition(owner: object, condition: object, rows: int) -> None:

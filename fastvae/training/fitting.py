@@ -103,11 +103,11 @@ def fit(
         on_difference: where the checkpoint is of another run: "raise" an error that names each difference with its old
             and its new value, or "warn" and go on. Compared are the modules' classes and settings (beta, likelihood,
             slopes, ...), the weights' names, shapes and dtypes, optimiser and scheduler with their hyperparameters,
-            batch size, sampler, number of batches, ``seed``, ``clip_grad_norm``, ``binarize``, ``schedule_by``, and
-            the loaders' data where they are in memory: shapes and a hash of at most 16 MB of each tensor, in rows
-            spread over it. Code cannot be seen (of ``forward``, of transforms), nor what is read from files. After a
-            warning, hyperparameters given now replace the stored ones; a scheduler, and learning rates under it, go
-            on as they were. Checkpoints of versions that did not keep this are taken as they are.
+            batch size, sampler, number of batches, ``seed``, ``clip_grad_norm``, ``binarize``, ``condition``,
+            ``schedule_by``, and the loaders' data where they are in memory: shapes and a hash of at most 16 MB of each
+            tensor, in rows spread over it. Code cannot be seen (of ``forward``, of transforms), nor what is read from
+            files. After a warning, hyperparameters given now replace the stored ones; a scheduler, and learning rates
+            under it, go on as they were. Checkpoints of versions that did not keep this are taken as they are.
         progress: show a bar on a terminal if tqdm is installed; say in a line if the run was complete already.
 
     Returns:
@@ -155,7 +155,12 @@ def fit(
         patience=patience,
         on_nonfinite=on_nonfinite,
         on_difference=on_difference,
-        options={"clip_grad_norm": clip_grad_norm, "binarize": binarize, "schedule_by": schedule_by},
+        options={
+            "clip_grad_norm": clip_grad_norm,
+            "binarize": binarize,
+            "condition": "a function" if callable(condition) else condition,
+            "schedule_by": schedule_by,
+        },
         stepper=Stepper(
             model,
             chosen_optimizer,
