@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from fastvae._extension import raw
 from fastvae.arguments import expect_numbers
 
-__all__ = ["SampleNoise", "Stream", "draws_of", "keys_of"]
+__all__ = ["SampleNoise", "Stream", "draws_of", "is_own_noise", "keys_of", "own_noise"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -58,6 +60,24 @@ class Stream:
         count = math.prod(shape)
         first, self._used = self._used, self._used + count
         return numbers(self.keys, first, count).reshape(len(self.keys), *shape)
+
+
+_own_noise: ContextVar[bool] = ContextVar("noise of the package's own", default=False)
+
+
+@contextmanager
+def own_noise() -> Iterator[None]:
+    """Random numbers inside are none of a model's: for comparisons, say."""
+    token = _own_noise.set(True)
+    try:
+        yield
+    finally:
+        _own_noise.reset(token)
+
+
+def is_own_noise() -> bool:
+    """Whether ``own_noise`` is in force in this thread."""
+    return _own_noise.get()
 
 
 class SampleNoise:

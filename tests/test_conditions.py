@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastvae
 from fastvae import HVAE, IWAE, VAE, ConsistencyVAE, JacobianL1VAE, fit, reference
 from fastvae.influence import TracIn
+from fastvae.models import SelectOutputs
 from fastvae.models.base import BaseVAE
 from fastvae.noise import SampleNoise, Stream, draws_of, keys_of
 from fastvae.ood import LikelihoodRegret
@@ -250,6 +251,82 @@ def test_a_second_argument_that_is_no_condition() -> None:
     found = model(x, noise=noise, condition=labels)
     model.encoder = model.encoder.layers
     torch.testing.assert_close(found, model(x, noise=noise, condition=labels))
+
+
+class OwnWeights(HVAE):
+    """Overrides methods without knowing of conditions."""
+
+    def log_weight(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:  # type: ignore[override]
+        return super().log_weight(x, mu, logvar, noise)
+
+    def forward(self, x: Tensor, *, noise: Tensor | None = None, generator: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, noise=noise, generator=generator)
+
+
+def test_subclasses_need_not_know_of_conditions() -> None:
+    x, _ = data()
+    model = OwnWeights(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS), "gaussian", num_steps=2).double()
+    assert model.log_likelihood(x, 3).shape == (5,) and model.loss(x).isfinite()
+
+
+def test_wrapped_networks_say_what_they_take() -> None:
+    x, labels = data()
+    encoder = SelectOutputs(NamedEncoder(), "mu", "logvar")
+    model = VAE(encoder, SelectOutputs(NamedDecoder(Decoder()), "y"), "gaussian", latent_dim=DIM).double()
+    assert model.loss(x, condition=labels).isfinite()
+    plain = VAE(
+        encoder, SelectOutputs(NamedPlain(mlp(DIM, PIXELS)), "y"), "gaussian", latent_dim=DIM
+    ).double()
+    with pytest.raises(ValueError, match="expected a decoder that takes one"):
+        plain.loss(x, condition=labels)
+    by_name = VAE(ByName(), Decoder(), "gaussian", latent_dim=DIM).double()
+    with pytest.raises(ValueError, match="got ByName, whose forward takes it by name alone"):
+        by_name.loss(x, condition=labels)
+    alone = HVAE(mlp(PIXELS, 2 * DIM), Decoder(), "gaussian", latent_dim=DIM).double()
+    with pytest.raises(TypeError, match="the decoder takes a condition, and none was given; pass condition="):
+        alone.loss(x)
+    with pytest.raises(ValueError, match=r"condition: expected 5 rows as x has, got \[12\]"):
+        model.log_likelihood(x, 3, posterior=model.encode(x), chunk_size=2, condition=torch.zeros(12).long())
+
+
+class NamedEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp(PIXELS, 2 * DIM)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        mu, logvar = self.inner(x).chunk(2, 1)
+        return {"mu": mu, "logvar": logvar}
+
+
+class NamedDecoder(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, z: Tensor, label: Tensor) -> dict[str, Tensor]:
+        return {"y": self.inner(z, label)}
+
+
+class NamedPlain(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, z: Tensor) -> dict[str, Tensor]:
+        return {"y": self.inner(z)}
+
+
+class ByName(Encoder):
+    def forward(self, x: Tensor, *, condition: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, condition)
+
+
+def test_influence_under_a_jacobian_penalty() -> None:
+    model = model_of("JacobianL1VAE").eval()
+    x, labels = data(4)
+    tracin = TracIn(model, (x, labels), None, condition=1, num_samples=2, uncovered="materialise")
+    assert tracin.influence((x, labels)).isfinite().all()
 
 
 def test_a_decoder_alone_may_take_it() -> None:

@@ -9,6 +9,7 @@ import torch
 from influence_problems import images, tracin
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.data import TensorDataset
 
 from fastvae.influence import TracIn, UncoveredParameter
 
@@ -429,3 +430,119 @@ def test_other_precisions_are_refused(dtype: torch.dtype) -> None:
         TypeError, match=r"TracIn: model: expected parameters in float32 or float64, .* 'layer.weight'"
     ):
         tracin(model, images(4, 4).to(dtype))
+
+
+class Routed(nn.Module):
+    """A layer without a rule for the samples of one class alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.special = nn.Linear(4, 4), Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        rows = (x[:, 0] > 0).nonzero()[:, 0]
+        return h.index_put((rows,), self.special(h[rows])).square().sum(1)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.scale)
+
+
+def test_rows_that_are_chosen_for_a_module_without_a_rule() -> None:
+    torch.manual_seed(0)
+    model = Routed().double()
+    every, some = images(9, 4), images(12, 4) - 0.5
+    found = tracin(model, every, num_samples=2, layers=["special"])
+    assert found.influence(every).isfinite().all()
+    with pytest.raises(ValueError, match=r"special: expected 1 rows a sample, .* of rows that are chosen"):
+        found.influence(some)
+    g = by_hand(model, some)
+    exact = tracin(model, some, num_samples=1, uncovered="materialise").influence(some)
+    torch.testing.assert_close(exact, g @ g.T, rtol=1e-9, atol=1e-9)
+
+
+class Sorted(nn.Module):
+    """Rows in another order, which the first samples, being equal, do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort(stable=True)
+        return self.layer(x[order])[order.argsort()].square().sum(1)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: TensorDataset(x)], ids=["tensor", "dataset"])
+def test_samples_of_all_parts_are_compared(wrap: Callable[[Tensor], object]) -> None:
+    torch.manual_seed(0)
+    model, x = Sorted().double(), images(20, 4)
+    x[:10, 0] = 0
+    g = by_hand(model, x)
+    found = tracin(model, wrap(x), num_samples=1, uncovered="materialise").influence(x)
+    torch.testing.assert_close(found, g @ g.T, rtol=1e-9, atol=1e-9)
+
+
+class StepsFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        return self.layer(x.transpose(0, 1).reshape(t * b, 4)).view(t, b, 2).sum(0).square().sum(1)
+
+
+def test_one_sample_does_not_decide_where_samples_are() -> None:
+    torch.manual_seed(0)
+    model, x = StepsFirst().double(), images(4, 5, 4)
+    squares = by_hand(model, x).square().sum(1)
+    found = tracin(model, None, num_samples=1, uncovered="materialise")
+    torch.testing.assert_close(found.self_influence(x[:1]), squares[:1])
+    torch.testing.assert_close(found.self_influence(x), squares)
+    model = nn.Sequential(Scale(), StepsFirst()).double()
+    alone = tracin(model, x[:1], num_samples=1).self_influence()
+    torch.testing.assert_close(alone, by_hand(model, x[:1]).square().sum(1))
+
+
+class MaskedByParent(nn.Module):
+    """Its child is told by attribute what a whole batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Masking()
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = x[:, :1] > 0
+        self.inner.mask = None if bool(positive.all()) else positive.double()
+        return self.inner(x).square().sum(1)
+
+
+class Masking(nn.Module):
+    mask: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x * self.scale)
+        return h if self.mask is None else h * self.mask
+
+
+def test_what_a_whole_batch_leaves_in_a_module_is_noticed() -> None:
+    torch.manual_seed(0)
+    model, x = MaskedByParent().double(), images(20, 4) - 0.5
+    g = by_hand(model, x)
+    found = tracin(model, x, num_samples=1, uncovered="materialise").influence(x)
+    torch.testing.assert_close(found, g @ g.T, rtol=1e-9, atol=1e-9)
+    late = tracin(model, x.abs(), num_samples=1)
+    assert late.influence(x.abs()).isfinite().all()
+    with pytest.raises(ValueError, match="one sample alone gives a result of another shape"):
+        late.influence(x)

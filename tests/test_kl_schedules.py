@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae import HVAE, IWAE, VAE, ConsistencyVAE, fit
+from fastvae.influence import TracIn
 from fastvae.penalties import BetaAnnealing, Consistency, FreeBits
 
 
@@ -131,3 +132,30 @@ def test_with_views_and_models_that_have_no_closed_kl() -> None:
             FreeBits(*arguments)
     with pytest.raises(ValueError, match="per: expected one of"):
         FreeBits(0.5, per="dimension")
+
+
+def test_order_of_penalties_under_a_view() -> None:
+    annealing = BetaAnnealing(10)
+    for _ in range(5):
+        annealing.step()
+    free, x = FreeBits(2.0, per="sample"), data()
+    consistency = Consistency(lambda x: x, 0.0, noise="common")
+    model = make(VAE)
+    noise = torch.ones(1, len(x), model.latent_dim or 0)
+    losses = []
+    for penalties in ([free, annealing, consistency], [annealing, free, consistency], [free, annealing]):
+        losses.append(VAE(model.encoder, model.decoder, penalties=penalties)(x, noise=noise).detach())
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], 2 * losses[2])
+
+
+def test_influence_wants_terms_of_each_sample_alone() -> None:
+    x = data()
+    with pytest.raises(ValueError, match=r"TracIn: FreeBits: expected a term of each sample alone"):
+        TracIn(make(VAE, penalties=[FreeBits(0.5)]), x, None)
+    assert (
+        TracIn(make(VAE, penalties=[FreeBits(0.5, per="sample")]), x, None, num_samples=2)
+        .influence(x)
+        .isfinite()
+        .all()
+    )

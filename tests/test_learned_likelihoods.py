@@ -298,3 +298,12 @@ def test_a_backward_pass_under_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model.loss(x).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.decoder.parameters())
+
+
+def test_networks_in_another_precision_than_the_likelihood() -> None:
+    networks = nn.Linear(PIXELS, 4).double(), nn.Linear(2, PIXELS).double()
+    x = torch.rand(3, PIXELS, dtype=torch.float64)
+    for kind in (VAE, HVAE):
+        model = kind(*networks, Gaussian("learned"))
+        assert model.loss(x).isfinite() and model.sample(2).dtype == torch.float64
+        assert model.log_likelihood(x, 3).isfinite().all()

@@ -13,6 +13,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     SequentialSampler,
+    Subset,
     TensorDataset,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "check_order",
     "count_of",
     "images_alone",
+    "spread_over",
     "tiles_of",
     "whole_batch",
     "with_bar",
@@ -66,6 +68,23 @@ def tiles_of(data: Any, tile: int, batch_size: int, take: Take) -> Iterator[Batc
             count += len(batch[0])
     if waiting:
         yield _joined(waiting)
+
+
+def spread_over(data: Any, count: int) -> Any:
+    """So many samples of all parts of the data, where they can be had by index; else the data as they are."""
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Tensor) or _is_batch(data):
+        parts = (data,) if isinstance(data, Tensor) else tuple(data)
+        total = len(parts[0])
+        if total > count and all(len(part) == total for part in parts):
+            rows = torch.linspace(0, total - 1, count).long()
+            chosen = tuple(part[rows.to(part.device)] for part in parts)
+            return chosen[0] if isinstance(data, Tensor) else chosen
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset) and len(data) > count:  # type: ignore[arg-type]
+        total = len(data)  # type: ignore[arg-type]
+        return Subset(data, torch.linspace(0, total - 1, count).long().tolist())
+    return data
 
 
 def check_order(argument: str, data: Any) -> None:

@@ -66,6 +66,11 @@ class Engine:
         for name in self.of_flow:
             without_rule.pop(name, None)
         for penalty in getattr(model, "penalties", ()):
+            if getattr(penalty, "couples_samples", False):
+                raise ValueError(
+                    f"TracIn: {type(penalty).__name__}: expected a term of each sample alone, got one that depends on "
+                    "the batch, so that no sample has a gradient of its own (FreeBits: per='sample' is none such)"
+                )
             if getattr(penalty, "differentiates_decoder", False):
                 reason = (
                     f"{type(penalty).__name__} differentiates the decoder, and its gradient is no layer's own"
@@ -175,7 +180,8 @@ class Engine:
         found.dense += [] if captured.of_flow is None else [captured.of_flow]
         for layer, calls in captured.layers:
             self.add_factors(found, layer, calls, routes[layer.name], samples)
-        found.dense += [whole.gradients(calls, samples) for whole, calls in captured.modules]
+        each = 1 if fold else draws
+        found.dense += [whole.gradients(calls, samples, each) for whole, calls in captured.modules]
         if self._uncovered:
             found.dense.append(self.by_autograd(evaluation, batch, list(self._uncovered), fold))
         return found
@@ -259,7 +265,7 @@ class Engine:
         for name, calls in seen.items():
             found = [len(call.input) / samples for call in calls if call.input.dim()]
             if not self.audited(evaluation):
-                known[name] = found
+                known.setdefault(name, found)
             elif found != known.get(name, found):
                 raise ValueError(
                     f"TracIn: {name}: expected {known[name]} rows a sample in its calls, as the first samples had, got "
@@ -297,9 +303,12 @@ class Engine:
         """Compare the gradients of a few samples with autograd's, once for a loss; see ``audit.audit``."""
         if self.audited(evaluation):
             return
+        self._rows.pop(evaluation.loss_fn, None)
         terms = audit(self, evaluation, batch)
         self._terms = {layer.name: terms.get(layer.name) for layer in self._layers}
-        self._audited.add(evaluation.loss_fn)
+        # One sample alone does not show where samples lie: the next batch is compared, too.
+        if len(batch[0]) > 1:
+            self._audited.add(evaluation.loss_fn)
 
     def coverage(self, rows: int, columns: int) -> Coverage:
         """The rule and route of every parameter, for ``rows`` samples with ``columns`` others."""

@@ -78,6 +78,8 @@ class WholeModule:
     _axes: dict[Form, tuple[list[int | None], dict[int, int]]] = field(default_factory=dict)
     """Of the calls of a form, the dimension of each input and of each result that has the samples, those of one side by
     side; None for an input without samples."""
+    _rows: dict[Form, list[float]] = field(default_factory=dict)
+    """Of the calls of a form, rows a sample in each input that has samples."""
 
     @property
     def names(self) -> list[str]:
@@ -97,6 +99,7 @@ class WholeModule:
             ValueError: that is not so.
         """
         self._axes.clear()
+        self._rows.clear()
         if len(calls) != len(others):
             raise ValueError(f"TracIn: {self.name}: not called as often for another batch")
         for call, other in zip(calls, others, strict=True):
@@ -118,22 +121,52 @@ class WholeModule:
                     f"TracIn: {self.name}: calls of one form have their samples in different places"
                 )
 
-    def gradients(self, calls: Sequence[ModuleCall], samples: int) -> Tensor:
+            rows = [
+                each.shape[axis] / samples
+                for each, axis in zip(call.inputs, inputs, strict=True)
+                if axis is not None
+            ]
+            if self._rows.setdefault(call.form_of_inputs, rows) != rows:
+                raise ValueError(f"TracIn: {self.name}: calls of one form have other numbers of rows")
+
+    def gradients(self, calls: Sequence[ModuleCall], samples: int, draws: int = 1) -> Tensor:
         """[B, numel] the gradient of each sample.
+
+        Args:
+            calls: what a hook saw.
+            samples: B, or B * draws where each draw counts as a sample, which then has as many rows fewer.
+            draws: see above.
 
         Raises:
             ValueError: calls that are not like those that ``learn`` saw.
         """
         total: Tensor | None = None
         for call in calls:
+            self._check_rows(call, samples, draws)
             found = self._of_call(call, samples)
             total = found if total is None else total + found
         assert total is not None
         return total
 
-    def _of_call(self, call: ModuleCall, samples: int) -> Tensor:
+    def _check_rows(self, call: ModuleCall, samples: int, draws: int) -> None:
+        """Rows that are chosen by the data cannot be told apart by sample."""
         if call.form_of_inputs not in self._axes:
             raise ValueError(f"TracIn: {self.name}: called in another way than for the first samples")
+        axes, known = self._axes[call.form_of_inputs][0], self._rows[call.form_of_inputs]
+        found = [
+            each.shape[axis] / samples
+            for each, axis in zip(call.inputs, axes, strict=True)
+            if axis is not None
+        ]
+        for rows, expected in zip(found, known, strict=True):
+            if rows != expected and rows * draws != expected:
+                raise ValueError(
+                    f"TracIn: {self.name}: expected {expected:g} rows a sample, as the first samples had, got "
+                    f"{rows:g}: of rows that are chosen nobody knows whose they are. Leave the module out by layers=, "
+                    "or have samples first that show it, with uncovered='materialise'"
+                )
+
+    def _of_call(self, call: ModuleCall, samples: int) -> Tensor:
         axes, axes_of_grads = self._axes[call.form_of_inputs]
         tensors = [self._split(each, axis, samples) for each, axis in zip(call.inputs, axes, strict=True)]
         grads = {
@@ -155,6 +188,8 @@ class WholeModule:
             args, kwargs = tree_unflatten(given, call.form)
             result = torch.func.functional_call(self.module, named, args, kwargs, tie_weights=False)
             flat = tree_flatten(result)[0]
+            if any(flat[place].shape != grad.shape for place, grad in grads.items()):
+                raise ValueError(f"TracIn: {self.name}: one sample alone gives a result of another shape")
             return torch.stack([(flat[place] * grad).sum() for place, grad in grads.items()]).sum()
 
         constants = [None if axis is not None else each for each, axis in zip(tensors, axes, strict=True)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae.noise import Stream
+from fastvae.noise import Stream, is_own_noise
 
 __all__ = ["KeyedNoise", "SeesRandomness", "draws_noise"]
 
@@ -25,7 +25,7 @@ class SeesRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the operator run if it is not random."""
-        if _is_random(func, args, kwargs):
+        if _is_random(func, args, kwargs) and not is_own_noise():
             raise _Drawn
         return func(*args, **(kwargs or {}))
 
@@ -56,7 +56,7 @@ class KeyedNoise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the operator run, or do what it would with the stream's numbers."""
-        if not _is_random(func, args, kwargs):
+        if is_own_noise() or not _is_random(func, args, kwargs):
             return func(*args, **(kwargs or {}))
         name, rows = func._schema.name.removeprefix("aten::"), len(self.stream.keys)
         if name not in _NORMAL and name not in _UNIFORM:

@@ -20,6 +20,7 @@ from fastvae.influence.batches import (
     check_order,
     count_of,
     images_alone,
+    spread_over,
     tiles_of,
     whole_batch,
     with_bar,
@@ -290,7 +291,7 @@ class TracIn:
 
     def _audit(self, evaluation: Evaluation, data: Any) -> None:
         if not self._engine.audited(evaluation):
-            few = next(tiles_of(data, AUDITED, self.batch_size, self._take(evaluation)))
+            few = next(tiles_of(spread_over(data, AUDITED), AUDITED, self.batch_size, self._take(evaluation)))
             self._engine.audit(evaluation, self._here(few))
 
     # ---- samples ----

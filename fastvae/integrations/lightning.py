@@ -17,6 +17,7 @@ from fastvae.arguments import expect_numbers
 from fastvae.data import condition_of, images_of
 from fastvae.integrations import TORCHVISION
 from fastvae.models import BaseVAE
+from fastvae.models.inputs import given
 from fastvae.training import step_penalties
 
 try:
@@ -68,7 +69,7 @@ class LitVAE(lightning.LightningModule):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The training loss of each sample: [B], in nats."""
-        losses: Tensor = self.model(x, condition=condition)
+        losses: Tensor = self.model(x, **given(condition))
         return losses
 
     def _given(self, batch: Any) -> Tensor | None:
@@ -84,9 +85,9 @@ class LitVAE(lightning.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs ``val_loss`` and ``val_elbo``."""
         x = images_of(batch)
-        given = self._given(batch)
-        self.log("val_loss", self(x, given).mean(), batch_size=len(x))
-        self.log("val_elbo", self.model.elbo(x, condition=given).mean(), batch_size=len(x))
+        condition = self._given(batch)
+        self.log("val_loss", self(x, condition).mean(), batch_size=len(x))
+        self.log("val_elbo", self.model.elbo(x, **given(condition)).mean(), batch_size=len(x))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, then the penalties' step; not called for batches that are only accumulated."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_compiling
 from fastvae.arguments import expect_positive, is_integer
 from fastvae.likelihoods.base import Likelihood
 
@@ -138,7 +139,7 @@ _appended_of: weakref.WeakKeyDictionary[LearnedLikelihood, _AppendedDecoder] = w
 
 def without_parameters(decoder: nn.Module, likelihood: Likelihood) -> tuple[nn.Module, Likelihood]:
     """A decoder and a likelihood without parameters that stand for the same density; themselves if it has none."""
-    if not isinstance(likelihood, LearnedLikelihood):
+    if not isinstance(likelihood, LearnedLikelihood) or is_compiling():
         return decoder, likelihood
     known = _appended_of.get(likelihood)
     logarithm = likelihood.logarithm

@@ -116,13 +116,18 @@ class BaseVAE(nn.Module, ABC):
         for penalty in penalties:
             if not isinstance(penalty, nn.Module):
                 raise TypeError(f"{name}: penalties: expected torch modules, got {type(penalty).__name__}")
-        self.likelihood = resolve(likelihood)
+        density = resolve(likelihood)
         for role, module in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: {role}: expected a torch module, got {type(module).__name__}")
-        network = check_decoder(decoder, self.likelihood)
+        network = check_decoder(decoder, density)
         self.encoder = encoder
         self.decoder = decoder
+        # Behind the networks, whose dtype and device a model's first parameter stands for, and in theirs.
+        self.likelihood = density
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if isinstance(density, nn.Module) and like is not None:
+            density.to(like.device, torch.promote_types(like.dtype, torch.float32))
         self.beta = float(beta)
         self.latent_dim = int(latent_dim) if latent_dim is not None else _latent_dim_of(network)
         self.penalties = nn.ModuleList(penalties)
@@ -172,7 +177,9 @@ class BaseVAE(nn.Module, ABC):
             mu.repeat(draws, 1),
             logvar.repeat(draws, 1),
             noise.reshape(self.weight_draws, draws * batch, -1),
-            None if condition is None else condition.repeat(draws, *(1 for _ in condition.shape[1:])),
+            **given(
+                None if condition is None else condition.repeat(draws, *(1 for _ in condition.shape[1:]))
+            ),
         )
         return weights.reshape(draws, batch)
 
@@ -209,9 +216,15 @@ class BaseVAE(nn.Module, ABC):
         ]
         step, *steps = self._evaluate(x, asked, noise, generator, condition)
         note_step(step)
-        for penalty in self.penalties:
-            if isinstance(penalty, Penalty) and penalty.on_views:
-                steps = [replace(view, loss=view.loss + penalty(view)) for view in steps]
+        # Each of the view as it was: a penalty that reads its loss must not find another penalty's in it.
+        on_views = [
+            penalty for penalty in self.penalties if isinstance(penalty, Penalty) and penalty.on_views
+        ]
+        if on_views:
+            steps = [
+                replace(view, loss=torch.stack([view.loss, *(penalty(view) for penalty in on_views)]).sum(0))
+                for view in steps
+            ]
         loss, rest = step.loss, iter(steps)
         for penalty, view in zip(self.penalties, views, strict=True):
             term = penalty(step if view is None else replace(step, view=next(rest)))
@@ -261,7 +274,7 @@ class BaseVAE(nn.Module, ABC):
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
     ) -> Tensor:
         """The mean training loss of a batch: []."""
-        return self(x, generator=generator, condition=condition).mean()
+        return self(x, generator=generator, **given(condition)).mean()
 
     def elbo(
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None

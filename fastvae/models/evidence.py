@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import expect_numbers
 from fastvae.decoding import transformed
-from fastvae.models.inputs import check_is_tensor, given
+from fastvae.models.inputs import check_condition, check_is_tensor, given
 
 if TYPE_CHECKING:
     from fastvae.models.base import BaseVAE, NoiseSource
@@ -38,6 +38,8 @@ def importance_sampled(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"log_likelihood: chunk_size: expected at least 1, got {chunk_size}")
     named = given(condition)
+    if condition is not None:
+        check_condition(model, condition, len(x))
     mu, logvar = model.encode(x, **named) if posterior is None else posterior
     batch = mu.shape[0]
     if mu.shape != logvar.shape or batch != len(x):

@@ -13,7 +13,7 @@ from fastvae._compiling import is_captured
 from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
-from fastvae.models.inputs import given
+from fastvae.models.inputs import given, needs_condition
 from fastvae.models.stability import stable_step_size
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
@@ -236,6 +236,8 @@ class HVAE(BaseVAE):
         """z_K, rho_K [B, d] and log p(x | z_K) [B]; see :func:`fastvae.ops.hamiltonian_flow`."""
         if condition is not None:
             self._check_takes_condition()
+        elif needs_condition(self.decoder):
+            raise TypeError("HVAE: the decoder takes a condition, and none was given; pass condition=")
         return hamiltonian_flow(
             self.decoder, z, rho, x, step_size, alpha, self.likelihood, condition=condition
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastvae.models.outputs import names_in
+from fastvae.models.outputs import SelectOutputs, names_in
 
 __all__ = [
     "JoinedEncoder",
@@ -17,6 +18,7 @@ __all__ = [
     "explained",
     "given",
     "half_dtype_of",
+    "needs_condition",
     "split_posterior",
     "takes_condition",
 ]
@@ -38,11 +40,32 @@ def check_is_tensor(owner: object, x: object) -> None:
 
 def takes_condition(module: nn.Module) -> bool:
     """Whether a network is called with a condition: its second argument has no default, or None."""
+    inner: Any = module
+    while inner is not None:
+        module = inner
+        # What is wrapped says what it takes: by SelectOutputs, torch.compile or data parallel wrappers.
+        places: tuple[str, ...] = ("network",) if isinstance(module, SelectOutputs) else ("_orig_mod",)
+        places += ("module",) if isinstance(module, (nn.DataParallel, DistributedDataParallel)) else ()
+        inner = next((module._modules[name] for name in places if name in module._modules), None)
     parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind == p.KEYWORD_ONLY and p.name == "condition" for p in parameters):
+        raise ValueError(
+            f"condition: expected networks that take it as their second argument, got {type(module).__name__}, whose "
+            "forward takes it by name alone"
+        )
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) > 1:
         return positional[1].default in (inspect.Parameter.empty, None)
     return any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+
+def needs_condition(module: nn.Module) -> bool:
+    """Whether a network cannot be called without a second argument."""
+    code = getattr(type(module).forward, "__code__", None)
+    # Cheap, as it is asked at each call: two arguments besides self, without defaults.
+    if code is None or code.co_argcount != 3:
+        return False
+    return not getattr(type(module).forward, "__defaults__", None)
 
 
 def check_condition(owner: object, condition: object, rows: int) -> None:

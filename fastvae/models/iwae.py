@@ -123,7 +123,7 @@ class IWAE(VAE):
     ) -> Tensor:
         """log of the mean of the weights of the draws, noise [draws, N, d]: [N]."""
         each = torch.stack(
-            [super(IWAE, self).log_weight(x, mu, logvar, draw[None], condition) for draw in noise]
+            [super(IWAE, self).log_weight(x, mu, logvar, draw[None], **given(condition)) for draw in noise]
         )
         return torch.logsumexp(each, 0) - math.log(len(noise))
 

@@ -53,6 +53,8 @@ class SelectOutputs(nn.Module):
         found: Any = None
         if isinstance(output, Mapping):
             found = output.get(place)
+            if found is None and isinstance(place, int) and -len(output) <= place < len(output):
+                found = list(output.values())[place]
         elif isinstance(place, str):
             found = getattr(output, place, None)
         elif isinstance(output, (tuple, list)) and -len(output) <= place < len(output):

@@ -74,6 +74,8 @@ class Penalty(nn.Module, ABC):
     """Whether this term is part of the ELBO, and so is also added to the loss of views that other penalties ask for."""
     common_noise: bool = False
     """Whether the view is evaluated with the noise of x instead of its own."""
+    couples_samples: bool = False
+    """Whether a sample's term depends on the others of its batch."""
     differentiates_decoder: bool = False
     """Whether this term is made of derivatives of the decoder, so that its gradient is no sum over decodes."""
 

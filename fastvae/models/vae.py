@@ -58,7 +58,7 @@ class VAE(BaseVAE):
     ) -> Tensor:
         """``log_weight`` of several draws, [S, B], without a gradient; see :func:`fastvae.ops.log_px`."""
         if half_dtype_of(self.decoder) is not None:
-            return super().log_weights(x, mu, logvar, noise, condition)
+            return super().log_weights(x, mu, logvar, noise, **given(condition))
         z = reparameterize(mu, logvar, noise[0])
         log_px = ops.log_px(self.decoder, z, x, self.likelihood, condition=condition)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(2)

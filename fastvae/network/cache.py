@@ -19,6 +19,7 @@ from fastvae.network.program import Program
 from fastvae.network.reading import copy_with_modes, follow, read_program
 from fastvae.network.sweeps import Sweeps
 from fastvae.network.verification import MANY, verify_output, verify_program
+from fastvae.noise import own_noise
 from fastvae.private import origin_of
 
 
@@ -153,7 +154,8 @@ def read_network(
             if found is None:
                 found = _of_origin(module, key, condition)
             if found is None:
-                fresh = _Known(module, z, condition)
+                with own_noise():
+                    fresh = _Known(module, z, condition)
                 _known.setdefault(module, {})[key] = fresh
                 origin = origin_of(module)
                 if origin is not None:
@@ -161,7 +163,7 @@ def read_network(
                 found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh, condition)
     known, tensors = found
     if len(z) > known.largest:
-        with _lock:
+        with _lock, own_noise():
             known.compare_larger(module, z, condition)
     if known.coupled:
         raise CoupledSamples(known.coupled)

@@ -375,11 +375,12 @@ def _check_network_memory(name: str, network: ReadNetwork) -> None:
 
 def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
     """Say once that a user's likelihood has no kernel, as the docstrings of ours do; while compiling, raise."""
-    reason = f"{kind.__name__} is a likelihood of its own, without a kernel"
+    is_ours = kind.__module__.startswith("fastvae.likelihoods.")
+    reason = f"{kind.__name__} is a likelihood {'' if is_ours else 'of its own, '}without a kernel"
     if is_compiling():
         raise UnsupportedLayer(f"fastvae.ops.{name}: {reason}")
     known = _warned_of_likelihood.setdefault(name, weakref.WeakSet())
-    if kind not in known and not kind.__module__.startswith("fastvae.likelihoods."):
+    if kind not in known and not is_ours:
         known.add(kind)
         warnings.warn(
             f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",

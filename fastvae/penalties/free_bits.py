@@ -44,6 +44,11 @@ class FreeBits(Penalty):
             raise ValueError(f"FreeBits: per: expected one of {PER}, got {per!r}")
         self.nats, self.per = float(nats), per
 
+    @property
+    def couples_samples(self) -> bool:  # type: ignore[override]
+        """Whether the mean over the batch counts."""
+        return self.per == "batch"
+
     def forward(self, step: TrainingStep) -> Tensor:
         """beta sum_j (nats - KL_j) over the latent variables with less than that: [B]."""
         model = step.model
