@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
+from fastvae import likelihoods
+from fastvae.likelihoods import Likelihood
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
 
@@ -21,7 +23,7 @@ Place = tuple[torch.device, torch.dtype]
 Case = Callable[[Place], list[Tensor]]
 
 
-def decoders() -> dict[str, tuple[nn.Module, str, tuple[int, ...]]]:
+def decoders() -> dict[str, tuple[nn.Module, str | Likelihood, tuple[int, ...]]]:
     """Decoder, likelihood and shape of a sample of x; together they reach all activations and heads."""
     torch.manual_seed(0)
     activations = [nn.ReLU(), nn.LeakyReLU(0.1), nn.ELU(), nn.Softplus(), nn.Tanh(), nn.Sigmoid(), nn.SiLU()]
@@ -36,14 +38,21 @@ def decoders() -> dict[str, tuple[nn.Module, str, tuple[int, ...]]]:
     image += [nn.BatchNorm2d(4), nn.ELU(), nn.Conv2d(4, 1, 2)]
     small = nn.Sequential(nn.Linear(5, 33), nn.Softplus(), nn.Linear(33, 64), nn.GELU(), nn.Linear(64, 37))
     categorical = nn.Sequential(nn.Linear(5, 6 * 256), nn.Unflatten(1, (256, 2, 3)))
+
+    def dense(outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 33), nn.Tanh(), nn.Linear(33, outputs))
+
     return {
         "small": (small, "bernoulli", (37,)),
         "activations": (nn.Sequential(nn.Linear(5, 9), *deep, nn.Linear(9, 37)), "bernoulli", (37,)),
-        "gaussian": (
-            nn.Sequential(nn.Linear(5, 33), nn.Tanh(), nn.Linear(33, 300)),
-            "gaussian",
-            (300,),
-        ),
+        "gaussian": (dense(300), "gaussian", (300,)),
+        # Of counts that are none: the formulas hold for them, too.
+        "laplace": (dense(300), likelihoods.Laplace(0.7), (300,)),
+        "poisson": (dense(37), likelihoods.Poisson(), (37,)),
+        "negative-binomial": (dense(300), likelihoods.NegativeBinomial(1.5), (300,)),
+        "student-t": (dense(37), likelihoods.StudentT(3.0, 0.5), (37,)),
+        "gaussian-head": (dense(74), likelihoods.GaussianHead(), (37,)),
+        "zero-inflated": (dense(74), likelihoods.ZeroInflatedNegativeBinomial(1.5), (37,)),
         "image": (nn.Sequential(*image), "bernoulli", (1, 4, 4)),
         "categorical": (categorical, "categorical", (1, 2, 3)),
     }
@@ -170,7 +179,10 @@ def cases() -> dict[str, Case]:
         for memory in ("store", "recompute"):
             found[name if memory == "store" else f"{name}-{memory}"] = flow(name, memory)
     found |= {f"jacobian-{name}": jacobian(name) for name in ("small", "activations", "image")}
-    found |= {f"log_px-{name}": log_px(name) for name in ("small", "image", "categorical")}
+    found |= {
+        f"log_px-{name}": log_px(name)
+        for name in ("small", "image", "categorical", "laplace", "poisson", "negative-binomial")
+    }
     found |= {f"log_px_and_force-{name}": force(name) for name in ("small", "image", "categorical")}
     return found | {
         "leapfrog": leapfrog,

@@ -242,11 +242,14 @@ def _dispersion(like: Tensor, dispersion: float | str, rest: list[Tensor]) -> tu
     """r and log r."""
     if isinstance(dispersion, str):
         return rest[0].exp(), rest[0]
-    r, log_r = (torch.full((), value, dtype=like.dtype) for value in (dispersion, math.log(dispersion)))
+    r, log_r = (
+        torch.full((), value, dtype=like.dtype, device=like.device)
+        for value in (dispersion, math.log(dispersion))
+    )
     return r, log_r
 
 
 def _drawn(log_mean: Tensor, dispersion: tuple[Tensor, Tensor], generator: torch.Generator | None) -> Tensor:
-    r = dispersion[0].to(log_mean.device).expand_as(log_mean).contiguous()
+    r = dispersion[0].expand_as(log_mean).contiguous()
     gamma = torch._standard_gamma(r, generator=generator)
     return torch.poisson(gamma * log_mean.exp() / r, generator=generator)
