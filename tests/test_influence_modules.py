@@ -9,7 +9,7 @@ import torch
 from influence_problems import images, tracin
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae.influence import TracIn, UncoveredParameter
 
@@ -479,7 +479,11 @@ class Sorted(nn.Module):
         return self.layer(x[order])[order.argsort()].square().sum(1)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: TensorDataset(x)], ids=["tensor", "dataset"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: x, lambda x: TensorDataset(x), lambda x: DataLoader(TensorDataset(x), 3)],
+    ids=["tensor", "dataset", "loader"],
+)
 def test_samples_of_all_parts_are_compared(wrap: Callable[[Tensor], object]) -> None:
     torch.manual_seed(0)
     model, x = Sorted().double(), images(20, 4)

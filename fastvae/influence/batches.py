@@ -81,10 +81,16 @@ def spread_over(data: Any, count: int) -> Any:
             rows = torch.linspace(0, total - 1, count).long()
             chosen = tuple(part[rows.to(part.device)] for part in parts)
             return chosen[0] if isinstance(data, Tensor) else chosen
-    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset) and len(data) > count:  # type: ignore[arg-type]
-        total = len(data)  # type: ignore[arg-type]
-        return Subset(data, torch.linspace(0, total - 1, count).long().tolist())
-    return data
+        return data
+    loader = data if isinstance(data, DataLoader) else None
+    found = data if loader is None else loader.dataset
+    if not isinstance(found, Dataset) or isinstance(found, IterableDataset) or len(found) <= count:  # type: ignore[arg-type]
+        return data
+    some = Subset(found, torch.linspace(0, len(found) - 1, count).long().tolist())  # type: ignore[arg-type]
+    if loader is None:
+        return some
+    # Of a loader that does not batch, samples are batches already.
+    return data if loader.batch_size is None else DataLoader(some, count, collate_fn=loader.collate_fn)
 
 
 def check_order(argument: str, data: Any) -> None:
