@@ -295,6 +295,25 @@ def test_negative_binomials_of_all_sizes(x: int) -> None:
                 assert float(curve) == pytest.approx(float(-n * share * (1 - share)), rel=1e-9, abs=1e-9)
 
 
+class Shifted(NegativeBinomial):
+    """A density of one's own, which its learned form must be of, too."""
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        return super().log_prob(params, x) - 1
+
+
+def test_what_kernels_leave_out_is_the_density_at_its_own_mean() -> None:
+    x = torch.tensor([[0.0, 1.0, 5.0, 63.0, 64.0, 65.0, 1e3, 1e6]], dtype=torch.float64)
+    for likelihood in (Poisson(), *(NegativeBinomial(r) for r in (1e-3, 0.5, 63.9, 64.0, 1e3, 1e8, 1e14))):
+        # Of a count of 0 any small mean will do.
+        expected = likelihood.log_prob(x.clamp(min=1e-40).log(), x)
+        found = likelihood.base_measure(x, torch.float64)
+        assert found is not None
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    learned = Shifted("learned")
+    assert type(learned.head) is Shifted  # type: ignore[attr-defined]
+
+
 @each
 def test_flow_and_force_are_those_of_autograd(name: str) -> None:
     likelihood = ALL[name]

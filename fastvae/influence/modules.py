@@ -57,6 +57,14 @@ class ModuleCall:
         """See ``Form``."""
         return tuple(each.dim() if isinstance(each, Tensor) else None for each in self.inputs)
 
+    def rows_along(self, axes: Sequence[int | None], samples: int) -> list[float]:
+        """Rows a sample in each input that has samples, which lie along its axis."""
+        return [
+            each.shape[axis] / samples
+            for each, axis in zip(self.inputs, axes, strict=True)
+            if axis is not None
+        ]
+
     @property
     def was_changed(self) -> bool:
         """Whether an input was changed in place since."""
@@ -120,12 +128,7 @@ class WholeModule:
                 raise ValueError(
                     f"TracIn: {self.name}: calls of one form have their samples in different places"
                 )
-
-            rows = [
-                each.shape[axis] / samples
-                for each, axis in zip(call.inputs, inputs, strict=True)
-                if axis is not None
-            ]
+            rows = call.rows_along(inputs, samples)
             if self._rows.setdefault(call.form_of_inputs, rows) != rows:
                 raise ValueError(f"TracIn: {self.name}: calls of one form have other numbers of rows")
 
@@ -152,12 +155,8 @@ class WholeModule:
         """Rows that are chosen by the data cannot be told apart by sample."""
         if call.form_of_inputs not in self._axes:
             raise ValueError(f"TracIn: {self.name}: called in another way than for the first samples")
-        axes, known = self._axes[call.form_of_inputs][0], self._rows[call.form_of_inputs]
-        found = [
-            each.shape[axis] / samples
-            for each, axis in zip(call.inputs, axes, strict=True)
-            if axis is not None
-        ]
+        found = call.rows_along(self._axes[call.form_of_inputs][0], samples)
+        known = self._rows[call.form_of_inputs]
         for rows, expected in zip(found, known, strict=True):
             if rows != expected and rows * draws != expected:
                 raise ValueError(

@@ -21,9 +21,11 @@ class Counts(Likelihood):
 
     def base_measure(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """log p(x) where the mean is x: [B]. Kernels compute what is missing to it, and that is small."""
-        counts = x.detach().flatten(1).double()
-        # Of a count of 0 any small mean will do.
-        return self.log_prob(counts.clamp(min=1e-40).log(), counts).to(dtype)
+        return self._at_own_mean(x.detach().flatten(1).to(dtype)).sum(1)
+
+    def _at_own_mean(self, x: Tensor) -> Tensor:
+        """log p of each element where its mean is x."""
+        raise NotImplementedError
 
     def as_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x as an encoder sees it: the counts."""
@@ -55,6 +57,9 @@ class Poisson(Counts):
         """The likelihood as the C++ parser reads it."""
         return "poisson"
 
+    def _at_own_mean(self, x: Tensor) -> Tensor:
+        return _poisson_at_own_mean(x)
+
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
         log_rate, x = self._match(params, x)
@@ -71,7 +76,31 @@ class Poisson(Counts):
 
 
 @dataclass(frozen=True)
-class NegativeBinomial(Counts):
+class _Dispersed(Counts):
+    """Counts with a dispersion: a number, the decoder's, or learned."""
+
+    dispersion: float | str = 1.0
+
+    def __new__(
+        cls, dispersion: float | str = 1.0, *, shape: Sequence[int] = (), initial: float = 1.0
+    ) -> Any:
+        """A module, where the dispersion is learned."""
+        if dispersion == "learned":
+            return LearnedLikelihood(cls("decoder"), "log_dispersion", shape, initial)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dispersion, str):
+            set_positive(self, "dispersion")
+        elif self.dispersion != "decoder":
+            raise ValueError(
+                f"{type(self).__name__}: dispersion: expected a number, 'decoder' or 'learned', got "
+                f"{self.dispersion!r}"
+            )
+
+
+@dataclass(frozen=True)
+class NegativeBinomial(_Dispersed):
     """Independent negative binomial elements with log means a: variance m + m^2 / dispersion, m = e^a.
 
     log p = lgamma(x + r) - lgamma(r) - log(x!) + r log(r / (r + m)) + x log(m / (r + m)), r = dispersion: scVI's
@@ -85,19 +114,6 @@ class NegativeBinomial(Counts):
         initial: what a learned dispersion starts as.
     """
 
-    dispersion: float | str = 1.0
-
-    def __new__(
-        cls, dispersion: float | str = 1.0, *, shape: Sequence[int] = (), initial: float = 1.0
-    ) -> Any:
-        """A module, where the dispersion is learned."""
-        if dispersion == "learned":
-            return LearnedLikelihood(NegativeBinomial("decoder"), "log_dispersion", shape, initial)
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        _check_dispersion(self)
-
     @property
     def values_per_element(self) -> int:
         """2 where the dispersion is the decoder's, else 1."""
@@ -107,6 +123,10 @@ class NegativeBinomial(Counts):
     def spec(self) -> str:
         """The likelihood as the C++ parser reads it; empty where the dispersion is the decoder's."""
         return "" if isinstance(self.dispersion, str) else f"negative_binomial {float(self.dispersion)!r}"
+
+    def _at_own_mean(self, x: Tensor) -> Tensor:
+        r, _ = _dispersion(x, self.dispersion, [])
+        return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + _stirling_rest(x + r) - _stirling_rest(r)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
@@ -125,7 +145,7 @@ class NegativeBinomial(Counts):
 
 
 @dataclass(frozen=True)
-class ZeroInflatedNegativeBinomial(Counts):
+class ZeroInflatedNegativeBinomial(_Dispersed):
     """A negative binomial count, or with some probability 0 whatever it is (dropout of single-cell counts).
 
     p = pi [x = 0] + (1 - pi) NegativeBinomial(x), pi = sigmoid(g) (Lopez et al., Nature Methods 2018). The decoder
@@ -135,21 +155,6 @@ class ZeroInflatedNegativeBinomial(Counts):
     Args:
         dispersion, shape, initial: as of :class:`NegativeBinomial`.
     """
-
-    dispersion: float | str = 1.0
-
-    def __new__(
-        cls, dispersion: float | str = 1.0, *, shape: Sequence[int] = (), initial: float = 1.0
-    ) -> Any:
-        """A module, where the dispersion is learned."""
-        if dispersion == "learned":
-            return LearnedLikelihood(
-                ZeroInflatedNegativeBinomial("decoder"), "log_dispersion", shape, initial
-            )
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        _check_dispersion(self)
 
     @property
     def values_per_element(self) -> int:
@@ -222,20 +227,24 @@ def _log1p(y: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(y.abs() < 0.5, torch.log1p(y.clamp(-0.5, 0.5)), otherwise)
 
 
+def _poisson_at_own_mean(x: Tensor) -> Tensor:
+    """x log x - x - log(x!)"""
+    few, many = x.clamp(max=_LARGE), x.clamp(min=_LARGE)
+    plain = torch.xlogy(few, few) - few - torch.lgamma(few + 1)
+    return torch.where(x < _LARGE, plain, -0.5 * torch.log(2 * math.pi * many) - _stirling(many))
+
+
+def _stirling_rest(y: Tensor) -> Tensor:
+    """``_stirling`` for all y > 0."""
+    small = y.clamp(max=_LARGE)
+    main = (small - 0.5) * small.log() - small + 0.5 * math.log(2 * math.pi)
+    return torch.where(y < _LARGE, torch.lgamma(small) - main, _stirling(y.clamp(min=_LARGE)))
+
+
 def _stirling(y: Tensor) -> Tensor:
     """lgamma(y) - ((y - 1/2) log y - y + log(2 pi) / 2), for large y."""
     square = y.square()
     return (1 / 12 - (1 / 360 - 1 / (1260 * square)) / square) / y
-
-
-def _check_dispersion(likelihood: NegativeBinomial | ZeroInflatedNegativeBinomial) -> None:
-    given = likelihood.dispersion
-    if not isinstance(given, str):
-        set_positive(likelihood, "dispersion")
-    elif given != "decoder":
-        raise ValueError(
-            f"{type(likelihood).__name__}: dispersion: expected a number, 'decoder' or 'learned', got {given!r}"
-        )
 
 
 def _dispersion(like: Tensor, dispersion: float | str, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
