@@ -88,10 +88,10 @@ class Gaussian(Likelihood):
         if isinstance(scale, str):
             if scale != "learned":
                 raise ValueError(f"Gaussian: scale: expected a number, a tensor or 'learned', got {scale!r}")
-            return LearnedLikelihood(GaussianHead(min_scale), "log_scale", shape, initial)
+            return LearnedLikelihood(GaussianHead(min_scale), "log_scale", shape, initial, owner="Gaussian")
         if isinstance(scale, Tensor) and not scale.requires_grad:
             head = GaussianHead(min_scale)
-            return LearnedLikelihood(head, "log_scale", scale.shape, scale, is_trained=False)
+            return LearnedLikelihood(head, "log_scale", scale.shape, scale, False, "Gaussian")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ class LearnedLikelihood(nn.Module, Likelihood):
             share, [C, 1, 1] for one a channel, the sample's own for one an element.
         initial: value whose logarithm the parameter starts as; a tensor in place of it is broadcast to ``shape``.
         is_trained: False: a buffer instead.
+        owner: whom errors name; None: the head.
     """
 
     def __init__(
@@ -37,9 +38,12 @@ class LearnedLikelihood(nn.Module, Likelihood):
         shape: Sequence[int],
         initial: float | Tensor,
         is_trained: bool = True,
+        owner: str | None = None,
     ) -> None:
         super().__init__()
-        kind = type(head).__name__
+        kind = type(head).__name__ if owner is None else owner
+        if not isinstance(shape, Sequence):
+            raise TypeError(f"{kind}: shape: expected a sequence of integers, got {type(shape).__name__}")
         sizes = tuple(shape)
         if not all(is_integer(size) and size > 0 for size in sizes):
             raise ValueError(f"{kind}: shape: expected positive integers, got {sizes}")
