@@ -217,6 +217,16 @@ def test_the_optimum_is_that_of_probabilistic_pca(kind: Any) -> None:
 def test_refusals() -> None:
     cases: list[tuple[Callable[[], object], type[Exception], str]] = [
         (
+            lambda: Gaussian("learned", shape=5),
+            TypeError,
+            "Gaussian: shape: expected a sequence of .*, got int",
+        ),
+        (
+            lambda: Gaussian("learned", initial="a"),
+            TypeError,
+            "Gaussian: initial: expected a number, got str",
+        ),
+        (
             lambda: Gaussian("learnt"),
             ValueError,
             "scale: expected a number, a tensor or 'learned', got 'learnt'",
