@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "autograd/autograd.h"
 #include "common/recycling.h"
 #include "kernels/kernels.h"
 #include "network/copies.h"
@@ -59,6 +60,33 @@ pybind11::list as_list(const std::vector<fastvae::StageFactors>& stages) {
   }
   return found;
 }
+
+// A function of Python's, from cotangents and to gradients as lists with None in the place of zero.
+class GradientInPython final : public fastvae::DifferentiableGradient {
+ public:
+  explicit GradientInPython(pybind11::function function) : function_(std::move(function)) {}
+  GradientInPython(const GradientInPython&) = delete;
+  GradientInPython& operator=(const GradientInPython&) = delete;
+  ~GradientInPython() override {
+    const pybind11::gil_scoped_acquire locked;  // it may die while nobody holds the lock
+    function_ = pybind11::function();
+  }
+  fastvae::variable_list operator()(const fastvae::variable_list& cotangents) const override {
+    const pybind11::gil_scoped_acquire locked;
+    pybind11::list given;
+    for (const at::Tensor& cotangent : cotangents) {
+      given.append(cotangent.defined() ? pybind11::cast(cotangent) : pybind11::object(pybind11::none()));
+    }
+    fastvae::variable_list found;
+    for (const pybind11::handle gradient : pybind11::list(function_(given))) {
+      found.push_back(gradient.is_none() ? at::Tensor() : gradient.cast<at::Tensor>());
+    }
+    return found;
+  }
+
+ private:
+  pybind11::function function_;
+};
 
 }  // namespace
 
@@ -222,6 +250,29 @@ PYBIND11_MODULE(_C, m) {
          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
          int64_t samples) { return fastvae::convolution_gradients(larger, smaller, kernel, stride, padding, samples); },
       unlocked, arg("larger"), arg("smaller"), arg("kernel"), arg("stride"), arg("padding"), arg("samples"));
+  m.def(
+      "differentiable_elbo_terms",
+      [](const at::Tensor& x, const at::Tensor& noise, const std::vector<at::Tensor>& encoder_parameters,
+         const std::vector<at::Tensor>& decoder_parameters, const std::string& encoder, const std::string& decoder,
+         const std::string& likelihood, pybind11::function again) {
+        const auto gradient = c10::make_intrusive<GradientInPython>(std::move(again));
+        const pybind11::gil_scoped_release unlocked_here;
+        return fastvae::differentiable_elbo_terms(x, noise, encoder_parameters, decoder_parameters, encoder, decoder,
+                                                  likelihood, gradient);
+      },
+      arg("x"), arg("noise"), arg("encoder_parameters"), arg("decoder_parameters"), arg("encoder"), arg("decoder"),
+      arg("likelihood"), arg("again"),
+      "The operator elbo_terms with autograd; again: its gradient in operations that can be differentiated.");
+  m.def(
+      "elbo_terms_stash",
+      [](const std::string& encoder, const std::string& decoder, const std::string& likelihood,
+         const fastvae::TensorShapes& encoder_shapes, const fastvae::TensorShapes& decoder_shapes, int64_t elements,
+         int64_t latent_dim) {
+        return fastvae::elbo_terms_stash(encoder, decoder, likelihood, encoder_shapes, decoder_shapes, elements,
+                                         latent_dim);
+      },
+      arg("encoder"), arg("decoder"), arg("likelihood"), arg("encoder_shapes"), arg("decoder_shapes"), arg("elements"),
+      arg("latent_dim"), "Numbers that elbo_terms stores of the encoder for a sample, and of the decoder for a code.");
   m.def(
       "log_px",
       [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,

@@ -32,6 +32,14 @@ TORCH_LIBRARY(fastvae, m) {
   m.def(
       "grad_dot_backward(Tensor grad, Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, "
       "Tensor[] output_grads_b, int[] bias, int[] needs) -> Tensor[]");
+  m.def(
+      "elbo_terms(Tensor x, Tensor noise, Tensor[] encoder_parameters, Tensor[] decoder_parameters, str encoder, "
+      "str decoder, str likelihood, bool store) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "elbo_terms_backward(Tensor? grad_log_px, Tensor? grad_kl, Tensor? grad_mu, Tensor? grad_logvar, "
+      "Tensor? grad_z, Tensor x, Tensor noise, Tensor mu, Tensor logvar, Tensor z, Tensor encoder_stash, "
+      "Tensor decoder_stash, Tensor[] encoder_parameters, Tensor[] decoder_parameters, str encoder, str decoder, "
+      "str likelihood, int[] needs) -> (Tensor[], Tensor[])");
   m.def("log_px(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) -> Tensor");
   m.def("jacobian_l1(Tensor z, Tensor[] parameters, str network, int[] latents, int p, str reduction) -> Tensor");
   m.def(
@@ -51,6 +59,8 @@ TORCH_LIBRARY(fastvae, m) {
     m.impl("gaussian_kl_backward", &fastvae::gaussian_kl_backward);                   \
     m.impl("hamiltonian_flow", &fastvae::hamiltonian_flow);                           \
     m.impl("hamiltonian_flow_backward", &fastvae::hamiltonian_flow_backward);         \
+    m.impl("elbo_terms", &fastvae::elbo_terms);                                       \
+    m.impl("elbo_terms_backward", &fastvae::elbo_terms_backward);                     \
     m.impl("log_px", &fastvae::log_px);                                               \
     m.impl("jacobian_l1", &fastvae::jacobian_l1);                                     \
     m.impl("jacobian_l1_with_gradient", &fastvae::jacobian_l1_with_gradient);         \

@@ -26,7 +26,10 @@ from fastvae.decoding import conditioned, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 
 __all__ = [
+    "ElboTerms",
     "Trajectory",
+    "elbo",
+    "elbo_terms",
     "expand_step_size",
     "gaussian_kl",
     "grad_dot",
@@ -65,6 +68,66 @@ class Trajectory(NamedTuple):
     def energy(self) -> Tensor:
         """H = -log p(x | z) + |z|^2 / 2 + |rho|^2 / 2 of every point, in nats: [K + 1, B]."""
         return (self.z.square() + self.rho.square()).flatten(2).sum(2) / 2 - self.log_px
+
+
+class ElboTerms(NamedTuple):
+    """What the evidence lower bound of S draws of noise is made of, at z = mu + sigma noise."""
+
+    log_px: Tensor
+    """[S, B] log p(x | z) in nats."""
+    kl: Tensor
+    """[B] KL(q(z | x) || N(0, I)) in nats."""
+    mu: Tensor
+    """[B, d] mean of q(z | x)."""
+    logvar: Tensor
+    """[B, d] its log variance."""
+    z: Tensor
+    """[S, B, d]"""
+
+
+def elbo_terms(
+    encoder: Callable[..., Tensor | Sequence[Tensor]],
+    decoder: Callable[..., Tensor],
+    x: Tensor,
+    noise: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    condition: Tensor | None = None,
+) -> ElboTerms:
+    """The terms of :func:`elbo` at noise [S, B, d], from the networks as they are."""
+    like = resolve(likelihood)
+    given = () if condition is None else (condition,)
+    output = encoder(like.as_float(x, noise.dtype), *given)
+    mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
+    times = len(noise)
+
+    def log_px(z: Tensor) -> Tensor:
+        each = x if times == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
+        return like.log_prob(natural_parameters(conditioned(decoder, condition), z, like), each)
+
+    return terms_at(mu, logvar, noise, log_px)
+
+
+def terms_at(mu: Tensor, logvar: Tensor, noise: Tensor, log_px: Callable[[Tensor], Tensor]) -> ElboTerms:
+    """The terms of :func:`elbo` for a posterior, and log p(x | z) [S B] of codes [S B, d]."""
+    z = mu + torch.exp(logvar / 2) * noise
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+    return ElboTerms(log_px(z.flatten(0, 1)).reshape(noise.shape[:2]), kl, mu, logvar, z)
+
+
+def elbo(
+    encoder: Callable[..., Tensor | Sequence[Tensor]],
+    decoder: Callable[..., Tensor],
+    x: Tensor,
+    noise: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    beta: float = 1.0,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """See :func:`fastvae.ops.elbo`: [B]."""
+    found = elbo_terms(encoder, decoder, x, noise[None], likelihood, condition=condition)
+    return found.log_px[0] - beta * found.kl
 
 
 def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor) -> Tensor:

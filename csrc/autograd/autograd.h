@@ -39,6 +39,19 @@ struct Op<Result(Args...)> {
                               op, ", which PyTorch can differentiate twice");
 }
 
+// The gradient of an operator by operations that PyTorch can differentiate again: what its caller gave for the case
+// that somebody wants create_graph=True. From cotangents (undefined: zero) to the gradients of forward()'s variables.
+struct DifferentiableGradient : torch::CustomClassHolder {
+  virtual variable_list operator()(const variable_list& cotangents) const = 0;
+};
+using OptionalGradient = c10::intrusive_ptr<DifferentiableGradient>;
+
+// elbo_terms (ops.h) with autograd: log_px, kl, mu, logvar, z.
+variable_list differentiable_elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorList encoder_parameters,
+                                        at::TensorList decoder_parameters, std::string_view encoder,
+                                        std::string_view decoder, std::string_view likelihood,
+                                        const OptionalGradient& again);
+
 inline OptionalTensor optional_of(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }

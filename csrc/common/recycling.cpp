@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -19,6 +20,9 @@ namespace fastvae {
 // Blocks of CPU memory that nobody uses. Tensors may die on any thread, and after the pool.
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
+  // Of what is free, so many bytes are kept.
+  explicit Pool(size_t most_bytes = std::numeric_limits<size_t>::max()) : most_bytes_(most_bytes) {}
+
   // Uninitialised, in the smallest free block that is not much too large, or in a new one.
   at::Tensor tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
     const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
@@ -45,12 +49,20 @@ class Pool : public std::enable_shared_from_this<Pool> {
     }
     Block block{found->first, std::move(found->second)};
     free_.erase(found);
+    free_bytes_ -= block.bytes;
     return block;
   }
 
   void give(Block block) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.emplace(block.bytes, std::move(block.memory));
+    if (block.bytes <= most_bytes_ && free_bytes_ > most_bytes_ - block.bytes) {
+      free_.clear();  // what is used again comes back soon
+      free_bytes_ = 0;
+    }
+    if (block.bytes <= most_bytes_) {
+      free_bytes_ += block.bytes;
+      free_.emplace(block.bytes, std::move(block.memory));
+    }
   }
 
   static c10::DataPtr fresh(size_t bytes) {
@@ -67,6 +79,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
     return memory;
   }
 
+  size_t most_bytes_;
+  size_t free_bytes_ = 0;
   std::mutex mutex_;
   std::multimap<size_t, c10::DataPtr> free_;
 };
@@ -91,6 +105,18 @@ void Recycling::leave() const {
   if (mine != all.rend()) {
     all.erase(std::prev(mine.base()));
   }
+}
+
+at::Tensor reused(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
+  // malloc has smaller blocks at hand.
+  constexpr int64_t kSmall = int64_t{1} << 16;
+  if (!options.device().is_cpu() || bytes < kSmall) {
+    return aten::empty(sizes, options);
+  }
+  // Never destroyed: tensors may outlive every static object.
+  static const auto* const pool = new std::shared_ptr<Pool>(std::make_shared<Pool>(kReusedBytes));
+  return (*pool)->tensor(sizes, options);
 }
 
 at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options) {

@@ -25,4 +25,9 @@ class Recycling {
 // Uninitialised, as of at::empty.
 at::Tensor recycled(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// The same without a Recycling, for what every training step takes and gives back: gradients and activations. So many
+// bytes of it stay with the process while they are not used.
+constexpr size_t kReusedBytes = size_t{256} << 20;
+at::Tensor reused(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 }  // namespace fastvae

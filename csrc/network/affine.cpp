@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../common/aten.h"
+#include "../common/recycling.h"
 #include "conv_transpose.h"
 
 namespace fastvae {
@@ -155,6 +156,21 @@ void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, co
   } else if (is_convolution(stage)) {
     gradient.add_(std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false})));
   }
+}
+
+at::Tensor affine_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
+                                  const at::Tensor& h, at::IntArrayRef sizes) {
+  if (stage.affine == Affine::kLinear) {
+    return aten::mm_out(reused(sizes, weight.options()), delta.view({-1, stage.out.channels}).t(),
+                        h.view({-1, stage.in.channels}));
+  }
+  if (is_convolution(stage) && conv_transpose_route(stage, weight) == ConvTransposeRoute::kLibrary &&
+      !is_mirrored(stage, weight)) {
+    return std::get<1>(convolve_backward(stage, weight, delta, as_image(h, stage.in), {false, true, false}));
+  }
+  at::Tensor gradient = reused(sizes, weight.options()).zero_();
+  affine_add_weight_gradient(stage, weight, delta, h, gradient);
+  return gradient;
 }
 
 }  // namespace fastvae

@@ -23,5 +23,8 @@ bool affine_in_blocks(const Stage& stage, const at::Tensor& weight);
 // gradient += delta (x) h summed over rows, in the layout of the weight tensor.
 void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
                                 const at::Tensor& h, at::Tensor& gradient);
+// The same as a new tensor of these sizes: without zeros that would be written and read again.
+at::Tensor affine_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
+                                  const at::Tensor& h, at::IntArrayRef sizes);
 
 }  // namespace fastvae

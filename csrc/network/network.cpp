@@ -3,6 +3,7 @@
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
+#include "../common/recycling.h"
 #include "affine.h"
 
 namespace fastvae {
@@ -95,6 +96,33 @@ Tape Network::tape(const at::Tensor& storage, int64_t steps, int64_t samples, in
     tape.kept_g.push_back(keeps ? next(numel) : at::Tensor());
   }
   return tape;
+}
+
+Tape Network::forward_tape(const at::Tensor& storage, int64_t samples) const {
+  Tape tape;
+  int64_t offset = 0;
+  const auto next = [&](int64_t numel) {
+    at::Tensor part = storage.narrow(0, samples * offset, samples * numel);
+    offset += numel;
+    return part;
+  };
+  for (size_t l = 0; l < depth(); ++l) {
+    const int64_t numel = program_.stages[l].out.numel();
+    const bool last = l + 1 == depth();
+    tape.delta.push_back(last ? next(numel) : at::Tensor());
+    tape.h.push_back(last ? at::Tensor() : next(numel));
+    tape.kept_a.push_back(!last && keeps_input(program_.stages[l].activation.kind) ? next(numel) : at::Tensor());
+    tape.kept_g.emplace_back();
+  }
+  return tape;
+}
+
+Tape Network::with_reverse_room(const Tape& tape) const {
+  Tape found = tape;
+  for (size_t l = 0; l + 1 < depth(); ++l) {
+    found.delta[l] = reused({tape.h[l].numel()}, options_);
+  }
+  return found;
 }
 
 TangentTape Network::make_tangent_tape(int64_t rows) const {
@@ -222,13 +250,17 @@ void Network::reverse(const Tape& tape) const {
   }
 }
 
+void Network::forward_residual(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
+                               const at::Tensor& log_prob) const {
+  head(forward(z, tape), x, tape.delta.back(), log_prob);
+}
+
 at::Tensor Network::forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape,
                                     const at::Tensor& log_prob, double scale) const {
   const int64_t samples = z.size(0);
-  const size_t last = depth() - 1;
-  head(forward(z, tape), x, tape.delta[last], log_prob);
+  forward_residual(z, x, tape, log_prob);
   if (scale != 1) {
-    tape.delta[last].mul_(scale);
+    tape.delta.back().mul_(scale);
   }
   reverse(tape);
   const at::Tensor grad_z = aten::empty({samples, program_.in_features()}, options_);
@@ -320,6 +352,34 @@ void Network::add_affine_gradient(size_t l, const at::Tensor& delta, const at::T
   if (stage.bias >= 0 && gradients[stage.bias].defined()) {
     add_column_sums(delta, channels, gradients[stage.bias]);
   }
+}
+
+std::vector<at::Tensor> Network::affine_gradients(const at::Tensor& in, const Tape& tape, at::TensorList tensors,
+                                                  at::IntArrayRef needs) const {
+  std::vector<at::Tensor> found(tensors.size());
+  const auto is_new = [&](int64_t index) { return index >= 0 && needs[index] != 0 && !found[index].defined(); };
+  for (size_t l = 0; l < depth(); ++l) {
+    const Stage& stage = program_.stages[l];
+    const at::Tensor h = l == 0 ? in.view({-1}) : tape.h[l - 1];
+    const at::Tensor& delta = tape.delta[l];
+    if (stage.affine != Affine::kBatchNorm && is_new(stage.weight)) {
+      at::Tensor of_weight = affine_weight_gradient(stage, weight_[l], delta, h, tensors[stage.weight].sizes());
+      if (is_new(stage.bias)) {
+        found[stage.bias] = delta.view({-1, stage.out.channels}).sum(0);
+      } else if (stage.bias >= 0 && needs[stage.bias] != 0) {
+        add_column_sums(delta, stage.out.channels, found[stage.bias]);
+      }
+      found[stage.weight] = std::move(of_weight);
+      continue;
+    }
+    for (const int64_t index : {stage.weight, stage.bias}) {
+      if (is_new(index)) {
+        found[index] = aten::zeros(tensors[index].sizes(), options_);
+      }
+    }
+    add_affine_gradient(l, delta, h, found);
+  }
+  return found;
 }
 
 void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::Tensor& hdot,

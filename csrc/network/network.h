@@ -59,6 +59,14 @@ class Network {
   at::Tensor observed_to_rows(const at::Tensor& x) const;
   at::Tensor observed_from_rows(const at::Tensor& x) const;
 
+  // The tape of a forward sweep alone in `storage` [samples * forward_numel]: h, a where it is kept, and in the last
+  // delta the outputs or the residual. A reverse sweep takes it with room for the rest.
+  Tape forward_tape(const at::Tensor& storage, int64_t samples) const;
+  Tape with_reverse_room(const Tape& tape) const;
+
+  // The forward half of the next one: the last delta is the residual.
+  void forward_residual(const at::Tensor& z, const at::Tensor& x, const Tape& tape, const at::Tensor& log_prob) const;
+
   // Fills the tape; writes log_prob [B] if defined; gives grad_z ll [B, d]. The gradients are those of scale * ll.
   at::Tensor forward_reverse(const at::Tensor& z, const at::Tensor& x, const Tape& tape, const at::Tensor& log_prob,
                              double scale = 1) const;
@@ -95,6 +103,11 @@ class Network {
                            std::vector<at::Tensor>& gradients) const;
   void add_linear_gradient(size_t l, const at::Tensor& delta, const at::Tensor& hdot,
                            std::vector<at::Tensor>& gradients) const;
+
+  // The gradients of  sum of delta . (A h + b)  over the stages with respect to the tensors of which they are wanted;
+  // undefined where they are not, or no stage uses them.
+  std::vector<at::Tensor> affine_gradients(const at::Tensor& in, const Tape& tape, at::TensorList tensors,
+                                           at::IntArrayRef needs) const;
 
   // The factors at `steps` points (0: one point, without the leading dimension), of every stage with parameters.
   // Without tangents, u and theirs are undefined.

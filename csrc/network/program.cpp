@@ -279,6 +279,14 @@ int64_t Program::tape_numel() const {
   return numel;
 }
 
+int64_t Program::forward_numel() const {
+  int64_t numel = output().numel();
+  for (size_t i = 0; i + 1 < stages.size(); ++i) {
+    numel += stages[i].out.numel() * (keeps_input(stages[i].activation.kind) ? 2 : 1);
+  }
+  return numel;
+}
+
 TensorShapes shapes_of(at::TensorList tensors) {
   TensorShapes shapes;
   shapes.reserve(tensors.size());

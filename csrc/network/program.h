@@ -67,6 +67,8 @@ struct Program {
   const SampleShape& output() const { return stages.back().out; }
   // Numbers a sample that the backward sweeps need of one forward and reverse sweep.
   int64_t tape_numel() const;
+  // Of them those that the forward sweep writes.
+  int64_t forward_numel() const;
 };
 
 // The program of a network's text and tensors; the same object as long as they do not change, because reading the text

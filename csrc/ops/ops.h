@@ -73,6 +73,31 @@ std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(co
 std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
                                                     std::string_view network, std::string_view likelihood);
 
+// The terms of a VAE's ELBO at z = mu + exp(logvar / 2) noise: log p(x | z) [S, B], KL(q(z | x) || N(0, I)) [B], mu and
+// logvar [B, d], z [S, B, d]; and what the reverse sweeps take of encoder and decoder (empty unless `store`). x [B, n]
+// is what the encoder reads and the likelihood observes; the encoder gives [B, 2 d], mean before log variance; noise
+// [S, B, d].
+using ElboTerms = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorList encoder_parameters,
+                     at::TensorList decoder_parameters, std::string_view encoder, std::string_view decoder,
+                     std::string_view likelihood, bool store);
+
+// Numbers that are stored of the encoder for a sample, and of the decoder for a code.
+std::tuple<int64_t, int64_t> elbo_terms_stash(std::string_view encoder, std::string_view decoder,
+                                              std::string_view likelihood, const TensorShapes& encoder_shapes,
+                                              const TensorShapes& decoder_shapes, int64_t elements, int64_t latent_dim);
+
+// Gradients to the parameters of encoder and decoder, empty where not needed.
+using ElboGradients = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
+ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const OptionalTensor& grad_kl,
+                                  const OptionalTensor& grad_mu, const OptionalTensor& grad_logvar,
+                                  const OptionalTensor& grad_z, const at::Tensor& x, const at::Tensor& noise,
+                                  const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& z,
+                                  const at::Tensor& encoder_stash, const at::Tensor& decoder_stash,
+                                  at::TensorList encoder_parameters, at::TensorList decoder_parameters,
+                                  std::string_view encoder, std::string_view decoder, std::string_view likelihood,
+                                  at::IntArrayRef needs);
+
 // The factors of the encoder's and the decoder's gradients, of the loss beta KL - log p(x | z) of each of x [B, n],
 // averaged over the draws noise [B S, d] of z = mu + exp(logvar / 2) noise. The encoder reads x and gives [B, 2 d].
 std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(

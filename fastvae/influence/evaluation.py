@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fastvae.influence.noise import KeyedNoise, draws_noise
 from fastvae.influence.snapshots import Snapshot
 from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept
-from fastvae.lowering.rows import RowsModule
 from fastvae.models import BaseVAE
 from fastvae.models.base import encoded_already
 from fastvae.models.inputs import given
@@ -47,7 +46,7 @@ class Evaluation:
 
     def bind(self, snapshot: Snapshot) -> None:
         """Work on the model of this checkpoint."""
-        self.snapshot, self.model, self._encoders = snapshot, snapshot.model, snapshot.encoders
+        self.snapshot, self.model = snapshot, snapshot.model
 
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""
@@ -60,12 +59,9 @@ class Evaluation:
         """
         if self.loss_fn is not None or not isinstance(self.model, BaseVAE) or self.is_conditional:
             return None
-        x, shape = batch[0], batch[0].shape[1:]
-        if shape not in self._encoders:
-            self._encoders[shape] = RowsModule(self.model.encoder, shape)
+        x = batch[0]
         return calls_of_vae(
             self.model,
-            self._encoders[shape],
             x if fold else x.repeat_interleave(self.draws, 0),
             lambda latent_dim: Stream(draws_of(keys_of(x), self.seed, self.draws)).normal((latent_dim,)),
         )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvae.influence.cache import fingerprint
-from fastvae.lowering.rows import RowsModule
 from fastvae.private import PrivateCopies, for_scoring, private_copy
 
 __all__ = ["Snapshot", "Snapshots"]
@@ -26,8 +25,6 @@ class Snapshot:
     """Of the checkpoint in TracIn."""
     model: nn.Module
     """A private copy in eval mode."""
-    encoders: dict[torch.Size, RowsModule] = field(default_factory=dict)
-    """Of the model, as read for samples of each shape."""
 
 
 class Snapshots:

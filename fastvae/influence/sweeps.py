@@ -18,7 +18,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastvae._extension import raw
 from fastvae.lowering import LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.rows import RowsModule
 from fastvae.models import HVAE, VAE
 from fastvae.models.base import BaseVAE
 from fastvae.ops.hamiltonian_flow import observed_rows
@@ -55,13 +54,10 @@ def is_swept(model: Any) -> bool:
     return True
 
 
-def calls_of_vae(
-    model: Any, encoder: RowsModule, x: Tensor, noise_of: Callable[[int], Tensor]
-) -> dict[str, list[Call]] | None:
+def calls_of_vae(model: Any, x: Tensor, noise_of: Callable[[int], Tensor]) -> dict[str, list[Call]] | None:
     """The calls of every layer of encoder and decoder, for the loss of x averaged over the draws of its noise.
 
     Args:
-        encoder: the model's.
         x: [B, ...].
         noise_of: latent_dim -> [B * S, latent_dim], the draws of a sample side by side.
 
@@ -76,7 +72,7 @@ def calls_of_vae(
     like, of_decoder = model.likelihood, _lowered(model)
     rows = like.as_float(x, of_decoder.tensors[0].dtype).flatten(1)
     try:
-        of_encoder = encoder.lower(compare_at=rows)
+        of_encoder = lower(model.encoder, shape=x.shape[1:], compare_at=rows)
     except (UnsupportedLayer, ValueError):
         return None
     if model.check_finite:

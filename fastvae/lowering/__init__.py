@@ -8,6 +8,7 @@ prints the same as a table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .checks import check_global_hooks, check_is_module
 from .errors import CoupledSamples, UnsupportedLayer
 from .explain import explain
-from .structure import current, evaluate
+from .structure import Form, current, evaluate
 from .traced import lower_traced
 from .verification import checked, verify
 
@@ -56,7 +57,12 @@ def _network(spec: str, tensors: list[Tensor], names: tuple[str, ...]) -> Lowere
 
 
 def lower(
-    module: nn.Module, *, strip_sigmoid: bool = False, compare_at: Tensor | None = None
+    module: nn.Module,
+    *,
+    strip_sigmoid: bool = False,
+    compare_at: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+    two_heads: bool = False,
 ) -> LoweredNetwork:
     """Read a module as a chain of layers.
 
@@ -74,6 +80,11 @@ def lower(
         compare_at: codes [..., d]. When what was read is first used with some, its output at the first two of them is
             compared with the module's own, and another output refused. Not while compiling or capturing a CUDA graph,
             and with codes of another dtype, device or size than the module's left to the caller.
+        shape: of a sample that the module takes, such as an encoder's image; the layers then begin with rows of as many
+            elements.
+        two_heads: take a module that returns two tensors, of two Linear layers on one trunk or the halves of one, as
+            one that returns both side by side. The tensors of two layers come one below the other as one, whose name is
+            both of theirs; in their own places are empty ones.
 
     Returns:
         The layers with the current tensors. A tensor may occur twice if two layers share it.
@@ -86,11 +97,12 @@ def lower(
             ``strip_sigmoid=True`` and the module does not end in a sigmoid.
         TypeError: ``module`` is not an ``nn.Module``.
     """
+    form = Form(None if shape is None else tuple(shape), two_heads)
     if torch.compiler.is_dynamo_compiling():
-        return _network(*lower_traced(module, strip_sigmoid))
+        return _network(*lower_traced(module, strip_sigmoid, form))
     check_is_module("lower: module", module)
     check_global_hooks()
-    known, collected = current(module)
+    known, collected = current(module, form)
     tensors = evaluate(known, collected)
     if compare_at is not None and not known.checked:
         known, tensors = checked(module, known, tensors, compare_at)

@@ -6,7 +6,7 @@ from torch import nn
 
 from .checks import QUANTISED, check_global_hooks, named
 from .errors import CoupledSamples, ImpossibleLayer, NotADecoder, UnsupportedLayer
-from .reading import render
+from .reading import TensorRef, render
 from .structure import Structure, current, verify
 
 _AS_A_GRAPH = (
@@ -56,7 +56,9 @@ def explain(module: nn.Module) -> str:
     rows = [("layer", "kind", "parameters", "output", "lowered")]
     layers = known.layers if known else ()
     for layer in layers:
-        tensors = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in layer.tensors if ref is not None)
+        tensors = ", ".join(
+            f"{ref.name} {list(ref.shape)}" for ref in layer.tensors if isinstance(ref, TensorRef)
+        )
         rows.append((layer.path or "(itself)", layer.kind, tensors or "-", render(layer.shape), "yes"))
     if problem:
         read = {layer.path for layer in layers}

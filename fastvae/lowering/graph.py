@@ -8,7 +8,7 @@ stop the reading with the node's name.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,12 @@ def _index(reading: Reading, index: Any) -> None:
     )
 
 
+def _halves(node: Node) -> bool:
+    """Whether it takes the features of [B, n] apart in two halves."""
+    numbers = [*node.args[1:], *node.kwargs.values()]
+    return node.target in ("chunk", torch.chunk) and numbers in ([2, 1], [2, -1])
+
+
 def _same(reading: Reading, **_: Any) -> None:
     reading.emit("identity")
 
@@ -161,15 +167,52 @@ class _Chain:
         self.sizes: dict[Node, Any] = {}
 
     def walk(self, graph: torch.fx.Graph) -> None:
+        heads = self.heads(graph) if self.reading.two_heads and self.path == "" else ()
         for node in graph.nodes:
             if node.op == "placeholder":
                 if self.latest is None:
                     self.latest = node
                     self.shapes[node] = self.reading.shape
+            elif node in heads:
+                continue
             elif node.op == "output":
-                self.check_output(node)
+                if heads:
+                    self.end_in(heads)
+                else:
+                    self.check_output(node)
             elif any(source in self.shapes or source in self.sizes for source in node.all_input_nodes):
                 self.step(node)
+
+    def heads(self, graph: torch.fx.Graph) -> tuple[Node, ...]:
+        """The nodes of a mean and a log variance that the forward returns apart: two layers, or one's two halves."""
+        (result,) = next(node for node in graph.nodes if node.op == "output").args
+        pair = tuple(result) if isinstance(result, (tuple, list)) else ()
+        if len(pair) != 2 or not all(isinstance(node, Node) for node in pair) or pair[0] is pair[1]:
+            return ()
+        if all(node.target is operator.getitem for node in pair):
+            whole = {node.args[0] for node in pair}
+            halves = whole.pop()
+            if not whole and [node.args[1] for node in pair] == [0, 1] and _halves(halves):
+                return (*pair, halves)
+        return pair
+
+    def end_in(self, heads: Sequence[Node]) -> None:
+        """Read the heads: one layer, whose outputs are the mean and below it the log variance."""
+        first = len(self.reading.layers)
+        trunk, shape = self.latest, self.reading.shape
+        self.reading.at(self.path, type(self.module).__name__)
+        if len(heads) == 3:
+            if heads[2].args[0] is not trunk or len(shape) != 1:
+                raise self.reading.refuse(
+                    "its forward returns two tensors that are not the halves of its last"
+                )
+            return
+        for node in heads:
+            if node.all_input_nodes[:1] != [trunk]:
+                raise self.reading.refuse("its two heads are not on one trunk")
+            self.latest, self.reading.shape = trunk, shape
+            self.step(node)
+        self.reading.stack_heads(first)
 
     def check_output(self, node: Node) -> None:
         self.reading.at(self.path, type(self.module).__name__)

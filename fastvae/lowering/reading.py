@@ -29,22 +29,30 @@ class TensorRef(NamedTuple):
     shape: tuple[int, ...]
 
 
+Stacked = tuple[TensorRef, TensorRef]
+"""Two tensors, one below the other."""
+
+
 class Layer(NamedTuple):
     """One entry of a spec, with what :func:`fastvae.lowering.explain` prints about it."""
 
     path: str
     kind: str
-    tensors: tuple[TensorRef | None, ...]
+    tensors: tuple[TensorRef | Stacked | None, ...]
     args: tuple[str, ...]
     shape: Shape
 
 
 class Reading:
-    """The layers read so far, and the shape of one sample behind them; None is a size left open."""
+    """The layers read so far, and the shape of one sample behind them; None is a size left open.
 
-    def __init__(self) -> None:
+    ``two_heads``: the network may end in two linear heads, mean and log variance, which are then one layer.
+    """
+
+    def __init__(self, shape: Shape = (None,), two_heads: bool = False) -> None:
         self.layers: list[Layer] = []
-        self.shape: Shape = (None,)
+        self.shape = shape
+        self.two_heads = two_heads
         self.path = ""
         self.kind = ""
         self.line = ""
@@ -61,7 +69,7 @@ class Reading:
     def emit(
         self,
         kind: str,
-        tensors: Iterable[TensorRef | None] = (),
+        tensors: Iterable[TensorRef | Stacked | None] = (),
         args: Iterable[float] = (),
         shape: Shape | None = None,
     ) -> None:
@@ -104,6 +112,18 @@ class Reading:
             raise self.refuse(f"expected {in_features} features, got {render(self.shape)}")
         self.emit("linear", (weight, bias), shape=(out_features,))
 
+    def stack_heads(self, first: int) -> None:
+        """Make one layer of the two linear ones from layer ``first`` on, which take the same input."""
+        a, b = self.layers[first:]
+        stacked: list[Stacked | None] = []
+        for x, y in zip(a.tensors, b.tensors, strict=True):
+            both = isinstance(x, TensorRef) and isinstance(y, TensorRef)
+            if a.kind != "linear" or b.kind != "linear" or not (both or (x is None and y is None)):
+                raise self.refuse("its two heads are not two Linear layers of one form")
+            stacked.append((x, y) if isinstance(x, TensorRef) and isinstance(y, TensorRef) else None)
+        del self.layers[first:]
+        self.emit("linear", stacked, shape=tuple(m + n for m, n in zip(_sizes(a), _sizes(b), strict=True)))
+
     def reshape(self, dims: Sequence[int | None]) -> None:
         """Reshape each sample; one entry may be -1, or None: a size not known here, and -1 in the spec."""
         wanted = [-1 if dim is None else int(dim) for dim in dims]
@@ -142,6 +162,10 @@ class Reading:
         if axis == 0:
             raise self.refuse("unflattens the batch dimension")
         self.reshape(self.shape[: axis - 1] + tuple(sizes) + self.shape[axis:])
+
+
+def _sizes(layer: Layer) -> tuple[int, ...]:
+    return tuple(size for size in layer.shape if size is not None)
 
 
 def product(dims: Shape) -> int | None:

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from .checks import PLAIN, check_module, check_readable, check_tensor, named
 from .errors import ImpossibleLayer, UnsupportedLayer, join
 from .graph import read
-from .reading import Layer, Reading
+from .reading import Layer, Reading, Stacked, TensorRef
 from .snapshot import Collected, Node, compile_program, visit
 from .tracing import READING
 
 
-class Structure:
-    """The layers of a module, or the reason why there are none, and the snapshot that they were read from."""
+class Form(NamedTuple):
+    """As what a module is read: the shape of a sample (None: a flat vector of any size), and how it may end."""
 
-    def __init__(self, module: nn.Module) -> None:
+    shape: tuple[int, ...] | None = None
+    two_heads: bool = False
+
+
+FLAT = Form()
+
+
+class Structure:
+    """The layers of a module, or the reason why there are none, and the snapshot that they were read from.
+
+    Args:
+        module: see ``lower``.
+        form: what is asked of it.
+    """
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
         check_readable(module)
-        reading = Reading()
+        self.form = form
+        shape = form.shape
+        reading = Reading((None,) if shape is None else shape, form.two_heads)
         # As text: an exception's traceback would hold the module, and so keep its cache entry alive.
         self.failure: tuple[type[ValueError], str] | None = None
         # Whether its output was found to be the module's own.
@@ -35,14 +54,23 @@ class Structure:
             self.failure = type(failure), str(failure)
         self.stopped_at = reading.path if self.failure else None
         self.layers = tuple(reading.layers)
-        wanted = {(ref.path, ref.name) for layer in self.layers for ref in layer.tensors if ref is not None}
+        entries = [entry for layer in self.layers for entry in layer.tensors if entry is not None]
+        pairs = [entry for entry in entries if not isinstance(entry, TensorRef)]
+        refs = [ref for entry in entries for ref in ((entry,) if isinstance(entry, TensorRef) else entry)]
+        wanted = {(ref.path, ref.name) for ref in refs}
+        if pairs and len(wanted) < len(refs):
+            self.failure = UnsupportedLayer, "lower: a head's parameter is used twice"
         self.root = Node("", module, wanted)
         self.program = compile_program(self.root)
         paths = [name for node in self.root.walk() for name in node.tensor_names()]
         index = {path: position for position, path in enumerate(paths)}
+        self.stacked = [(index[_path(a)], index[_path(b)]) for a, b in pairs]
+        index |= {_path(pair): len(paths) + at for at, pair in enumerate(pairs)}
         texts = [_text(layer, index) for layer in self.layers if layer.kind != "identity"]
+        if shape is not None and len(shape) > 1:
+            texts.insert(0, " ".join(map(str, ["reshape", *shape])))
         self.spec = ";".join(texts)
-        self.names = tuple(path.removeprefix("_orig_mod.") for path in paths)
+        self.names = tuple(path.removeprefix("_orig_mod.") for path in (*paths, *map(_path, pairs)))
         last = next((at for at in reversed(range(len(texts))) if not texts[at].startswith("reshape")), -1)
         self.stripped = (
             ";".join(texts[:last] + texts[last + 1 :]) if last >= 0 and texts[last] == "sigmoid" else None
@@ -61,25 +89,33 @@ class Structure:
         return self.stripped
 
 
+def _path(entry: TensorRef | Stacked) -> str:
+    return join(entry.path, entry.name) if isinstance(entry, TensorRef) else " and ".join(map(_path, entry))
+
+
 def _text(layer: Layer, index: dict[str, int]) -> str:
-    numbers = ["-1" if ref is None else str(index[join(ref.path, ref.name)]) for ref in layer.tensors]
+    numbers = ["-1" if entry is None else str(index[_path(entry)]) for entry in layer.tensors]
     return " ".join([layer.kind, *numbers, *layer.args])
 
 
-_cache: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+_MOST_FORMS = 8
+_cache: WeakKeyDictionary[nn.Module, dict[Form, Structure]] = WeakKeyDictionary()
 
 
-def current(module: nn.Module) -> tuple[Structure, Collected]:
+def current(module: nn.Module, form: Form = FLAT) -> tuple[Structure, Collected]:
     """The structure that holds now, read again if the module changed, and the tensors of the same walk."""
-    found = _still_holds(module)
+    found = _still_holds(module, form)
     if found is not None:
         return found
     with READING:
-        found = _still_holds(module)
+        found = _still_holds(module, form)
         if found is not None:  # another thread has read it meanwhile
             return found
-        fresh = Structure(module)
-        _cache[module] = fresh
+        fresh = Structure(module, form)
+        known = _cache.setdefault(module, {})
+        if len(known) >= _MOST_FORMS:
+            known.clear()
+        known[form] = fresh
     collected = visit(module, fresh.program)
     if collected is None:
         if fresh.failure is None:
@@ -88,9 +124,9 @@ def current(module: nn.Module) -> tuple[Structure, Collected]:
     return fresh, collected
 
 
-def _still_holds(module: nn.Module) -> tuple[Structure, Collected] | None:
+def _still_holds(module: nn.Module, form: Form) -> tuple[Structure, Collected] | None:
     """What is remembered of a module, if it has not changed since."""
-    known = _cache.get(module)
+    known = _cache.get(module, {}).get(form)
     if known is None:
         return None
     try:
@@ -104,8 +140,9 @@ def _still_holds(module: nn.Module) -> tuple[Structure, Collected] | None:
 def forget(module: nn.Module, known: Structure) -> None:
     """Have the module read again when it is next used."""
     with READING:
-        if _cache.get(module) is known:
-            del _cache[module]
+        remembered = _cache.get(module, {})
+        if remembered.get(known.form) is known:
+            del remembered[known.form]
 
 
 def verify(known: Structure, collected: Collected) -> None:
@@ -131,4 +168,11 @@ def evaluate(known: Structure, collected: Collected) -> list[Tensor]:
         for position, module, name in collected.computed:
             collected.found[position] = getattr(module, name)
     verify(known, collected)
-    return collected.found
+    found = collected.found
+    if known.stacked:
+        apart = {position for pair in known.stacked for position in pair}
+        found += [torch.cat([found[a], found[b]]) for a, b in known.stacked]
+        # Places stay; what is stacked is given once.
+        for position in apart:
+            found[position] = found[position].new_empty(0)
+    return found

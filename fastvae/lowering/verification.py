@@ -73,7 +73,7 @@ def checked(
     error = _output_error(known, tensors, module, z)
     if error is not None and not error <= 1:
         forget(module, known)
-        known, collected = current(module)
+        known, collected = current(module, known.form)
         tensors = evaluate(known, collected)
         error = _output_error(known, tensors, module, z)
         if error is not None and not error <= 1:
@@ -130,7 +130,11 @@ def _output_error(known: Structure, tensors: list[Tensor], module: nn.Module, z:
     tensors = [tensor.detach() for tensor in tensors]
     with _plain(z):
         try:
-            own = _settled(module)(z.clone())
+            own = _settled(module)(
+                z.clone() if known.form.shape is None else z.reshape(-1, *known.form.shape)
+            )
+            if known.form.two_heads and isinstance(own, (tuple, list)):
+                own = torch.cat(tuple(own), 1)
         except torch.OutOfMemoryError:
             return None
         except Exception:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from fastvae._compiling import is_captured
 from fastvae._extension import raw
-from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer
+from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.lowering.errors import join
-from fastvae.lowering.rows import RowsModule
 from fastvae.models.base import BaseVAE
 from fastvae.models.inputs import JoinedEncoder
 from fastvae.network.cache import read_network
@@ -232,7 +231,7 @@ def lower_encoder(
     """
     if len(shape) > 3:
         raise UnsupportedLayer(f"lower: a sample of more than three dimensions, {list(shape)}")
-    network = RowsModule(encoder, shape).lower(compare_at)
+    network = lower(encoder, shape=shape, compare_at=compare_at)
     own = {id(parameter) for parameter in encoder.parameters()}
     used: set[str] = set()
     for layer in network.spec.split(";"):

@@ -1,5 +1,6 @@
 """The operators. Each file holds one: public function, fake kernel, autograd formula."""
 
+from fastvae.ops.elbo import elbo
 from fastvae.ops.gaussian_kl import gaussian_kl
 from fastvae.ops.grad_dot import grad_dot
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
@@ -9,6 +10,7 @@ from fastvae.ops.log_px import log_px
 from fastvae.ops.log_px_and_force import log_px_and_force
 
 __all__ = [
+    "elbo",
     "gaussian_kl",
     "grad_dot",
     "hamiltonian_flow",

@@ -1,0 +1,209 @@
+"""A VAE's objective as one operator: encoder, reparameterisation, decoder, likelihood and divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastvae import reference
+from fastvae._compiling import is_compiling
+from fastvae._extension import raw
+from fastvae.decoding import transformed
+from fastvae.likelihoods import Likelihood, resolve
+from fastvae.lowering import LoweredNetwork, lower
+from fastvae.lowering.running import output_of
+from fastvae.ops._registration import (
+    cast_under_autocast,
+    check_condition,
+    check_one_device,
+    check_rank,
+    check_tensors,
+    empty_gradients,
+)
+from fastvae.reference import ElboTerms
+
+__all__ = ["ElboTerms", "elbo", "fused_terms"]
+
+
+def elbo(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    x: Tensor,
+    noise: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    beta: float = 1.0,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """log p(x | z) - beta KL(q(z | x) || N(0, I)) in nats at z = mu + sigma noise, for each sample.
+
+    Kingma and Welling, Auto-encoding variational Bayes, ICLR 2014, equation 10 with one sample of z; beta: Higgins et
+    al., beta-VAE, ICLR 2017. Its mean over standard normal noise is the evidence lower bound.
+
+    Where :func:`fastvae.lowering.lower` can take both networks, two sweeps in kernels give the value and two more the
+    gradient, each weight's as one product over all rows; an encoder may have two heads on a trunk. What cannot be taken
+    runs as it is, with the same result: another kind of layer, BatchNorm in training mode, a likelihood without a
+    kernel, a condition, an x or noise whose gradient is wanted, autocast, ``torch.func`` and ``torch.compile``.
+
+    Args:
+        encoder: a module from x (as the likelihood's floats) to [B, 2 d], mean before log variance, or to the pair
+            (mu [B, d], logvar [B, d]).
+        decoder: a module from codes [B, d] to natural parameters of the likelihood.
+        x: data [B, ...]; float, uint8 or bool.
+        noise: standard normal [B, d], float32 or float64 as the networks.
+        likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
+        beta: weight of the divergence.
+        condition: [B, ...], handed to both networks after x and z.
+
+    Returns:
+        [B]; the gradient reaches every parameter of both networks, and can be differentiated again.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: an x or noise that is no tensor.
+    """
+    check_tensors("elbo", x=x, noise=noise)
+    like = resolve(likelihood)
+    if noise.dim() != 2 or x.dim() == 0 or len(noise) != len(x):
+        expected = f"[{len(x)}, d]" if x.dim() else "[B, d]"
+        raise ValueError(f"fastvae::elbo: noise: expected shape {expected}, got {list(noise.shape)}")
+    check_condition("elbo", condition, len(x))
+    found = None if condition is not None else fused_terms(encoder, decoder, x, noise[None], like)
+    if found is None:
+        found = reference.elbo_terms(encoder, decoder, x, noise[None], like, condition=condition)
+    return found.log_px[0] - beta * found.kl
+
+
+def fused_terms(
+    encoder: nn.Module, decoder: nn.Module, x: Tensor, noise: Tensor, likelihood: Likelihood
+) -> ElboTerms | None:
+    """The terms of the objective by kernels, at noise [S, B, d]; None where they do not take it.
+
+    See :func:`elbo` for the rest. They are differentiable again: by PyTorch's operations.
+    """
+    if not _is_plain(x, noise) or not likelihood.has_kernel or not 1 <= x.dim() - 1 <= 3 or not len(x):
+        return None
+    try:
+        rows = likelihood.as_float(x, noise.dtype).flatten(1)
+        of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows)
+        of_decoder = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=noise[0])
+        if likelihood.of_logits and of_decoder.ends_in_sigmoid != likelihood.probs:
+            return None
+
+        def again(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return _differentiable_gradient(of_encoder, of_decoder, x, noise, likelihood, cotangents)
+
+        networks = (of_encoder.tensors, of_decoder.tensors, of_encoder.spec, of_decoder.spec)
+        found = raw.differentiable_elbo_terms(rows, noise, *networks, likelihood.spec, again)
+    except (ValueError, TypeError):
+        # Modules say best themselves what does not fit.
+        return None
+    log_px, *rest = found
+    base = likelihood.base_measure(x, noise.dtype)
+    return ElboTerms(log_px if base is None else log_px + base, *rest)
+
+
+def _is_plain(x: Tensor, noise: Tensor) -> bool:
+    """Whether nothing is asked that only PyTorch's own operations can do."""
+    if (
+        is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or noise.dtype not in (torch.float32, torch.float64)
+    ):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or transformed():
+        return False
+    if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0 or x.device != noise.device:
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or noise.requires_grad))
+
+
+def _differentiable_gradient(
+    encoder: LoweredNetwork,
+    decoder: LoweredNetwork,
+    x: Tensor,
+    noise: Tensor,
+    likelihood: Likelihood,
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradient to the tensors of both networks, with a graph."""
+    rows = likelihood.as_float(x, noise.dtype).flatten(1)
+    mu, logvar = output_of(encoder, rows).chunk(2, 1)
+    found = reference.terms_at(
+        mu, logvar, noise, lambda z: likelihood.log_prob(output_of(decoder, z), _times(x, z))
+    )
+    tensors = [*encoder.tensors, *decoder.tensors]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    pairs = [(out, given) for out, given in zip(found, cotangents, strict=True) if given is not None]
+    outputs, given = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
+    return [next(gradients) if tensor.requires_grad else None for tensor in tensors]
+
+
+def _times(x: Tensor, z: Tensor) -> Tensor:
+    return x.repeat(len(z) // len(x), *(1 for _ in x.shape[1:]))
+
+
+@torch.library.register_fake("fastvae::elbo_terms")
+def _(
+    x: Tensor,
+    noise: Tensor,
+    encoder_parameters: Sequence[Tensor],
+    decoder_parameters: Sequence[Tensor],
+    encoder: str,
+    decoder: str,
+    likelihood: str,
+    store: bool,
+) -> tuple[Tensor, ...]:
+    parameters = [*encoder_parameters, *decoder_parameters]
+    check_one_device("elbo_terms", x, "x", noise=noise, parameters=parameters)
+    check_rank("elbo_terms", "x", x, "[B, n]")
+    check_rank("elbo_terms", "noise", noise, "[S, B, d]")
+    batch = x.shape[0]
+    sizes = raw.elbo_terms_stash(
+        encoder,
+        decoder,
+        likelihood,
+        *([list(t.shape) for t in ts] for ts in (encoder_parameters, decoder_parameters)),
+        x.shape[1],
+        noise.shape[2],
+    )
+    stashes = [
+        x.new_empty(batch * rows * size if store else 0)
+        for rows, size in zip((1, noise.shape[0]), sizes, strict=True)
+    ]
+    codes = [x.new_empty(noise.shape[1:]) for _ in range(2)]
+    return x.new_empty(noise.shape[:2]), x.new_empty(batch), *codes, x.new_empty(noise.shape), *stashes
+
+
+@torch.library.register_fake("fastvae::elbo_terms_backward")
+def _(
+    grad_log_px: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_mu: Tensor | None,
+    grad_logvar: Tensor | None,
+    grad_z: Tensor | None,
+    x: Tensor,
+    noise: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    z: Tensor,
+    encoder_stash: Tensor,
+    decoder_stash: Tensor,
+    encoder_parameters: Sequence[Tensor],
+    decoder_parameters: Sequence[Tensor],
+    encoder: str,
+    decoder: str,
+    likelihood: str,
+    needs: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    name, parameters = "elbo_terms_backward", [*encoder_parameters, *decoder_parameters]
+    check_one_device(name, x, "x", noise=noise, mu=mu, logvar=logvar, z=z, parameters=parameters)
+    found = empty_gradients(name, x, parameters, needs)
+    return found[: len(encoder_parameters)], found[len(encoder_parameters) :]
+
+
+cast_under_autocast("elbo_terms")
