@@ -92,7 +92,7 @@ def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, common
         .eval()
         .to(options.device)
     )
-    noise = [rivals.noise_of(x, entry.latents) for x in (train, queries)]
+    noise = [rivals.noise_of(model, x, entry.latents) for x in (train, queries)]
     try:
         rivals.vmap_grad(losses, train[:2], queries[:2], [each[:2] for each in noise])
         way, name = rivals.vmap_grad, "vmap(grad)"

@@ -121,7 +121,7 @@ class Problem:
         self.train, self.queries = (
             torch.rand(count, *case.shape).round().to(device) for count in (case.train, case.queries)
         )
-        self.noise = [rivals.noise_of(x, case.latent_dim) for x in (self.train, self.queries)]
+        self.noise = [rivals.noise_of(self.model, x, case.latent_dim) for x in (self.train, self.queries)]
         self.tracin = fastvae.influence.TracIn(
             self.model, self.train, [None], lambda model, checkpoint: 1.0, num_samples=1
         )

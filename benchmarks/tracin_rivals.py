@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.noise import Stream, draws_of, key_of_weights, keys_of
 
 
-def noise_of(x: Tensor, latent_dim: int) -> Tensor:
-    """The noise that ours draws with one draw and seed 0: [B, d]."""
-    return Stream(draws_of(keys_of(x), 0, 1)).normal((1, latent_dim))[:, 0].to(x)
+def noise_of(model: nn.Module, x: Tensor, latent_dim: int) -> Tensor:
+    """The noise that ours draws for the model with one draw and seed 0: [B, d]."""
+    return Stream(draws_of(keys_of(x) ^ key_of_weights(model), 0, 1)).normal((1, latent_dim))[:, 0].to(x)
 
 
 class Losses(nn.Module):

@@ -1,5 +1,7 @@
 """Noise keyed by (seed, hash of the sample's bytes, draw): a sample's score does not depend on where it stands.
 
+TracIn's is keyed by the checkpoint, too: ``draws_of(keys_of(x) ^ key_of_weights(model), seed, draws)``.
+
 Numbers come from the counter-based generator of Steele, Lea and Flood ("Fast splittable pseudorandom number
 generators", OOPSLA 2014), evaluated for all samples at once, on their device.
 """
@@ -13,12 +15,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvae._extension import raw
 from fastvae.arguments import expect_numbers
 
-__all__ = ["SampleNoise", "Stream", "draws_of", "is_own_noise", "keys_of", "own_noise"]
+__all__ = ["SampleNoise", "Stream", "draws_of", "is_own_noise", "key_of_weights", "keys_of", "own_noise"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -29,6 +31,20 @@ def _of_seed(seed: int, device: torch.device) -> Tensor:
 def keys_of(x: Tensor) -> Tensor:
     """A hash of each sample's bytes: int64 [B]."""
     return raw.sample_keys(x.detach())
+
+
+@torch.no_grad()
+def key_of_weights(model: nn.Module) -> int:
+    """A hash of the values of all parameters in order.
+
+    It is the same in float32 and in float64, on every device, and wherever the weights were read from. Buffers do not
+    count: a BatchNorm's counter goes on while nothing is learnt.
+    """
+    found = [torch.zeros(1, dtype=torch.int64)]
+    for value in model.parameters():
+        rows = value.double() if value.is_floating_point() else value
+        found.append(keys_of(keys_of(rows if rows.dim() else rows[None])[None]).cpu())
+    return int(keys_of(torch.cat(found)[None]))
 
 
 def draws_of(keys: Tensor, seed: int, draws: int, first: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvae.influence import TracIn
 from fastvae.models import HVAE, VAE
-from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.noise import Stream, draws_of, key_of_weights, keys_of
 
 
 def generator(seed: int) -> torch.Generator:
@@ -120,6 +120,14 @@ def no_checkpoint(model: nn.Module, checkpoint: Any) -> float:
     return float(checkpoint)
 
 
+def scaled(model: nn.Module, checkpoint: Any) -> float:
+    """Takes the number that stands in for a checkpoint as a factor of all parameters, and as its weight."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(checkpoint)
+    return float(checkpoint)
+
+
 def tracin(model: nn.Module, train: Any, checkpoints: Any = (1.0,), **options: Any) -> TracIn:
     return TracIn(model, train, checkpoints, no_checkpoint, **{"num_samples": 3, **options})
 
@@ -129,7 +137,7 @@ def vae_gradients(model: Any, x: Tensor, draws: int, seed: int = 0) -> Tensor:
     model.eval()
     rows, like = [], next(model.parameters())
     for sample in x.split(1):
-        for key in draws_of(keys_of(sample), seed, draws):
+        for key in draws_of(keys_of(sample) ^ key_of_weights(model), seed, draws):
             noise = Stream(key[None]).normal((model.noise_draws, model.latent_dim)).to(like)
             loss = model(sample, noise=noise.transpose(0, 1))
             grads = torch.autograd.grad(loss.sum(), list(model.parameters()), materialize_grads=True)

@@ -17,7 +17,7 @@ from fastvae import HVAE, IWAE, VAE, ConsistencyVAE, JacobianL1VAE, fit, referen
 from fastvae.influence import TracIn
 from fastvae.models import SelectOutputs
 from fastvae.models.base import BaseVAE
-from fastvae.noise import SampleNoise, Stream, draws_of, keys_of
+from fastvae.noise import SampleNoise, Stream, draws_of, key_of_weights, keys_of
 from fastvae.ood import LikelihoodRegret
 from fastvae.ood.sequential import refit_one
 
@@ -166,7 +166,7 @@ def test_influence(name: str) -> None:
         rows = []
         for sample, label in zip(x.split(1), labels.split(1), strict=True):
             mean = 0
-            for key in draws_of(keys_of(sample), 0, 3):
+            for key in draws_of(keys_of(sample) ^ key_of_weights(model), 0, 3):
                 noise = Stream(key[None]).normal((model.noise_draws, DIM)).transpose(0, 1)
                 loss = model(sample, noise=noise, condition=label).sum()
                 grads = torch.autograd.grad(loss, parameters, materialize_grads=True)

@@ -16,6 +16,7 @@ from influence_problems import (
     images,
     mlp,
     normalised_vae,
+    scaled,
     tracin,
     vae_gradients,
 )
@@ -38,7 +39,7 @@ from fastvae.influence import TracIn, UncoveredParameter, engine, evaluation, no
 from fastvae.influence.factors import GRAM, TILES
 from fastvae.influence.topk import TopK
 from fastvae.models import HVAE, VAE, BaseVAE
-from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.noise import Stream, draws_of, key_of_weights, keys_of
 
 each_model = pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
 Make = Callable[[], nn.Module]
@@ -121,6 +122,43 @@ def test_unbiased_self_influence_and_standard_errors() -> None:
     by_query = torch.einsum("msp,np->msn", h, g.mean(1)).var(1) / 4
     by_sample = torch.einsum("mp,nsp->msn", h.mean(1), g).var(1) / 4
     assert close(errors, (by_query + by_sample).sqrt(), 1e-10)
+
+
+def test_scores_of_checkpoints_are_the_sum_of_those_of_each() -> None:
+    """In any order and however often one comes: noise is keyed by weights, not by their place in the list."""
+    x, queries, model = images(5, 20), images(3, 20, seed=2), build(dense_vae)
+
+    def of(*scales: float) -> tuple[Tensor, ...]:
+        found = TracIn(model, x, scales, scaled, num_samples=3, seed=1, query_seed=2)
+        with_error = found.influence_with_error(queries)
+        norms = found.self_influence(), found.self_influence(queries, unbiased=True)
+        return (found.influence(queries), *norms, *with_error)
+
+    each = {scale: of(scale) for scale in (0.5, 1.5)}
+    for scales in ((0.5, 1.5), (1.5, 0.5), (0.5, 0.5, 1.5)):
+        *scores, errors = of(*scales)
+        for i, score in enumerate(scores):
+            assert close(score, sum(each[scale][i] for scale in scales), 1e-12)
+        # Independent errors of different weights, the same ones of equal weights.
+        twice = len(scales) - 1
+        assert close(errors.square(), (twice * each[0.5][-1]).square() + each[1.5][-1].square(), 1e-12)
+
+
+def test_errors_average_out_over_checkpoints() -> None:
+    """The spread over seeds of the mean over 16 checkpoints of almost the same weights is a quarter of one's."""
+    x, queries, model = images(4, 20), images(3, 20, seed=2), build(dense_vae)
+    near = [1 + 1e-7 * i for i in range(16)]
+
+    def spread(scales: list[float]) -> float:
+        seeds = range(0, 48, 2)
+        found = [
+            TracIn(model, x, scales, scaled, num_samples=2, seed=i, query_seed=i + 1).influence(queries)
+            for i in seeds
+        ]
+        return float((torch.stack(found) / len(scales)).var(0).mean().sqrt())
+
+    # Of 24 seeds and 12 pairs; with common noise the ratio is 1.
+    assert 0.15 < spread(near) / spread(near[:1]) < 0.4
 
 
 def test_errors_shrink_with_the_root_of_the_draws() -> None:
@@ -313,7 +351,7 @@ def test_a_foreign_vae_gets_noise_keyed_by_sample() -> None:
     rows = []
     for sample in x.split(1):
         grads = []
-        for key in draws_of(keys_of(sample), 0, 3):
+        for key in draws_of(keys_of(sample) ^ key_of_weights(model), 0, 3):
             mu, logvar = model.encoder(sample).chunk(2, 1)
             z = mu + torch.exp(logvar / 2) * Stream(key[None]).normal((2,))
             loss = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum()

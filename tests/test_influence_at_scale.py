@@ -7,15 +7,16 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from influence_problems import build, dense_vae, hamiltonian_vae, images, tracin, vae_gradients
+from influence_problems import build, dense_vae, hamiltonian_vae, images, scaled, tracin, vae_gradients
 from torch.utils.data import TensorDataset
 
 import fastvae
-from fastvae.influence import engine
+from fastvae.influence import TracIn, engine
 from fastvae.ood import SelfInfluence
 
 SHARED = """
@@ -25,14 +26,15 @@ sys.path[:0] = PATHS
 import torch
 import torch.distributed as dist
 import fastvae.influence.tracin as module
-from influence_problems import build, dense_vae, images, tracin
+from influence_problems import build, dense_vae, images, scaled, tracin
 
 module._ON_CPU = dataclasses.replace(module._ON_CPU, rows=6)
 rank, file, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if rank >= 0:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
 group = dist.group.WORLD if rank >= 0 else None
-found = tracin(build(dense_vae), images(9, 20), process_group=group)
+model = build(dense_vae)
+found = module.TracIn(model, images(9, 20), [0.5, 1.5], scaled, num_samples=3, process_group=group)
 queries = images(4, 20, seed=2)
 top = found.influence(queries, k=3)
 results = [found.influence(queries), *top, found.self_influence(), *found.influence_with_error(queries)]
@@ -76,8 +78,12 @@ def test_a_destroyed_process_group_is_let_go(tmp_path: Path) -> None:
 def test_cached_factors_give_the_same_bits(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     x, queries = TensorDataset(images(9, 20)), images(4, 20, seed=2)
-    expected = tracin(build(make), x, [0.5, 2.0]).influence(queries)
-    first = tracin(build(make), x, [0.5, 2.0], cache_dir=tmp_path)
+
+    def made(**options: Any) -> TracIn:
+        return TracIn(build(make), x, [0.5, 2.0], scaled, num_samples=3, **options)
+
+    expected = made().influence(queries)
+    first = made(cache_dir=tmp_path)
     assert torch.equal(first.influence(queries), expected)
     files = sorted(tmp_path.iterdir())
     assert files and all(file.suffix == ".safetensors" for file in files)
@@ -86,10 +92,10 @@ def test_cached_factors_give_the_same_bits(make, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         engine.Engine, "factors", lambda *args, **kw: passes.append(len(args[2][0])) or factors(*args, **kw)
     )
-    again = tracin(build(make), x, [0.5, 2.0], cache_dir=tmp_path)
+    again = made(cache_dir=tmp_path)
     assert torch.equal(again.influence(queries), expected)
     assert sorted(tmp_path.iterdir()) == files and set(passes) == {4}, "only the queries were swept"
-    other = tracin(build(make), x, [0.5, 2.0], cache_dir=tmp_path, seed=1)
+    other = made(cache_dir=tmp_path, seed=1)
     assert not torch.equal(other.influence(queries), expected)
 
 

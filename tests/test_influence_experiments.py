@@ -46,10 +46,13 @@ def test_closed_forms_are_what_refits_give() -> None:
 
 def test_influence_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--points 30 60 --queries 5 --draws 16 128 --reference 2048 --trials 4 --pairs 6 --epochs 2"
+    sizes += " --checkpoints 1 8"
     script("influence").main([*sizes.split(), "--out", str(tmp_path)])
     results = json.loads((tmp_path / "influence.json").read_text())
     assert {row["train"] for row in results["classical"]} == {30, 60}
     assert -0.8 < results["settings"]["sampling_slope"] < -0.2
+    one, eight = results["noise"]
+    assert eight["fresh"] > max(eight["common"], one["fresh"]), "errors average out over checkpoints"
     assert (tmp_path / "influence.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "influence.png").stat().st_size > 5000
 

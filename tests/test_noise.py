@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from influence_problems import build, convolutional_vae, generator, hamiltonian_vae, images
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvae._extension import raw
-from fastvae.noise import SampleNoise, Stream, draws_of, keys_of
+from fastvae.noise import SampleNoise, Stream, draws_of, key_of_weights, keys_of
 
 
 def test_sample_noise_is_of_the_sample_and_the_draw_alone() -> None:
@@ -70,6 +70,28 @@ def test_keys_and_numbers_are_those_of_the_formula(dtype: torch.dtype, device: t
             # cos loses digits near its zeros in the oracle, not in the kernel.
             wanted = math.sqrt(-2 * math.log(u)) * math.cos(2 * math.pi * v)
             assert number == pytest.approx(wanted, rel=1e-13, abs=1e-14)
+
+
+def test_key_of_weights_is_of_their_values_in_order() -> None:
+    """Not of dtype, device or file, nor of buffers; every parameter counts, and so does which is which."""
+    model = build(convolutional_vae).float()
+    key, count = key_of_weights(model), len(list(model.parameters()))
+    assert key == key_of_weights(build(convolutional_vae)) == key_of_weights(model.double())
+    model.register_buffer("steps", torch.ones((), dtype=torch.int64))
+    assert key == key_of_weights(model)
+    found = {key}
+    for value in model.parameters():
+        value.detach().view(-1)[0] += 1e-6
+        found.add(key_of_weights(model))
+    for shape in ((), (0,), (2, 0), (3,)):
+        module = nn.Module()
+        module.scale = nn.Parameter(torch.ones(shape, dtype=torch.int64), requires_grad=False)
+        found.add(key_of_weights(module))
+    module.scale, module.shift = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
+    found.add(key_of_weights(module))
+    module.scale, module.shift = module.shift, module.scale
+    found |= {key_of_weights(module), key_of_weights(nn.ReLU())}
+    assert len(found) == 1 + count + 7
 
 
 def test_keys_depend_on_values_alone(device: torch.device) -> None:

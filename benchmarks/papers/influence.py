@@ -8,7 +8,9 @@ The analysis of Kong, Chaudhuri, Understanding Instance-based Interpretability o
 
 1. what leaving out a training point does to k-NN, kernel and Gaussian mixture densities, in closed form and by refits
    without it; in which of them a training point is its own strongest proponent;
-2. VAE-TracIn averages gradients over S draws of z: its error falls with the root of S.
+2. VAE-TracIn averages gradients over S draws of z: its error falls with the root of S;
+3. with fresh draws at every checkpoint its error averages out over checkpoints, too, and more training images are their
+   own strongest proponent.
 
 Tables and figure are also written, as influence.json, .md and .png.
 """
@@ -32,10 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     data = load(arguments.data, split="train")
     classical = measures.closed_forms(arguments.points, arguments.queries, arguments.seed)
-    sampling = measures.sampling_error(data.tensors()[0], arguments)
+    images = data.tensors()[0]
+    sampling = measures.sampling_error(images, arguments)
+    noise = measures.checkpoint_noise(images, arguments)
     mixture = [row for row in classical if row["density"].startswith("Gaussian")]
     settings: Row = {
         "data": Path(data.name).name,
+        "images": len(images),
+        "fewest_draws": min(arguments.draws),
         **{
             name: getattr(arguments, name)
             for name in ("queries", "pairs", "trials", "reference", "epochs", "seed")
@@ -45,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "fastvae": fastvae.__version__,
     }
-    text = report.as_text(classical, sampling, settings)
+    text = report.as_text(classical, sampling, noise, settings)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = {"settings": settings, "classical": classical, "sampling": sampling}
+    results = {"settings": settings, "classical": classical, "sampling": sampling, "noise": noise}
     write(arguments.out / "influence.json", json.dumps(results, indent=1) + "\n")
     write(arguments.out / "influence.md", text)
-    report.draw(classical, sampling, arguments.out / "influence.png")
+    report.draw(classical, sampling, noise, arguments.out / "influence.png")
     print(f"Written: {arguments.out}/influence.json, .md and .png")
 
 
@@ -65,7 +71,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, nargs="+", default=[4, 16, 64, 256], help="S")
     parser.add_argument("--reference", type=int, default=8192, help="S of the reference (default: 8192)")
     parser.add_argument("--trials", type=int, default=8, help="for each S (default: 8)")
-    parser.add_argument("--pairs", type=int, default=32, help="images on both sides (default: 32)")
+    parser.add_argument(
+        "--pairs", type=int, default=32, help="images on both sides, half of those retrieved (default: 32)"
+    )
+    parser.add_argument("--checkpoints", type=int, nargs="+", default=[1, 2, 4, 12], help="of a run")
     parser.add_argument("--epochs", type=int, default=20, help="of training (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/papers"), help="folder")

@@ -63,7 +63,7 @@ class Evaluation:
         return calls_of_vae(
             self.model,
             x if fold else x.repeat_interleave(self.draws, 0),
-            lambda latent_dim: Stream(draws_of(keys_of(x), self.seed, self.draws)).normal((latent_dim,)),
+            lambda latent_dim: self._stream(x).normal((latent_dim,)),
         )
 
     def losses(self, batch: Batch, fold: bool = True, sweep: Sweep | None = None) -> Tensor:
@@ -71,14 +71,13 @@ class Evaluation:
 
         With ``fold`` the encoder of our models sees each sample once.
         """
-        keys = keys_of(batch[0])
         if isinstance(self.model, BaseVAE) and self.loss_fn is None and not self.model.penalties:
             model = self.model if sweep is None else sweep.installed()
-            return self._of_vae(model, batch[0], keys, fold, self._condition(batch))
+            return self._of_vae(model, batch[0], fold, self._condition(batch))
         if not self.is_random(batch):
             return self._of_rows(batch)
         rows = tuple(part.repeat_interleave(self.draws, 0) for part in batch)
-        with KeyedNoise(Stream(draws_of(keys, self.seed, self.draws))):
+        with KeyedNoise(self._stream(batch[0])):
             return self._of_rows(rows)
 
     def draws_of(self, batch: Batch) -> int:
@@ -97,9 +96,15 @@ class Evaluation:
     def _condition(self, batch: Batch) -> Tensor | None:
         return batch[1] if self.is_conditional else None
 
-    def _of_vae(
-        self, model: BaseVAE, x: Tensor, keys: Tensor, fold: bool, condition: Tensor | None
-    ) -> Tensor:
+    def _stream(self, x: Tensor) -> Stream:
+        """The noise of every draw of every sample under this checkpoint.
+
+        Keyed by the checkpoint's weights: scores of several checkpoints are the sum of those of each, in any order,
+        and their errors are independent.
+        """
+        return Stream(draws_of(keys_of(x) ^ self.snapshot.noise_key(), self.seed, self.draws))
+
+    def _of_vae(self, model: BaseVAE, x: Tensor, fold: bool, condition: Tensor | None) -> Tensor:
         repeated, each = x, condition
         if self.draws > 1:
             repeated = x.repeat_interleave(self.draws, 0)
@@ -110,8 +115,8 @@ class Evaluation:
                 encoded[0].repeat_interleave(self.draws, 0),
                 encoded[1].repeat_interleave(self.draws, 0),
             )
-        stream = Stream(draws_of(keys, self.seed, self.draws))
-        noise = stream.normal((model.noise_draws, *encoded[0].shape[1:])).to(encoded[0]).transpose(0, 1)
+        drawn = self._stream(x).normal((model.noise_draws, *encoded[0].shape[1:]))
+        noise = drawn.to(encoded[0]).transpose(0, 1)
         losses: Tensor = encoded_already(model, repeated, encoded)(repeated, noise=noise, **given(each))
         return losses
 

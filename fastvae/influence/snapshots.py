@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.influence.cache import fingerprint
+from fastvae.noise import key_of_weights
 from fastvae.private import PrivateCopies, for_scoring, private_copy
 
 __all__ = ["Snapshot", "Snapshots"]
@@ -25,6 +26,19 @@ class Snapshot:
     """Of the checkpoint in TracIn."""
     model: nn.Module
     """A private copy in eval mode."""
+    _noise_key: int | None = None
+
+    def noise_key(self) -> int:
+        """Of the weights: what keys the noise under this checkpoint, whatever stands beside it."""
+        if self._noise_key is None:
+            self._noise_key = key_of_weights(self.model)
+        return self._noise_key
+
+    def to(self, like: Tensor) -> None:
+        """Move to the device and dtype of ``like``; rounded weights are other weights."""
+        if next(self.model.parameters()).dtype != like.dtype:
+            self._noise_key = None
+        self.model.to(like.device, like.dtype)
 
 
 class Snapshots:
@@ -81,15 +95,15 @@ class Snapshots:
             self._current = None
 
     def _hold(self, private: nn.Module) -> None:
-        if not self._known or self._known[0].model is not private:
-            self._known = [Snapshot(1.0, private)]
+        same = bool(self._known) and self._known[0].model is private
+        self._known = [Snapshot(1.0, private, self._known[0].encoders if same else {})]
         self._fingerprints.clear()
 
     def _load_rest(self, sources: list[Any]) -> None:
         like = next(self._model.parameters())
         for snapshot in self._known:
             # The model may have been moved since.
-            snapshot.model.to(like.device, like.dtype)
+            snapshot.to(like)
         for source in sources[len(self._known) :]:
             private = private_copy(self._model)
             weight = self._load(private, source)
@@ -103,6 +117,13 @@ class Snapshots:
             self._current = index
             self._use(self._known[index])
         return self._known[index].weight
+
+    def by_noise(self) -> list[list[int]]:
+        """The checkpoints in groups of equal weights, whose noise is the same."""
+        groups: dict[int, list[int]] = {}
+        for index, snapshot in enumerate(self._known):
+            groups.setdefault(snapshot.noise_key(), []).append(index)
+        return list(groups.values())
 
     def forget(self) -> None:
         """Load the checkpoints anew when they are next borrowed."""

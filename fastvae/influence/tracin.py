@@ -90,7 +90,9 @@ class TracIn:
         batch_size: at which ``train_dataset`` is collated at least. Results do not depend on it.
         test_loss_fn: of the queries, if another.
         sample_wise_grads_per_batch: accepted for captum's sake; gradients are always those of each sample.
-        num_samples: S, draws of the noise of models that draw any, keyed by (seed, sample, draw).
+        num_samples: S, draws of the noise of models that draw any, keyed by (seed, checkpoint, sample, draw). A
+            checkpoint counts by its weights, not by its place: the scores of several are the sum of those of each,
+            and their sampling errors average out (equal weights have equal noise).
         seed: of the noise.
         query_seed: of the queries' noise; None: the same. With the same noise a training sample's product with
             itself is larger by the sampling variance over S, which flatters retrieval of a query itself.
@@ -159,7 +161,7 @@ class TracIn:
         self._turns = Turns()
         self._memory = raw.Recycling()
         self._cache = FactorCache(cache_dir)
-        self._settings = f"{num_samples} {seed} {layers} {uncovered}"
+        self._settings = f"{num_samples} {seed} {layers} {uncovered} noise keyed by weights"
 
     def influence(
         self,
@@ -206,7 +208,8 @@ class TracIn:
         """All scores, and the standard error that each has from averaging over S draws instead of all.
 
         A score is the product of two means over S independent draws; the spread of its terms over the draws of
-        the training sample and over those of the query gives its variance (delta method). With common noise on
+        the training sample and over those of the query gives its variance (delta method), which adds up over
+        checkpoints. With common noise on
         both sides (``query_seed=None``) that of a sample with itself leaves out a bias of the same order.
 
         Raises:
@@ -415,17 +418,23 @@ class TracIn:
     def _with_variance(self, queries: Batch, batch: Batch, draws: int) -> tuple[Tensor, Tensor]:
         """Scores [M, n] and their sampling variance."""
         routes = self._routes(queries)
-        by_query: Tensor | float = 0.0
-        by_sample: Tensor | float = 0.0
-        for index in range(len(self._snapshots)):
-            weight = self._snapshots.enter(index)
-            mean_q, mean_t = (
-                self._factors(self._query, queries, routes),
-                self._factors(self._train, batch, routes),
-            )
-            each_q = self._factors(self._query, queries, routes, fold=False)
-            each_t = self._factors(self._train, batch, routes, fold=False)
-            by_query = by_query + weight * dot(each_q, mean_t).view(-1, draws, len(batch[0]))
-            by_sample = by_sample + weight * dot(mean_q, each_t).view(len(queries[0]), -1, draws)
-        assert isinstance(by_query, Tensor) and isinstance(by_sample, Tensor)
-        return by_query.mean(1).cpu(), (by_query.var(1) / draws + by_sample.var(2) / draws).cpu()
+        scores = torch.zeros(len(queries[0]), len(batch[0]))
+        variance = torch.zeros_like(scores)
+        for group in self._snapshots.by_noise():
+            by_query: Tensor | float = 0.0
+            by_sample: Tensor | float = 0.0
+            for index in group:
+                weight = self._snapshots.enter(index)
+                mean_q, mean_t = (
+                    self._factors(self._query, queries, routes),
+                    self._factors(self._train, batch, routes),
+                )
+                each_q = self._factors(self._query, queries, routes, fold=False)
+                each_t = self._factors(self._train, batch, routes, fold=False)
+                by_query = by_query + weight * dot(each_q, mean_t).view(-1, draws, len(batch[0]))
+                by_sample = by_sample + weight * dot(mean_q, each_t).view(len(queries[0]), -1, draws)
+            assert isinstance(by_query, Tensor) and isinstance(by_sample, Tensor)
+            # Noise under other weights is independent: variances add.
+            scores = scores + by_query.mean(1).cpu()
+            variance = variance + (by_query.var(1) / draws + by_sample.var(2) / draws).cpu()
+        return scores, variance

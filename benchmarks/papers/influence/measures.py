@@ -1,10 +1,13 @@
-"""Closed forms against refits, and the sampling error of VAE-TracIn."""
+"""Closed forms against refits, the sampling error of VAE-TracIn, and what its noise is keyed by."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable, Sequence
+from statistics import mean
+from typing import Any
 
 import torch
 from shared import Row
@@ -13,11 +16,14 @@ from torch.utils.data import DataLoader
 
 import fastvae
 from fastvae.influence import TracIn
+from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.training import load_checkpoint
 
 from . import densities
 
 COMPONENTS = 3
 DIM = 2
+LATENTS = 8
 
 
 def points(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -73,14 +79,79 @@ def closed_forms(sizes: Sequence[int], queries: int, seed: int) -> list[Row]:
     return rows
 
 
+def trained(x: Tensor, epochs: int, seed: int, **options: Any) -> tuple[fastvae.VAE, fastvae.History]:
+    """A small dense beta-VAE after so many epochs on images [N, ...]."""
+    torch.manual_seed(seed)
+    size = x[0].numel()
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, 2 * LATENTS))
+    decoder = nn.Sequential(nn.Linear(LATENTS, 64), nn.ReLU(), nn.Linear(64, size))
+    model = fastvae.VAE(encoder, decoder, beta=4.0)
+    loader = DataLoader(x, 64, shuffle=True)
+    return model, fastvae.fit(model, loader, epochs=epochs, seed=seed, progress=False, **options)
+
+
+class GivenNoise(nn.Module):
+    """The mean loss over noise [B, S, d] that comes with the batch: the same under every checkpoint."""
+
+    def __init__(self, model: fastvae.VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        draws = noise.shape[1]
+        losses = self.model(x.repeat_interleave(draws, 0), noise=noise.flatten(0, 1)[None])
+        return losses.view(-1, draws).mean(1)
+
+
+def common_noise(
+    model: fastvae.VAE, x: Tensor, own: Tensor, checkpoints: Sequence[Any], draws: int, seed: int
+) -> Tensor:
+    """[M] the strongest proponents of x[own] with the same draws at every checkpoint."""
+
+    def batch(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        noise = Stream(draws_of(keys_of(x), seed, draws)).normal((LATENTS,))
+        return x, noise.view(len(x), draws, LATENTS).to(x), x.new_zeros(len(x))
+
+    tracin = TracIn(
+        GivenNoise(model),
+        batch(x, seed),
+        checkpoints,
+        lambda given, file: load_checkpoint(given.model, file),
+        loss_fn=lambda losses, _: losses,
+    )
+    return tracin.influence(batch(x[own], seed + 1), k=1)[0][:, 0]
+
+
+def checkpoint_noise(x: Tensor, arguments: argparse.Namespace) -> list[Row]:
+    """The share of training images that are their own strongest proponent, for each number of checkpoints.
+
+    Independent noise on both sides: the same at every checkpoint, or fresh at each.
+    """
+    most, draws = max(arguments.checkpoints), min(arguments.draws)
+    every = max(1, arguments.epochs // most)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    own = torch.randperm(len(x), generator=generator)[: 2 * arguments.pairs]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, history = trained(x, every * most, arguments.seed, run_dir=folder, checkpoint_every=every)
+        for count in arguments.checkpoints:
+            chosen = [history.checkpoints[most * (i + 1) // count - 1] for i in range(count)]
+            shares: dict[str, list[float]] = {"common": [], "fresh": []}
+            for seed in range(0, 2 * arguments.trials, 2):
+                tracin = TracIn(model, x, chosen, num_samples=draws, seed=seed, query_seed=seed + 1)
+                found = {
+                    "common": common_noise(model, x, own, chosen, draws, seed),
+                    "fresh": tracin.influence(x[own], k=1)[0][:, 0],
+                }
+                for name, indices in found.items():
+                    shares[name].append(float((indices == own).double().mean()))
+            rows.append({"checkpoints": count, **{name: mean(each) for name, each in shares.items()}})
+    return rows
+
+
 def sampling_error(x: Tensor, arguments: argparse.Namespace) -> list[Row]:
     """The error of VAE-TracIn with S draws, as a share of the scores' size, for each S."""
-    torch.manual_seed(arguments.seed)
-    size = x[0].numel()
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, 16))
-    model = fastvae.VAE(encoder, nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, size)), beta=4.0)
-    loader = DataLoader(x, 64, shuffle=True)
-    fastvae.fit(model, loader, epochs=arguments.epochs, seed=arguments.seed, progress=False)
+    model, _ = trained(x, arguments.epochs, arguments.seed)
     train, queries = x[: arguments.pairs], x[-arguments.pairs :]
 
     def scores(draws: int, seed: int) -> Tensor:
