@@ -1,5 +1,7 @@
 """Measures of trained models: what their codes say about images, and their evidence.
 
+ais.py              evidence by annealed importance sampling, and bounds from both sides
+annealing.py        its chains
 disentanglement.py  mutual information gap and modularity of given codes and factors
 local.py            the same in small neighbourhoods of the factors, for a model
 outliers.py         how well scores tell foreign samples from others
@@ -7,6 +9,7 @@ posteriors.py       negative log-likelihood, mutual information, active units of
 probes.py           labels read from codes by nearest neighbours and by a linear classifier
 """
 
+from fastvae.metrics.ais import AISBounds, AISEstimate, ais, bidirectional_ais
 from fastvae.metrics.disentanglement import factor_information, mig, modularity
 from fastvae.metrics.local import codes_of, local_codes, local_mig, local_modularity
 from fastvae.metrics.outliers import OODMetrics, ood_metrics
@@ -20,9 +23,13 @@ from fastvae.metrics.posteriors import (
 from fastvae.metrics.probes import knn_accuracy, linear_probe
 
 __all__ = [
+    "AISBounds",
+    "AISEstimate",
     "Estimate",
     "OODMetrics",
     "active_units",
+    "ais",
+    "bidirectional_ais",
     "codes_of",
     "factor_information",
     "knn_accuracy",

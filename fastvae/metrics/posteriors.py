@@ -73,10 +73,7 @@ def negative_log_likelihood(
         images,
         lambda private, x: private.log_likelihood(x, num_samples, generator=generator),
     )
-    values = -torch.cat([value.double().cpu() for value in found])
-    if len(values) < 2:
-        raise ValueError(f"negative_log_likelihood: images: expected at least 2, got {len(values)}")
-    return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))))
+    return estimate_of("negative_log_likelihood", -torch.cat([value.double().cpu() for value in found]))
 
 
 def mutual_information(
@@ -140,13 +137,25 @@ def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int
     return int((means.var(0) > threshold).sum())
 
 
-def _of_batches(name: str, model: BaseVAE, images: Images, call: Callable[[BaseVAE, Tensor], object]) -> list:
-    """``call`` of every batch on the model's device, with a copy of the model in eval mode."""
-    batches = images.split(_BATCH) if isinstance(images, Tensor) else map(images_of, images)
+def estimate_of(name: str, values: Tensor) -> Estimate:
+    """The mean over images, of a value for each: float64 [N], N at least 2."""
+    if len(values) < 2:
+        raise ValueError(f"{name}: images: expected at least 2, got {len(values)}")
+    return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))))
+
+
+def private_model(name: str, model: BaseVAE) -> BaseVAE:
+    """A copy in eval mode to measure. TypeError, in the caller's name, for what is no model."""
     inner = unwrap(model)
     if not isinstance(inner, BaseVAE):
         raise TypeError(f"{name}: model: expected a fastvae model, got {type(inner).__name__}")
-    private = private_copy(inner)
+    return private_copy(inner)
+
+
+def _of_batches(name: str, model: BaseVAE, images: Images, call: Callable[[BaseVAE, Tensor], object]) -> list:
+    """``call`` of every batch on the model's device, with a copy of the model in eval mode."""
+    batches = images.split(_BATCH) if isinstance(images, Tensor) else map(images_of, images)
+    private = private_model(name, model)
     device = next(private.parameters()).device
     found = [call(private, batch.to(device)) for batch in batches if len(batch)]
     if not found:
