@@ -288,6 +288,11 @@ def test_a_sample_without_a_number_stays_alone() -> None:
         p.z[1] = float("nan")
         for result in p.run():
             assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
+        # Repeated without a gradient, the calls are written down as code, whose results are compared with the call's.
+        with torch.no_grad():
+            for _ in range(4):
+                for result in p.run():
+                    assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
 
 
 @quiet
