@@ -17,7 +17,7 @@ from fastvae.data import images_of
 from fastvae.metrics.annealing import Bridge, adapted_steps, annealed, temperatures
 from fastvae.metrics.posteriors import Estimate, Images, estimate_of, private_model
 from fastvae.models import BaseVAE
-from fastvae.models.inputs import check_condition, given, half_dtype_of
+from fastvae.models.inputs import check_condition, given, half_dtype_of, needs_condition
 from fastvae.noise import Stream, draws_of, keys_of
 from fastvae.progress import with_bar
 
@@ -31,9 +31,11 @@ _PILOTS = 4
 _PILOT_TEMPERATURES = 100, 300
 # Numbers of the first draw of noise of the chains forth and back, behind those of the preliminary run.
 _FIRST, _FIRST_BACK = _PILOTS, 2**32
-# Images in the encoder at once, and decoder outputs of the codes at once.
 _BATCH = 500
-_OUTPUTS = 2**18
+"""Images in the encoder at once."""
+# Decoder outputs at once: on a CPU 512 KiB of float32, below the size from which fresh memory costs a page fault each.
+_OUTPUTS = {"cpu": 2**17}
+_OUTPUTS_ELSEWHERE = 2**22
 
 
 class AISEstimate(NamedTuple):
@@ -42,7 +44,7 @@ class AISEstimate(NamedTuple):
     log_px: Tensor
     """[B]: log of the mean weight; in expectation a lower bound, an upper one of chains back."""
     standard_error: Tensor
-    """[B]: of ``log_px``, by the spread of the weights; NaN for a single chain."""
+    """[B]: of ``log_px``, by the spread of the weights (back: of chains that share their start); NaN for one chain."""
     log_weights: Tensor
     """[B, chains]: logarithms of unbiased estimates of p(x), of 1 / p(x) of chains that started at the posterior."""
     acceptance: Tensor
@@ -114,7 +116,8 @@ def ais(
             all or as [num_temperatures - 2, B]. Each transition takes 0.8 to 1.2 of it.
         target_acceptance: what the preliminary run adapts to.
         condition: [B, ...] of a conditional model, for an x that is a tensor: log p(x | condition).
-        chunk_size: rows (image x chain) in the decoder at once; by default as many as give 2**18 outputs.
+        chunk_size: rows (image x chain) in the decoder at once; by default as many as give 2**17 outputs (2**22 on a
+            GPU).
         seed: of the noise, which is keyed by (seed, the image): an estimate does not depend on the batch, as far as
             the decoder's rounding does not (in float32, a decision on the border may fall otherwise).
         show_progress: a bar over the transitions (needs tqdm).
@@ -260,29 +263,32 @@ class _Chains:
         model.check_data(self.x)
         if condition is not None:
             check_condition(model, condition, len(x))
+            model._check_takes_condition()
             condition = condition.to(self.device)
+        elif needs_condition(model.decoder):
+            raise TypeError(
+                f"{options.name}: the decoder takes a condition, and none was given; pass condition="
+            )
         self.condition = condition
-        self.mean: Tensor | None = None
-        self.scale: Tensor | None = None
+        self.initial: tuple[Tensor, Tensor] | None = None
         if options.initial == "posterior":
-            self.mean, logvar = self._encoded(len(x))
-            self.scale = torch.exp(logvar / 2)
-        elif model.latent_dim is None:
-            self._encoded(1)
+            self.initial = self._posterior(len(x))
+        self.dim = model.latent_dim if model.latent_dim is not None else self._posterior(1)[0].shape[1]
         self.keys = keys_of(self.x)
         self.ladder = temperatures(int(options.num_temperatures), options.schedule).to(self.device)
         outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element
-        self.rows = int(options.chunk_size or max(1, _OUTPUTS // max(1, outputs)))
+        at_once = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)
+        self.rows = int(options.chunk_size or max(1, at_once // max(1, outputs)))
         self.steps = options.steps_for(len(x), self.device)
 
-    def _encoded(self, images: int) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the encoder's posterior of the first images."""
+    def _posterior(self, images: int) -> tuple[Tensor, Tensor]:
+        """Mean and scale of the encoder's posterior of the first images."""
         parts = []
         for rows in torch.arange(images).split(_BATCH):
             named = given(None if self.condition is None else self.condition[rows])
             parts.append(self.model.encode(self.x[rows], **named))
         means, logvars = zip(*parts, strict=True)
-        return torch.cat(means), torch.cat(logvars)
+        return torch.cat(means), torch.exp(torch.cat(logvars) / 2)
 
     def ticks(self, runs: int) -> Iterator[object]:
         """One for each transition of all tiles."""
@@ -302,22 +308,24 @@ class _Chains:
         ladder, steps, start = self.ladder, self.steps, None
         if z is not None:
             ladder, steps = ladder.flip(0), steps.flip(0)
-            start = z if self.mean is None else (z - self.mean) / self.scale
+            start = z if self.initial is None else (z - self.initial[0]) / self.initial[1]
         count = int(self.options.num_chains)
         keys = draws_of(self.keys, int(self.options.seed), count, _FIRST if z is None else _FIRST_BACK)
         weights, rates = [], []
         for rows in torch.arange(len(keys), device=self.device).split(self.rows):
             images, stream = rows // count, Stream(keys[rows])
-            found = annealed(
+            log_weight, rate = annealed(
                 self._bridge(images),
                 self._drawn(stream) if start is None else start[images],
                 *(ladder, steps[:, images], stream, int(self.options.num_leapfrog_steps), ticks),
             )
-            weights.append(found[0])
-            rates.append(found[1])
+            weights.append(log_weight)
+            rates.append(rate)
         log_weights = torch.cat(weights).view(-1, count)
         mean = log_weights.logsumexp(1) - math.log(count)
-        spread = (log_weights - mean[:, None]).exp().std(1) / math.sqrt(count)
+        # Of weights in units of their mean, which is 1; with one chain 0 / 0.
+        off = (log_weights - mean[:, None]).exp() - 1
+        spread = (off.square().sum(1) / (torch.tensor(count - 1.0) * count)).sqrt()
         acceptance = torch.cat(rates).view(-1, count).mean(1)
         if bad := int(mean.isnan().sum()):
             warnings.warn(
@@ -357,12 +365,12 @@ class _Chains:
         return max(1, self.rows // _PILOTS) * _PILOTS
 
     def _drawn(self, stream: Stream) -> Tensor:
-        return stream.normal((self.model.latent_dim,)).to(self.dtype)
+        return stream.normal((self.dim,)).to(self.dtype)
 
     def _bridge(self, images: Tensor) -> Bridge:
-        tensors = self.x, self.condition, self.mean, self.scale
-        of_rows = (None if tensor is None else tensor[images] for tensor in tensors)
-        return Bridge(self.model.decoder, self.model.likelihood, *of_rows)
+        condition = None if self.condition is None else self.condition[images]
+        initial = None if self.initial is None else (self.initial[0][images], self.initial[1][images])
+        return Bridge(self.model.decoder, self.model.likelihood, self.x[images], condition, initial)
 
 
 def _private(name: str, model: BaseVAE) -> BaseVAE:

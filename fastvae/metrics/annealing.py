@@ -53,26 +53,30 @@ class Bridge(NamedTuple):
     """The densities between an initial q(z) = N(mean, scale^2) and p(x, z), of rows of samples.
 
     In u = (z - mean) / scale they are N(u; 0, I) exp(b r(u)) with r = log p(x, z) - log q(z), b from 0 to 1: r and its
-    gradient do not depend on b. Without ``mean`` and ``scale``, q is the prior and r is log p(x | z).
+    gradient do not depend on b. Without ``initial``, q is the prior and r is log p(x | z).
     """
 
     decoder: torch.nn.Module
     likelihood: Likelihood
     x: Tensor
     condition: Tensor | None
-    mean: Tensor | None
-    scale: Tensor | None
+    initial: tuple[Tensor, Tensor] | None
+    """mean and scale, [rows, d] each"""
 
     def at(self, code: Tensor) -> State:
         """r(u) and its gradient: one forward and one reverse sweep of the decoder."""
-        z = code if self.mean is None or self.scale is None else self.mean + self.scale * code
-        log_px, force = log_px_and_force(self.decoder, z, self.x, self.likelihood, condition=self.condition)
-        ratio = log_px.double()
-        if self.scale is None:
-            return State(code, ratio, force)
-        log_q = -0.5 * code.double().square().sum(1) - self.scale.double().log().sum(1)
-        ratio = ratio - 0.5 * z.double().square().sum(1) - log_q
-        return State(code, ratio, self.scale * (force - z) + code)
+        if self.initial is None:
+            log_px, force = self._of_codes(code)
+            return State(code, log_px.double(), force)
+        mean, scale = self.initial
+        z = mean + scale * code
+        log_px, force = self._of_codes(z)
+        # log p(z) - log q(z), whose constants cancel.
+        of_prior = 0.5 * (code.double().square() - z.double().square()).sum(1) + scale.double().log().sum(1)
+        return State(code, log_px.double() + of_prior, scale * (force - z) + code)
+
+    def _of_codes(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return log_px_and_force(self.decoder, z, self.x, self.likelihood, condition=self.condition)
 
     def moved(
         self, state: State, temperature: Tensor, step: Tensor, stream: Stream, num_steps: int
