@@ -32,6 +32,7 @@ calls = {
     ),
     "tqdm train TracIn": lambda: tracin.influence(x, show_progress=True),
     "tqdm train LikelihoodRegret": lambda: regret.predict(x, show_progress=True),
+    "tqdm train ais": lambda: metrics.ais(model, x, 5, 2, show_progress=True),
     "pillow ood InputComplexity": lambda: fastvae.ood.InputComplexity(model),
 }
 for name, call in calls.items():

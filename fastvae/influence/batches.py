@@ -17,7 +17,6 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from fastvae._distribution import to_mend
 from fastvae.data import condition_of, images_of
 from fastvae.influence.evaluation import Batch
 
@@ -29,7 +28,6 @@ __all__ = [
     "spread_over",
     "tiles_of",
     "whole_batch",
-    "with_bar",
     "with_condition",
 ]
 
@@ -122,15 +120,6 @@ def count_of(data: Any) -> int:
         dropped = data.drop_last and data.batch_size
         return len(data) * data.batch_size if dropped else len(data.dataset)  # type: ignore[arg-type, operator]
     return len(data)
-
-
-def with_bar(tiles: Iterable[Batch], total: int) -> Iterable[Batch]:
-    """The tiles, ``total`` of them, with a bar on a terminal. ImportError without tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(f"TracIn: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}") from error
-    return tqdm(tiles, total=total, desc="TracIn", unit="tile")
 
 
 def _is_batch(data: Any) -> bool:

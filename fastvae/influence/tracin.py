@@ -23,7 +23,6 @@ from fastvae.influence.batches import (
     spread_over,
     tiles_of,
     whole_batch,
-    with_bar,
     with_condition,
 )
 from fastvae.influence.cache import FactorCache, fingerprint
@@ -37,6 +36,7 @@ from fastvae.influence.snapshots import Snapshot, Snapshots
 from fastvae.influence.topk import KMostInfluentialResults, TopK
 from fastvae.models import BaseVAE
 from fastvae.private import Turns, private_copy
+from fastvae.progress import with_bar
 from fastvae.training import load_checkpoint
 from fastvae.training.parallel import unwrap
 
@@ -332,7 +332,7 @@ class TracIn:
         tile = self._tile(evaluation, routes)
         tiles: Iterable[Batch] = tiles_of(data, tile, self.batch_size, self._take(evaluation))
         if show_progress:
-            tiles = with_bar(tiles, -(-count_of(data) // tile))
+            tiles = with_bar("TracIn", tiles, "tile", -(-count_of(data) // tile))
         first = 0
         for index, batch in enumerate(tiles):
             if self._share.is_mine(index):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvae._distribution import to_mend
 from fastvae.arguments import expect_numbers
 from fastvae.cuda_graphs import run_steps
 from fastvae.influence.noise import draws_noise
@@ -33,6 +32,7 @@ from fastvae.ood.copies import (
 from fastvae.ood.differentiated import differentiated_copies
 from fastvae.ood.objective import PosteriorObjective
 from fastvae.private import PrivateCopies
+from fastvae.progress import with_bar
 from fastvae.training.parallel import unwrap
 
 __all__ = ["LikelihoodRegret", "Refit"]
@@ -307,13 +307,7 @@ class LikelihoodRegret(Detector):
         size = self._group_size(model, x)
         starts: Iterable[int] = range(0, len(x), size)
         if show_progress:
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                raise ImportError(
-                    f"LikelihoodRegret: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}"
-                ) from error
-            starts = tqdm(starts, desc="LikelihoodRegret", unit="group")
+            starts = with_bar("LikelihoodRegret", starts, "group")
         for start in starts:
             rows = slice(start, start + size)
             yield x[rows], None if condition is None else condition[rows]

@@ -30,7 +30,7 @@ _INITIAL = ("prior", "posterior")
 _PILOTS = 4
 _PILOT_TEMPERATURES = 100, 300
 # Numbers of the first draw of noise of the chains forth and back, behind those of the preliminary run.
-_FIRST, _FIRST_BACK = _PILOTS, 2**32
+FIRST_DRAW, _FIRST_BACK = _PILOTS, 2**32
 _BATCH = 500
 """Images in the encoder at once."""
 # Decoder outputs at once: on a CPU 512 KiB of float32, below the size from which fresh memory costs a page fault each.
@@ -310,7 +310,7 @@ class _Chains:
             ladder, steps = ladder.flip(0), steps.flip(0)
             start = z if self.initial is None else (z - self.initial[0]) / self.initial[1]
         count = int(self.options.num_chains)
-        keys = draws_of(self.keys, int(self.options.seed), count, _FIRST if z is None else _FIRST_BACK)
+        keys = draws_of(self.keys, int(self.options.seed), count, FIRST_DRAW if z is None else _FIRST_BACK)
         weights, rates = [], []
         for rows in torch.arange(len(keys), device=self.device).split(self.rows):
             images, stream = rows // count, Stream(keys[rows])
