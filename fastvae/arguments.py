@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
-__all__ = ["expect_numbers", "expect_positive", "is_integer"]
+__all__ = ["expect_numbers", "expect_positive", "given", "is_integer"]
 
 
 def expect_numbers(owner: str, *, hint: str = "", **arguments: object) -> None:
@@ -28,6 +28,11 @@ def expect_numbers(owner: str, *, hint: str = "", **arguments: object) -> None:
         if isinstance(value, Tensor):
             remedy = "; " + (hint or "it would not be trained: pass its value, such as tensor.item()")
         raise TypeError(f"{owner}: {argument}: expected a number, got {found}{remedy}")
+
+
+def given(**tensors: Tensor | None) -> dict[str, Any]:
+    """The optional tensors that are there, as arguments: methods of a user's subclass need not know of all of them."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def is_integer(value: object) -> TypeGuard[int]:

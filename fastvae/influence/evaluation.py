@@ -11,7 +11,7 @@ from fastvae.influence.snapshots import Snapshot
 from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept
 from fastvae.models import BaseVAE
 from fastvae.models.base import encoded_already
-from fastvae.models.inputs import given
+from fastvae.models.observation import Observation
 from fastvae.noise import Stream, draws_of, keys_of
 
 __all__ = ["Batch", "Evaluation"]
@@ -73,7 +73,7 @@ class Evaluation:
         """
         if isinstance(self.model, BaseVAE) and self.loss_fn is None and not self.model.penalties:
             model = self.model if sweep is None else sweep.installed()
-            return self._of_vae(model, batch[0], fold, self._condition(batch))
+            return self._of_vae(model, self._seen(batch), fold)
         if not self.is_random(batch):
             return self._of_rows(batch)
         rows = tuple(part.repeat_interleave(self.draws, 0) for part in batch)
@@ -93,8 +93,8 @@ class Evaluation:
                 self._random = draws_noise(self._of_rows, tuple(part[:1] for part in batch))
         return self._random
 
-    def _condition(self, batch: Batch) -> Tensor | None:
-        return batch[1] if self.is_conditional else None
+    def _seen(self, batch: Batch) -> Observation:
+        return Observation(batch[0], batch[1] if self.is_conditional else None)
 
     def _stream(self, x: Tensor) -> Stream:
         """The noise of every draw of every sample under this checkpoint.
@@ -104,25 +104,23 @@ class Evaluation:
         """
         return Stream(draws_of(keys_of(x) ^ self.snapshot.noise_key(), self.seed, self.draws))
 
-    def _of_vae(self, model: BaseVAE, x: Tensor, fold: bool, condition: Tensor | None) -> Tensor:
-        repeated, each = x, condition
-        if self.draws > 1:
-            repeated = x.repeat_interleave(self.draws, 0)
-            each = None if condition is None else condition.repeat_interleave(self.draws, 0)
-        encoded = model.encode(x, **given(condition)) if fold else model.encode(repeated, **given(each))
+    def _of_vae(self, model: BaseVAE, seen: Observation, fold: bool) -> Tensor:
+        each = seen.interleaved(self.draws)
+        own = seen if fold else each
+        encoded = model.encode(own.x, **own.given)
         if fold and self.draws > 1:
             encoded = (
                 encoded[0].repeat_interleave(self.draws, 0),
                 encoded[1].repeat_interleave(self.draws, 0),
             )
-        drawn = self._stream(x).normal((model.noise_draws, *encoded[0].shape[1:]))
+        drawn = self._stream(seen.x).normal((model.noise_draws, *encoded[0].shape[1:]))
         noise = drawn.to(encoded[0]).transpose(0, 1)
-        losses: Tensor = encoded_already(model, repeated, encoded)(repeated, noise=noise, **given(each))
+        losses: Tensor = encoded_already(model, each.x, encoded)(each.x, noise=noise, **each.given)
         return losses
 
     def _of_rows(self, rows: Batch) -> Tensor:
         if self.loss_fn is None:
-            losses = self.model(rows[0], **given(self._condition(rows)))
+            losses = self.model(rows[0], **self._seen(rows).given)
             wanted = "model(x), with loss_fn=None,"
         else:
             output = self.model(*rows[:-1]) if len(rows) > 1 else self.model(rows[0])

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_numbers, given
 from fastvae.data import condition_of, images_of
 from fastvae.integrations import TORCHVISION
 from fastvae.models import BaseVAE
-from fastvae.models.inputs import given
 from fastvae.training import step_penalties
 
 try:
@@ -69,7 +68,7 @@ class LitVAE(lightning.LightningModule):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The training loss of each sample: [B], in nats."""
-        losses: Tensor = self.model(x, **given(condition))
+        losses: Tensor = self.model(x, **given(condition=condition))
         return losses
 
     def _given(self, batch: Any) -> Tensor | None:
@@ -87,7 +86,7 @@ class LitVAE(lightning.LightningModule):
         x = images_of(batch)
         condition = self._given(batch)
         self.log("val_loss", self(x, condition).mean(), batch_size=len(x))
-        self.log("val_elbo", self.model.elbo(x, **given(condition)).mean(), batch_size=len(x))
+        self.log("val_elbo", self.model.elbo(x, **given(condition=condition)).mean(), batch_size=len(x))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, then the penalties' step; not called for batches that are only accumulated."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_captured, is_compiling
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_numbers, given
 from fastvae.decoding import check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import LoweredNetwork
@@ -21,13 +20,14 @@ from fastvae.models.inputs import (
     check_condition,
     check_is_tensor,
     explained,
-    given,
     half_dtype_of,
     split_posterior,
     takes_condition,
 )
+from fastvae.models.observation import Observation
 from fastvae.models.steps import Penalty, TrainingStep
-from fastvae.models.terms import note_penalty, note_step
+from fastvae.models.terms import note_penalty
+from fastvae.models.views import steps_for
 from fastvae.private import twin_of
 
 __all__ = [
@@ -172,15 +172,9 @@ class BaseVAE(nn.Module, ABC):
         [weight_draws, S, B, d]. Not for training: it may come without a gradient.
         """
         draws, batch = noise.shape[1:3]
-        weights = self.log_weight(
-            x.repeat(draws, *(1 for _ in x.shape[1:])),
-            mu.repeat(draws, 1),
-            logvar.repeat(draws, 1),
-            noise.reshape(self.weight_draws, draws * batch, -1),
-            **given(
-                None if condition is None else condition.repeat(draws, *(1 for _ in condition.shape[1:]))
-            ),
-        )
+        seen = Observation(x, condition).repeated(draws)
+        codes = mu.repeat(draws, 1), logvar.repeat(draws, 1), noise.flatten(1, 2)
+        weights = self.log_weight(seen.x, *codes, **seen.given)
         return weights.reshape(draws, batch)
 
     @abstractmethod
@@ -208,26 +202,11 @@ class BaseVAE(nn.Module, ABC):
         Returns:
             [B]
         """
-        views = [p.view(x, generator) if isinstance(p, Penalty) else None for p in self.penalties]
-        asked = [
-            (view, getattr(penalty, "common_noise", False))
-            for penalty, view in zip(self.penalties, views, strict=True)
-            if view is not None
-        ]
-        step, *steps = self._evaluate(x, asked, noise, generator, condition)
-        note_step(step)
-        # Each of the view as it was: a penalty that reads its loss must not find another penalty's in it.
-        on_views = [
-            penalty for penalty in self.penalties if isinstance(penalty, Penalty) and penalty.on_views
-        ]
-        if on_views:
-            steps = [
-                replace(view, loss=torch.stack([view.loss, *(penalty(view) for penalty in on_views)]).sum(0))
-                for view in steps
-            ]
-        loss, rest = step.loss, iter(steps)
-        for penalty, view in zip(self.penalties, views, strict=True):
-            term = penalty(step if view is None else replace(step, view=next(rest)))
+        seen = Observation(x, condition)
+        step, steps = steps_for(self.penalties, self, seen, noise, generator)
+        loss = step.loss
+        for penalty, its_step in zip(self.penalties, steps, strict=True):
+            term = penalty(its_step)
             if term.shape != loss.shape:
                 raise ValueError(
                     f"{type(penalty).__name__}: expected one value a sample, {list(loss.shape)}, "
@@ -237,50 +216,17 @@ class BaseVAE(nn.Module, ABC):
             loss = loss + term
         return loss
 
-    def _evaluate(
-        self,
-        x: Tensor,
-        asked: Sequence[tuple[Tensor, bool]],
-        noise: Tensor | None,
-        generator: torch.Generator | None,
-        condition: Tensor | None,
-    ) -> list[TrainingStep]:
-        """The objective at x and at each view that was asked for, as one batch.
-
-        The views of a sample stand side by side, which is how TracIn tells samples apart. With each view comes whether
-        it shares the noise of x.
-        """
-        if not asked:
-            return [self.objective(x, noise=noise, generator=generator, **given(condition))]
-        batch = [x, *(view for view, _ in asked)]
-        samples, count = x.shape[0], len(batch)
-        # Which draw each view takes: x the first, the others one of their own each, or that of x.
-        draws = [0]
-        for _, shares in asked:
-            draws.append(0 if noise is not None or shares else max(draws) + 1)
-
-        def of_views(mu: Tensor) -> Tensor:
-            own = max(draws) + 1
-            drawn = self._noise(mu[: samples * own], noise, generator)
-            each = drawn.reshape(len(drawn), samples, own, mu.shape[1]).unbind(2)
-            # Not by a list of indices, which would be copied to a GPU.
-            return torch.stack([each[draw] for draw in draws], 2).flatten(1, 2)
-
-        together = torch.stack(batch, 1).reshape(samples * count, *x.shape[1:])
-        each = None if condition is None else condition.repeat_interleave(count, 0)
-        return self.objective(together, noise=of_views, generator=generator, **given(each)).parts(batch)
-
     def loss(
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
     ) -> Tensor:
         """The mean training loss of a batch: []."""
-        return self(x, generator=generator, **given(condition)).mean()
+        return self(x, generator=generator, **given(condition=condition)).mean()
 
     def elbo(
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
     ) -> Tensor:
         """One-sample estimate of the evidence lower bound in nats, beta = 1, without penalties: [B]."""
-        return -self.objective(x, beta=1.0, generator=generator, **given(condition)).loss
+        return -self.objective(x, beta=1.0, generator=generator, **given(condition=condition)).loss
 
     def encode(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
@@ -339,7 +285,7 @@ class BaseVAE(nn.Module, ABC):
         """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]."""
         like = self.likelihood
         # A module is called as one, so that hooks on it see it.
-        params = self.decode(z, **given(condition))
+        params = self.decode(z, **given(condition=condition))
         return (like if isinstance(like, nn.Module) else like.log_prob)(params, x)
 
     def draw_noise(
@@ -392,7 +338,9 @@ class BaseVAE(nn.Module, ABC):
             ValueError: num_samples or chunk_size below 1, or a posterior of another shape.
             TypeError: num_samples or chunk_size that is not a number; an x that is not a tensor.
         """
-        return importance_sampled(self, x, num_samples, chunk_size, generator, noise, posterior, condition)
+        return importance_sampled(
+            self, Observation(x, condition), num_samples, chunk_size, generator, noise, posterior
+        )
 
     @torch.no_grad()
     def sample(
@@ -412,15 +360,15 @@ class BaseVAE(nn.Module, ABC):
         like = next(self.parameters(), torch.empty(0))
         device = like.device if generator is None else generator.device
         z = torch.randn(num_samples, self.latent_dim, generator=generator, device=device, dtype=like.dtype)
-        return self.likelihood.mean(self.decode(z.to(like.device), **given(condition)))
+        return self.likelihood.mean(self.decode(z.to(like.device), **given(condition=condition)))
 
     @torch.no_grad()
     def reconstruct(
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
     ) -> Tensor:
         """Mean of p(x | z) for one code of the approximate posterior of each x, of x's shape, detached."""
-        z = self.sample_posterior(x, generator=generator, **given(condition))
-        return self.likelihood.mean(self.decode(z, **given(condition))).reshape(x.shape)
+        z = self.sample_posterior(x, generator=generator, **given(condition=condition))
+        return self.likelihood.mean(self.decode(z, **given(condition=condition))).reshape(x.shape)
 
     def extra_repr(self) -> str:
         """What ``repr`` says of the settings."""
@@ -458,7 +406,7 @@ def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) ->
     """A twin of the model whose ``encode`` of this very x is known; of anything else it is the model's own."""
 
     def encode(other: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return encoded if other is x else model.encode(other, **given(condition))
+        return encoded if other is x else model.encode(other, **given(condition=condition))
 
     return twin_of(model, encode=encode)
 

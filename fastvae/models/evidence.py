@@ -12,7 +12,8 @@ from torch import Tensor
 from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import expect_numbers
 from fastvae.decoding import transformed
-from fastvae.models.inputs import check_condition, check_is_tensor, given
+from fastvae.models.inputs import check_condition, check_is_tensor
+from fastvae.models.observation import Observation
 
 if TYPE_CHECKING:
     from fastvae.models.base import BaseVAE, NoiseSource
@@ -22,25 +23,24 @@ __all__ = ["importance_sampled"]
 
 def importance_sampled(
     model: BaseVAE,
-    x: Tensor,
+    seen: Observation,
     num_samples: int,
     chunk_size: int | None,
     generator: torch.Generator | None,
     noise: NoiseSource | None,
     posterior: tuple[Tensor, Tensor] | None,
-    condition: Tensor | None = None,
 ) -> Tensor:
     """See ``BaseVAE.log_likelihood``, which calls it without gradients: [B]."""
     expect_numbers("log_likelihood", num_samples=num_samples, chunk_size=chunk_size)
+    x = seen.x
     check_is_tensor(model, x)
     if num_samples < 1:
         raise ValueError(f"log_likelihood: num_samples: expected at least 1, got {num_samples}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"log_likelihood: chunk_size: expected at least 1, got {chunk_size}")
-    named = given(condition)
-    if condition is not None:
-        check_condition(model, condition, len(x))
-    mu, logvar = model.encode(x, **named) if posterior is None else posterior
+    if seen.condition is not None:
+        check_condition(model, seen.condition, len(x))
+    mu, logvar = model.encode(x, **seen.given) if posterior is None else posterior
     batch = mu.shape[0]
     if mu.shape != logvar.shape or batch != len(x):
         raise ValueError(
@@ -62,8 +62,8 @@ def importance_sampled(
             drawn = noise(done, count, mu)
         for start in range(0, batch, rows):
             part = slice(start, start + rows)
-            of_part = {name: value[part] for name, value in named.items()}
-            weights = model.log_weights(x[part], mu[part], logvar[part], drawn[:, :, part], **of_part)
+            own = seen.at(part)
+            weights = model.log_weights(own.x, mu[part], logvar[part], drawn[:, :, part], **own.given)
             total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
         done += count
     found = total - math.log(num_samples)

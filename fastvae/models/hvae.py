@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_captured
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_numbers, given
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
-from fastvae.models.inputs import given, needs_condition
+from fastvae.models.inputs import needs_condition
+from fastvae.models.observation import Observation
 from fastvae.models.stability import stable_step_size
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
@@ -171,14 +172,15 @@ class HVAE(BaseVAE):
         condition: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise)."""
-        mu, logvar = self.encode(x, **given(condition))
+        mu, logvar = self.encode(x, **given(condition=condition))
         noise = self._noise(mu, noise, generator)
-        path = self._follow(x, mu, logvar, noise, condition)
+        start = Observation(x, condition), mu, logvar, noise
+        path = self._follow(*start)
         bad = self._diverged(path)
         if bad is not None:
             if self.on_divergence == "raise":
-                raise self._report(x, mu, logvar, noise, bad, condition)
-            path = self._give_up(x, mu, logvar, noise, bad, condition)
+                raise self._report(*start, bad)
+            path = self._give_up(*start, bad)
         loss = -path.log_px - self._kl_weight(beta) * path.log_ratio
         return TrainingStep(
             self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator, -path.log_ratio, condition
@@ -188,12 +190,13 @@ class HVAE(BaseVAE):
         self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
     ) -> Tensor:
         """A sample of the ELBO above, which is the log of an importance weight: [N]."""
-        path = self._follow(x, mu, logvar, noise, condition)
+        start = Observation(x, condition), mu, logvar, noise
+        path = self._follow(*start)
         bad = self._diverged(path)
         if bad is None:
             return path.weight()
         if self.on_divergence == "raise":
-            raise self._report(x, mu, logvar, noise, bad, condition)
+            raise self._report(*start, bad)
         self.divergences += int(bad.sum())
         return path.weight().masked_fill(bad, -float("inf"))
 
@@ -222,7 +225,7 @@ class HVAE(BaseVAE):
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
     ) -> Tensor:
         """One z_K [B, d] for each x."""
-        return self.objective(x, generator=generator, **given(condition)).z
+        return self.objective(x, generator=generator, **given(condition=condition)).z
 
     def flow(
         self,
@@ -251,20 +254,18 @@ class HVAE(BaseVAE):
             alpha.to(mu.dtype),
         )
 
-    def _follow(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None
-    ) -> _Path:
+    def _follow(self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
         z_0, rho_0, alpha = self._start(mu, logvar, noise)
         eps = self.step_size.to(mu.dtype)
-        z, rho, log_px = self.flow(z_0, rho_0, x, eps, alpha, **given(condition))
+        z, rho, log_px = self.flow(z_0, rho_0, seen.x, eps, alpha, **seen.given)
         # The constants of the four normal densities cancel, and so does the volume: prod alpha^2 = beta_0.
         log_ratio = 0.5 * (logvar + noise.square().sum(0) - z.square() - rho.square()).sum(1)
         return _Path(z_0, z, log_px, log_ratio)
 
-    def _stay(self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None) -> _Path:
+    def _stay(self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
         """The trajectory of no steps and no tempering: the VAE's sample ELBO."""
         z_0 = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z_0, x, **given(condition))
+        log_px = self.log_px(z_0, seen.x, **seen.given)
         return _Path(z_0, z_0, log_px, 0.5 * (logvar + noise[0].square() - z_0.square()).sum(1))
 
     def _diverged(self, path: _Path) -> Tensor | None:
@@ -281,15 +282,7 @@ class HVAE(BaseVAE):
         bad = ~torch.isfinite(path.weight().detach())
         return bad if bool(bad.any()) else None
 
-    def _give_up(
-        self,
-        x: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        noise: Tensor,
-        bad: Tensor,
-        condition: Tensor | None,
-    ) -> _Path:
+    def _give_up(self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor) -> _Path:
         """The batch again, diverged samples without their trajectory.
 
         Masking alone would not do: a cotangent of zero times an infinite derivative is NaN in every
@@ -299,12 +292,11 @@ class HVAE(BaseVAE):
         kept, given_up = order.split([len(order) - int(bad.sum()), int(bad.sum())])
 
         def those(rows: Tensor) -> tuple[Any, ...]:
-            of_rows = None if condition is None else condition[rows]
-            return x[rows], mu[rows], logvar[rows], noise[:, rows], of_rows
+            return seen.at(rows), mu[rows], logvar[rows], noise[:, rows]
 
         still = self._stay(*those(given_up))
         if not bool(torch.isfinite(still.weight()).all()):
-            raise self._report(x, mu, logvar, noise, bad, condition)
+            raise self._report(seen, mu, logvar, noise, bad)
         moved = self._follow(*those(kept))
         self.divergences += len(given_up)
         back = torch.argsort(order)
@@ -317,20 +309,14 @@ class HVAE(BaseVAE):
 
     @torch.no_grad()
     def _report(
-        self,
-        x: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        noise: Tensor,
-        bad: Tensor,
-        condition: Tensor | None,
+        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor
     ) -> DivergenceError:
         """Run the diverged samples again, step by step, to say where it went wrong."""
         z_0, rho_0, alpha = self._start(mu[bad], logvar[bad], noise[:, bad])
-        eps = self.step_size.to(mu.dtype)
+        eps, of_bad = self.step_size.to(mu.dtype), seen.at(bad)
         trajectory = hamiltonian_flow(
-            *(self.decoder, z_0, rho_0, x[bad], eps, alpha, self.likelihood),
-            condition=None if condition is None else condition[bad],
+            *(self.decoder, z_0, rho_0, of_bad.x, eps, alpha, self.likelihood),
+            **of_bad.given,
             return_trajectory=True,
         )[3]
         energy = trajectory.energy()

@@ -16,7 +16,6 @@ __all__ = [
     "check_condition",
     "check_is_tensor",
     "explained",
-    "given",
     "half_dtype_of",
     "needs_condition",
     "split_posterior",
@@ -75,11 +74,6 @@ def check_condition(owner: object, condition: object, rows: int) -> None:
         raise TypeError(f"{name}: condition: expected a tensor [B, ...], got {type(condition).__name__}")
     if condition.dim() == 0 or len(condition) != rows:
         raise ValueError(f"{name}: condition: expected {rows} rows as x has, got {list(condition.shape)}")
-
-
-def given(condition: Tensor | None) -> dict[str, Any]:
-    """As an argument, where there is one: methods of a user's subclass need not know of conditions."""
-    return {} if condition is None else {"condition": condition}
 
 
 def half_dtype_of(module: nn.Module) -> torch.dtype | None:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect_numbers, given, is_integer
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import Noise, TrainingStep, reparameterize
-from fastvae.models.inputs import given
+from fastvae.models.observation import Observation
 from fastvae.models.vae import VAE
 
 __all__ = ["IWAE"]
@@ -100,13 +100,12 @@ class IWAE(VAE):
         condition: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the bound above and its parts; see ``BaseVAE.objective`` (K draws of noise)."""
-        mu, logvar = self.encode(x, **given(condition))
+        mu, logvar = self.encode(x, **given(condition=condition))
         noise = self._noise(mu, noise, generator)
         z = reparameterize(mu, logvar, noise).transpose(0, 1)
         count = z.shape[1]
-        rows = x.repeat_interleave(count, 0) if count > 1 else x
-        each = None if condition is None else condition.repeat_interleave(count, 0)
-        log_px = self.log_px(z.flatten(0, 1), rows, **given(each)).reshape(z.shape[:2])
+        seen = Observation(x, condition).interleaved(count)
+        log_px = self.log_px(z.flatten(0, 1), seen.x, **seen.given).reshape(z.shape[:2])
         log_ratio = self._log_ratio(z, mu[:, None], logvar[:, None], noise.transpose(0, 1))
         log_weights = log_px + self._kl_weight(beta) * log_ratio
         if self.estimator == "dreg" and z.requires_grad:
@@ -123,7 +122,10 @@ class IWAE(VAE):
     ) -> Tensor:
         """log of the mean of the weights of the draws, noise [draws, N, d]: [N]."""
         each = torch.stack(
-            [super(IWAE, self).log_weight(x, mu, logvar, draw[None], **given(condition)) for draw in noise]
+            [
+                super(IWAE, self).log_weight(x, mu, logvar, draw[None], **given(condition=condition))
+                for draw in noise
+            ]
         )
         return torch.logsumexp(each, 0) - math.log(len(noise))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastvae.models.inputs import given
+from fastvae.arguments import given
 from fastvae.modes import modes_kept
 from fastvae.ops import log_px_and_force
 
@@ -32,7 +32,7 @@ def stable_step_size(
         for module in model.modules():
             module.training = False
         with torch.no_grad():
-            mu, logvar = model.encode(x, **given(condition))
+            mu, logvar = model.encode(x, **given(condition=condition))
             z = mu + torch.exp(logvar / 2) * model.draw_noise(mu, generator, 1)[0]
             start = model.draw_noise(mu, generator, 1)[0]
 

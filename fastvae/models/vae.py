@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastvae import ops
+from fastvae.arguments import given
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
-from fastvae.models.inputs import given, half_dtype_of
+from fastvae.models.inputs import half_dtype_of
 
 __all__ = ["VAE"]
 
@@ -35,9 +36,9 @@ class VAE(BaseVAE):
         condition: Tensor | None = None,
     ) -> TrainingStep:
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
-        mu, logvar = self.encode(x, **given(condition))
+        mu, logvar = self.encode(x, **given(condition=condition))
         z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
-        log_px = self.log_px(z, x, **given(condition))
+        log_px = self.log_px(z, x, **given(condition=condition))
         # Not the fused ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the
         # networks are, and under torch.func, which users' per-sample gradients and Hessians need.
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
@@ -49,7 +50,7 @@ class VAE(BaseVAE):
     ) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) at z = mu + sigma noise[0]: [N]."""
         z = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z, x, **given(condition))
+        log_px = self.log_px(z, x, **given(condition=condition))
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
 
     @torch.no_grad()
@@ -58,7 +59,7 @@ class VAE(BaseVAE):
     ) -> Tensor:
         """``log_weight`` of several draws, [S, B], without a gradient; see :func:`fastvae.ops.log_px`."""
         if half_dtype_of(self.decoder) is not None:
-            return super().log_weights(x, mu, logvar, noise, **given(condition))
+            return super().log_weights(x, mu, logvar, noise, **given(condition=condition))
         z = reparameterize(mu, logvar, noise[0])
         log_px = ops.log_px(self.decoder, z, x, self.likelihood, condition=condition)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(2)
@@ -72,5 +73,5 @@ class VAE(BaseVAE):
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
     ) -> Tensor:
         """One z ~ q(z | x) for each x: [B, d]."""
-        mu, logvar = self.encode(x, **given(condition))
+        mu, logvar = self.encode(x, **given(condition=condition))
         return reparameterize(mu, logvar, self.draw_noise(mu, generator)[0])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._second_order import batchable
+from fastvae.arguments import given
 from fastvae.models.base import BaseVAE
-from fastvae.models.inputs import given
 from fastvae.network.vjp_tape import RepeatedVjp
 from fastvae.ood.copies import Adam, Copies, FusedAdam
 from fastvae.private import private_copy, twin_of
@@ -143,7 +143,7 @@ class _Encoding(nn.Module):
         self.model = twin_of(model, check_finite=False)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return torch.cat(self.model.encode(x, **given(condition)), 1)
+        return torch.cat(self.model.encode(x, **given(condition=condition)), 1)
 
 
 def differentiated_copies(

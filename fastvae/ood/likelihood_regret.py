@@ -18,7 +18,8 @@ from fastvae.cuda_graphs import run_steps
 from fastvae.influence.noise import draws_noise
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
-from fastvae.models.inputs import check_condition, given, takes_condition
+from fastvae.models.inputs import check_condition, takes_condition
+from fastvae.models.observation import Observation
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
 from fastvae.ood.copies import (
@@ -160,14 +161,15 @@ class LikelihoodRegret(Detector):
         """
         with self._borrowed() as model:
             scores = []
-            checked = self._checked(model, x, condition)
-            for part, given_part in self._groups(model, *checked, show_progress):
-                refit = self._refit(model, part, given_part, parameters=False)
-                own = given(given_part)
-                noise = SampleNoise(keys_of(part), self.seed, model.weight_draws, start=_FIRST_SAMPLE)
+            checked = self._checked(model, Observation(x, condition))
+            for part in self._groups(model, checked, show_progress):
+                refit = self._refit(model, part, parameters=False)
+                noise = SampleNoise(keys_of(part.x), self.seed, model.weight_draws, start=_FIRST_SAMPLE)
                 before, after = (
-                    model.log_likelihood(part, self.num_samples, noise=noise, posterior=posterior, **own)
-                    for posterior in (model.encode(part, **own), (refit.mu, refit.logvar))
+                    model.log_likelihood(
+                        part.x, self.num_samples, noise=noise, posterior=posterior, **part.given
+                    )
+                    for posterior in (model.encode(part.x, **part.given), (refit.mu, refit.logvar))
                 )
                 scores.append(after - before)
         found = torch.cat(scores) if scores else next(self.model.parameters()).new_zeros(0)
@@ -189,8 +191,8 @@ class LikelihoodRegret(Detector):
             parameters: also return them: as many numbers as the encoder has, times B.
         """
         with self._borrowed() as model:
-            groups = self._groups(model, *self._checked(model, x, condition), False)
-            parts = [self._refit(model, *part, parameters) for part in groups]
+            groups = self._groups(model, self._checked(model, Observation(x, condition)), False)
+            parts = [self._refit(model, part, parameters) for part in groups]
         if not parts:
             return self._empty(parameters)
         mu, logvar, losses, copies = zip(*parts, strict=True)
@@ -201,12 +203,12 @@ class LikelihoodRegret(Detector):
             {name: torch.cat([part[name] for part in copies]) for name in copies[0]},
         )
 
-    def _refit(self, model: BaseVAE, x: Tensor, condition: Tensor | None, parameters: bool) -> Refit:
+    def _refit(self, model: BaseVAE, seen: Observation, parameters: bool) -> Refit:
         """Of one group."""
-        mu, logvar = model.encode(x, **given(condition))
-        copies = self._encoders(model, x, condition, mu, logvar)
-        objective = PosteriorObjective(model, x, mu, condition)
-        noise = SampleNoise(keys_of(x), self.seed, model.noise_draws)(0, self.num_steps, mu)
+        mu, logvar = model.encode(seen.x, **seen.given)
+        copies = self._encoders(model, seen, mu, logvar)
+        objective = PosteriorObjective(model, seen, mu)
+        noise = SampleNoise(keys_of(seen.x), self.seed, model.noise_draws)(0, self.num_steps, mu)
 
         def take(noise_of_step: Tensor) -> Tensor:
             loss, grad = objective(copies.forward().to(mu), noise_of_step)
@@ -221,11 +223,10 @@ class LikelihoodRegret(Detector):
         mu, logvar = copies.forward().to(mu).chunk(2, 1)
         return Refit(mu, logvar, losses.T, copies.parameters() if parameters else {})
 
-    def _encoders(
-        self, model: BaseVAE, x: Tensor, condition: Tensor | None, mu: Tensor, logvar: Tensor
-    ) -> Copies:
+    def _encoders(self, model: BaseVAE, seen: Observation, mu: Tensor, logvar: Tensor) -> Copies:
         if self.target == "posterior":
             return PosteriorCopies(mu, logvar, self.adam)
+        x, condition = seen
         of_encoder = condition if condition is not None and takes_condition(model.encoder) else None
         try:
             if of_encoder is not None:
@@ -265,8 +266,9 @@ class LikelihoodRegret(Detector):
         ):
             yield model.requires_grad_(False)
 
-    def _checked(self, model: BaseVAE, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x and condition on the model's device, of a shape and with values that the model takes."""
+    def _checked(self, model: BaseVAE, seen: Observation) -> Observation:
+        """The samples on the model's device, of a shape and with values that the model takes."""
+        x = seen.x
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"LikelihoodRegret: x: expected a batch of images [B, ...], got {got}")
@@ -276,41 +278,35 @@ class LikelihoodRegret(Detector):
                 f"LikelihoodRegret: model: expected parameters in float32 or float64, got {like.dtype}"
             )
         _check_independence(model.encoder, tuple(x.shape[1:]))
+        if seen.condition is not None:
+            check_condition(self, seen.condition, len(x))
         # A tensor made under inference_mode cannot take part in a backward pass.
-        x = (x.clone() if x.is_inference() else x.detach()).to(like.device)
-        model.likelihood.check(x)
-        if condition is not None:
-            check_condition(self, condition, len(x))
-            condition = (condition.clone() if condition.is_inference() else condition.detach()).to(
-                like.device
-            )
-        first = given(None if condition is None else condition[:1])
+        seen = seen.each(lambda t: (t.clone() if t.is_inference() else t.detach()).to(like.device))
+        model.likelihood.check(seen.x)
+        first = seen.at(slice(1))
         if len(x):
             try:
-                if self.target == "encoder" and draws_noise(partial(model.encode, **first), x[:1]):
+                if self.target == "encoder" and draws_noise(partial(model.encode, **first.given), first.x):
                     raise ValueError(
                         "LikelihoodRegret: encoder: expected the same output for the same image, so that each can "
                         "be optimised for its own; it draws random numbers in eval mode"
                     )
-                mu, _ = model.encode(x[:1], **first)
-                model.log_px(mu, x[:1], **first)
+                mu, _ = model.encode(first.x, **first.given)
+                model.log_px(mu, first.x, **first.given)
             except RuntimeError as error:
                 raise ValueError(
                     f"LikelihoodRegret: x: the model does not take images of shape {list(x.shape[1:])}: {error}"
                 ) from error
-        return x, condition
+        return seen
 
-    def _groups(
-        self, model: BaseVAE, x: Tensor, condition: Tensor | None, show_progress: bool
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The images and their conditions, so many at a time as their copies fit into the budget."""
-        size = self._group_size(model, x)
-        starts: Iterable[int] = range(0, len(x), size)
+    def _groups(self, model: BaseVAE, seen: Observation, show_progress: bool) -> Iterator[Observation]:
+        """The images and what goes with them, so many at a time as their copies fit into the budget."""
+        size = self._group_size(model, seen.x)
+        starts: Iterable[int] = range(0, len(seen.x), size)
         if show_progress:
             starts = with_bar("LikelihoodRegret", starts, "group")
         for start in starts:
-            rows = slice(start, start + size)
-            yield x[rows], None if condition is None else condition[rows]
+            yield seen.at(slice(start, start + size))
 
     def _group_size(self, model: BaseVAE, x: Tensor) -> int:
         outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element

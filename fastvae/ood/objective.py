@@ -13,7 +13,7 @@ from fastvae.likelihoods.learned import without_parameters
 from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.models import VAE
 from fastvae.models.base import BaseVAE, encoded_already
-from fastvae.models.inputs import given
+from fastvae.models.observation import Observation
 from fastvae.network.flow import log_px_and_force
 from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs
@@ -31,17 +31,16 @@ class PosteriorObjective:
 
     Args:
         model: a private copy in eval mode, its parameters frozen.
-        x: [B, ...], on the model's device.
+        seen: x [B, ...] and what goes with it, on the model's device.
         codes: [B, d], at the first two of which the decoder is compared with what was read of it.
-        condition: [B, ...], of a conditional model.
     """
 
-    def __init__(self, model: BaseVAE, x: Tensor, codes: Tensor, condition: Tensor | None = None) -> None:
-        self._model, self._x, self._condition = model, x, condition
-        self._sweep = None if condition is not None else _by_kernels(model, x, codes)
+    def __init__(self, model: BaseVAE, seen: Observation, codes: Tensor) -> None:
+        self._model, self._seen = model, seen
+        self._sweep = None if seen.given else _by_kernels(model, seen.x, codes)
         self.can_be_captured = self._sweep is not None
         """Whether a CUDA graph may hold it: nothing but kernels runs."""
-        self._sweep = self._sweep or _by_reading(model, x, codes, condition)
+        self._sweep = self._sweep or _by_reading(model, seen, codes)
 
     def __call__(self, posterior: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [B] and its gradient [B, 2 d].
@@ -63,8 +62,8 @@ class PosteriorObjective:
         with torch.enable_grad():
             leaf = posterior.detach().requires_grad_()
             mu, logvar = leaf.chunk(2, 1)
-            model = encoded_already(self._model, self._x, (mu, logvar))
-            loss = model.objective(self._x, beta=1.0, noise=noise, **given(self._condition)).loss
+            model = encoded_already(self._model, self._seen.x, (mu, logvar))
+            loss = model.objective(self._seen.x, beta=1.0, noise=noise, **self._seen.given).loss
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), grad
 
@@ -101,13 +100,13 @@ def _by_kernels(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
     return sweep
 
 
-def _by_reading(model: Any, x: Tensor, codes: Tensor, condition: Tensor | None) -> _Sweep | None:
+def _by_reading(model: Any, seen: Observation, codes: Tensor) -> _Sweep | None:
     """Of a decoder that is read as a graph."""
     if not _is_stock(model):
         return None
     decoder, like = without_parameters(model.decoder, model.likelihood)
     try:
-        read = read_decoder("log_px_and_force", decoder, codes, "autograd", like, condition)
+        read = read_decoder("log_px_and_force", decoder, codes, "autograd", like, seen.condition)
     except CoupledSamples:
         raise
     except (UnsupportedLayer, TypeError, ValueError):
@@ -115,5 +114,5 @@ def _by_reading(model: Any, x: Tensor, codes: Tensor, condition: Tensor | None) 
     if read is None:
         return None
     sweeps, inputs = read.sweeps, Inputs(read.sweeps, codes, read.tensors)
-    head = make_head(like, x, codes)
+    head = make_head(like, seen.x, codes)
     return lambda z: log_px_and_force(sweeps, inputs, head, z)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.arguments import given
 from fastvae.models.base import BaseVAE, NoiseSource
-from fastvae.models.inputs import given
 from fastvae.private import private_copy
 
 __all__ = ["refit_one"]
@@ -43,12 +43,12 @@ def refit_one(
     private.encoder.requires_grad_(True)
     optimizer = torch.optim.Adam(private.encoder.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     with torch.no_grad():
-        like = private.encode(x, **given(condition))[0]
+        like = private.encode(x, **given(condition=condition))[0]
     losses = []
     for step in range(num_steps):
         optimizer.zero_grad()
         noise_of_step = noise(step, 1, like)[:, 0]
-        loss = private.objective(x, beta=1.0, noise=noise_of_step, **given(condition)).loss.sum()
+        loss = private.objective(x, beta=1.0, noise=noise_of_step, **given(condition=condition)).loss.sum()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())

@@ -62,11 +62,6 @@ def check_memory(name: str, **tensors: Tensor) -> None:
     )
 
 
-def given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """The optional tensors that are there."""
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
 def check_one_device(name: str, like: Tensor, like_name: str, **tensors: Tensor | Sequence[Tensor]) -> None:
     """In a fake kernel: refuse what the kernels refuse.
 

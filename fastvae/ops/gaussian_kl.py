@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.arguments import given
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_one_device,
     check_rank,
     check_tensors,
     float32_under_autocast,
-    given,
     refuse_function_transforms,
 )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastvae import reference
 from fastvae._compiling import is_compiling
 from fastvae._extension import raw
+from fastvae.arguments import given
 from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.learned import without_parameters
@@ -30,7 +31,6 @@ from fastvae.ops._registration import (
     check_tensors,
     empty_gradients,
     float32_under_autocast,
-    given,
     lower_or_read,
     refuse_forward_mode,
     refuse_function_transforms,

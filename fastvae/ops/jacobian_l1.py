@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._jacobian_reference import check_jacobian_options, resolve_latents
+from fastvae.arguments import given
 from fastvae.decoding import conditioned, ends_in_sigmoid
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
@@ -23,7 +24,6 @@ from fastvae.ops._registration import (
     check_tensors,
     empty_gradients,
     float32_under_autocast,
-    given,
     lower_or_read,
     refuse_forward_mode,
     refuse_function_transforms,

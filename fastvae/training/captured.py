@@ -11,26 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.cuda_graphs import WARM_UP, capture
+from fastvae.models.observation import Observation
 
-__all__ = ["Batch", "CapturedPasses", "Pass"]
+__all__ = ["CapturedPasses", "Pass"]
 
 _MANY = 32
 """Forms without a graph before somebody is told."""
 
 _REMEMBERED = 4
 """Graphs, each of which keeps the memory of its passes."""
-
-
-class Batch(NamedTuple):
-    """What a model is given."""
-
-    x: Tensor
-    condition: Tensor | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """One or both."""
-        return [self.x] if self.condition is None else [self.x, self.condition]
 
 
 class Pass(NamedTuple):
@@ -57,7 +46,7 @@ class Pass(NamedTuple):
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    batch: Batch
+    batch: Observation
     made: Pass
     gradients: list[Tensor | None]
 
@@ -74,13 +63,15 @@ class CapturedPasses:
         run: a forward and backward pass of a batch from gradients that are None.
     """
 
-    def __init__(self, model: nn.Module, parameters: list[Tensor], run: Callable[[Batch], Pass]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: list[Tensor], run: Callable[[Observation], Pass]
+    ) -> None:
         self._model, self._parameters, self._run = model, parameters, run
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._last: tuple[Any, ...] = ()
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
 
-    def __call__(self, batch: Batch) -> Pass:
+    def __call__(self, batch: Observation) -> Pass:
         """Of one batch."""
         form = self._form(batch)
         found = self._graphs.get(form)
@@ -114,8 +105,8 @@ class CapturedPasses:
             self._seen.clear()
         self._last = form
 
-    def _capture(self, batch: Batch) -> _Graph:
-        given = Batch(*(tensor.clone() for tensor in batch.tensors))
+    def _capture(self, batch: Observation) -> _Graph:
+        given = batch.each(Tensor.clone)
         try:
             graph, made = capture(lambda: self._run(given), batch.x.device)
         except RuntimeError as error:
@@ -126,7 +117,7 @@ class CapturedPasses:
         gradients = [parameter.grad for parameter in self._parameters]
         return _Graph(graph, given, made._replace(replayed=True), gradients)
 
-    def _form(self, batch: Batch) -> tuple[Any, ...]:
+    def _form(self, batch: Observation) -> tuple[Any, ...]:
         facts: list[Any] = [(x.shape, x.stride(), x.dtype, x.device) for x in batch.tensors]
         facts += torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         for module in self._model.modules():

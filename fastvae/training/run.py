@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.models import DivergenceError
+from fastvae.models.observation import Observation
 from fastvae.modes import modes_kept
 from fastvae.training.archive import DamagedFileError
-from fastvae.training.captured import Batch
 from fastvae.training.checkpoints import save_checkpoint, step_penalties
 from fastvae.training.definition import (
     Definition,
@@ -218,7 +218,7 @@ class Run:
             if self.patience is not None:
                 self.best = copy.deepcopy(unwrap(self.model).state_dict())
 
-    def _step(self, batch: Batch, where: str) -> tuple[float, int] | None:
+    def _step(self, batch: Observation, where: str) -> tuple[float, int] | None:
         """One optimisation step; its loss and samples, or None if it was skipped."""
         try:
             return self.stepper.take(batch)

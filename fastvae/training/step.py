@@ -16,9 +16,9 @@ from fastvae.data import binarize as draw_binary
 from fastvae.data import condition_of, images_of
 from fastvae.models import DivergenceError
 from fastvae.models.base import BaseVAE
-from fastvae.models.inputs import given
+from fastvae.models.observation import Observation
 from fastvae.models.terms import describe, recorded_terms
-from fastvae.training.captured import Batch, CapturedPasses, Pass
+from fastvae.training.captured import CapturedPasses, Pass
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_states, set_global_states
 
@@ -74,31 +74,32 @@ class Stepper:
             if here:
                 raise ValueError(f"fit: cuda_graph: expected {what}")
 
-    def batch(self, loaded: Any) -> Batch:
+    def batch(self, loaded: Any) -> Observation:
         """The images of a loader's batch, binarised if wanted, and the condition, on the model's device."""
         x = images_of(loaded)
-        found = [draw_binary(x) if self.binarize else x]
-        if self.condition is not None:
-            found.append(condition_of(loaded, self.condition))
+        found = Observation(
+            draw_binary(x) if self.binarize else x,
+            None if self.condition is None else condition_of(loaded, self.condition),
+        )
         device = next(self.model.parameters()).device
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in found))
+        return found.each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+    def losses(self, batch: Observation, model: nn.Module | None = None) -> Tensor:
         """model(x): [B], or ValueError."""
         x = batch.x
         with recorded_terms() as self.terms:
-            losses: Tensor = (self.model if model is None else model)(x, **given(batch.condition))
+            losses: Tensor = (self.model if model is None else model)(x, **batch.given)
         if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"fit: model(x): expected the loss of each sample, [{x.shape[0]}], got {found}")
         return losses
 
-    def validation_loss(self, batch: Batch) -> tuple[float, str]:
+    def validation_loss(self, batch: Observation) -> tuple[float, str]:
         """The sum of model(x) in this process, and what of it is not finite."""
         total = float(self.losses(batch, self.team.replica).sum(dtype=torch.float64))
         return total, "" if math.isfinite(total) else self._not_finite(gradients=False)
 
-    def take(self, batch: Batch) -> tuple[float, int]:
+    def take(self, batch: Observation) -> tuple[float, int]:
         """One optimisation step; its mean loss and number of samples, over all processes.
 
         NotFiniteError, in all processes or none, leaves the weights as they were.
@@ -129,7 +130,7 @@ class Stepper:
             self.optimizer.step()
         return loss, samples
 
-    def _backward(self, batch: Batch) -> Pass:
+    def _backward(self, batch: Observation) -> Pass:
         """Forward and backward pass, with the gradients in place and not yet clipped."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, mean, samples = self._forward(batch)
@@ -137,7 +138,7 @@ class Stepper:
         gradients = [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
         return Pass(mean, samples, torch.nn.utils.get_total_norm(gradients), self.terms)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+    def _forward(self, batch: Observation) -> tuple[Tensor, Tensor, int]:
         """The mean loss with its graph; without it, over all processes; their samples.
 
         NotFiniteError where a trajectory diverged in any process: a process that went on to its backward pass would
@@ -158,7 +159,7 @@ class Stepper:
             raise NotFiniteError(str(cause or "trajectories of another process diverged")) from cause
         return loss, loss.detach().new_tensor(total / count), int(count)
 
-    def _finite_backward(self, batch: Batch) -> tuple[float, int, Tensor]:
+    def _finite_backward(self, batch: Observation) -> tuple[float, int, Tensor]:
         found = self._backward(batch) if self._passes is None else self._from_graph(batch)
         loss, norm = found.numbers()
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -167,7 +168,7 @@ class Stepper:
             raise NotFiniteError(f"loss {loss}, gradient norm {norm}{why}")
         return loss, found.samples, found.norm
 
-    def _from_graph(self, batch: Batch) -> Pass:
+    def _from_graph(self, batch: Observation) -> Pass:
         """As ``_backward``, which runs again where a graph's numbers are not finite: it has more to say of them."""
         assert self._passes is not None
         if isinstance(self.model, BaseVAE):

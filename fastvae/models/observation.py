@@ -1,0 +1,47 @@
+"""What is known of the samples of a batch: their data, and what goes with these row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastvae.arguments import given
+
+__all__ = ["Observation"]
+
+
+class Observation(NamedTuple):
+    """Of B samples."""
+
+    x: Tensor
+    """[B, ...] the data."""
+    condition: Tensor | None = None
+    """[B, ...] what the networks are given besides."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is there besides x, as arguments of a model's methods."""
+        return given(condition=self.condition)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [self.x, *self.given.values()]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Observation:
+        """With a function of every tensor in its place."""
+        return Observation(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
+
+    def at(self, rows: Tensor | slice) -> Observation:
+        """Some of the samples."""
+        return self.each(lambda tensor: tensor[rows])
+
+    def repeated(self, times: int) -> Observation:
+        """All samples so many times, one batch after the other."""
+        return self.each(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+
+    def interleaved(self, times: int) -> Observation:
+        """Each sample so many times, side by side."""
+        return self if times == 1 else self.each(lambda tensor: tensor.repeat_interleave(times, 0))
