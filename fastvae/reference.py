@@ -24,6 +24,8 @@ from fastvae._second_order import (
 )
 from fastvae.decoding import conditioned, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.weighted import weighted
+from fastvae.likelihoods.weights import expanded
 
 __all__ = [
     "ElboTerms",
@@ -249,6 +251,7 @@ def log_px_and_force(
     x: Tensor,
     likelihood: str | Likelihood = "bernoulli",
     *,
+    weight: Tensor | None = None,
     create_graph: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fastvae.ops.log_px_and_force`, by autograd: differentiable as often as PyTorch can, also inside
@@ -259,6 +262,7 @@ def log_px_and_force(
         z: [B, d] or [B, ...], float32 or float64.
         x: [B, ...] data, with as many elements a sample as the likelihood needs.
         likelihood: a name or a Likelihood; ``Bernoulli(probs=True)`` if the decoder returns probabilities.
+        weight: [B, ...] of x's elements; see :func:`fastvae.ops.log_px_and_force`.
         create_graph: keep the graph, so that the results can be differentiated; without it, and under ``no_grad`` or
             ``inference_mode``, both are detached.
 
@@ -269,7 +273,7 @@ def log_px_and_force(
         ValueError: shapes that do not fit, or an output without a gradient to z.
         NotImplementedError: the decoder cannot be differentiated twice.
     """
-    like = resolve(likelihood)
+    like = weighted("log_px_and_force", resolve(likelihood), weight, x)
     if z.dim() < 2 or not z.is_floating_point():
         raise ValueError(
             f"log_px_and_force: z: expected a floating tensor [B, d], got {z.dtype} {list(z.shape)}"
@@ -319,6 +323,7 @@ def hamiltonian_flow(
     alpha: Tensor,
     likelihood: str | Likelihood = ...,
     *,
+    weight: Tensor | None = ...,
     return_trajectory: Literal[False] = ...,
     create_graph: bool = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -334,6 +339,7 @@ def hamiltonian_flow(
     alpha: Tensor,
     likelihood: str | Likelihood = ...,
     *,
+    weight: Tensor | None = ...,
     return_trajectory: Literal[True],
     create_graph: bool = ...,
 ) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
@@ -349,6 +355,7 @@ def hamiltonian_flow(
     alpha: Tensor,
     likelihood: str | Likelihood = ...,
     *,
+    weight: Tensor | None = ...,
     return_trajectory: bool,
     create_graph: bool = ...,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]: ...
@@ -363,6 +370,7 @@ def hamiltonian_flow(
     alpha: Tensor,
     likelihood: str | Likelihood = "bernoulli",
     *,
+    weight: Tensor | None = None,
     return_trajectory: bool = False,
     create_graph: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
@@ -381,6 +389,7 @@ def hamiltonian_flow(
         step_size: number, [d], [K, 1] or [K, d].
         alpha: [K], the factor on the momentum at the end of each step.
         likelihood: a name or a Likelihood; ``Bernoulli(probs=True)`` if the decoder returns probabilities.
+        weight: [B, ...] of x's elements; see :func:`fastvae.ops.hamiltonian_flow`.
         return_trajectory: also return the detached ``Trajectory``.
         create_graph: keep the graph of every force, so that the result can be differentiated; without it, and
             under ``no_grad`` or ``inference_mode``, all results are detached.
@@ -391,7 +400,7 @@ def hamiltonian_flow(
     Raises:
         ValueError: shapes that do not fit.
     """
-    like = resolve(likelihood)
+    like = weighted("hamiltonian_flow", resolve(likelihood), weight, x)
     create_graph = create_graph and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     # Inference tensors cannot be saved for a backward pass, and the force is one: leave the mode with copies.
     if torch.is_inference_mode_enabled():
@@ -462,12 +471,14 @@ def log_px(
     likelihood: str | Likelihood = "bernoulli",
     *,
     condition: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """As ``fastvae.ops.log_px``: log p(x_b | z_sb), [S, B], for z [S, B, ...]; differentiable here.
 
     The decoder runs in parts of about 2**20 outputs (on a GPU 2**22), of one draw or of several.
     """
     like = resolve(likelihood)
+    weight = None if weight is None else expanded("log_px", weight, x)
     draws, samples = z.shape[:2]
     outputs = max(1, math.prod(x.shape[1:]) * like.values_per_element)
     rows = max(1, _OUTPUTS_AT_ONCE.get(z.device.type, _OUTPUTS_ELSEWHERE) // outputs)
@@ -479,7 +490,9 @@ def log_px(
         given = None if condition is None else condition[start : start + rows]
         params = natural_parameters(conditioned(decoder, given), codes.flatten(0, 1), like)
         check_output("log_px", params, len(repeated))
-        return like.log_prob(params, repeated).reshape(codes.shape[:2])
+        own = None if weight is None else weight[start : start + rows]
+        own = None if own is None else own.expand(len(codes), *own.shape).flatten(0, 1)
+        return weighted("log_px", like, own, repeated).log_prob(params, repeated).reshape(codes.shape[:2])
 
     found = [
         torch.cat([part(first, start) for start in range(0, samples, rows)], 1)

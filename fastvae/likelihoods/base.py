@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvae.arguments import expect_positive
+from fastvae.arguments import expect_positive, given
+from fastvae.likelihoods.weights import expanded, of_outputs
 
 __all__ = ["Likelihood", "at_least_float32", "check_dtype", "log_sigmoid", "set_positive", "unit_interval"]
 
@@ -104,19 +105,22 @@ class Likelihood(ABC):
         return None
 
     @abstractmethod
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """log p(x | params) with all its constants.
 
         Args:
             params: [B, ...] natural parameters, floating.
             x: [B, ...] uint8, bool or floating, with a matching number of elements a sample.
+            weight: of the elements' log probabilities, at least 0 (which models check, not this): of the shape of x, or
+                with sizes of 1 in its place; bool or any real dtype. What has weight 0 is left out: x may be NaN there,
+                and gradients are 0. A density of your own need not take it, unless somebody passes one.
 
         Returns:
             [B], float32 or float64, differentiable twice with respect to ``params`` (and to a floating ``x``,
             but for ``Categorical``).
 
         Raises:
-            ValueError: sizes of ``params`` and ``x`` do not match, or x has another dtype.
+            ValueError: sizes of ``params``, ``x`` and ``weight`` do not match, or x has another dtype.
         """
 
     def mean(self, params: Tensor) -> Tensor:
@@ -163,9 +167,32 @@ class Likelihood(ABC):
             )
         return output
 
-    def log_prob_of_output(self, output: Tensor, x: Tensor) -> Tensor:
+    def log_prob_of_output(self, output: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """``log_prob`` for what the decoder module itself returned: [B]."""
-        return self.log_prob(self.params_of_output(output), x)
+        return self.log_prob(self.params_of_output(output), x, **given(weight=weight))
+
+    def _weight_of_outputs(self, weight: Tensor, params: Tensor) -> Tensor:
+        """A weight of x's elements as one of the decoder's outputs, of the shape of params."""
+        return of_outputs(weight, params, self.values_per_element, interleaved=False)
+
+    def _match_weighted(
+        self, params: Tensor, x: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As ``_match``, with the weight as x and in the dtype of params.
+
+        What is left out is 0 in params and x: data of every likelihood of ours, with finite derivatives.
+        """
+        flat, data = self._match(params, x)
+        if weight is None:
+            return flat, data, None
+        weight = expanded(type(self).__name__, weight, x)
+        left_out = weight == 0
+        of_params = self._weight_of_outputs(left_out, params).reshape(flat.shape)
+        return (
+            flat.masked_fill(of_params, 0),
+            data.masked_fill(left_out.reshape(data.shape), 0),
+            weight.reshape(data.shape).to(flat.dtype),
+        )
 
     def _match(self, params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """params as [B, D] in at least float32, and x as [B, D / values_per_element] in its own dtype."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvae.likelihoods.base import Likelihood, at_least_float32, unit_interval
+from fastvae.likelihoods.weights import total
 
 __all__ = ["Bernoulli", "ContinuousBernoulli"]
 
@@ -37,11 +38,11 @@ class Bernoulli(Likelihood):
         """The likelihood as the C++ parser reads it."""
         return "bernoulli"
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Sum of x a - log(1 + e^a) over a sample: [B]; see ``Likelihood.log_prob``."""
-        logits, x = self._match(params, x)
+        logits, x, weight = self._match_weighted(params, x, weight)
         # logsigmoid rather than softplus: torch's softplus turns linear at 20, which costs 2e-9 in float64.
-        return (unit_interval(x, logits.dtype) * logits + F.logsigmoid(-logits)).sum(1)
+        return total(unit_interval(x, logits.dtype) * logits + F.logsigmoid(-logits), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """sigmoid(params)."""
@@ -74,11 +75,11 @@ class ContinuousBernoulli(Likelihood):
     of_logits: ClassVar[bool] = True
     _in_unit_interval: ClassVar[bool] = True
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
-        a, x = self._match(params, x)
+        a, x, weight = self._match_weighted(params, x, weight)
         # log((e^a - 1) / a) = a / 2 + log(sinh(h) / h), h = a / 2.
-        return ((unit_interval(x, a.dtype) - 0.5) * a - _log_sinh_ratio(a / 2)).sum(1)
+        return total((unit_interval(x, a.dtype) - 0.5) * a - _log_sinh_ratio(a / 2), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """E[x] = 1/2 + (coth(h) - 1 / h) / 2, h = a / 2; not sigmoid(a), which is where the mode tends to."""

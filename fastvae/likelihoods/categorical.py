@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, set_positive, unit_interval
+from fastvae.likelihoods.weights import of_outputs, total
 
 __all__ = ["Categorical", "DiscretizedLogistic"]
 
@@ -80,16 +81,19 @@ class Categorical(Likelihood):
             return x.long() * last
         return torch.round(x.detach().clamp(0, 1).nan_to_num() * last).long()
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
-        _, flat = self._match(params, x)
-        logits = self._logits(params)
+        own, flat, weight = self._match_weighted(params, x, weight)
+        logits = self._logits(params if weight is None else own.reshape(params.shape))
         index = self.classes(flat).reshape(logits.shape[0], logits.shape[1], 1, logits.shape[3])
         found = logits.gather(2, index).squeeze(2) - torch.logsumexp(logits, 2)
         if flat.is_floating_point():
             # 1, or NaN where x is NaN or infinite: no class, which the sample and its gradient must show.
             found = found * (1 + 0 * flat.detach().to(found.dtype)).reshape(found.shape)
-        return found.flatten(1).sum(1)
+        return total(found.flatten(1), weight)
+
+    def _weight_of_outputs(self, weight: Tensor, params: Tensor) -> Tensor:
+        return of_outputs(weight, params, self.num_classes, interleaved=True)
 
     def mean(self, params: Tensor) -> Tensor:
         """E[class] / (num_classes - 1): [B, C, ...]."""
@@ -153,9 +157,9 @@ class DiscretizedLogistic(Likelihood):
         """x as an encoder sees it: class / (num_classes - 1)."""
         return Categorical(self.num_classes).as_float(x, dtype)
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
-        params, x = self._match(params, x)
+        params, x, weight = self._match_weighted(params, x, weight)
         mean, log_scale = params.chunk(2, 1)
         last = self.num_classes - 1
         at = Categorical(self.num_classes).classes(x).to(mean.dtype)
@@ -166,7 +170,7 @@ class DiscretizedLogistic(Likelihood):
         width = inverse / last
         within = log_sigmoid(upper) + log_sigmoid(-lower) + _log1mexp(width)
         found = torch.where(at == 0, log_sigmoid(upper), torch.where(at == last, log_sigmoid(-lower), within))
-        return found.sum(1)
+        return total(found, weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """The decoder's means, in [0, 1]."""

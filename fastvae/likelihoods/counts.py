@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, set_positive
 from fastvae.likelihoods.learned import LearnedLikelihood
+from fastvae.likelihoods.weights import total
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
@@ -60,11 +61,11 @@ class Poisson(Counts):
     def _at_own_mean(self, x: Tensor) -> Tensor:
         return _poisson_at_own_mean(x)
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
-        log_rate, x = self._match(params, x)
+        log_rate, x, weight = self._match_weighted(params, x, weight)
         x = x.to(log_rate.dtype)
-        return (x * log_rate - log_rate.exp() - torch.lgamma(x + 1)).sum(1)
+        return total(x * log_rate - log_rate.exp() - torch.lgamma(x + 1), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """exp(params)."""
@@ -128,11 +129,11 @@ class NegativeBinomial(_Dispersed):
         r, _ = _dispersion(x, self.dispersion, [])
         return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + _stirling_rest(x + r) - _stirling_rest(r)
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
-        params, x = self._match(params, x)
+        params, x, weight = self._match_weighted(params, x, weight)
         log_mean, *rest = params.chunk(self.values_per_element, 1)
-        return negative_binomial(log_mean, _dispersion(log_mean, self.dispersion, rest), x).sum(1)
+        return total(negative_binomial(log_mean, _dispersion(log_mean, self.dispersion, rest), x), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """exp of the log means."""
@@ -161,9 +162,9 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
         """3 where the dispersion is the decoder's, else 2."""
         return 3 if self.dispersion == "decoder" else 2
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
-        params, x = self._match(params, x)
+        params, x, weight = self._match_weighted(params, x, weight)
         log_mean, logits, *rest = params.chunk(self.values_per_element, 1)
         x = x.to(log_mean.dtype)
         counted = negative_binomial(log_mean, _dispersion(log_mean, self.dispersion, rest), x)
@@ -171,7 +172,7 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
         likely = log_sigmoid(logits) - log_sigmoid(logits - counted)
         rare = counted - log_sigmoid(counted - logits) + log_sigmoid(-logits)
         zero = torch.where(logits > 0, likely, rare)
-        return torch.where(x > 0, log_sigmoid(-logits) + counted, zero).sum(1)
+        return total(torch.where(x > 0, log_sigmoid(-logits) + counted, zero), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """(1 - pi) times the negative binomial's mean."""

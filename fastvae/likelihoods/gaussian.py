@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvae.likelihoods.base import Likelihood, at_least_float32, set_positive, unit_interval
 from fastvae.likelihoods.learned import LearnedLikelihood
+from fastvae.likelihoods.weights import count, total
 
 __all__ = ["Gaussian", "GaussianHead"]
 
@@ -37,13 +38,14 @@ class GaussianHead(Likelihood):
         """2."""
         return 2
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
-        params, x = self._match(params, x)
+        params, x, weight = self._match_weighted(params, x, weight)
         mean, log_scale = params.chunk(2, 1)
         log_scale = log_scale.clamp(min=math.log(self.min_scale))
         residual = (unit_interval(x, mean.dtype) - mean) * torch.exp(-log_scale)
-        return (-0.5 * residual.square() - log_scale).sum(1) - 0.5 * math.log(2 * math.pi) * mean.shape[1]
+        of_scale = 0.5 * math.log(2 * math.pi) * count(mean, weight)
+        return total(-0.5 * residual.square() - log_scale, weight) - of_scale
 
     def mean(self, params: Tensor) -> Tensor:
         """The means."""
@@ -102,12 +104,12 @@ class Gaussian(Likelihood):
         """The likelihood as the C++ parser reads it."""
         return f"gaussian {float(self.scale)!r}"
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
-        mean, x = self._match(params, x)
+        mean, x, weight = self._match_weighted(params, x, weight)
         constant = math.log(self.scale) + 0.5 * math.log(2 * math.pi)
         residual = (unit_interval(x, mean.dtype) - mean) / self.scale
-        return -0.5 * residual.square().sum(1) - constant * mean.shape[1]
+        return -0.5 * total(residual.square(), weight) - constant * count(mean, weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """params."""

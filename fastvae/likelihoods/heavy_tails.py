@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae.likelihoods.base import Likelihood, at_least_float32, set_positive, unit_interval
+from fastvae.likelihoods.weights import count, total
 
 __all__ = ["Laplace", "StudentT"]
 
@@ -31,11 +32,11 @@ class Laplace(Likelihood):
         """The likelihood as the C++ parser reads it."""
         return f"laplace {float(self.scale)!r}"
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``. At x = a its derivative is taken as 0."""
-        location, x = self._match(params, x)
-        distance = (unit_interval(x, location.dtype) - location).abs().sum(1)
-        return -distance / self.scale - math.log(2 * self.scale) * location.shape[1]
+        location, x, weight = self._match_weighted(params, x, weight)
+        distance = total((unit_interval(x, location.dtype) - location).abs(), weight)
+        return -distance / self.scale - math.log(2 * self.scale) * count(location, weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """params."""
@@ -71,13 +72,15 @@ class StudentT(Likelihood):
     def __post_init__(self) -> None:
         set_positive(self, "df", "scale")
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
-        location, x = self._match(params, x)
+        location, x, weight = self._match_weighted(params, x, weight)
         df = float(self.df)
         u = (unit_interval(x, location.dtype) - location) / self.scale
         constant = _half_step_of_lgamma(df / 2) - 0.5 * math.log(math.pi * df) - math.log(self.scale)
-        return -0.5 * (df + 1) * torch.log1p(u.square() / df).sum(1) + constant * location.shape[1]
+        return -0.5 * (df + 1) * total(torch.log1p(u.square() / df), weight) + constant * count(
+            location, weight
+        )
 
     def mean(self, params: Tensor) -> Tensor:
         """params, which is the median where df is at most 1."""

@@ -71,13 +71,13 @@ class LearnedLikelihood(nn.Module, Likelihood):
         """Decoder outputs for one element of x: one fewer than the head has."""
         return self.head.values_per_element - 1
 
-    def forward(self, params: Tensor, x: Tensor) -> Tensor:
+    def forward(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """``log_prob``."""
-        return self.log_prob(params, x)
+        return self.log_prob(params, x, weight)
 
-    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
-        return self.head.log_prob(self._appended(params), x)
+        return self.head.log_prob(self._appended(params), x, weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """E[x | params]; see ``Likelihood.mean``."""

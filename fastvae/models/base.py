@@ -14,11 +14,13 @@ from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import expect_numbers, given
 from fastvae.decoding import check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.weights import check_takes_weight, expanded, filled
 from fastvae.lowering import LoweredNetwork
 from fastvae.models.evidence import importance_sampled
 from fastvae.models.inputs import (
     check_condition,
     check_is_tensor,
+    check_observed,
     explained,
     half_dtype_of,
     split_posterior,
@@ -148,6 +150,7 @@ class BaseVAE(nn.Module, ABC):
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
         condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> TrainingStep:
         """One evaluation of the objective, without penalties; beta is the model's unless given.
 
@@ -157,7 +160,13 @@ class BaseVAE(nn.Module, ABC):
 
     @abstractmethod
     def log_weight(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """log of one importance weight of p(x): [N], for x [N, ...], mu and logvar [N, d], noise [draws, N,
         d].
@@ -166,20 +175,31 @@ class BaseVAE(nn.Module, ABC):
         """
 
     def log_weights(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """``log_weight`` of several draws for each x: [S, B], for x [B, ...], mu and logvar [B, d], noise
         [weight_draws, S, B, d]. Not for training: it may come without a gradient.
         """
         draws, batch = noise.shape[1:3]
-        seen = Observation(x, condition).repeated(draws)
+        seen = Observation(x, condition, weight).repeated(draws)
         codes = mu.repeat(draws, 1), logvar.repeat(draws, 1), noise.flatten(1, 2)
         weights = self.log_weight(seen.x, *codes, **seen.given)
         return weights.reshape(draws, batch)
 
     @abstractmethod
     def sample_posterior(
-        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """One code [B, d] for each x from the approximate posterior, as the decoder would be given it."""
 
@@ -190,6 +210,7 @@ class BaseVAE(nn.Module, ABC):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """The training loss of each sample, in nats: minus the ELBO with beta, plus the penalties.
 
@@ -198,11 +219,15 @@ class BaseVAE(nn.Module, ABC):
             noise: [noise_draws, B, d] in place of a draw; views that penalties ask for then share it.
             generator: source of all randomness, on any device.
             condition: [B, ...] what the networks are given besides.
+            weight: [B, ...] of x's elements, by which their parts of log p(x | z) are weighted: of the shape of x, or
+                with sizes of 1 in its place; bool or any real dtype, at least 0. What has weight 0 is left out, as
+                missing values are: it may be NaN, and nothing depends on it but what the encoder makes of it, which
+                is given 0 for NaN there and x as it is elsewhere.
 
         Returns:
             [B]
         """
-        seen = Observation(x, condition)
+        seen = Observation(x, condition, weight)
         step, steps = steps_for(self.penalties, self, seen, noise, generator)
         loss = step.loss
         for penalty, its_step in zip(self.penalties, steps, strict=True):
@@ -217,21 +242,39 @@ class BaseVAE(nn.Module, ABC):
         return loss
 
     def loss(
-        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """The mean training loss of a batch: []."""
-        return self(x, generator=generator, **given(condition=condition)).mean()
+        return self(x, generator=generator, **Observation(x, condition, weight).given).mean()
 
     def elbo(
-        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """One-sample estimate of the evidence lower bound in nats, beta = 1, without penalties: [B]."""
-        return -self.objective(x, beta=1.0, generator=generator, **given(condition=condition)).loss
+        seen = Observation(x, condition, weight)
+        return -self.objective(x, beta=1.0, generator=generator, **seen.given).loss
 
-    def encode(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32."""
+    def encode(
+        self, x: Tensor, condition: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32.
+
+        The encoder sees x as it is, but 0 where it is NaN or infinite and its weight is 0.
+        """
         check_is_tensor(self, x)
-        self.check_data(x)
+        weight = None if weight is None else expanded(type(self).__name__, weight, x)
+        self.check_data(x, **given(weight=weight))
+        x = x if weight is None else filled(x, weight)
         if condition is not None:
             check_condition(self, condition, x.shape[0])
         second = () if condition is None or not takes_condition(self.encoder) else (condition,)
@@ -254,10 +297,13 @@ class BaseVAE(nn.Module, ABC):
         wide = torch.promote_types(mu.dtype, torch.float32)
         return mu.to(wide), logvar.to(wide)
 
-    def check_data(self, x: Tensor) -> None:
-        """ValueError if x is no data of the likelihood, where its numbers may be looked at (``check_finite``)."""
+    def check_data(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """ValueError if x is no data of the likelihood, where its numbers may be looked at (``check_finite``).
+
+        Of the elements of weight 0 nothing is asked; ValueError for weights that are none.
+        """
         if self.check_finite and not is_compiling() and not is_captured(x) and not transformed():
-            self.likelihood.check(x)
+            check_observed(self, x, weight)
 
     def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """Natural parameters of p(x | z) for z [B, d], in the decoder's layout."""
@@ -281,12 +327,16 @@ class BaseVAE(nn.Module, ABC):
                 f"{type(self.decoder).__name__}"
             )
 
-    def log_px(self, z: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]."""
+    def log_px(
+        self, z: Tensor, x: Tensor, condition: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]; the sum of its elements', each times its weight."""
         like = self.likelihood
+        if weight is not None:
+            check_takes_weight(like)
         # A module is called as one, so that hooks on it see it.
         params = self.decode(z, **given(condition=condition))
-        return (like if isinstance(like, nn.Module) else like.log_prob)(params, x)
+        return (like if isinstance(like, nn.Module) else like.log_prob)(params, x, **given(weight=weight))
 
     def draw_noise(
         self, mu: Tensor, generator: torch.Generator | None = None, draws: int | None = None
@@ -312,6 +362,7 @@ class BaseVAE(nn.Module, ABC):
         noise: NoiseSource | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
         condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """log p(x) in nats by importance sampling: log of the mean of ``num_samples`` weights.
 
@@ -330,6 +381,7 @@ class BaseVAE(nn.Module, ABC):
                 keys them by the sample.
             posterior: (mu, logvar), [B, d] each, of the proposal in place of ``encode(x)``.
             condition: [B, ...] what the networks are given besides: log p(x | condition).
+            weight: [B, ...] of x's elements, see ``forward``: with zeros and ones log p of those that are observed.
 
         Returns:
             [B], detached. A RuntimeWarning says so if any of them is NaN.
@@ -339,7 +391,7 @@ class BaseVAE(nn.Module, ABC):
             TypeError: num_samples or chunk_size that is not a number; an x that is not a tensor.
         """
         return importance_sampled(
-            self, Observation(x, condition), num_samples, chunk_size, generator, noise, posterior
+            self, Observation(x, condition, weight), num_samples, chunk_size, generator, noise, posterior
         )
 
     @torch.no_grad()
@@ -364,10 +416,16 @@ class BaseVAE(nn.Module, ABC):
 
     @torch.no_grad()
     def reconstruct(
-        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """Mean of p(x | z) for one code of the approximate posterior of each x, of x's shape, detached."""
-        z = self.sample_posterior(x, generator=generator, **given(condition=condition))
+        seen = Observation(x, condition, weight)
+        z = self.sample_posterior(x, generator=generator, **seen.given)
         return self.likelihood.mean(self.decode(z, **given(condition=condition))).reshape(x.shape)
 
     def extra_repr(self) -> str:
@@ -405,8 +463,8 @@ class BaseVAE(nn.Module, ABC):
 def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) -> _Model:
     """A twin of the model whose ``encode`` of this very x is known; of anything else it is the model's own."""
 
-    def encode(other: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return encoded if other is x else model.encode(other, **given(condition=condition))
+    def encode(other: Tensor, **besides: Any) -> tuple[Tensor, Tensor]:
+        return encoded if other is x else model.encode(other, **besides)
 
     return twin_of(model, encode=encode)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_captured
-from fastvae.arguments import expect_numbers, given
+from fastvae.arguments import expect_numbers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import needs_condition
@@ -170,11 +170,13 @@ class HVAE(BaseVAE):
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
         condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise)."""
-        mu, logvar = self.encode(x, **given(condition=condition))
+        seen = Observation(x, condition, weight)
+        mu, logvar = self.encode(x, **seen.given)
         noise = self._noise(mu, noise, generator)
-        start = Observation(x, condition), mu, logvar, noise
+        start = seen, mu, logvar, noise
         path = self._follow(*start)
         bad = self._diverged(path)
         if bad is not None:
@@ -183,14 +185,20 @@ class HVAE(BaseVAE):
             path = self._give_up(*start, bad)
         loss = -path.log_px - self._kl_weight(beta) * path.log_ratio
         return TrainingStep(
-            self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator, -path.log_ratio, condition
+            self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator, -path.log_ratio, *seen[1:]
         )
 
     def log_weight(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """A sample of the ELBO above, which is the log of an importance weight: [N]."""
-        start = Observation(x, condition), mu, logvar, noise
+        start = Observation(x, condition, weight), mu, logvar, noise
         path = self._follow(*start)
         bad = self._diverged(path)
         if bad is None:
@@ -222,10 +230,15 @@ class HVAE(BaseVAE):
         return stable_step_size(self, x, condition, generator)
 
     def sample_posterior(
-        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """One z_K [B, d] for each x."""
-        return self.objective(x, generator=generator, **given(condition=condition)).z
+        return self.objective(x, generator=generator, **Observation(x, condition, weight).given).z
 
     def flow(
         self,
@@ -235,6 +248,7 @@ class HVAE(BaseVAE):
         step_size: Tensor,
         alpha: Tensor,
         condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """z_K, rho_K [B, d] and log p(x | z_K) [B]; see :func:`fastvae.ops.hamiltonian_flow`."""
         if condition is not None:
@@ -242,7 +256,9 @@ class HVAE(BaseVAE):
         elif needs_condition(self.decoder):
             raise TypeError("HVAE: the decoder takes a condition, and none was given; pass condition=")
         return hamiltonian_flow(
-            self.decoder, z, rho, x, step_size, alpha, self.likelihood, condition=condition
+            *(self.decoder, z, rho, x, step_size, alpha, self.likelihood),
+            condition=condition,
+            weight=weight,
         )
 
     def _start(self, mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastvae.likelihoods.weights import check_weights
 from fastvae.models.outputs import SelectOutputs, names_in
 
 __all__ = [
     "JoinedEncoder",
     "check_condition",
     "check_is_tensor",
+    "check_observed",
     "explained",
     "half_dtype_of",
     "needs_condition",
@@ -74,6 +76,14 @@ def check_condition(owner: object, condition: object, rows: int) -> None:
         raise TypeError(f"{name}: condition: expected a tensor [B, ...], got {type(condition).__name__}")
     if condition.dim() == 0 or len(condition) != rows:
         raise ValueError(f"{name}: condition: expected {rows} rows as x has, got {list(condition.shape)}")
+
+
+def check_observed(model: Any, x: Tensor, weight: Tensor | None) -> None:
+    """ValueError for what is no data of a model's likelihood where its weight is not 0, or for unfit weights."""
+    if weight is not None:
+        check_weights(type(model).__name__, weight)
+        x = x[weight.expand(x.shape) != 0]
+    model.likelihood.check(x)
 
 
 def half_dtype_of(module: nn.Module) -> torch.dtype | None:

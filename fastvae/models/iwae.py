@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_numbers, given, is_integer
+from fastvae.arguments import expect_numbers, is_integer
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import Noise, TrainingStep, reparameterize
 from fastvae.models.observation import Observation
@@ -98,14 +98,16 @@ class IWAE(VAE):
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
         condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the bound above and its parts; see ``BaseVAE.objective`` (K draws of noise)."""
-        mu, logvar = self.encode(x, **given(condition=condition))
+        seen = Observation(x, condition, weight)
+        mu, logvar = self.encode(x, **seen.given)
         noise = self._noise(mu, noise, generator)
         z = reparameterize(mu, logvar, noise).transpose(0, 1)
         count = z.shape[1]
-        seen = Observation(x, condition).interleaved(count)
-        log_px = self.log_px(z.flatten(0, 1), seen.x, **seen.given).reshape(z.shape[:2])
+        each = seen.interleaved(count)
+        log_px = self.log_px(z.flatten(0, 1), each.x, **each.given).reshape(z.shape[:2])
         log_ratio = self._log_ratio(z, mu[:, None], logvar[:, None], noise.transpose(0, 1))
         log_weights = log_px + self._kl_weight(beta) * log_ratio
         if self.estimator == "dreg" and z.requires_grad:
@@ -113,19 +115,22 @@ class IWAE(VAE):
             share = torch.softmax(log_weights.detach(), 1)[..., None]
             z.register_hook(lambda grad: grad * share)
         loss = math.log(count) - torch.logsumexp(log_weights, 1)
-        return TrainingStep(
-            self, x, mu, logvar, z[:, 0], z[:, 0], log_px[:, 0], loss, generator, None, condition
-        )
+        first = z[:, 0]
+        return TrainingStep(self, x, mu, logvar, first, first, log_px[:, 0], loss, generator, None, *seen[1:])
 
     def log_weight(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """log of the mean of the weights of the draws, noise [draws, N, d]: [N]."""
+        besides = Observation(x, condition, weight).given
         each = torch.stack(
-            [
-                super(IWAE, self).log_weight(x, mu, logvar, draw[None], **given(condition=condition))
-                for draw in noise
-            ]
+            [super(IWAE, self).log_weight(x, mu, logvar, draw[None], **besides) for draw in noise]
         )
         return torch.logsumexp(each, 0) - math.log(len(noise))
 

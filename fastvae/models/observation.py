@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastvae.arguments import given
+from fastvae.likelihoods.weights import expanded
 
 __all__ = ["Observation"]
 
@@ -19,11 +20,13 @@ class Observation(NamedTuple):
     """[B, ...] the data."""
     condition: Tensor | None = None
     """[B, ...] what the networks are given besides."""
+    weight: Tensor | None = None
+    """[B, ...] of x's elements in log p(x | z); 0: missing."""
 
     @property
     def given(self) -> dict[str, Any]:
         """What is there besides x, as arguments of a model's methods."""
-        return given(condition=self.condition)
+        return given(condition=self.condition, weight=self.weight)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -31,8 +34,13 @@ class Observation(NamedTuple):
         return [self.x, *self.given.values()]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Observation:
-        """With a function of every tensor in its place."""
-        return Observation(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
+        """With a function of every tensor in its place; the weight has the shape of x."""
+        x, condition, weight = self
+        return Observation(
+            function(x),
+            None if condition is None else function(condition),
+            None if weight is None else function(expanded("fastvae", weight, x)),
+        )
 
     def at(self, rows: Tensor | slice) -> Observation:
         """Some of the samples."""

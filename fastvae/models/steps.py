@@ -41,6 +41,8 @@ class TrainingStep:
     """[B] what the loss has besides log p(x | z), before beta weighs it; None where the loss is no such sum."""
     condition: Tensor | None = None
     """[B, ...] what the networks were given besides."""
+    weight: Tensor | None = None
+    """[B, ...] of x's elements."""
     view: TrainingStep | None = None
     """The same for the view of x that the penalty asked for."""
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastvae import ops
-from fastvae.arguments import given
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import half_dtype_of
+from fastvae.models.observation import Observation
 
 __all__ = ["VAE"]
 
@@ -34,34 +34,49 @@ class VAE(BaseVAE):
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
         condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> TrainingStep:
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
-        mu, logvar = self.encode(x, **given(condition=condition))
+        seen = Observation(x, condition, weight)
+        mu, logvar = self.encode(x, **seen.given)
         z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
-        log_px = self.log_px(z, x, **given(condition=condition))
+        log_px = self.log_px(z, x, **seen.given)
         # Not the fused ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the
         # networks are, and under torch.func, which users' per-sample gradients and Hessians need.
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
         loss = self._kl_weight(beta) * kl - log_px
-        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl, condition)
+        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl, *seen[1:])
 
     def log_weight(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) at z = mu + sigma noise[0]: [N]."""
         z = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z, x, **given(condition=condition))
+        log_px = self.log_px(z, x, **Observation(x, condition, weight).given)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
 
     @torch.no_grad()
     def log_weights(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """``log_weight`` of several draws, [S, B], without a gradient; see :func:`fastvae.ops.log_px`."""
+        seen = Observation(x, condition, weight)
         if half_dtype_of(self.decoder) is not None:
-            return super().log_weights(x, mu, logvar, noise, **given(condition=condition))
+            return super().log_weights(x, mu, logvar, noise, **seen.given)
         z = reparameterize(mu, logvar, noise[0])
-        log_px = ops.log_px(self.decoder, z, x, self.likelihood, condition=condition)
+        log_px = ops.log_px(self.decoder, z, x, self.likelihood, **seen.given)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(2)
 
     def _codes_at_once(self, x: Tensor, mu: Tensor) -> int:
@@ -70,8 +85,13 @@ class VAE(BaseVAE):
         return max(1, _CODE_NUMBERS // max(1, mu.shape[1]))
 
     def sample_posterior(
-        self, x: Tensor, *, generator: torch.Generator | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """One z ~ q(z | x) for each x: [B, d]."""
-        mu, logvar = self.encode(x, **given(condition=condition))
+        mu, logvar = self.encode(x, **Observation(x, condition, weight).given)
         return reparameterize(mu, logvar, self.draw_noise(mu, generator)[0])

@@ -61,6 +61,11 @@ def _evaluated(
     x = seen.x
     if not asked:
         return [model.objective(x, noise=noise, generator=generator, **seen.given)]
+    if seen.weight is not None:
+        raise ValueError(
+            f"{type(model).__name__}: weight: expected none where a penalty asks for views of x, since the weights of "
+            "a view's elements are not known"
+        )
     batch = [x, *(view for view, _ in asked)]
     samples, count = x.shape[0], len(batch)
     # Which draw each view takes: x the first, the others one of their own each, or that of x.

@@ -2,7 +2,8 @@
 
 Bernoulli: r = x - sigmoid(y), S v = -p (1 - p) v. Gaussian: r = (x - y) / scale^2, S v = -v / scale^2. Further formulas
 are in closed_heads.py. Any other likelihood's ``log_prob`` is read and swept like a network (density.py); where it
-cannot be read, or the gradient to x is wanted, by two passes of autograd through it.
+cannot be read, or the gradient to x is wanted, by two passes of autograd through it. Where x's elements have weights,
+log p, r and S of each are times its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from fastvae.likelihoods.weighted import WeightedLikelihood
 from fastvae.network.closed_heads import ClosedForm, closed_form_of
 from fastvae.network.density import density_of, tensors_of
 from fastvae.network.facts import key_of
@@ -43,12 +45,15 @@ class Head:
     """A likelihood at the data of one call.
 
     Args:
-        likelihood: of natural parameters.
+        likelihood: of natural parameters; with weights or without.
         x: data [B, ...].
     """
 
     def __init__(self, likelihood: Likelihood, x: Tensor) -> None:
         self.likelihood, self.x = likelihood, x
+        self.density, self.weight = likelihood, None
+        if isinstance(likelihood, WeightedLikelihood):
+            self.density, self.weight = likelihood.likelihood, likelihood.weight
         self.of_x = x.requires_grad
         self.data = x.detach()
 
@@ -111,12 +116,46 @@ class Head:
         return of_y, of_x[0] if of_x else None
 
 
-class _Elementwise(Head):
-    """A head in closed form, of elements y and x in one flat order."""
+class _Closed(Head):
+    """A head in closed form: of elements, of which each has its own outputs.
+
+    Args:
+        likelihood, x: as of ``Head``.
+        rows: x as the formulas take it.
+    """
+
+    def __init__(self, likelihood: Likelihood, x: Tensor, rows: Tensor) -> None:
+        super().__init__(likelihood, x)
+        self.rows = rows
+        self.left_out: Tensor | None = None
+        if self.weight is not None:
+            # What is left out is 0, as in log_prob: nothing is infinite of it, and 0 times it is 0.
+            self.left_out = self.weight == 0
+            self.rows = rows.masked_fill(self.left_out, 0)
+
+    def form(self) -> tuple[Any, list[Tensor]]:
+        """See ``Head``."""
+        weights = [] if self.weight is None or self.left_out is None else [self.weight, self.left_out]
+        facts = type(self), self.of_x, key_of(self.density), len(weights)
+        return facts, [self.data, self.rows, *weights]
+
+    def _inside(self, y: Tensor) -> Tensor:
+        """y, with 0 for outputs that are left out."""
+        if self.left_out is None:
+            return y
+        return y.masked_fill(self.density._weight_of_outputs(self.left_out, y), 0)
+
+    def _weighed(self, of_outputs: Tensor) -> Tensor:
+        if self.weight is None:
+            return of_outputs
+        return of_outputs * self.density._weight_of_outputs(self.weight, of_outputs)
+
+
+class _Elementwise(_Closed):
+    """A head of elements y and x in one flat order."""
 
     def __init__(self, likelihood: Likelihood, x: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(likelihood, x)
-        self.rows = likelihood.as_float(x.detach(), dtype)
+        super().__init__(likelihood, x, likelihood.as_float(x.detach(), dtype))
         self.checked = False
 
     def _data(self, y: Tensor) -> Tensor:
@@ -126,15 +165,11 @@ class _Elementwise(Head):
             self.checked = True
         return self.rows
 
-    def form(self) -> tuple[Any, list[Tensor]]:
-        """See ``Head``."""
-        return (type(self), self.of_x, key_of(self.likelihood)), [self.data, self.rows]
-
     def at(self, y: Tensor) -> AtOutput:
         """See ``Head``."""
         # It also refuses shapes that do not fit.
         log_px = self.log_px(y)
-        return AtOutput(y, log_px, self._residual(y, self._data(y)))
+        return AtOutput(y, log_px, self._weighed(self._residual(self._inside(y), self._data(y))))
 
     def adjoint(
         self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
@@ -142,7 +177,7 @@ class _Elementwise(Head):
         """See ``Head``."""
         if self.of_x:
             return super().adjoint(at, dot, of_log_px)
-        found = None if dot is None else self._curved(at.y, dot)
+        found = None if dot is None else self._weighed(self._curved(self._inside(at.y), dot))
         return at.plus_value(found, of_log_px), None
 
     def _residual(self, y: Tensor, x: Tensor) -> Tensor:
@@ -163,30 +198,25 @@ class _BernoulliHead(_Elementwise):
 
 class _GaussianHead(_Elementwise):
     def _residual(self, y: Tensor, x: Tensor) -> Tensor:
-        return (x - y) / self.likelihood.scale**2  # type: ignore[attr-defined]
+        return (x - y) / self.density.scale**2  # type: ignore[attr-defined]
 
     def _curved(self, y: Tensor, dot: Tensor) -> Tensor:
-        return dot * (-1 / self.likelihood.scale**2)  # type: ignore[attr-defined]
+        return dot * (-1 / self.density.scale**2)  # type: ignore[attr-defined]
 
 
-class _ClosedHead(Head):
-    """A head of several outputs an element, in closed form (closed_heads.py)."""
+class _ClosedHead(_Closed):
+    """A head of several outputs an element (closed_heads.py)."""
 
     def __init__(self, likelihood: Likelihood, x: Tensor, dtype: torch.dtype, formulas: ClosedForm) -> None:
-        super().__init__(likelihood, x)
+        super().__init__(likelihood, x, formulas.data(x.detach(), dtype))
         self._formulas = formulas
-        self.rows = formulas.data(self.data, dtype)
-
-    def form(self) -> tuple[Any, list[Tensor]]:
-        """See ``Head``."""
-        return (type(self), key_of(self.likelihood)), [self.data, self.rows]
 
     def at(self, y: Tensor) -> AtOutput:
         """See ``Head``."""
         # It also refuses shapes that do not fit.
         log_px = self.log_px(y)
-        parts, x = self._parts(y)
-        return AtOutput(y, log_px, torch.cat(self._formulas.first(parts, x), 1))
+        parts, x = self._parts(self._inside(y))
+        return AtOutput(y, log_px, self._weighed(torch.cat(self._formulas.first(parts, x), 1)))
 
     def adjoint(
         self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
@@ -194,7 +224,7 @@ class _ClosedHead(Head):
         """See ``Head``."""
         if dot is None:
             return at.plus_value(None, of_log_px), None
-        parts, x = self._parts(at.y)
+        parts, x = self._parts(self._inside(at.y))
         dots = dot.chunk(self._formulas.parts, 1)
         found: list[Tensor | None] = [None] * len(dots)
 
@@ -206,7 +236,7 @@ class _ClosedHead(Head):
             add(i, curvature * dots[j])
             if i != j:
                 add(j, curvature * dots[i])
-        curved = torch.cat([part for part in found if part is not None], 1)
+        curved = self._weighed(torch.cat([part for part in found if part is not None], 1))
         return at.plus_value(curved, of_log_px), None
 
     def _parts(self, y: Tensor) -> tuple[Sequence[Tensor], Tensor]:
@@ -269,12 +299,16 @@ class _Swept(Head):
 
 def make_head(likelihood: Likelihood, x: Tensor, like: Tensor) -> Head:
     """The head of a likelihood, for outputs of the dtype of ``like``."""
+    density = likelihood.likelihood if isinstance(likelihood, WeightedLikelihood) else likelihood
     closed: dict[type, Any] = {Bernoulli: _BernoulliHead, Gaussian: _GaussianHead}
-    kind = closed.get(type(likelihood))
-    if kind is not None and likelihood.has_kernel:
+    kind = closed.get(type(density))
+    if kind is not None and density.has_kernel:
         head: Head = kind(likelihood, x, like.dtype)
         return head
     if x.requires_grad:
         return Head(likelihood, x)
-    formulas = closed_form_of(likelihood)
-    return _Swept(likelihood, x) if formulas is None else _ClosedHead(likelihood, x, like.dtype, formulas)
+    formulas = closed_form_of(density)
+    if formulas is not None:
+        return _ClosedHead(likelihood, x, like.dtype, formulas)
+    # A density is read as a function of y and x alone.
+    return _Swept(likelihood, x) if density is likelihood else Head(likelihood, x)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from fastvae.arguments import expect_numbers
 from fastvae.cuda_graphs import run_steps
 from fastvae.influence.noise import draws_noise
+from fastvae.likelihoods.weights import filled
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
-from fastvae.models.inputs import check_condition, takes_condition
+from fastvae.models.inputs import check_condition, check_observed, takes_condition
 from fastvae.models.observation import Observation
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
@@ -146,12 +147,20 @@ class LikelihoodRegret(Detector):
         self.cuda_graph = cuda_graph
         self._copies = PrivateCopies()
 
-    def predict(self, x: Tensor, *, condition: Tensor | None = None, show_progress: bool = False) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
+        show_progress: bool = False,
+    ) -> Tensor:
         """The regret of each image in nats, higher = more foreign: [B], detached, on the model's device.
 
         Args:
             x: [B, ...] as the model takes it, on any device.
             condition: [B, ...] of a conditional model.
+            weight: [B, ...] of x's elements, 0 for what is missing; see ``BaseVAE.forward``.
             show_progress: a bar over the groups of images (needs tqdm).
 
         Raises:
@@ -161,7 +170,7 @@ class LikelihoodRegret(Detector):
         """
         with self._borrowed() as model:
             scores = []
-            checked = self._checked(model, Observation(x, condition))
+            checked = self._checked(model, Observation(x, condition, weight))
             for part in self._groups(model, checked, show_progress):
                 refit = self._refit(model, part, parameters=False)
                 noise = SampleNoise(keys_of(part.x), self.seed, model.weight_draws, start=_FIRST_SAMPLE)
@@ -183,15 +192,22 @@ class LikelihoodRegret(Detector):
             )
         return found
 
-    def refit(self, x: Tensor, *, condition: Tensor | None = None, parameters: bool = False) -> Refit:
+    def refit(
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
+        parameters: bool = False,
+    ) -> Refit:
         """The optimisation alone: each image's own posterior, and its encoder's parameters if asked for.
 
         Args:
-            x, condition: as for ``predict``.
+            x, condition, weight: as for ``predict``.
             parameters: also return them: as many numbers as the encoder has, times B.
         """
         with self._borrowed() as model:
-            groups = self._groups(model, self._checked(model, Observation(x, condition)), False)
+            groups = self._groups(model, self._checked(model, Observation(x, condition, weight)), False)
             parts = [self._refit(model, part, parameters) for part in groups]
         if not parts:
             return self._empty(parameters)
@@ -226,7 +242,8 @@ class LikelihoodRegret(Detector):
     def _encoders(self, model: BaseVAE, seen: Observation, mu: Tensor, logvar: Tensor) -> Copies:
         if self.target == "posterior":
             return PosteriorCopies(mu, logvar, self.adam)
-        x, condition = seen
+        x, condition, weight = seen
+        x = x if weight is None else filled(x, weight)
         of_encoder = condition if condition is not None and takes_condition(model.encoder) else None
         try:
             if of_encoder is not None:
@@ -282,7 +299,7 @@ class LikelihoodRegret(Detector):
             check_condition(self, seen.condition, len(x))
         # A tensor made under inference_mode cannot take part in a backward pass.
         seen = seen.each(lambda t: (t.clone() if t.is_inference() else t.detach()).to(like.device))
-        model.likelihood.check(seen.x)
+        check_observed(model, seen.x, seen.weight)
         first = seen.at(slice(1))
         if len(x):
             try:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvae._extension import raw
 from fastvae.likelihoods.learned import without_parameters
+from fastvae.likelihoods.weighted import weighted
 from fastvae.lowering import CoupledSamples, UnsupportedLayer, lower
 from fastvae.models import VAE
 from fastvae.models.base import BaseVAE, encoded_already
@@ -114,5 +115,5 @@ def _by_reading(model: Any, seen: Observation, codes: Tensor) -> _Sweep | None:
     if read is None:
         return None
     sweeps, inputs = read.sweeps, Inputs(read.sweeps, codes, read.tensors)
-    head = make_head(like, seen.x, codes)
+    head = make_head(weighted("LikelihoodRegret", like, seen.weight, seen.x), seen.x, codes)
     return lambda z: log_px_and_force(sweeps, inputs, head, z)

@@ -18,6 +18,7 @@ from fastvae.arguments import given
 from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.learned import without_parameters
+from fastvae.likelihoods.weighted import weighted
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import hamiltonian_flow as sweep_flow
 from fastvae.network.heads import make_head
@@ -52,6 +53,7 @@ def hamiltonian_flow(
     likelihood: str | Likelihood = ...,
     *,
     condition: Tensor | None = ...,
+    weight: Tensor | None = ...,
     memory: str = ...,
     return_trajectory: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -68,6 +70,7 @@ def hamiltonian_flow(
     likelihood: str | Likelihood = ...,
     *,
     condition: Tensor | None = ...,
+    weight: Tensor | None = ...,
     memory: str = ...,
     return_trajectory: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
@@ -83,6 +86,7 @@ def hamiltonian_flow(
     likelihood: str | Likelihood = "bernoulli",
     *,
     condition: Tensor | None = None,
+    weight: Tensor | None = None,
     memory: str = "auto",
     return_trajectory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
@@ -111,6 +115,9 @@ def hamiltonian_flow(
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
         condition: [B, ...], handed to the decoder after the codes: ``decoder(z, condition)``; constant along the
             trajectory, with a gradient where it is real.
+        weight: [B, ...], at least 0, of x's elements, by which their parts of log p(x | z) are weighted: of the shape
+            of x, or with sizes of 1 in its place. 0 leaves an element out, which may then be NaN. Such calls run the
+            decoder in sweeps, not in kernels.
         memory: "store" keeps the activations of all steps for the backward pass, "recompute" only z_k
             and rho_k (peak memory then hardly grows with K; about a third more time), "auto" decides by size.
         return_trajectory: also return z, rho, log_px of every step, not differentiable.
@@ -137,6 +144,7 @@ def hamiltonian_flow(
     if z.dim() < 2:
         raise ValueError(f"fastvae::hamiltonian_flow: z: expected shape [B, d], got {list(z.shape)}")
     check_condition("hamiltonian_flow", condition, z.shape[0])
+    like = weighted("fastvae::hamiltonian_flow", like, weight, x)
     if alpha.dim() != 1:
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))

@@ -31,6 +31,7 @@ def log_px(
     likelihood: str | Likelihood = "bernoulli",
     *,
     condition: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """log p(x_b | z_sb) in nats for every code z_sb of every x_b, forward only.
 
@@ -46,6 +47,9 @@ def log_px(
         x: data, B samples with as many elements as the likelihood needs, in any shape; float, uint8 or bool.
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
         condition: [B, ...], handed to the decoder after the codes.
+        weight: [B, ...], at least 0, of x's elements, by which their parts of log p(x | z) are weighted: of the shape
+            of x, or with sizes of 1 in its place. 0 leaves an element out, which may then be NaN. Such calls run
+            PyTorch's own operators.
 
     Returns:
         [S, B]; it has no gradient, and ``backward`` through it raises NotImplementedError.
@@ -65,13 +69,13 @@ def log_px(
         raise ValueError(f"fastvae::log_px: x: expected {z.shape[1]} samples as z has, got {list(x.shape)}")
     z = float32_under_autocast(z)
     check_condition("log_px", condition, z.shape[1])
-    # Kernels know of no conditions.
+    # Kernels know of no conditions, nor of weights.
     network = None
-    if condition is None:
+    if condition is None and weight is None:
         network = lower_or_read(*("log_px", decoder, z, "own operators", like), flat=z.dim() == 3, read=False)
     if not isinstance(network, LoweredNetwork):
         with torch.no_grad():
-            return reference.log_px(decoder, z, x, like, condition=condition)
+            return reference.log_px(decoder, z, x, like, condition=condition, weight=weight)
     observed = like.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
     refuse_forward_mode("log_px", z, observed, *network.tensors)
     found = torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, like.spec)

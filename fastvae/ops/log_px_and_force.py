@@ -11,6 +11,7 @@ from fastvae import reference
 from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.learned import without_parameters
+from fastvae.likelihoods.weighted import weighted
 from fastvae.lowering import UnsupportedLayer
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import log_px_and_force as sweep
@@ -34,6 +35,7 @@ def log_px_and_force(
     likelihood: str | Likelihood = "bernoulli",
     *,
     condition: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(x | z) and grad_z log p(x | z), what every sampler over a decoder's posterior is made of.
 
@@ -50,6 +52,8 @@ def log_px_and_force(
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
         condition: [B, ...], handed to the decoder after the codes: ``decoder(z, condition)``; with a gradient where it
             is real.
+        weight: [B, ...], at least 0, of x's elements, by which their parts of log p(x | z) are weighted: of the shape
+            of x, or with sizes of 1 in its place. 0 leaves an element out, which may then be NaN.
 
     Returns:
         log_px [B] in nats and force, of the shape of z, differentiable once; detached under ``no_grad`` and
@@ -65,7 +69,7 @@ def log_px_and_force(
     """
     name = "log_px_and_force"
     if torch.compiler.is_dynamo_compiling():
-        return _outside_of_graphs(decoder, z, x, likelihood, condition=condition)
+        return _outside_of_graphs(decoder, z, x, likelihood, condition=condition, weight=weight)
     if torch.compiler.is_compiling():
         raise UnsupportedLayer(f"fastvae.ops.{name}: it has no kernel, so it cannot be exported")
     check_tensors(name, z=z, x=x)
@@ -74,6 +78,7 @@ def log_px_and_force(
     decoder, like = without_parameters(decoder, resolve(likelihood))
     z = float32_under_autocast(z)
     _check(name, z, x)
+    like = weighted(f"fastvae::{name}", like, weight, x)
     check_condition(name, condition, len(z))
     if condition is not None:
         check_memory(name, condition=condition)
