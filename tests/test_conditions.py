@@ -384,7 +384,7 @@ def test_refusals() -> None:
             ValueError, match=r"condition: expected a decoder that takes one, .* got Sequential"
         ):
             other.loss(x, condition=labels)
-    with pytest.raises(TypeError, match="condition_of: batch: expected a tensor at 2, got NoneType"):
+    with pytest.raises(TypeError, match="fit: condition: expected a tensor at 2, got NoneType"):
         fit(model, [(x, labels)], epochs=1, condition=2, progress=False)
     with pytest.raises(TypeError, match="the encoder takes a condition, and none was given; pass condition="):
         model.loss(x)

@@ -134,6 +134,11 @@ def condition_of(batch: Any, place: int | str | Callable[[Any], Tensor]) -> Tens
     Raises:
         TypeError: no tensor there.
     """
+    return tensor_at(batch, place, "condition_of: batch")
+
+
+def tensor_at(batch: Any, place: int | str | Callable[[Any], Tensor], owner: str) -> Tensor:
+    """As ``condition_of``, with the ``owner`` whom errors name."""
     found: object = None
     if callable(place):
         found = place(batch)
@@ -143,7 +148,7 @@ def condition_of(batch: Any, place: int | str | Callable[[Any], Tensor]) -> Tens
         found = batch[place]
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"condition_of: batch: expected a tensor at {place!r}, got {type(found).__name__} in a batch that is a "
+            f"{owner}: expected a tensor at {place!r}, got {type(found).__name__} in a batch that is a "
             f"{type(batch).__name__}"
         )
     return found

@@ -17,7 +17,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from fastvae.data import condition_of, images_of
+from fastvae.data import images_of
+from fastvae.data.images import tensor_at
 from fastvae.influence.evaluation import Batch
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "spread_over",
     "tiles_of",
     "whole_batch",
-    "with_condition",
+    "with_entries",
 ]
 
 Take = Callable[[Any], Batch]
@@ -43,7 +44,7 @@ def tiles_of(data: Any, tile: int, batch_size: int, take: Take) -> Iterator[Batc
             as a ``DataLoader``.
         tile: samples.
         batch_size: at which a ``Dataset`` is collated, at least.
-        take: ``images_alone``, ``whole_batch`` or a partial ``with_condition``.
+        take: ``images_alone``, ``whole_batch`` or a partial ``with_entries``.
     """
     if isinstance(data, TensorDataset):
         data = data.tensors
@@ -131,9 +132,10 @@ def images_alone(given: Any) -> Batch:
     return (images_of(given),)
 
 
-def with_condition(place: Any, given: Any) -> Batch:
-    """The images of a batch and its condition, by ``fastvae.data.condition_of``."""
-    return _even((images_of(given), condition_of(given, place)))
+def with_entries(places: Mapping[str, Any], given: Any) -> Batch:
+    """The images of a batch and other entries, each by its name and place as of ``fastvae.data.condition_of``."""
+    others = (tensor_at(given, place, f"TracIn: {name}") for name, place in places.items())
+    return _even((images_of(given), *others))
 
 
 def whole_batch(given: Any) -> Batch:

@@ -16,7 +16,7 @@ from fastvae.influence.factors import GRAM, TILES, Factors, cheaper_route, pair_
 from fastvae.influence.layers import Captured, Layer, SeenCall, places_in, sum_of, watched
 from fastvae.influence.modules import ModuleCall, WholeModule
 from fastvae.influence.rules import Terms
-from fastvae.influence.sweeps import Call, flow_parameters, is_swept
+from fastvae.influence.sweeps import Call, flow_parameters
 
 __all__ = ["Engine"]
 
@@ -29,13 +29,14 @@ class Engine:
         layers: names of the modules whose parameters take part; None: all.
         uncovered: "error", or "materialise": the gradients of parameters that neither a rule nor a module by itself
             gives are computed by autograd, sample by sample.
+        swept: whether the decoder goes by its own sweeps (sweeps.py).
 
     Raises:
         UncoveredParameter: by "error".
         ValueError: a name in ``layers`` that the model does not have, or nothing to differentiate.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str] | None, uncovered: str) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str] | None, uncovered: str, swept: bool) -> None:
         if uncovered not in ("error", "materialise"):
             raise ValueError(f"TracIn: uncovered: expected 'error' or 'materialise', got {uncovered!r}")
         self.model, self._materialise = model, uncovered == "materialise"
@@ -62,7 +63,7 @@ class Engine:
         self._modules: dict[str, WholeModule] = {}
         self._uncovered: dict[str, str] = {}
         # The flow of an HVAE hands out the gradients of its own parameters, if its decoder can be swept.
-        self.of_flow = [name for name in flow_parameters(model) if name in wanted] if is_swept(model) else []
+        self.of_flow = [name for name in flow_parameters(model) if name in wanted] if swept else []
         for name in self.of_flow:
             without_rule.pop(name, None)
         for penalty in getattr(model, "penalties", ()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class Evaluation:
             ``loss_fn(model(x), x)`` for a batch of one tensor.
         draws: S, of the noise of a model that draws any.
         seed: of the noise.
-        is_conditional: ``batch[1]`` is the condition of one of our models.
+        besides: what ``batch[1:]`` are of one of our models: its "condition", its "weight" or both.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Evaluation:
         loss_fn: Callable[..., Tensor] | None,
         draws: int,
         seed: int,
-        is_conditional: bool = False,
+        besides: Sequence[str] = (),
     ) -> None:
-        self.loss_fn, self.seed, self.is_conditional = loss_fn, seed, is_conditional
+        self.loss_fn, self.seed, self.besides = loss_fn, seed, tuple(besides)
         self.draws = draws
         self._random: bool | None = None
         self.bind(Snapshot(1.0, model))
@@ -50,14 +50,16 @@ class Evaluation:
 
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""
-        return Sweep(self.model) if self.loss_fn is None and is_swept(self.model) else None
+        if self.loss_fn is not None or self.besides or not is_swept(self.model):
+            return None
+        return Sweep(self.model)
 
     def calls(self, batch: Batch, fold: bool) -> dict[str, list[Call]] | None:
         """The calls of every layer, of the mean loss over the draws; without ``fold``, of each draw alone.
 
         None where autograd and hooks have to find them.
         """
-        if self.loss_fn is not None or not isinstance(self.model, BaseVAE) or self.is_conditional:
+        if self.loss_fn is not None or not isinstance(self.model, BaseVAE) or self.besides:
             return None
         x = batch[0]
         return calls_of_vae(
@@ -94,7 +96,7 @@ class Evaluation:
         return self._random
 
     def _seen(self, batch: Batch) -> Observation:
-        return Observation(batch[0], batch[1] if self.is_conditional else None)
+        return Observation(batch[0], **dict(zip(self.besides, batch[1:], strict=False)))
 
     def _stream(self, x: Tensor) -> Stream:
         """The noise of every draw of every sample under this checkpoint.

@@ -23,7 +23,7 @@ from fastvae.influence.batches import (
     spread_over,
     tiles_of,
     whole_batch,
-    with_condition,
+    with_entries,
 )
 from fastvae.influence.cache import FactorCache, fingerprint
 from fastvae.influence.coverage import Coverage
@@ -33,6 +33,7 @@ from fastvae.influence.factors import Factors, concatenate, dot
 from fastvae.influence.scores import InfluenceWithError, self_scores
 from fastvae.influence.sharding import Share
 from fastvae.influence.snapshots import Snapshot, Snapshots
+from fastvae.influence.sweeps import is_swept
 from fastvae.influence.topk import KMostInfluentialResults, TopK
 from fastvae.models import BaseVAE
 from fastvae.private import Turns, private_copy
@@ -105,6 +106,7 @@ class TracIn:
             queries need no forward or backward pass over it. They take much more room than the images:
             ``coverage`` says by which route each layer goes. One folder for each model class and loss.
         condition: of a conditional ``fastvae`` model, where its condition is in a batch, as for :func:`fastvae.fit`.
+        weight: where the weights of x's elements are, in the same way: of queries, too.
 
     Raises:
         UncoveredParameter: a parameter whose gradients would be missing; at the first call, too.
@@ -130,6 +132,7 @@ class TracIn:
         process_group: Any = None,
         cache_dir: str | os.PathLike[str] | None = None,
         condition: int | str | Callable[[Any], Tensor] | None = None,
+        weight: int | str | Callable[[Any], Tensor] | None = None,
     ) -> None:
         expect_numbers(
             "TracIn", num_samples=num_samples, batch_size=batch_size, seed=seed, query_seed=query_seed
@@ -142,26 +145,29 @@ class TracIn:
         self.batch_size = batch_size
         check_order("train_dataset", train_dataset)
         self._snapshots = Snapshots(self.model, checkpoints, checkpoints_load_func, self._use)
-        if condition is not None and not (
-            isinstance(self.model, BaseVAE) and loss_fn is test_loss_fn is None
-        ):
-            raise ValueError("TracIn: condition: expected a fastvae model and its own loss")
-        self._place = condition
+        self._places = {
+            name: place for name, place in (("condition", condition), ("weight", weight)) if place is not None
+        }
+        if self._places and not (isinstance(self.model, BaseVAE) and loss_fn is test_loss_fn is None):
+            raise ValueError(f"TracIn: {next(iter(self._places))}: expected a fastvae model and its own loss")
+        besides = tuple(self._places)
         private = private_copy(self.model)
-        self._engine = Engine(private, layers, uncovered)
-        self._train = Evaluation(private, loss_fn, num_samples, seed, condition is not None)
+        self._engine = Engine(private, layers, uncovered, is_swept(private) and not besides)
+        self._train = Evaluation(private, loss_fn, num_samples, seed, besides)
         self._query = Evaluation(
             private,
             loss_fn if test_loss_fn is None else test_loss_fn,
             num_samples,
             seed if query_seed is None else query_seed,
-            condition is not None,
+            besides,
         )
         self._share = Share(process_group)
         self._turns = Turns()
         self._memory = raw.Recycling()
         self._cache = FactorCache(cache_dir)
         self._settings = f"{num_samples} {seed} {layers} {uncovered} noise keyed by weights"
+        if weight is not None:
+            self._settings += f" {besides}"
 
     def influence(
         self,
@@ -300,8 +306,8 @@ class TracIn:
     # ---- samples ----
 
     def _take(self, evaluation: Evaluation) -> Take:
-        if self._place is not None:
-            return functools.partial(with_condition, self._place)
+        if self._places:
+            return functools.partial(with_entries, self._places)
         return images_alone if evaluation.loss_fn is None else whole_batch
 
     def _count(self, data: Any = None) -> int:

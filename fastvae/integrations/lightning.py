@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastvae.arguments import expect_numbers, given
-from fastvae.data import condition_of, images_of
+from fastvae.arguments import expect_numbers
 from fastvae.integrations import TORCHVISION
 from fastvae.models import BaseVAE
+from fastvae.models.observation import Observation
 from fastvae.training import step_penalties
+from fastvae.training.batches import Place, batch_of
 
 try:
     import lightning
@@ -43,7 +44,8 @@ class LitVAE(lightning.LightningModule):
         model: any of fastvae's models; ``lit.model`` is it, trained.
         optimizer: callable from (parameters, lr=...) to an optimiser.
         lr: learning rate.
-        condition: of a conditional model, where its condition is in a batch; see :func:`fastvae.fit`.
+        condition, weight, sample_weight: where in a batch is what; see :func:`fastvae.fit`. With sample weights both
+            losses are weighted means of a batch; Lightning's mean over batches counts their samples.
 
     Raises:
         TypeError: ``model`` is not one of fastvae's.
@@ -55,7 +57,9 @@ class LitVAE(lightning.LightningModule):
         *,
         optimizer: Callable[..., Optimizer] = torch.optim.Adam,
         lr: float = 1e-3,
-        condition: int | str | Callable[[Any], Tensor] | None = None,
+        condition: Place | None = None,
+        weight: Place | None = None,
+        sample_weight: Place | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, BaseVAE):
@@ -64,29 +68,26 @@ class LitVAE(lightning.LightningModule):
         self.model = model
         self._optimizer = optimizer
         self.lr = lr
-        self._condition = condition
+        self._places = {"condition": condition, "weight": weight, "sample_weight": sample_weight}
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """The training loss of each sample: [B], in nats."""
-        losses: Tensor = self.model(x, **given(condition=condition))
+        losses: Tensor = self.model(x, **Observation(x, condition, weight).given)
         return losses
-
-    def _given(self, batch: Any) -> Tensor | None:
-        return None if self._condition is None else condition_of(batch, self._condition)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The mean loss of a batch: []."""
-        x = images_of(batch)
-        loss = self(x, self._given(batch)).mean()
-        self.log("train_loss", loss, batch_size=len(x))
+        given = batch_of(batch, self._places, binarize=False)
+        loss = given.mean(self(*given.seen))
+        self.log("train_loss", loss, batch_size=len(given.seen.x))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs ``val_loss`` and ``val_elbo``."""
-        x = images_of(batch)
-        condition = self._given(batch)
-        self.log("val_loss", self(x, condition).mean(), batch_size=len(x))
-        self.log("val_elbo", self.model.elbo(x, **given(condition=condition)).mean(), batch_size=len(x))
+        given = batch_of(batch, self._places, binarize=False)
+        x = given.seen.x
+        self.log("val_loss", given.mean(self(*given.seen)), batch_size=len(x))
+        self.log("val_elbo", given.mean(self.model.elbo(x, **given.seen.given)), batch_size=len(x))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, then the penalties' step; not called for batches that are only accumulated."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae.arguments import expect_numbers
-from fastvae.data import images_of
 from fastvae.models import BaseVAE
+from fastvae.models.observation import Observation
 from fastvae.private import private_copy
+from fastvae.training.batches import Place, batch_of
 from fastvae.training.parallel import unwrap
 
 __all__ = ["Estimate", "active_units", "mutual_information", "negative_log_likelihood", "posteriors"]
@@ -33,23 +34,35 @@ class Estimate(NamedTuple):
 
 
 @torch.no_grad()
-def posteriors(model: BaseVAE, images: Images) -> tuple[Tensor, Tensor]:
+def posteriors(
+    model: BaseVAE, images: Images, *, condition: Place | None = None, weight: Place | None = None
+) -> tuple[Tensor, Tensor]:
     """Means and log variances of q(z_0 | x): [N, d] each, on the CPU, detached.
 
     Args:
         model: a copy of it is measured, in eval mode.
         images: a tensor [N, ...], or an iterable of batches such as ``fit`` takes.
+        condition, weight: where in such a batch they are, as for ``fit``.
 
     Raises:
         ValueError: no images.
     """
-    found = _of_batches("posteriors", model, images, lambda private, x: private.encode(x))
+    places = {"condition": condition, "weight": weight}
+    found = _of_batches(
+        "posteriors", model, images, lambda private, seen: private.encode(seen.x, **seen.given), places
+    )
     return torch.cat([mu.cpu() for mu, _ in found]), torch.cat([logvar.cpu() for _, logvar in found])
 
 
 @torch.no_grad()
 def negative_log_likelihood(
-    model: BaseVAE, images: Images, num_samples: int = 1000, *, seed: int = 0
+    model: BaseVAE,
+    images: Images,
+    num_samples: int = 1000,
+    *,
+    seed: int = 0,
+    condition: Place | None = None,
+    weight: Place | None = None,
 ) -> Estimate:
     """-log p(x) by importance sampling, in nats: its mean over images, and the standard error of that.
 
@@ -61,6 +74,8 @@ def negative_log_likelihood(
         images: see :func:`posteriors`; at least two.
         num_samples: importance samples an image.
         seed: of the noise.
+        condition, weight: where in a batch of an iterable they are, as for ``fit``. With weights of 0 and 1 it is that
+            of the elements that were observed.
 
     Raises:
         ValueError: fewer than two images, or num_samples below 1.
@@ -71,7 +86,8 @@ def negative_log_likelihood(
         "negative_log_likelihood",
         model,
         images,
-        lambda private, x: private.log_likelihood(x, num_samples, generator=generator),
+        lambda private, seen: private.log_likelihood(seen.x, num_samples, generator=generator, **seen.given),
+        {"condition": condition, "weight": weight},
     )
     return estimate_of("negative_log_likelihood", -torch.cat([value.double().cpu() for value in found]))
 
@@ -152,12 +168,23 @@ def private_model(name: str, model: BaseVAE) -> BaseVAE:
     return private_copy(inner)
 
 
-def _of_batches(name: str, model: BaseVAE, images: Images, call: Callable[[BaseVAE, Tensor], object]) -> list:
+def _of_batches(
+    name: str,
+    model: BaseVAE,
+    images: Images,
+    call: Callable[[BaseVAE, Observation], object],
+    places: Mapping[str, Place | None],
+) -> list:
     """``call`` of every batch on the model's device, with a copy of the model in eval mode."""
-    batches = images.split(_BATCH) if isinstance(images, Tensor) else map(images_of, images)
+    if isinstance(images, Tensor) and any(place is not None for place in places.values()):
+        raise ValueError(
+            f"{name}: images: expected batches of images and of {' and '.join(places)}, got a tensor"
+        )
+    batches = images.split(_BATCH) if isinstance(images, Tensor) else images
     private = private_model(name, model)
     device = next(private.parameters()).device
-    found = [call(private, batch.to(device)) for batch in batches if len(batch)]
+    given = (batch_of(batch, places, binarize=False).seen for batch in batches)
+    found = [call(private, seen.each(lambda t: t.to(device))) for seen in given if len(seen.x)]
     if not found:
         raise ValueError(f"{name}: images: expected some, got none")
     return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastvae.arguments import expect_numbers
 from fastvae.cuda_graphs import run_steps
 from fastvae.influence.noise import draws_noise
-from fastvae.likelihoods.weights import filled
+from fastvae.likelihoods.weights import expanded, filled
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
 from fastvae.models.inputs import check_condition, check_observed, takes_condition
@@ -297,6 +297,8 @@ class LikelihoodRegret(Detector):
         _check_independence(model.encoder, tuple(x.shape[1:]))
         if seen.condition is not None:
             check_condition(self, seen.condition, len(x))
+        if seen.weight is not None:
+            seen = seen._replace(weight=expanded("LikelihoodRegret", seen.weight, x))
         # A tensor made under inference_mode cannot take part in a backward pass.
         seen = seen.each(lambda t: (t.clone() if t.is_inference() else t.detach()).to(like.device))
         check_observed(model, seen.x, seen.weight)

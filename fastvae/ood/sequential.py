@@ -22,6 +22,7 @@ def refit_one(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 5e-5,
     condition: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[BaseVAE, Tensor]:
     """Train a private copy of the encoder on one image by ``torch.optim.Adam``.
 
@@ -34,21 +35,23 @@ def refit_one(
         noise: of the steps, the draw's number being that of the step from 0; see ``fastvae.noise``.
         num_steps, lr, betas, weight_decay: of Adam; the paper's by default.
         condition: [1, ...] of a conditional model.
+        weight: [1, ...] of x's elements.
 
     Returns:
         The model with the private encoder, and the loss before each step, [num_steps].
     """
+    besides = given(condition=condition, weight=weight)
     private = private_copy(model)
     private.requires_grad_(False)
     private.encoder.requires_grad_(True)
     optimizer = torch.optim.Adam(private.encoder.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     with torch.no_grad():
-        like = private.encode(x, **given(condition=condition))[0]
+        like = private.encode(x, **besides)[0]
     losses = []
     for step in range(num_steps):
         optimizer.zero_grad()
         noise_of_step = noise(step, 1, like)[:, 0]
-        loss = private.objective(x, beta=1.0, noise=noise_of_step, **given(condition=condition)).loss.sum()
+        loss = private.objective(x, beta=1.0, noise=noise_of_step, **besides).loss.sum()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())

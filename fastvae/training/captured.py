@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.cuda_graphs import WARM_UP, capture
-from fastvae.models.observation import Observation
+from fastvae.training.batches import Batch
 
 __all__ = ["CapturedPasses", "Pass"]
 
@@ -26,8 +26,9 @@ class Pass(NamedTuple):
     """What a forward and backward pass made, beside the gradients in place."""
 
     loss: Tensor
-    """The mean [] over the samples."""
-    samples: int
+    """The (weighted) mean [] over the samples."""
+    amount: float
+    """Of the samples: their number, or the sum of their weights."""
     norm: Tensor
     """Of all gradients: []."""
     terms: dict[str, Tensor]
@@ -46,7 +47,7 @@ class Pass(NamedTuple):
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    batch: Observation
+    batch: Batch
     made: Pass
     gradients: list[Tensor | None]
 
@@ -63,15 +64,13 @@ class CapturedPasses:
         run: a forward and backward pass of a batch from gradients that are None.
     """
 
-    def __init__(
-        self, model: nn.Module, parameters: list[Tensor], run: Callable[[Observation], Pass]
-    ) -> None:
+    def __init__(self, model: nn.Module, parameters: list[Tensor], run: Callable[[Batch], Pass]) -> None:
         self._model, self._parameters, self._run = model, parameters, run
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._last: tuple[Any, ...] = ()
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
 
-    def __call__(self, batch: Observation) -> Pass:
+    def __call__(self, batch: Batch) -> Pass:
         """Of one batch."""
         form = self._form(batch)
         found = self._graphs.get(form)
@@ -105,10 +104,10 @@ class CapturedPasses:
             self._seen.clear()
         self._last = form
 
-    def _capture(self, batch: Observation) -> _Graph:
+    def _capture(self, batch: Batch) -> _Graph:
         given = batch.each(Tensor.clone)
         try:
-            graph, made = capture(lambda: self._run(given), batch.x.device)
+            graph, made = capture(lambda: self._run(given), batch.seen.x.device)
         except RuntimeError as error:
             raise RuntimeError(
                 f"fit: cuda_graph: expected a training step of {type(self._model).__name__} that never waits for the "
@@ -117,7 +116,7 @@ class CapturedPasses:
         gradients = [parameter.grad for parameter in self._parameters]
         return _Graph(graph, given, made._replace(replayed=True), gradients)
 
-    def _form(self, batch: Observation) -> tuple[Any, ...]:
+    def _form(self, batch: Batch) -> tuple[Any, ...]:
         facts: list[Any] = [(x.shape, x.stride(), x.dtype, x.device) for x in batch.tensors]
         facts += torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         for module in self._model.modules():

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.modes import modes_kept
+from fastvae.training.batches import Place
 from fastvae.training.history import History
 from fastvae.training.loaders import check_loader
 from fastvae.training.locking import run_folder_held
@@ -43,7 +44,9 @@ def fit(
     max_steps: int | None = None,
     clip_grad_norm: float | None = None,
     binarize: bool = False,
-    condition: int | str | Callable[[Any], Tensor] | None = None,
+    condition: Place | None = None,
+    weight: Place | None = None,
+    sample_weight: Place | None = None,
     cuda_graph: bool = False,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     on_difference: Literal["raise", "warn"] = "raise",
@@ -93,6 +96,12 @@ def fit(
         binarize: draw binary images anew in each step (:func:`fastvae.data.binarize`).
         condition: of a conditional model, where its condition is in a batch: an index (1: what stands behind the
             images), a key, or a function of the batch. The loss is then ``model(x, condition=c)``.
+        weight: where the weights of x's elements are in a batch, in the same way: of the shape of x, 0 for what is
+            missing. The loss is then ``model(x, weight=w)``.
+        sample_weight: where in a batch is how much each sample counts, [B], at least 0, in each batch one above 0. The
+            loss of a batch is then the weighted mean sum(w l) / sum(w) of its samples' losses l, which doubling all
+            weights does not change; losses of an epoch, those of ``val_loader`` too, are such means over all samples.
+            Several processes each take the mean of their own batch. None: the mean.
         cuda_graph: on a GPU, run forward and backward pass from a CUDA graph after the first batches of each shape:
             small networks then train as fast as the GPU is, not as fast as Python launches kernels. The same losses. A
             module's plain settings (``model.beta = 2``) may change; what else Python decides in ``forward`` stays as it
@@ -104,10 +113,11 @@ def fit(
             and its new value, or "warn" and go on. Compared are the modules' classes and settings (beta, likelihood,
             slopes, ...), the weights' names, shapes and dtypes, optimiser and scheduler with their hyperparameters,
             batch size, sampler, number of batches, ``seed``, ``clip_grad_norm``, ``binarize``, ``condition``,
-            ``schedule_by``, and the loaders' data where they are in memory: shapes and a hash of at most 16 MB of each
-            tensor, in rows spread over it. Code cannot be seen (of ``forward``, of transforms), nor what is read from
-            files. After a warning, hyperparameters given now replace the stored ones; a scheduler, and learning rates
-            under it, go on as they were. Checkpoints of versions that did not keep this are taken as they are.
+            ``weight``, ``sample_weight``, ``schedule_by``, and the loaders' data where they are in memory: shapes and a
+            hash of at most 16 MB of each tensor, in rows spread over it. Code cannot be seen (of ``forward``, of
+            transforms), nor what is read from files. After a warning, hyperparameters given now replace the stored
+            ones; a scheduler, and learning rates under it, go on as they were. Checkpoints of versions that did not
+            keep this are taken as they are.
         progress: show a bar on a terminal if tqdm is installed; say in a line if the run was complete already.
 
     Returns:
@@ -142,6 +152,7 @@ def fit(
         model.to(device)
     chosen_optimizer = _build_optimizer(model, optimizer)
     team = Team(model)
+    places = {"condition": condition, "weight": weight, "sample_weight": sample_weight}
     run = Run(
         model=model,
         loader=loader,
@@ -158,8 +169,8 @@ def fit(
         options={
             "clip_grad_norm": clip_grad_norm,
             "binarize": binarize,
-            "condition": "a function" if callable(condition) else condition,
             "schedule_by": schedule_by,
+            **{name: "a function" if callable(place) else place for name, place in places.items()},
         },
         stepper=Stepper(
             model,
@@ -169,7 +180,7 @@ def fit(
             team,
             restore=on_nonfinite == "skip",
             cuda_graph=cuda_graph,
-            condition=condition,
+            places=places,
         ),
         team=team,
     )

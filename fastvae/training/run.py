@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.models import DivergenceError
-from fastvae.models.observation import Observation
 from fastvae.modes import modes_kept
 from fastvae.training.archive import DamagedFileError
+from fastvae.training.batches import Batch
 from fastvae.training.checkpoints import save_checkpoint, step_penalties
 from fastvae.training.definition import (
     Definition,
@@ -156,7 +156,7 @@ class Run:
         for sampler in samplers_of(self.loader):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(number)
-        total, samples, batches, complete = 0.0, 0, 0, True
+        total, samples, batches, complete = 0.0, 0.0, 0, True
         rates: list[float] = []
         for batch in self.loader:
             if max_steps is not None and self.steps >= max_steps:
@@ -218,8 +218,8 @@ class Run:
             if self.patience is not None:
                 self.best = copy.deepcopy(unwrap(self.model).state_dict())
 
-    def _step(self, batch: Observation, where: str) -> tuple[float, int] | None:
-        """One optimisation step; its loss and samples, or None if it was skipped."""
+    def _step(self, batch: Batch, where: str) -> tuple[float, float] | None:
+        """One optimisation step; its loss and the amount of its samples, or None if it was skipped."""
         try:
             return self.stepper.take(batch)
         except NotFiniteError as problem:
@@ -248,7 +248,7 @@ class Run:
             self.model.eval()
             for batch in self.val_loader:
                 given = self.stepper.batch(batch)
-                samples += len(given.x)
+                samples += given.amount
                 try:
                     part, why = self.stepper.validation_loss(given)
                     total, problem = total + part, problem or why

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastvae.data import binarize as draw_binary
-from fastvae.data import condition_of, images_of
+from fastvae.arguments import given
 from fastvae.models import DivergenceError
 from fastvae.models.base import BaseVAE
-from fastvae.models.observation import Observation
 from fastvae.models.terms import describe, recorded_terms
+from fastvae.training.batches import Batch, Place, batch_of
 from fastvae.training.captured import CapturedPasses, Pass
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_states, set_global_states
@@ -50,8 +49,8 @@ class Stepper:
     """Put the model's buffers back as they were before a step that was not finite."""
     cuda_graph: bool = False
     """Run forward and backward passes from CUDA graphs."""
-    condition: int | str | Callable[[Any], Tensor] | None = None
-    """Where the condition is in a batch."""
+    places: Mapping[str, Place | None] = field(default_factory=dict)
+    """Where in a batch is what: "condition", "weight", "sample_weight"."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Of the loss computed last."""
 
@@ -74,40 +73,36 @@ class Stepper:
             if here:
                 raise ValueError(f"fit: cuda_graph: expected {what}")
 
-    def batch(self, loaded: Any) -> Observation:
-        """The images of a loader's batch, binarised if wanted, and the condition, on the model's device."""
-        x = images_of(loaded)
-        found = Observation(
-            draw_binary(x) if self.binarize else x,
-            None if self.condition is None else condition_of(loaded, self.condition),
-        )
+    def batch(self, loaded: Any) -> Batch:
+        """What a loader gave, binarised if wanted, on the model's device."""
+        found = batch_of(loaded, self.places, self.binarize)
         device = next(self.model.parameters()).device
         return found.each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def losses(self, batch: Observation, model: nn.Module | None = None) -> Tensor:
+    def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """model(x): [B], or ValueError."""
-        x = batch.x
+        x = batch.seen.x
         with recorded_terms() as self.terms:
-            losses: Tensor = (self.model if model is None else model)(x, **batch.given)
+            losses: Tensor = (self.model if model is None else model)(x, **batch.seen.given)
         if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"fit: model(x): expected the loss of each sample, [{x.shape[0]}], got {found}")
         return losses
 
-    def validation_loss(self, batch: Observation) -> tuple[float, str]:
-        """The sum of model(x) in this process, and what of it is not finite."""
-        total = float(self.losses(batch, self.team.replica).sum(dtype=torch.float64))
+    def validation_loss(self, batch: Batch) -> tuple[float, str]:
+        """The (weighted) sum of model(x) in this process, and what of it is not finite."""
+        total = float(batch.total(self.losses(batch, self.team.replica)))
         return total, "" if math.isfinite(total) else self._not_finite(gradients=False)
 
-    def take(self, batch: Observation) -> tuple[float, int]:
-        """One optimisation step; its mean loss and number of samples, over all processes.
+    def take(self, batch: Batch) -> tuple[float, float]:
+        """One optimisation step; its mean loss and the amount of its samples, over all processes.
 
         NotFiniteError, in all processes or none, leaves the weights as they were.
         """
         noise = global_states() if self.demands_closure else None
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.restore else []
         try:
-            loss, samples, norm = self._finite_backward(batch)
+            loss, amount, norm = self._finite_backward(batch)
         except NotFiniteError:
             if self.restore:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -128,57 +123,58 @@ class Stepper:
         else:
             self._clip(norm)
             self.optimizer.step()
-        return loss, samples
+        return loss, amount
 
-    def _backward(self, batch: Observation) -> Pass:
+    def _backward(self, batch: Batch) -> Pass:
         """Forward and backward pass, with the gradients in place and not yet clipped."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, mean, samples = self._forward(batch)
+        loss, mean, amount = self._forward(batch)
         loss.backward()
         gradients = [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
-        return Pass(mean, samples, torch.nn.utils.get_total_norm(gradients), self.terms)
+        return Pass(mean, amount, torch.nn.utils.get_total_norm(gradients), self.terms)
 
-    def _forward(self, batch: Observation) -> tuple[Tensor, Tensor, int]:
-        """The mean loss with its graph; without it, over all processes; their samples.
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
+        """The mean loss with its graph; without it, over all processes; the amount of their samples.
 
         NotFiniteError where a trajectory diverged in any process: a process that went on to its backward pass would
         wait for the gradients of one that did not.
         """
         cause: DivergenceError | None = None
-        samples = len(batch.x)
         try:
-            loss = self.losses(batch).mean()
+            loss = batch.mean(self.losses(batch))
         except DivergenceError as error:
             if self.team.size == 1:
                 raise NotFiniteError(str(error)) from error
             loss, cause = torch.tensor(0.0), error
         if self.team.size == 1:
-            return loss, loss.detach(), samples
-        total, count, diverged = self.team.sums(float(loss.detach()) * samples, samples, cause is not None)
+            return loss, loss.detach(), batch.amount
+        total, count, diverged = self.team.sums(
+            float(loss.detach()) * batch.amount, batch.amount, cause is not None
+        )
         if diverged:
             raise NotFiniteError(str(cause or "trajectories of another process diverged")) from cause
-        return loss, loss.detach().new_tensor(total / count), int(count)
+        return loss, loss.detach().new_tensor(total / count), count
 
-    def _finite_backward(self, batch: Observation) -> tuple[float, int, Tensor]:
+    def _finite_backward(self, batch: Batch) -> tuple[float, float, Tensor]:
         found = self._backward(batch) if self._passes is None else self._from_graph(batch)
         loss, norm = found.numbers()
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.terms = found.terms
             why = self._not_finite(gradients=math.isfinite(loss))
             raise NotFiniteError(f"loss {loss}, gradient norm {norm}{why}")
-        return loss, found.samples, found.norm
+        return loss, found.amount, found.norm
 
-    def _from_graph(self, batch: Observation) -> Pass:
+    def _from_graph(self, batch: Batch) -> Pass:
         """As ``_backward``, which runs again where a graph's numbers are not finite: it has more to say of them."""
         assert self._passes is not None
         if isinstance(self.model, BaseVAE):
-            self.model.check_data(batch.x)
-        noise = torch.cuda.get_rng_state(batch.x.device)
+            self.model.check_data(batch.seen.x, **given(weight=batch.seen.weight))
+        noise = torch.cuda.get_rng_state(batch.seen.x.device)
         found = self._passes(batch)
         if found.replayed and not all(map(math.isfinite, found.numbers())):
-            torch.cuda.set_rng_state(noise, batch.x.device)
+            torch.cuda.set_rng_state(noise, batch.seen.x.device)
             return self._backward(batch)
-        return found
+        return found._replace(amount=batch.amount)
 
     def _not_finite(self, gradients: bool) -> str:
         """What is not finite of the loss computed last, or of its gradients, to be added to a message."""
