@@ -10,22 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvae._compiling import is_captured, is_compiling
+from fastvae._compiling import is_compiling
 from fastvae.arguments import expect_numbers, given
-from fastvae.decoding import check_decoder, natural_parameters, transformed
-from fastvae.likelihoods import Likelihood, resolve
-from fastvae.likelihoods.weights import check_takes_weight, expanded, filled
-from fastvae.lowering import LoweredNetwork
-from fastvae.models.evidence import importance_sampled
-from fastvae.models.inputs import (
-    check_condition,
-    check_is_tensor,
-    check_observed,
-    explained,
-    half_dtype_of,
-    split_posterior,
-    takes_condition,
-)
+from fastvae.likelihoods import Likelihood
+from fastvae.models.evidence import codes_by_outputs, importance_sampled
+from fastvae.models.imputation import imputed
+from fastvae.models.networks import EncoderDecoder
 from fastvae.models.observation import Observation
 from fastvae.models.steps import Penalty, TrainingStep
 from fastvae.models.terms import note_penalty
@@ -50,16 +40,13 @@ NoiseSource = Callable[[int, int, Tensor], Tensor]
 
 _Model = TypeVar("_Model", bound="BaseVAE")
 
-# Decoder outputs held at once while importance sampling: 16 MiB of float32.
-_LOG_LIKELIHOOD_OUTPUTS = 2**22
-
 
 def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """z = mu + sigma eps, sigma = exp(logvar / 2), all [B, d]."""
     return mu + torch.exp(logvar / 2) * eps
 
 
-class BaseVAE(nn.Module, ABC):
+class BaseVAE(EncoderDecoder, ABC):
     """A latent variable model p(z) p(x | z), z ~ N(0, I), with an amortised Gaussian q(z_0 | x).
 
     Args:
@@ -107,7 +94,6 @@ class BaseVAE(nn.Module, ABC):
         penalties: Iterable[nn.Module] = (),
         check_finite: bool = True,
     ) -> None:
-        super().__init__()
         name = type(self).__name__
         expect_numbers(name, beta=beta, latent_dim=latent_dim)
         if not (math.isfinite(beta) and beta >= 0):
@@ -118,28 +104,9 @@ class BaseVAE(nn.Module, ABC):
         for penalty in penalties:
             if not isinstance(penalty, nn.Module):
                 raise TypeError(f"{name}: penalties: expected torch modules, got {type(penalty).__name__}")
-        density = resolve(likelihood)
-        for role, module in (("encoder", encoder), ("decoder", decoder)):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: {role}: expected a torch module, got {type(module).__name__}")
-        network = check_decoder(decoder, density)
-        self.encoder = encoder
-        self.decoder = decoder
-        # Behind the networks, whose dtype and device a model's first parameter stands for, and in theirs.
-        self.likelihood = density
-        like = next((p for p in self.parameters() if p.is_floating_point()), None)
-        if isinstance(density, nn.Module) and like is not None:
-            density.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        super().__init__(encoder, decoder, likelihood, latent_dim, check_finite)
         self.beta = float(beta)
-        self.latent_dim = int(latent_dim) if latent_dim is not None else _latent_dim_of(network)
         self.penalties = nn.ModuleList(penalties)
-        self.check_finite = check_finite
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A likelihood is a module or not, and may be exchanged for one that is not or is.
-        if name == "likelihood" and not isinstance(value, nn.Module):
-            self._modules.pop(name, None)
-        super().__setattr__(name, value)
 
     @abstractmethod
     def objective(
@@ -264,80 +231,6 @@ class BaseVAE(nn.Module, ABC):
         seen = Observation(x, condition, weight)
         return -self.objective(x, beta=1.0, generator=generator, **seen.given).loss
 
-    def encode(
-        self, x: Tensor, condition: Tensor | None = None, weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of q(z_0 | x): (mu [B, d], logvar [B, d]), at least float32.
-
-        The encoder sees x as it is, but 0 where it is NaN or infinite and its weight is 0.
-        """
-        check_is_tensor(self, x)
-        weight = None if weight is None else expanded(type(self).__name__, weight, x)
-        self.check_data(x, **given(weight=weight))
-        x = x if weight is None else filled(x, weight)
-        if condition is not None:
-            check_condition(self, condition, x.shape[0])
-        second = () if condition is None or not takes_condition(self.encoder) else (condition,)
-        parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
-        dtype = torch.float32 if parameter is None else parameter.dtype
-        try:
-            output = self.encoder(self.likelihood.as_float(x, dtype), *second)
-        except (RuntimeError, ValueError, TypeError) as error:
-            if (better := explained(error, self, "encoder", x)) is None:
-                raise
-            raise better from error
-        mu, logvar = self._split(output, x)
-        if self.latent_dim is None:
-            self.latent_dim = mu.shape[1]
-        if mu.shape[1] != self.latent_dim:
-            raise ValueError(
-                f"{type(self).__name__}: encoder: expected mean and log variance of latent_dim = "
-                f"{self.latent_dim}, got {mu.shape[1]} each"
-            )
-        wide = torch.promote_types(mu.dtype, torch.float32)
-        return mu.to(wide), logvar.to(wide)
-
-    def check_data(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """ValueError if x is no data of the likelihood, where its numbers may be looked at (``check_finite``).
-
-        Of the elements of weight 0 nothing is asked; ValueError for weights that are none.
-        """
-        if self.check_finite and not is_compiling() and not is_captured(x) and not transformed():
-            check_observed(self, x, weight)
-
-    def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Natural parameters of p(x | z) for z [B, d], in the decoder's layout."""
-        half = half_dtype_of(self.decoder)
-        if condition is not None:
-            check_condition(self, condition, z.shape[0])
-            self._check_takes_condition()
-        try:
-            return natural_parameters(
-                self.decoder, z if half is None else z.to(half), self.likelihood, condition
-            )
-        except (RuntimeError, ValueError, TypeError) as error:
-            if (better := explained(error, self, "decoder", z)) is None:
-                raise
-            raise better from error
-
-    def _check_takes_condition(self) -> None:
-        if not takes_condition(self.decoder):
-            raise ValueError(
-                f"{type(self).__name__}: condition: expected a decoder that takes one, forward(z, condition), got "
-                f"{type(self.decoder).__name__}"
-            )
-
-    def log_px(
-        self, z: Tensor, x: Tensor, condition: Tensor | None = None, weight: Tensor | None = None
-    ) -> Tensor:
-        """log p(x | z) in nats for z [B, d] and x [B, ...]: [B]; the sum of its elements', each times its weight."""
-        like = self.likelihood
-        if weight is not None:
-            check_takes_weight(like)
-        # A module is called as one, so that hooks on it see it.
-        params = self.decode(z, **given(condition=condition))
-        return (like if isinstance(like, nn.Module) else like.log_prob)(params, x, **given(weight=weight))
-
     def draw_noise(
         self, mu: Tensor, generator: torch.Generator | None = None, draws: int | None = None
     ) -> Tensor:
@@ -428,14 +321,62 @@ class BaseVAE(nn.Module, ABC):
         z = self.sample_posterior(x, generator=generator, **seen.given)
         return self.likelihood.mean(self.decode(z, **given(condition=condition))).reshape(x.shape)
 
+    @torch.no_grad()
+    def impute(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        num_samples: int = 1000,
+        draw: bool = False,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """x with what is missing filled in: its mean given what was observed, E[x_m | x_o], or a draw.
+
+        By self-normalised importance sampling from the approximate posterior (Mattei and Frellsen, "MIWAE: deep
+        generative modelling and imputation of incomplete data sets", ICML 2019): with z_k ~ q(z | x_o) and
+        w_k = p(x_o | z_k) p(z_k) / q(z_k | x_o),
+
+            E[x_m | x_o] = sum_k w_k E[x_m | z_k] / sum_k w_k,
+
+        exact as ``num_samples`` grows. Memory does not grow with it. Other weights than 0 and 1 weigh log p(x_o | z).
+
+        Args:
+            x: [B, ...]; whatever it is where the weight is 0, NaN say, the encoder sees, as in ``forward``.
+            weight: of the shape of x, or with sizes of 1 in its place; 0: to be filled in.
+            num_samples: importance samples for each x.
+            draw: one x_m of p(x_m | x_o) instead, by resampling one z_k with probability w_k / sum w and drawing from
+                p(x_m | z_k): for multiple imputation, call it several times.
+            chunk_size: codes (sample x draw) at once; by default as many as give 2**22 outputs.
+            generator: source of all randomness; on the model's device, where ``draw`` is asked for.
+            condition: [B, ...] what the networks are given besides.
+
+        Returns:
+            [B, ...] of x's shape, detached, floating, in the unit in which an encoder sees x (bytes in [0, 1]): x
+            where it was observed.
+
+        Raises:
+            ValueError: num_samples or chunk_size below 1, or arguments that do not fit x.
+            NotImplementedError: a likelihood without ``mean`` (or ``sample``), or a model of your own without
+                ``weighted_codes``.
+        """
+        return imputed(self, Observation(x, condition, weight), num_samples, draw, chunk_size, generator)
+
+    def weighted_codes(
+        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [N, d], as a decoder is given them, and the log of each one's importance weight; see ``log_weight``."""
+        raise NotImplementedError(f"{type(self).__name__}: impute: this model has no weighted_codes")
+
     def extra_repr(self) -> str:
         """What ``repr`` says of the settings."""
         return f"likelihood={self.likelihood}, beta={self.beta}, latent_dim={self.latent_dim}"
 
     def _codes_at_once(self, x: Tensor, mu: Tensor) -> int:
         """Rows of ``log_weights`` at once, by the decoder outputs that they stand for."""
-        outputs = math.prod(x.shape[1:]) * self.likelihood.values_per_element
-        return max(1, _LOG_LIKELIHOOD_OUTPUTS // max(1, outputs))
+        return codes_by_outputs(self, x)
 
     def _noise(self, mu: Tensor, noise: Noise | None, generator: torch.Generator | None) -> Tensor:
         if noise is None:
@@ -448,10 +389,6 @@ class BaseVAE(nn.Module, ABC):
                 f"got {list(noise.shape)}"
             )
         return noise.to(mu)
-
-    def _split(self, output: object, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's output as (mu, logvar)."""
-        return split_posterior(self, output, x.shape[0])
 
     def _kl_weight(self, beta: float | None) -> float:
         """The beta that ``objective`` is given, or the model's own."""
@@ -467,15 +404,3 @@ def encoded_already(model: _Model, x: Tensor, encoded: tuple[Tensor, Tensor]) ->
         return encoded if other is x else model.encode(other, **besides)
 
     return twin_of(model, encode=encode)
-
-
-def _latent_dim_of(network: LoweredNetwork | None) -> int | None:
-    """The size of the decoder's input where its first layer fixes it."""
-    if network is None:
-        return None
-    kind, *words = network.spec.split(";")[0].split()
-    if kind == "linear":
-        return network.tensors[int(words[0])].shape[1]
-    if kind == "reshape" and "-1" not in words:
-        return math.prod(int(word) for word in words)
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,10 @@ from fastvae.models.observation import Observation
 if TYPE_CHECKING:
     from fastvae.models.base import BaseVAE, NoiseSource
 
-__all__ = ["importance_sampled"]
+__all__ = ["check_request", "codes_by_outputs", "draws_in_parts", "importance_sampled", "warn_of_nan"]
+
+# Decoder outputs held at once while importance sampling: 16 MiB of float32.
+_OUTPUTS_AT_ONCE = 2**22
 
 
 def importance_sampled(
@@ -31,15 +35,8 @@ def importance_sampled(
     posterior: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """See ``BaseVAE.log_likelihood``, which calls it without gradients: [B]."""
-    expect_numbers("log_likelihood", num_samples=num_samples, chunk_size=chunk_size)
+    check_request("log_likelihood", model, seen, num_samples, chunk_size)
     x = seen.x
-    check_is_tensor(model, x)
-    if num_samples < 1:
-        raise ValueError(f"log_likelihood: num_samples: expected at least 1, got {num_samples}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"log_likelihood: chunk_size: expected at least 1, got {chunk_size}")
-    if seen.condition is not None:
-        check_condition(model, seen.condition, len(x))
     mu, logvar = model.encode(x, **seen.given) if posterior is None else posterior
     batch = mu.shape[0]
     if mu.shape != logvar.shape or batch != len(x):
@@ -51,7 +48,38 @@ def importance_sampled(
         return mu.new_zeros(0)
     rows = chunk_size if chunk_size is not None else model._codes_at_once(x, mu)
     total = mu.new_full((batch,), -math.inf)
-    done = 0
+    for part, drawn in draws_in_parts(model, mu, num_samples, rows, generator, noise):
+        own = seen.at(part)
+        weights = model.log_weights(own.x, mu[part], logvar[part], drawn, **own.given)
+        total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
+    found = total - math.log(num_samples)
+    warn_of_nan("log_likelihood", model, found)
+    return found
+
+
+def check_request(
+    owner: str, model: BaseVAE, seen: Observation, num_samples: int, chunk_size: int | None
+) -> None:
+    """Raise, as of ``owner``, for numbers below 1, no tensor, or a condition that does not fit x."""
+    expect_numbers(owner, num_samples=num_samples, chunk_size=chunk_size)
+    check_is_tensor(model, seen.x)
+    for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
+        if count is not None and count < 1:
+            raise ValueError(f"{owner}: {name}: expected at least 1, got {count}")
+    if seen.condition is not None:
+        check_condition(model, seen.condition, len(seen.x))
+
+
+def draws_in_parts(
+    model: BaseVAE,
+    mu: Tensor,
+    num_samples: int,
+    rows: int,
+    generator: torch.Generator | None,
+    noise: NoiseSource | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some of the samples and noise [weight_draws, draws, samples, d] for them, ``rows`` codes at once."""
+    batch, done = len(mu), 0
     while done < num_samples:
         count = max(1, min(rows // batch, num_samples - done))
         if noise is None:
@@ -62,23 +90,25 @@ def importance_sampled(
             drawn = noise(done, count, mu)
         for start in range(0, batch, rows):
             part = slice(start, start + rows)
-            own = seen.at(part)
-            weights = model.log_weights(own.x, mu[part], logvar[part], drawn[:, :, part], **own.given)
-            total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
+            yield part, drawn[:, :, part]
         done += count
-    found = total - math.log(num_samples)
-    _warn_of_nan(model, found)
-    return found
 
 
-def _warn_of_nan(model: BaseVAE, log_px: Tensor) -> None:
-    if is_compiling() or is_captured(log_px) or transformed():
+def codes_by_outputs(model: BaseVAE, x: Tensor) -> int:
+    """Codes that may be decoded at once, by the outputs that they stand for."""
+    outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element
+    return max(1, _OUTPUTS_AT_ONCE // max(1, outputs))
+
+
+def warn_of_nan(owner: str, model: BaseVAE, found: Tensor) -> None:
+    """Warn of NaN in what was found of each sample, [B, ...]; called by what a model's method under no_grad calls."""
+    if is_compiling() or is_captured(found) or transformed() or not len(found):
         return
-    bad = int(torch.isnan(log_px).sum())
+    bad = int(torch.isnan(found).reshape(len(found), -1).any(1).sum())
     if bad:
         warnings.warn(
-            f"{type(model).__name__}: log_likelihood: NaN for {bad} of {len(log_px)} samples: x, the encoder's or "
+            f"{type(model).__name__}: {owner}: NaN for {bad} of {len(found)} samples: x, the encoder's or "
             "the decoder's outputs (their weights?) are not finite",
             RuntimeWarning,
-            stacklevel=5,  # log_likelihood and its torch.no_grad stand in between
+            stacklevel=5,  # the method and its torch.no_grad stand in between
         )

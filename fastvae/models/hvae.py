@@ -198,15 +198,21 @@ class HVAE(BaseVAE):
         weight: Tensor | None = None,
     ) -> Tensor:
         """A sample of the ELBO above, which is the log of an importance weight: [N]."""
-        start = Observation(x, condition, weight), mu, logvar, noise
+        return self.weighted_codes(Observation(x, condition, weight), mu, logvar, noise)[1]
+
+    def weighted_codes(
+        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """z_K, and its ``log_weight``."""
+        start = seen, mu, logvar, noise
         path = self._follow(*start)
         bad = self._diverged(path)
         if bad is None:
-            return path.weight()
+            return path.z, path.weight()
         if self.on_divergence == "raise":
             raise self._report(*start, bad)
         self.divergences += int(bad.sum())
-        return path.weight().masked_fill(bad, -float("inf"))
+        return path.z, path.weight().masked_fill(bad, -float("inf"))
 
     def stable_step_size(
         self, x: Tensor, *, condition: Tensor | None = None, generator: torch.Generator | None = None

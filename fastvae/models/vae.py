@@ -57,9 +57,15 @@ class VAE(BaseVAE):
         weight: Tensor | None = None,
     ) -> Tensor:
         """log p(x | z) + log p(z) - log q(z | x) at z = mu + sigma noise[0]: [N]."""
+        return self.weighted_codes(Observation(x, condition, weight), mu, logvar, noise)[1]
+
+    def weighted_codes(
+        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """z = mu + sigma noise[0], and its ``log_weight``."""
         z = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z, x, **Observation(x, condition, weight).given)
-        return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
+        log_px = self.log_px(z, seen.x, **seen.given)
+        return z, log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
 
     @torch.no_grad()
     def log_weights(
