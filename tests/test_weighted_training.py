@@ -15,7 +15,7 @@ from fastvae import HVAE, IWAE, VAE, fit
 from fastvae.influence import TracIn
 from fastvae.metrics import negative_log_likelihood, posteriors
 from fastvae.models import BaseVAE
-from fastvae.noise import SampleNoise, Stream, draws_of, keys_of
+from fastvae.noise import SampleNoise, Stream, draws_of, key_of_weights, keys_of
 from fastvae.ood import LikelihoodRegret
 from fastvae.ood.sequential import refit_one
 
@@ -125,7 +125,7 @@ def test_influence(kind: type[BaseVAE]) -> None:
         rows = []
         for sample, own in zip(x.split(1), weight.split(1), strict=True):
             mean: Any = 0
-            for key in draws_of(keys_of(sample), 0, 3):
+            for key in draws_of(keys_of(sample) ^ key_of_weights(model), 0, 3):
                 noise = Stream(key[None]).normal((model.noise_draws, DIM)).transpose(0, 1)
                 loss = model(sample, noise=noise, weight=own).sum()
                 grads = torch.autograd.grad(loss, parameters, materialize_grads=True)

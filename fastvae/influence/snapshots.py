@@ -95,8 +95,7 @@ class Snapshots:
             self._current = None
 
     def _hold(self, private: nn.Module) -> None:
-        same = bool(self._known) and self._known[0].model is private
-        self._known = [Snapshot(1.0, private, self._known[0].encoders if same else {})]
+        self._known = [Snapshot(1.0, private)]
         self._fingerprints.clear()
 
     def _load_rest(self, sources: list[Any]) -> None:

@@ -99,7 +99,9 @@ def lower(
     """
     form = Form(None if shape is None else tuple(shape), two_heads)
     if torch.compiler.is_dynamo_compiling():
-        return _network(*lower_traced(module, strip_sigmoid, form))
+        if form != Form():
+            raise UnsupportedLayer("lower: shape and two_heads are not for code under torch.compile")
+        return _network(*lower_traced(module, strip_sigmoid))
     check_is_module("lower: module", module)
     check_global_hooks()
     known, collected = current(module, form)

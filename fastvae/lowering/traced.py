@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .checks import check_global_hooks
 from .errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer
 from .snapshot import Node
-from .structure import Form, current, verify
+from .structure import current, verify
 
 _Path = tuple[str, ...]
 _FAILURES = {error.__name__: error for error in (CoupledSamples, ImpossibleLayer, UnsupportedLayer)}
@@ -26,13 +26,13 @@ def _facts(node: Node, module: nn.Module, path: _Path) -> list[_Facts]:
     return found
 
 
-def _constant(address: int, form: Form) -> tuple[str, str, str | None, tuple[str, ...], tuple[_Facts, ...]]:
+def _constant(address: int) -> tuple[str, str, str | None, tuple[str, ...], tuple[_Facts, ...]]:
     """What a trace may bake in about the module with this ``id``, as plain values, which Dynamo keeps as constants."""
     # Of a module itself Dynamo makes an argument only from torch 2.13 on.
     module = ctypes.cast(address, ctypes.py_object).value
     try:
         check_global_hooks()
-        known, collected = current(module, form)
+        known, collected = current(module)
         verify(known, collected)
     except (UnsupportedLayer, ImpossibleLayer) as failure:
         return type(failure).__name__, str(failure), None, (), ()
@@ -51,11 +51,9 @@ def _descend(module: Any, path: _Path) -> Any:
     return module
 
 
-def lower_traced(
-    module: nn.Module, strip_sigmoid: bool, form: Form
-) -> tuple[str, list[Tensor], tuple[str, ...]]:
+def lower_traced(module: nn.Module, strip_sigmoid: bool) -> tuple[str, list[Tensor], tuple[str, ...]]:
     """Spec, tensors and names; comparing each fact makes Dynamo guard it and trace a changed module again."""
-    failure, spec, stripped, names, facts = _constant(id(module), form)
+    failure, spec, stripped, names, facts = _constant(id(module))
     if failure:
         raise _FAILURES[failure](spec)
     for path, children, plain, frozen in facts:

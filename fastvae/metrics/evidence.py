@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_numbers, given
 from fastvae.data import images_of
 from fastvae.metrics.annealing import Bridge, adapted_steps, annealed, temperatures
 from fastvae.metrics.posteriors import Estimate, Images, estimate_of, private_model
 from fastvae.models import BaseVAE
-from fastvae.models.inputs import check_condition, given, half_dtype_of, needs_condition
+from fastvae.models.inputs import check_condition, half_dtype_of, needs_condition
 from fastvae.noise import Stream, draws_of, keys_of
 from fastvae.progress import with_bar
 
@@ -197,7 +197,7 @@ def bidirectional_ais(
     z = torch.randn(int(num_images), private.latent_dim, generator=generator, device=device, dtype=dtype)
     drawn = []
     for rows in torch.arange(len(z)).split(_BATCH):
-        named = given(None if condition is None else condition[rows].to(device))
+        named = given(condition=None if condition is None else condition[rows].to(device))
         drawn.append(private.likelihood.sample(private.decode(z[rows], **named), generator=generator))
     x = torch.cat(drawn)
     chains = _Chains(options, private, x, condition)
@@ -285,7 +285,7 @@ class _Chains:
         """Mean and scale of the encoder's posterior of the first images."""
         parts = []
         for rows in torch.arange(images).split(_BATCH):
-            named = given(None if self.condition is None else self.condition[rows])
+            named = given(condition=None if self.condition is None else self.condition[rows])
             parts.append(self.model.encode(self.x[rows], **named))
         means, logvars = zip(*parts, strict=True)
         return torch.cat(means), torch.exp(torch.cat(logvars) / 2)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.likelihoods import Likelihood
-from fastvae.models.base import Noise, TrainingStep, reparameterize
+from fastvae.models.base import Noise, TrainingStep
 from fastvae.models.observation import Observation
 from fastvae.models.vae import VAE
+from fastvae.reference import ElboTerms
 
 __all__ = ["IWAE"]
 
@@ -102,21 +103,18 @@ class IWAE(VAE):
     ) -> TrainingStep:
         """Minus the bound above and its parts; see ``BaseVAE.objective`` (K draws of noise)."""
         seen = Observation(x, condition, weight)
-        mu, logvar = self.encode(x, **seen.given)
-        noise = self._noise(mu, noise, generator)
-        z = reparameterize(mu, logvar, noise).transpose(0, 1)
-        count = z.shape[1]
-        each = seen.interleaved(count)
-        log_px = self.log_px(z.flatten(0, 1), each.x, **each.given).reshape(z.shape[:2])
-        log_ratio = self._log_ratio(z, mu[:, None], logvar[:, None], noise.transpose(0, 1))
-        log_weights = log_px + self._kl_weight(beta) * log_ratio
+        # The operator's z has no gradient of the decoder's, which dreg weighs.
+        found, noise = self.terms(seen, noise, generator, by_parts=self.estimator == "dreg")
+        z, count = found.z, len(found.z)
+        log_weights = found.log_px + self._kl_weight(beta) * self._log_ratio(found, noise)
         if self.estimator == "dreg" and z.requires_grad:
             # The gradient that reaches the encoder by a code has its normalised weight once: now it has it twice.
-            share = torch.softmax(log_weights.detach(), 1)[..., None]
+            share = torch.softmax(log_weights.detach(), 0)[..., None]
             z.register_hook(lambda grad: grad * share)
-        loss = math.log(count) - torch.logsumexp(log_weights, 1)
-        first = z[:, 0]
-        return TrainingStep(self, x, mu, logvar, first, first, log_px[:, 0], loss, generator, None, *seen[1:])
+        loss = math.log(count) - torch.logsumexp(log_weights, 0)
+        return TrainingStep(
+            self, x, found.mu, found.logvar, z[0], z[0], found.log_px[0], loss, generator, None, *seen[1:]
+        )
 
     def log_weight(
         self,
@@ -134,12 +132,13 @@ class IWAE(VAE):
         )
         return torch.logsumexp(each, 0) - math.log(len(noise))
 
-    def _log_ratio(self, z: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        """log p(z) - log q(z | x) [B, K]: by the noise, or as a function of z alone for a q that is given."""
+    def _log_ratio(self, found: ElboTerms, noise: Tensor) -> Tensor:
+        """log p(z) - log q(z | x) [K, B]: by the noise, or as a function of z alone for a q that is given."""
+        z, logvar = found.z, found.logvar
         if self.estimator == "standard":
             log_q = noise.square() + logvar
         else:
-            mu, logvar = mu.detach(), logvar.detach()
+            mu, logvar = found.mu.detach(), logvar.detach()
             log_q = (z - mu).square() * torch.exp(-logvar) + logvar
         return 0.5 * (log_q - z.square()).sum(2)
 

@@ -23,6 +23,8 @@ from fastvae.models.inputs import (
     split_posterior,
     takes_condition,
 )
+from fastvae.models.observation import Observation
+from fastvae.ops.elbo import FusedObjective, fused
 
 __all__ = ["EncoderDecoder"]
 
@@ -93,6 +95,22 @@ class EncoderDecoder(nn.Module):
         wide = torch.promote_types(mu.dtype, torch.float32)
         return mu.to(wide), logvar.to(wide)
 
+    def fused(self, seen: Observation) -> FusedObjective | None:
+        """This model's ``encode`` and ``log_px`` as one operator; None where they are a subclass's, or no operator's.
+
+        See :func:`fastvae.ops.elbo`.
+        """
+        if seen.condition is not None or seen.weight is not None or self.latent_dim is None:
+            return None
+        kind, own = type(self), vars(self)
+        if any(getattr(kind, name) is not of_stock or name in own for name, of_stock in _STOCK.items()):
+            return None
+        check_is_tensor(self, seen.x)
+        found = fused(self.encoder, self.decoder, seen.x, self.likelihood)
+        if found is not None:
+            self.check_data(seen.x)
+        return found
+
     def check_data(self, x: Tensor, weight: Tensor | None = None) -> None:
         """ValueError if x is no data of the likelihood, where its numbers may be looked at (``check_finite``).
 
@@ -137,6 +155,10 @@ class EncoderDecoder(nn.Module):
     def _split(self, output: object, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output as (mu, logvar)."""
         return split_posterior(self, output, x.shape[0])
+
+
+# What ``fused`` stands for.
+_STOCK = {name: getattr(EncoderDecoder, name) for name in ("encode", "decode", "log_px", "_split")}
 
 
 def _latent_dim_of(network: LoweredNetwork | None) -> int | None:

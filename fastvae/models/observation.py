@@ -48,7 +48,9 @@ class Observation(NamedTuple):
 
     def repeated(self, times: int) -> Observation:
         """All samples so many times, one batch after the other."""
-        return self.each(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+        return (
+            self if times == 1 else self.each(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+        )
 
     def interleaved(self, times: int) -> Observation:
         """Each sample so many times, side by side."""

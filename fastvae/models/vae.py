@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae import ops
+from fastvae import ops, reference
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import half_dtype_of
 from fastvae.models.observation import Observation
@@ -38,14 +38,44 @@ class VAE(BaseVAE):
     ) -> TrainingStep:
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
         seen = Observation(x, condition, weight)
-        mu, logvar = self.encode(x, **seen.given)
-        z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
-        log_px = self.log_px(z, x, **seen.given)
-        # Not the fused ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the
-        # networks are, and under torch.func, which users' per-sample gradients and Hessians need.
-        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-        loss = self._kl_weight(beta) * kl - log_px
-        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl, *seen[1:])
+        found, _ = self.terms(seen, noise, generator)
+        z, log_px = found.z[0], found.log_px[0]
+        loss = self._kl_weight(beta) * found.kl - log_px
+        return TrainingStep(
+            self, x, found.mu, found.logvar, z, z, log_px, loss, generator, found.kl, *seen[1:]
+        )
+
+    def terms(
+        self,
+        seen: Observation,
+        noise: Noise | None,
+        generator: torch.Generator | None,
+        *,
+        by_parts: bool = False,
+    ) -> tuple[reference.ElboTerms, Tensor]:
+        """What the objective is made of, at ``noise_draws`` codes of each sample, and their noise.
+
+        By one operator, or by parts. Either way it is differentiable as often as the networks are, and under
+        torch.func, which users' per-sample gradients and Hessians need.
+        """
+        may_be_fused = not by_parts and (noise is None or isinstance(noise, Tensor))
+        by_kernels = self.fused(seen) if may_be_fused else None
+        if by_kernels is not None:
+            noise = self._noise(by_kernels.like(self.latent_dim), noise, generator)
+            found = by_kernels.terms(noise)
+            if found is not None:
+                return found, noise
+        mu, logvar = self.encode(seen.x, **seen.given)
+        drawn, draws = self._noise(mu, noise, generator), self.noise_draws
+        each = seen.interleaved(draws)
+
+        def log_px(z: Tensor) -> Tensor:
+            if draws == 1:
+                return self.log_px(z, each.x, **each.given)
+            rows = z.unflatten(0, (draws, -1)).transpose(0, 1).flatten(0, 1)
+            return self.log_px(rows, each.x, **each.given).reshape(-1, draws).t()
+
+        return reference.terms_at(mu, logvar, drawn, log_px), drawn
 
     def log_weight(
         self,

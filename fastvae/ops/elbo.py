@@ -25,7 +25,7 @@ from fastvae.ops._registration import (
 )
 from fastvae.reference import ElboTerms
 
-__all__ = ["ElboTerms", "elbo", "fused_terms"]
+__all__ = ["elbo", "fused"]
 
 
 def elbo(
@@ -71,54 +71,75 @@ def elbo(
         expected = f"[{len(x)}, d]" if x.dim() else "[B, d]"
         raise ValueError(f"fastvae::elbo: noise: expected shape {expected}, got {list(noise.shape)}")
     check_condition("elbo", condition, len(x))
-    found = None if condition is not None else fused_terms(encoder, decoder, x, noise[None], like)
+    by_kernels = fused(encoder, decoder, x, like) if condition is None else None
+    found = None if by_kernels is None else by_kernels.terms(noise[None])
     if found is None:
         found = reference.elbo_terms(encoder, decoder, x, noise[None], like, condition=condition)
     return found.log_px[0] - beta * found.kl
 
 
-def fused_terms(
-    encoder: nn.Module, decoder: nn.Module, x: Tensor, noise: Tensor, likelihood: Likelihood
-) -> ElboTerms | None:
-    """The terms of the objective by kernels, at noise [S, B, d]; None where they do not take it.
+class FusedObjective:
+    """The objective of two networks that kernels take; see :func:`fused`."""
 
-    See :func:`elbo` for the rest. They are differentiable again: by PyTorch's operations.
-    """
-    if not _is_plain(x, noise) or not likelihood.has_kernel or not 1 <= x.dim() - 1 <= 3 or not len(x):
-        return None
-    try:
-        rows = likelihood.as_float(x, noise.dtype).flatten(1)
-        of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows)
-        of_decoder = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=noise[0])
-        if likelihood.of_logits and of_decoder.ends_in_sigmoid != likelihood.probs:
+    def __init__(
+        self, encoder: LoweredNetwork, decoder: nn.Module, x: Tensor, rows: Tensor, likelihood: Likelihood
+    ) -> None:
+        self._encoder, self._decoder = encoder, decoder
+        self._x, self._rows, self._likelihood = x, rows, likelihood
+
+    def like(self, latent_dim: int | None) -> Tensor:
+        """Without numbers, what means [B, d] are like."""
+        return self._rows.new_empty(len(self._rows), latent_dim or 0)
+
+    def terms(self, noise: Tensor) -> ElboTerms | None:
+        """The terms at noise [S, B, d], differentiable as often as one likes; None where shapes do not fit."""
+        if noise.dtype != self._rows.dtype or noise.device != self._rows.device:
             return None
+        if torch.is_grad_enabled() and noise.requires_grad:
+            return None
+        like, encoder = self._likelihood, self._encoder
+        try:
+            decoder = lower(self._decoder, strip_sigmoid=like.probs, compare_at=noise[0])
 
-        def again(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-            return _differentiable_gradient(of_encoder, of_decoder, x, noise, likelihood, cotangents)
+            def again(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+                return _differentiable_gradient(encoder, decoder, self._x, noise, like, cotangents)
 
-        networks = (of_encoder.tensors, of_decoder.tensors, of_encoder.spec, of_decoder.spec)
-        found = raw.differentiable_elbo_terms(rows, noise, *networks, likelihood.spec, again)
-    except (ValueError, TypeError):
-        # Modules say best themselves what does not fit.
+            networks = (encoder.tensors, decoder.tensors, encoder.spec, decoder.spec)
+            log_px, *rest = raw.differentiable_elbo_terms(self._rows, noise, *networks, like.spec, again)
+        except (ValueError, TypeError):
+            # Modules say best themselves what does not fit.
+            return None
+        base = like.base_measure(self._x, noise.dtype)
+        return ElboTerms(log_px if base is None else log_px + base, *rest)
+
+
+def fused(encoder: nn.Module, decoder: nn.Module, x: Tensor, likelihood: Likelihood) -> FusedObjective | None:
+    """The objective by kernels for data like x; None where they do not take it. See :func:`elbo`."""
+    if not _is_plain(x) or not likelihood.has_kernel or not 1 <= x.dim() - 1 <= 3 or not len(x):
         return None
-    log_px, *rest = found
-    base = likelihood.base_measure(x, noise.dtype)
-    return ElboTerms(log_px if base is None else log_px + base, *rest)
+    like = next(decoder.parameters(), None)
+    if like is None or like.dtype not in (torch.float32, torch.float64):
+        return None
+    rows = likelihood.as_float(x, like.dtype).flatten(1)
+    try:
+        of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows)
+        of_decoder = lower(decoder, strip_sigmoid=likelihood.probs)
+    except ValueError:
+        return None
+    if likelihood.of_logits and not likelihood.probs and of_decoder.ends_in_sigmoid:
+        return None
+    return FusedObjective(of_encoder, decoder, x, rows, likelihood)
 
 
-def _is_plain(x: Tensor, noise: Tensor) -> bool:
+def _is_plain(x: Tensor) -> bool:
     """Whether nothing is asked that only PyTorch's own operations can do."""
-    if (
-        is_compiling()
-        or type(x) not in (Tensor, nn.Parameter)
-        or noise.dtype not in (torch.float32, torch.float64)
-    ):
+    if is_compiling() or type(x) not in (Tensor, nn.Parameter) or transformed():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or transformed():
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0 or x.device != noise.device:
+    if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or noise.requires_grad))
+    return not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _differentiable_gradient(
@@ -130,21 +151,16 @@ def _differentiable_gradient(
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The gradient to the tensors of both networks, with a graph."""
-    rows = likelihood.as_float(x, noise.dtype).flatten(1)
-    mu, logvar = output_of(encoder, rows).chunk(2, 1)
-    found = reference.terms_at(
-        mu, logvar, noise, lambda z: likelihood.log_prob(output_of(decoder, z), _times(x, z))
-    )
+    times = len(noise)
+    each = x if times == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
+    mu, logvar = output_of(encoder, likelihood.as_float(x, noise.dtype).flatten(1)).chunk(2, 1)
+    found = reference.terms_at(mu, logvar, noise, lambda z: likelihood.log_prob(output_of(decoder, z), each))
     tensors = [*encoder.tensors, *decoder.tensors]
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     pairs = [(out, given) for out, given in zip(found, cotangents, strict=True) if given is not None]
     outputs, given = zip(*pairs, strict=True)
     gradients = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
     return [next(gradients) if tensor.requires_grad else None for tensor in tensors]
-
-
-def _times(x: Tensor, z: Tensor) -> Tensor:
-    return x.repeat(len(z) // len(x), *(1 for _ in x.shape[1:]))
 
 
 @torch.library.register_fake("fastvae::elbo_terms")
