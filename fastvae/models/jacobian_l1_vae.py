@@ -22,7 +22,7 @@ class JacobianL1VAE(VAE):
 
     Args:
         encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite: see ``BaseVAE``.
-        gamma: see ``penalties.JacobianL1``.
+        gamma, estimator, step: see ``penalties.JacobianL1``.
         anneal_steps: beta and gamma both grow linearly from 0 over so many optimisation steps, as the authors
             have it. ``fit`` counts them; a training loop of your own calls ``step()`` of each of
             ``model.penalties``.
@@ -37,11 +37,13 @@ class JacobianL1VAE(VAE):
         beta: float = 1.0,
         gamma: float = 0.1,
         anneal_steps: int = 0,
+        estimator: str = "exact",
+        step: float = 1e-2,
         latent_dim: int | None = None,
         penalties: Iterable[nn.Module] = (),
         check_finite: bool = True,
     ) -> None:
-        own: list[nn.Module] = [JacobianL1(gamma, anneal_steps)]
+        own: list[nn.Module] = [JacobianL1(gamma, anneal_steps, estimator=estimator, step=step)]
         if anneal_steps:
             own.append(BetaAnnealing(anneal_steps))
         super().__init__(

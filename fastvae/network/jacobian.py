@@ -22,11 +22,34 @@ NUMBERS_AT_ONCE = {"cpu": 2**21, "cuda": 2**24}
 cache; on a GPU launches cost more."""
 
 
+def at_once(sweeps: Sweeps, z: Tensor, latents: int) -> int:
+    """How many of so many latents go through the network together, in parts that are about equal."""
+    room = NUMBERS_AT_ONCE.get(z.device.type, NUMBERS_AT_ONCE["cuda"])
+    parts = -(-latents * len(z) * sweeps.widest // room)
+    return -(-latents // max(1, min(parts, latents)))
+
+
+def repeated_inputs(sweeps: Sweeps, z: Tensor, tensors: Sequence[Tensor | None], times: int) -> Inputs:
+    """The passive part for z and its condition taken several times, one after the other."""
+    if times == 1:
+        return Inputs(sweeps, z, tensors)
+    given = [
+        tensor.repeat(times, *[1] * (tensor.dim() - 1))
+        if source.is_condition and tensor is not None
+        else tensor
+        for source, tensor in zip(sweeps.program.sources, tensors, strict=True)
+    ]
+    return Inputs(sweeps, z.detach().repeat(times, *[1] * (z.dim() - 1)), given)
+
+
 class Plan:
     """How the latents are shared out.
 
     They go through the network ``times`` at a time: in front of one forward sweep's values or, where a part of the
     network knows no latents, as rows of their own (then also in ``inputs``).
+
+    Args:
+        tensors: the network's, by source.
     """
 
     def __init__(
@@ -34,20 +57,27 @@ class Plan:
     ) -> None:
         self.sweeps, self.latents, self.p = sweeps, latents, p
         self.in_front = all(layer.many for layer in sweeps.layers)
-        room = NUMBERS_AT_ONCE.get(z.device.type, NUMBERS_AT_ONCE["cuda"])
-        parts = -(-len(latents) * len(z) * sweeps.widest // room)
-        self.times = -(-len(latents) // max(1, min(parts, len(latents))))
-        rows = z if self.in_front else z.detach().repeat(max(self.times, 1), *[1] * (z.dim() - 1))
-        if not self.in_front:
-            # A condition goes with its code.
-            tensors = [
-                tensor.repeat(max(self.times, 1), *[1] * (tensor.dim() - 1))
-                if source.is_condition and tensor is not None
-                else tensor
-                for source, tensor in zip(sweeps.program.sources, tensors, strict=True)
-            ]
-        self.inputs = Inputs(sweeps, rows, tensors)
+        self.times = at_once(sweeps, z, len(latents))
+        rows = 1 if self.in_front else max(self.times, 1)
+        self.inputs = repeated_inputs(sweeps, z, tensors, rows)
         self.passive = self.inputs.detached()
+        self.parameters = self.inputs.parameters
+
+    def facts(self) -> tuple[Any, ...]:
+        """All that a run depends on besides tensors and its kind."""
+        return tuple(self.latents), self.p, tuple(self.inputs.wanted), self.in_front, self.times
+
+    def numbers(self) -> list[Any]:
+        """What the sweeps read besides z."""
+        return self.passive
+
+    def sums(self, z: Tensor, weight: Tensor | None) -> Sums:
+        """Where terms are added up; with weight [B], their gradients, too."""
+        return Sums(self, z, weight)
+
+    def hold(self, z: Tensor) -> Sums | None:
+        """The terms with all that their gradients will need; None where that is to be computed again."""
+        return None
 
     def terms(self) -> list[list[int]]:
         """The latents of each part."""
@@ -64,21 +94,21 @@ class Plan:
         Args:
             kind: all that it depends on besides tensors and this plan.
         """
-        facts = kind, tuple(self.latents), self.p, tuple(self.inputs.wanted), self.in_front, self.times
-        given = [z, *others, *tensors_in(self.passive)]
+        numbers = self.numbers()
+        given = [z, *others, *tensors_in(numbers)]
         form = None
         if self.sweeps.can_be_written_down(len(self.latents), len(z)) and is_plain(z):
-            form = *facts, form_of(self.passive), form_of([z, *others])
+            form = kind, *self.facts(), form_of(numbers), form_of([z, *others])
         return self.sweeps.tapes.run(form, given, function)
 
     def values(self, z: Tensor) -> Tensor:
         """Of each sample: [B]."""
 
         def found() -> list[Tensor]:
-            total = z.new_zeros(len(z))
+            sums = self.sums(z, None)
             for latents in self.terms():
-                total = total + Term(self, z, latents).value()
-            return [total]
+                sums.add(latents)
+            return [sums.total]
 
         (total,) = self.run("values", z, [], found)
         assert total is not None
@@ -88,9 +118,9 @@ class Plan:
         """Of the sum of weight [B] times values, to z and the trained tensors."""
 
         def found() -> list[Tensor | None]:
-            sums = _Gradient(self, z, weight)
+            sums = self.sums(z, weight)
             for latents in self.terms():
-                sums.add(Term(self, z, latents))
+                sums.add(latents)
             return sums.results()
 
         return self.run("gradients", z, [weight], found)
@@ -99,12 +129,10 @@ class Plan:
         """The sum of weight times value over samples [], and its gradients to z and the trained tensors."""
 
         def found() -> list[Tensor | None]:
-            sums, total = _Gradient(self, z, z.new_full((len(z),), weight)), z.new_zeros(len(z))
+            sums = self.sums(z, z.new_full((len(z),), weight))
             for latents in self.terms():
-                term = Term(self, z, latents)
-                total = total + term.value()
-                sums.add(term)
-            return [total.sum() * weight, *sums.results()]
+                sums.add(latents)
+            return [sums.total.sum() * weight, *sums.results()]
 
         return self.run(f"both, {weight!r}", z, [], found)
 
@@ -116,11 +144,7 @@ class Term:
         self.plan, self.shape = plan, z.shape
         # Rows of their own are as many in the last part, of which some then have no direction.
         self.count = len(latents) if plan.in_front else plan.times
-        directions = z.new_zeros(self.count, 1, z[0].numel())
-        # Not by indices, which would be copied to a GPU.
-        for row, latent, length in _runs(latents):
-            directions[row : row + length, 0, latent : latent + length].diagonal().fill_(1)
-        along = directions.expand(self.count, len(z), -1).reshape(self.count, *z.shape)
+        along = directions(z, latents, self.count)
         if not plan.in_front:
             z, along = z.repeat(self.count, *[1] * (z.dim() - 1)), along.flatten(0, 1)
         self.point = plan.sweeps.forward(plan.passive, z, plan.inputs.wanted)
@@ -154,6 +178,15 @@ class Term:
         return of_z.reshape(self.count, *self.shape).sum(0)
 
 
+def directions(z: Tensor, latents: Sequence[int], count: int, length: float = 1.0) -> Tensor:
+    """Along each latent, for every sample: [count, B, ...]; beyond the latents zero."""
+    found = z.new_zeros(count, 1, z[0].numel())
+    # Not by indices, which would be copied to a GPU.
+    for row, latent, run in _runs(latents):
+        found[row : row + run, 0, latent : latent + run].diagonal().fill_(length)
+    return found.expand(count, len(z), -1).reshape(count, *z.shape)
+
+
 def _runs(latents: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Where consecutive latents start, in the list and among all, and how many they are."""
     start = 0
@@ -163,20 +196,29 @@ def _runs(latents: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             start = end
 
 
-class _Gradient:
-    """Gradients of terms, added up."""
+class Sums:
+    """Terms, added up; with a weight [B], gradients of the sum of weight times value, too."""
 
-    def __init__(self, plan: Plan, z: Tensor, weight: Tensor) -> None:
-        self.plan, self.weight, self.of_z = plan, weight, torch.zeros_like(z)
+    def __init__(self, plan: Plan, z: Tensor, weight: Tensor | None) -> None:
+        self.plan, self.z, self.weight = plan, z, weight
+        self.total, self.of_z = z.new_zeros(len(z)), torch.zeros_like(z)
         self.found: dict[int, Tensor] = {}
         self.products = Products(plan.passive, plan.inputs.wanted, self.found)
 
-    def add(self, term: Term) -> None:
-        """One term more."""
+    def add(self, latents: list[int]) -> None:
+        """The term of some latents more."""
+        term = Term(self.plan, self.z, latents)
+        self.total = self.total + term.value()
+        if self.weight is None:
+            return
         of_z = term.adjoint(self.weight, self.products)
         self.products.finish()
         if of_z is not None:
             self.of_z = self.of_z + of_z
+
+    def gradients_of_held(self, weight: Tensor) -> list[Tensor | None]:
+        """Of what ``Plan.hold`` held."""
+        raise NotImplementedError
 
     def results(self) -> list[Tensor | None]:
         """Gradients to z and the trained tensors."""
@@ -191,7 +233,7 @@ class _JacobianL1(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, weight: float | None, z: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.plan, ctx.early = plan, None
+        ctx.plan, ctx.early, ctx.held = plan, None, None
         # All of them, so that autograd sees what is changed in place.
         ctx.save_for_backward(z, *parameters)
         z = z.detach()
@@ -199,7 +241,9 @@ class _JacobianL1(torch.autograd.Function):
             value, *ctx.early = plan.value_and_gradients(z, weight)
             assert value is not None
             return value
-        total = plan.values(z)
+        if weight is None and any(ctx.needs_input_grad):
+            ctx.held = plan.hold(z)
+        total = plan.values(z) if ctx.held is None else ctx.held.total
         return total if weight is None else total.sum() * weight
 
     @staticmethod
@@ -208,16 +252,15 @@ class _JacobianL1(torch.autograd.Function):
         with backward_pass(gradient):
             if ctx.early is not None:
                 found = [None if part is None else part * gradient for part in ctx.early]
+            elif ctx.held is not None:
+                found = ctx.held.gradients_of_held(gradient.detach())
             else:
                 found = ctx.plan.gradients(inputs[0].detach(), gradient.detach())
         return None, None, *differentiable_once("jacobian_l1", found, [*inputs, gradient])
 
 
-def jacobian_l1(
-    sweeps: Sweeps, tensors: Sequence[Tensor | None], z: Tensor, latents: list[int], p: int, reduction: str
-) -> Tensor:
-    """See :func:`fastvae.ops.jacobian_l1`; ``tensors`` by source."""
-    plan = Plan(sweeps, tensors, z, latents, p)
+def jacobian_l1(plan: Plan, z: Tensor, reduction: str) -> Tensor:
+    """See :func:`fastvae.ops.jacobian_l1`."""
     # The mean of no samples is not a number, as PyTorch has it.
     weight = {"none": None, "sum": 1.0, "mean": 1 / len(z) if len(z) else float("nan")}[reduction]
-    return _JacobianL1.apply(plan, weight, z, *plan.inputs.parameters)
+    return _JacobianL1.apply(plan, weight, z, *plan.parameters)

@@ -199,7 +199,7 @@ def read_decoder(
     decoder: nn.Module,
     z: Tensor,
     instead: str,
-    likelihood: Likelihood,
+    likelihood: Likelihood | None,
     condition: Tensor | None = None,
 ) -> ReadNetwork | None:
     """The decoder for an operator that has no kernel: read for the sweeps in PyTorch, whatever its layers.
@@ -208,15 +208,18 @@ def read_decoder(
     """
     check_is_module(f"fastvae::{name}: decoder", decoder)
     _check_first_memory(name, decoder)
-    asked = isinstance(likelihood, Bernoulli), likelihood.of_logits, likelihood.probs
-    known = _known_reading(name, decoder, z, likelihood.probs, condition, asked)
+    strip = likelihood is not None and likelihood.probs
+    asked: tuple[bool, ...] = ()
+    if likelihood is not None:
+        asked = isinstance(likelihood, Bernoulli), likelihood.of_logits, strip
+    known = _known_reading(name, decoder, z, strip, condition, asked)
     if known is not None:
         return known
     own = [p for p in decoder.parameters() if p.is_floating_point()]
     network, reason = None, ""
     try:
         if condition is None and z.dim() == 2:
-            network = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=z)
+            network = lower(decoder, strip_sigmoid=strip, compare_at=z)
     except (CoupledSamples, NotADecoder):
         raise
     except UnsupportedLayer as error:
@@ -237,7 +240,7 @@ def read_decoder(
         one = None if given is None else given.new_zeros(1, *given.shape[1:])
         found, unread = _read(name, decoder, codes.new_zeros(1, *z.shape[1:]), likelihood, one)
         if found is not None:
-            found = read_network(decoder, codes, condition=given, strip_sigmoid=likelihood.probs)
+            found = read_network(decoder, codes, condition=given, strip_sigmoid=strip)
     if found is not None:
         if half:
             return _in_dtype(found, z.dtype)
