@@ -62,7 +62,7 @@ def check_estimator(name: str, estimator: str, step: float) -> None:
     if estimator not in ("exact", "difference"):
         raise ValueError(f"{name}: estimator: expected 'exact' or 'difference', got {estimator!r}")
     expect_numbers(name, step=step)
-    if not (math.isfinite(step) and step > 0):
+    if not 0 < step < math.inf:
         raise ValueError(f"{name}: step: expected a positive finite number, got {step}")
 
 

@@ -120,7 +120,7 @@ def _is_compiled(decoder: object) -> bool:
 
 def ends_in_sigmoid(decoder: nn.Module, output: Tensor) -> bool:
     """Whether a decoder that is not lowered computed this output by a sigmoid; its layers are looked through once."""
-    ending = "unknown" if is_compiling() else ending_of_output(output)
+    ending = ending_of_output(output)
     if ending == "unknown" and decoder not in _without_sigmoid:
         ending = ending_of_module(decoder)
         if ending != "sigmoid":

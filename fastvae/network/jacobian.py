@@ -6,6 +6,7 @@ one reverse sweep of s for all latents, and one adjoint sweep. For squares, s = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -180,11 +181,12 @@ class Term:
 
 def directions(z: Tensor, latents: Sequence[int], count: int, length: float = 1.0) -> Tensor:
     """Along each latent, for every sample: [count, B, ...]; beyond the latents zero."""
-    found = z.new_zeros(count, 1, z[0].numel())
+    dim = math.prod(z.shape[1:])
+    found = z.new_zeros(count, 1, dim)
     # Not by indices, which would be copied to a GPU.
     for row, latent, run in _runs(latents):
         found[row : row + run, 0, latent : latent + run].diagonal().fill_(length)
-    return found.expand(count, len(z), -1).reshape(count, *z.shape)
+    return found.expand(count, len(z), dim).reshape(count, *z.shape)
 
 
 def _runs(latents: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -114,7 +114,9 @@ def jacobian_l1(
 
         def looked_at(point: Tensor) -> Tensor:
             y: Tensor = decode(point)
-            if output == "sigmoid" and isinstance(y, Tensor) and ends_in_sigmoid(decoder, y):
+            # What a compiler traces says nothing of its graph.
+            looks = output == "sigmoid" and not is_compiling()
+            if looks and isinstance(y, Tensor) and ends_in_sigmoid(decoder, y):
                 raise _sigmoid_of_a_sigmoid()
             return y
 
