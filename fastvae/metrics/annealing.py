@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods import Likelihood
+from fastvae.models import BaseVAE
 from fastvae.noise import Stream
-from fastvae.ops import log_px_and_force
+from fastvae.ops.log_px_and_force import function_of_codes
 
 __all__ = ["Bridge", "adapted_steps", "annealed", "temperatures"]
 
@@ -49,34 +49,42 @@ class State(NamedTuple):
         )
 
 
-class Bridge(NamedTuple):
+class Bridge:
     """The densities between an initial q(z) = N(mean, scale^2) and p(x, z), of rows of samples.
 
     In u = (z - mean) / scale they are N(u; 0, I) exp(b r(u)) with r = log p(x, z) - log q(z), b from 0 to 1: r and its
     gradient do not depend on b. Without ``initial``, q is the prior and r is log p(x | z).
+
+    Args:
+        model: a private copy.
+        start: u [rows, d].
+        initial: mean and scale, [rows, d] each.
     """
 
-    decoder: torch.nn.Module
-    likelihood: Likelihood
-    x: Tensor
-    condition: Tensor | None
-    initial: tuple[Tensor, Tensor] | None
-    """mean and scale, [rows, d] each"""
+    def __init__(
+        self,
+        model: BaseVAE,
+        start: Tensor,
+        x: Tensor,
+        condition: Tensor | None,
+        initial: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self.start, self.initial = start, initial
+        self._log_px_and_force = function_of_codes(
+            model.decoder, start, x, model.likelihood, condition=condition
+        )
 
     def at(self, code: Tensor) -> State:
         """r(u) and its gradient: one forward and one reverse sweep of the decoder."""
         if self.initial is None:
-            log_px, force = self._of_codes(code)
+            log_px, force = self._log_px_and_force(code)
             return State(code, log_px.double(), force)
         mean, scale = self.initial
         z = mean + scale * code
-        log_px, force = self._of_codes(z)
+        log_px, force = self._log_px_and_force(z)
         # log p(z) - log q(z), whose constants cancel.
         of_prior = 0.5 * (code.double().square() - z.double().square()).sum(1) + scale.double().log().sum(1)
         return State(code, log_px.double() + of_prior, scale * (force - z) + code)
-
-    def _of_codes(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return log_px_and_force(self.decoder, z, self.x, self.likelihood, condition=self.condition)
 
     def moved(
         self, state: State, temperature: Tensor, step: Tensor, stream: Stream, num_steps: int
@@ -115,7 +123,6 @@ def _log_density(state: State, temperature: Tensor, momentum: Tensor) -> Tensor:
 
 def annealed(
     bridge: Bridge,
-    start: Tensor,
     ladder: Tensor,
     steps: Tensor,
     stream: Stream,
@@ -128,12 +135,12 @@ def annealed(
     at all temperatures of the ladder but the first and the last.
 
     Args:
-        start: [rows, d], a draw from the density of the ladder's first temperature.
+        bridge: with a draw from the density of the ladder's first temperature as its start.
         ladder: float64 [T], on the device.
         steps: [T - 2, rows].
         ticks: one is taken at each transition.
     """
-    state = bridge.at(start)
+    state = bridge.at(bridge.start)
     log_weight = torch.zeros_like(state.log_ratio)
     acceptance = torch.zeros_like(log_weight)
     for place, (change, temperature) in enumerate(zip(ladder.diff(), ladder[1:], strict=True)):
@@ -147,7 +154,6 @@ def annealed(
 
 def adapted_steps(
     bridge: Bridge,
-    start: Tensor,
     ladder: Tensor,
     stream: Stream,
     num_steps: int,
@@ -160,7 +166,7 @@ def adapted_steps(
     The chains of an image stand side by side and share its step size, whose logarithm follows their acceptance
     (Robbins and Monro).
     """
-    state = bridge.at(start)
+    state = bridge.at(bridge.start)
     longest = math.log(_LONGEST / num_steps)
     step = torch.full_like(state.log_ratio[::chains], longest)
     found = []

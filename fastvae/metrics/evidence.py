@@ -278,7 +278,10 @@ class _Chains:
         self.ladder = temperatures(int(options.num_temperatures), options.schedule).to(self.device)
         outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element
         at_once = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)
-        self.rows = int(options.chunk_size or max(1, at_once // max(1, outputs)))
+        rows = len(x) * int(options.num_chains)
+        most = int(options.chunk_size or max(1, at_once // max(1, outputs)))
+        # As few tiles, of about one size.
+        self.rows = -(-rows // -(-rows // most))
         self.steps = options.steps_for(len(x), self.device)
 
     def _posterior(self, images: int) -> tuple[Tensor, Tensor]:
@@ -315,8 +318,7 @@ class _Chains:
         for rows in torch.arange(len(keys), device=self.device).split(self.rows):
             images, stream = rows // count, Stream(keys[rows])
             log_weight, rate = annealed(
-                self._bridge(images),
-                self._drawn(stream) if start is None else start[images],
+                self._bridge(images, self._drawn(stream) if start is None else start[images]),
                 *(ladder, steps[:, images], stream, int(self.options.num_leapfrog_steps), ticks),
             )
             weights.append(log_weight)
@@ -345,8 +347,8 @@ class _Chains:
         for rows in torch.arange(len(keys), device=self.device).split(self._pilot_rows()):
             stream = Stream(keys[rows])
             options = int(self.options.num_leapfrog_steps), self.options.target_acceptance, _PILOTS
-            bridge = self._bridge(rows // _PILOTS)
-            parts.append(adapted_steps(bridge, self._drawn(stream), ladder, stream, *options, ticks))
+            bridge = self._bridge(rows // _PILOTS, self._drawn(stream))
+            parts.append(adapted_steps(bridge, ladder, stream, *options, ticks))
         # At the same part of the way; both ladders are of one schedule.
         found, wanted = torch.cat(parts, 1).log(), len(self.ladder)
         way = torch.arange(1, wanted - 1, device=self.device, dtype=torch.float64) / (wanted - 1)
@@ -367,10 +369,10 @@ class _Chains:
     def _drawn(self, stream: Stream) -> Tensor:
         return stream.normal((self.dim,)).to(self.dtype)
 
-    def _bridge(self, images: Tensor) -> Bridge:
+    def _bridge(self, images: Tensor, start: Tensor) -> Bridge:
         condition = None if self.condition is None else self.condition[images]
         initial = None if self.initial is None else (self.initial[0][images], self.initial[1][images])
-        return Bridge(self.model.decoder, self.model.likelihood, self.x[images], condition, initial)
+        return Bridge(self.model, start, self.x[images], condition, initial)
 
 
 def _private(name: str, model: BaseVAE) -> BaseVAE:

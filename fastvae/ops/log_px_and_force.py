@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from fastvae.ops._registration import (
     refuse_forward_mode,
     refuse_function_transforms,
 )
+
+_NAME = "log_px_and_force"
 
 
 def log_px_and_force(
@@ -67,30 +70,71 @@ def log_px_and_force(
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative: use
             :func:`fastvae.reference.log_px_and_force`.
     """
-    name = "log_px_and_force"
     if torch.compiler.is_dynamo_compiling():
         return _outside_of_graphs(decoder, z, x, likelihood, condition=condition, weight=weight)
     if torch.compiler.is_compiling():
-        raise UnsupportedLayer(f"fastvae.ops.{name}: it has no kernel, so it cannot be exported")
-    check_tensors(name, z=z, x=x)
-    refuse_function_transforms(name, z)
-    refuse_function_transforms(name, x)
-    decoder, like = without_parameters(decoder, resolve(likelihood))
-    z = float32_under_autocast(z)
-    _check(name, z, x)
-    like = weighted(f"fastvae::{name}", like, weight, x)
-    check_condition(name, condition, len(z))
-    if condition is not None:
-        check_memory(name, condition=condition)
-    network = read_decoder(name, decoder, z, "autograd", like, condition)
-    with torch.autocast(z.device.type, enabled=False):
-        if network is None:
-            return reference.log_px_and_force(conditioned(decoder, condition), z, x, like)
-        return _by_sweeps(name, network, z, x, like)
+        raise UnsupportedLayer(f"fastvae.ops.{_NAME}: it has no kernel, so it cannot be exported")
+    decoder, like, z = _checked(decoder, z, x, likelihood, condition, weight)
+    network = read_decoder(_NAME, decoder, z, "autograd", like, condition)
+    return _evaluated(network, decoder, z, x, like, condition)
 
 
 # By this name, since Dynamo looks it up where the function is defined.
 _outside_of_graphs: Any = torch.compiler.disable(log_px_and_force)
+
+
+def function_of_codes(
+    decoder: nn.Module,
+    z: Tensor,
+    x: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    condition: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """:func:`log_px_and_force` as a function of codes like z alone, checked and read once for many calls.
+
+    Nobody may change the decoder meanwhile: it is for a private copy.
+    """
+    decoder, like, z = _checked(decoder, z, x, likelihood, condition, weight)
+    network = read_decoder(_NAME, decoder, z, "autograd", like, condition)
+    return lambda codes: _evaluated(network, decoder, codes, x, like, condition)
+
+
+def _checked(
+    decoder: nn.Module,
+    z: Tensor,
+    x: Tensor,
+    likelihood: str | Likelihood,
+    condition: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[nn.Module, Likelihood, Tensor]:
+    """The arguments, if they are fine, as :func:`_evaluated` takes them."""
+    check_tensors(_NAME, z=z, x=x)
+    refuse_function_transforms(_NAME, z)
+    refuse_function_transforms(_NAME, x)
+    decoder, like = without_parameters(decoder, resolve(likelihood))
+    z = float32_under_autocast(z)
+    _check(_NAME, z, x)
+    like = weighted(f"fastvae::{_NAME}", like, weight, x)
+    check_condition(_NAME, condition, len(z))
+    if condition is not None:
+        check_memory(_NAME, condition=condition)
+    return decoder, like, z
+
+
+def _evaluated(
+    network: ReadNetwork | None,
+    decoder: nn.Module,
+    z: Tensor,
+    x: Tensor,
+    likelihood: Likelihood,
+    condition: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(z.device.type, enabled=False):
+        if network is None:
+            return reference.log_px_and_force(conditioned(decoder, condition), z, x, likelihood)
+        return _by_sweeps(_NAME, network, z, x, likelihood)
 
 
 def _check(name: str, z: Tensor, x: Tensor) -> None:
