@@ -23,6 +23,7 @@ from scripts import load_script
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import ais  # noqa: E402
 import command  # noqa: E402
 import common  # noqa: E402
 import floors  # noqa: E402
@@ -136,6 +137,14 @@ def test_quick_run_of_the_likelihoods_times_every_one(tmp_path: Path) -> None:
     for case in record["cases"]:
         assert all(case[task]["speed_up"] > 0 for task in likelihoods.TASKS)
     assert "| ZeroInflatedNegativeBinomial |" in printed and "## log_px: median" in printed
+
+
+def test_quick_run_of_annealed_importance_sampling_times_every_contestant(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, script="ais")
+    (case,) = read(tmp_path / "ais-cpu-quick.json")["cases"]
+    assert list(case["timings_ms"]) == list(case["relative_error"]) == [ais.OURS, ais.TEXTBOOK, ais.CAREFUL]
+    assert all(error < 1e-5 for error in case["relative_error"].values())
+    assert (tmp_path / "ais-cpu-quick.md").read_text().strip() == printed.strip()
 
 
 def test_quick_run_of_the_log_likelihood_times_every_contestant(tmp_path: Path) -> None:
