@@ -69,6 +69,8 @@ def calls_of_vae(model: Any, x: Tensor, noise_of: Callable[[int], Tensor]) -> di
         return None
     if any(getattr(kind, name) is not getattr(BaseVAE, name) for name in ("forward", "encode", "_split")):
         return None
+    if model.max_logvar is not None:
+        return None
     like, of_decoder = model.likelihood, _lowered(model)
     rows = like.as_float(x, of_decoder.tensors[0].dtype).flatten(1)
     try:

@@ -63,11 +63,14 @@ class BaseVAE(EncoderDecoder, ABC):
         ``Penalty``.
         check_finite: check x for NaN, infinities and values outside the likelihood's range at every call. On
             a GPU that waits for x; it is skipped under ``torch.compile``, ``torch.func`` and CUDA graph capture.
+        max_logvar: bound m of the log variances of q, which become m - softplus(m - logvar): below m, so that their
+            exponential does not overflow, with a gradient that falls off smoothly beyond it. 10 leaves what is below 0
+            as it is to 5e-5. None: as the encoder returns them.
 
     Raises:
-        ValueError: beta or latent_dim out of range; a decoder whose last layer contradicts the likelihood;
+        ValueError: beta, latent_dim or max_logvar out of range; a decoder whose last layer contradicts the likelihood;
             later, an x or an encoder output that does not fit.
-        TypeError: an encoder, decoder or penalty that is not a module; a beta or latent_dim that is not a number;
+        TypeError: an encoder, decoder or penalty that is not a module; a setting that is not a number;
             later, an x that is not a tensor.
     """
 
@@ -93,19 +96,24 @@ class BaseVAE(EncoderDecoder, ABC):
         latent_dim: int | None = None,
         penalties: Iterable[nn.Module] = (),
         check_finite: bool = True,
+        max_logvar: float | None = None,
     ) -> None:
         name = type(self).__name__
-        expect_numbers(name, beta=beta, latent_dim=latent_dim)
+        expect_numbers(name, beta=beta, latent_dim=latent_dim, max_logvar=max_logvar)
         if not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"{name}: beta: expected a finite number of at least 0, got {beta}")
         if latent_dim is not None and latent_dim < 1:
             raise ValueError(f"{name}: latent_dim: expected at least 1, got {latent_dim}")
+        if max_logvar is not None and not math.isfinite(max_logvar):
+            raise ValueError(f"{name}: max_logvar: expected a finite number or None, got {max_logvar}")
         penalties = list(penalties)
         for penalty in penalties:
             if not isinstance(penalty, nn.Module):
                 raise TypeError(f"{name}: penalties: expected torch modules, got {type(penalty).__name__}")
         super().__init__(encoder, decoder, likelihood, latent_dim, check_finite)
         self.beta = float(beta)
+        if max_logvar is not None:
+            self.max_logvar = float(max_logvar)
         self.penalties = nn.ModuleList(penalties)
 
     @abstractmethod

@@ -21,7 +21,7 @@ class ConsistencyVAE(VAE):
     those of x alone.
 
     Args:
-        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite: see ``BaseVAE``.
+        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite, max_logvar: see ``BaseVAE``.
         augment: see ``penalties.Consistency``; ``fastvae.data.RandomAffine()`` is the paper's.
         consistency: lambda, see ``penalties.Consistency``.
         noise: "independent" or "common", see ``penalties.Consistency``.
@@ -40,6 +40,7 @@ class ConsistencyVAE(VAE):
         latent_dim: int | None = None,
         penalties: Iterable[nn.Module] = (),
         check_finite: bool = True,
+        max_logvar: float | None = None,
     ) -> None:
         super().__init__(
             encoder,
@@ -49,4 +50,5 @@ class ConsistencyVAE(VAE):
             latent_dim=latent_dim,
             penalties=[Consistency(augment, consistency, noise=noise), *penalties],
             check_finite=check_finite,
+            max_logvar=max_logvar,
         )

@@ -76,7 +76,7 @@ class HVAE(BaseVAE):
     everything but log p(x | z_K).
 
     Args:
-        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite: see ``BaseVAE``.
+        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite, max_logvar: see ``BaseVAE``.
         num_steps: K.
         tempering: "free" (an alpha a step is learnt), "fixed" (quadratic in 1/sqrt(beta)),
             "fixed-temperature" (quadratic in 1/beta, the authors' MNIST code) or "none"; see
@@ -122,6 +122,7 @@ class HVAE(BaseVAE):
         latent_dim: int | None = None,
         penalties: Iterable[nn.Module] = (),
         check_finite: bool = True,
+        max_logvar: float | None = None,
     ) -> None:
         super().__init__(
             encoder,
@@ -131,6 +132,7 @@ class HVAE(BaseVAE):
             latent_dim=latent_dim,
             penalties=penalties,
             check_finite=check_finite,
+            max_logvar=max_logvar,
         )
         expect_numbers("HVAE", num_steps=num_steps)
         if num_steps < 1:

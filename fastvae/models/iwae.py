@@ -32,7 +32,7 @@ class IWAE(VAE):
     of the K codes.
 
     Args:
-        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite: see ``BaseVAE``.
+        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite, max_logvar: see ``BaseVAE``.
         num_samples: K; 1 is a VAE whose KL is sampled.
         estimator: of the encoder's gradient; the loss and the decoder's gradient are the same in all three.
             "standard": that of the bound itself. "stl": without the score of q, which has mean zero at K = 1 (Roeder,
@@ -59,6 +59,7 @@ class IWAE(VAE):
         latent_dim: int | None = None,
         penalties: Iterable[nn.Module] = (),
         check_finite: bool = True,
+        max_logvar: float | None = None,
     ) -> None:
         super().__init__(
             encoder,
@@ -68,6 +69,7 @@ class IWAE(VAE):
             latent_dim=latent_dim,
             penalties=penalties,
             check_finite=check_finite,
+            max_logvar=max_logvar,
         )
         expect_numbers("IWAE", num_samples=num_samples)
         if not is_integer(num_samples) or num_samples < 1:

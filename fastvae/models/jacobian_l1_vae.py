@@ -21,7 +21,7 @@ class JacobianL1VAE(VAE):
     The same as ``VAE(..., penalties=[JacobianL1(gamma, anneal_steps), BetaAnnealing(anneal_steps)])``.
 
     Args:
-        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite: see ``BaseVAE``.
+        encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite, max_logvar: see ``BaseVAE``.
         gamma, estimator, step: see ``penalties.JacobianL1``.
         anneal_steps: beta and gamma both grow linearly from 0 over so many optimisation steps, as the authors
             have it. ``fit`` counts them; a training loop of your own calls ``step()`` of each of
@@ -42,6 +42,7 @@ class JacobianL1VAE(VAE):
         latent_dim: int | None = None,
         penalties: Iterable[nn.Module] = (),
         check_finite: bool = True,
+        max_logvar: float | None = None,
     ) -> None:
         own: list[nn.Module] = [JacobianL1(gamma, anneal_steps, estimator=estimator, step=step)]
         if anneal_steps:
@@ -54,4 +55,5 @@ class JacobianL1VAE(VAE):
             latent_dim=latent_dim,
             penalties=[*own, *penalties],
             check_finite=check_finite,
+            max_logvar=max_logvar,
         )

@@ -32,6 +32,9 @@ __all__ = ["EncoderDecoder"]
 class EncoderDecoder(nn.Module):
     """The networks of a model; arguments and errors are those of ``BaseVAE``."""
 
+    max_logvar: float | None = None
+    """What log variances of q stay below; see ``BaseVAE``."""
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -93,7 +96,10 @@ class EncoderDecoder(nn.Module):
                 f"{self.latent_dim}, got {mu.shape[1]} each"
             )
         wide = torch.promote_types(mu.dtype, torch.float32)
-        return mu.to(wide), logvar.to(wide)
+        logvar = logvar.to(wide)
+        if self.max_logvar is not None:
+            logvar = self.max_logvar - nn.functional.softplus(self.max_logvar - logvar)
+        return mu.to(wide), logvar
 
     def fused(self, seen: Observation) -> FusedObjective | None:
         """This model's ``encode`` and ``log_px`` as one operator; None where they are a subclass's, or no operator's.

@@ -248,6 +248,8 @@ class LikelihoodRegret(Detector):
         try:
             if of_encoder is not None:
                 raise UnsupportedLayer("lower: it takes a condition")
+            if model.max_logvar is not None:
+                raise UnsupportedLayer("lower: max_logvar bounds its outputs")
             return LoweredCopies(model, x, self.adam, self.num_steps)
         except UnsupportedLayer as error:
             copies, way = differentiated_copies(model, x, self.adam, of_encoder)
