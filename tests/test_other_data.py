@@ -15,10 +15,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "other-data.md"
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_hamiltonian_vaes_train_on_counts_series_colours_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hamiltonian_vaes_train_on_counts_series_colours_labels_and_torn_digits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("sklearn")
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S))
-    assert code.count("fastvae.VAE(") == 4
+    assert code.count("fastvae.VAE(") == 5
     code = (
         code.replace("fastvae.VAE(", "fastvae.HVAE(")
         .replace("epochs=40", "epochs=6")
@@ -37,6 +39,6 @@ def test_hamiltonian_vaes_train_on_counts_series_colours_and_labels(monkeypatch:
     real = fastvae.fit
     monkeypatch.setattr(fastvae, "fit", fit)
     exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
-    assert len(histories) == 5
+    assert len(histories) == 6
     for history in histories:
         assert history.train_loss[-1] < history.train_loss[0] - 5
