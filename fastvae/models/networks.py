@@ -106,10 +106,12 @@ class EncoderDecoder(nn.Module):
 
         See :func:`fastvae.ops.elbo`.
         """
-        if seen.condition is not None or seen.weight is not None or self.latent_dim is None:
+        if any(part is not None for part in (seen.condition, seen.weight, self.max_logvar)):
             return None
         kind, own = type(self), vars(self)
-        if any(getattr(kind, name) is not of_stock or name in own for name, of_stock in _STOCK.items()):
+        if self.latent_dim is None or any(
+            getattr(kind, name) is not of_stock or name in own for name, of_stock in _STOCK.items()
+        ):
             return None
         check_is_tensor(self, seen.x)
         found = fused(self.encoder, self.decoder, seen.x, self.likelihood)
