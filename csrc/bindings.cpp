@@ -274,6 +274,15 @@ PYBIND11_MODULE(_C, m) {
       arg("encoder"), arg("decoder"), arg("likelihood"), arg("encoder_shapes"), arg("decoder_shapes"), arg("elements"),
       arg("latent_dim"), "Numbers that elbo_terms stores of the encoder for a sample, and of the decoder for a code.");
   m.def(
+      "log_px_pullback",
+      [](const at::Tensor& z, const at::Tensor& x, const at::Tensor& cotangent,
+         const std::vector<at::Tensor>& parameters, const std::string& network, const std::string& likelihood,
+         const std::vector<int64_t>& needs) {
+        return fastvae::log_px_pullback(z, x, cotangent, parameters, network, likelihood, needs);
+      },
+      unlocked, arg("z"), arg("x"), arg("cotangent"), arg("parameters"), arg("network"), arg("likelihood"),
+      arg("needs"));
+  m.def(
       "log_px",
       [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,
          const std::string& network,

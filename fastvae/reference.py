@@ -37,6 +37,7 @@ __all__ = [
     "grad_dot",
     "hamiltonian_flow",
     "hamiltonian_flow_2k",
+    "iwae_bound",
     "jacobian_l1",
     "leapfrog_kick_drift",
     "leapfrog_kick_temper",
@@ -130,6 +131,66 @@ def elbo(
     """See :func:`fastvae.ops.elbo`: [B]."""
     found = elbo_terms(encoder, decoder, x, noise[None], likelihood, condition=condition)
     return found.log_px[0] - beta * found.kl
+
+
+IWAE_ESTIMATORS = ("standard", "stl", "dreg")
+
+
+def bound_at(
+    mu: Tensor,
+    logvar: Tensor,
+    noise: Tensor,
+    log_px: Callable[[Tensor], Tensor],
+    *,
+    estimator: str = "standard",
+    beta: float = 1.0,
+) -> Tensor:
+    """:func:`iwae_bound` for a posterior, noise [K, B, d], and log p(x | z) [K, B] of codes [K, B, d]."""
+    z = mu + torch.exp(logvar / 2) * noise
+    kl = torch.empty(0)
+    return bound_of(ElboTerms(log_px(z), kl, mu, logvar, z), noise, estimator=estimator, beta=beta)
+
+
+def bound_of(found: ElboTerms, noise: Tensor, *, estimator: str, beta: float) -> Tensor:
+    """:func:`iwae_bound` of its terms; for "dreg" their log_px is a function of their z."""
+    z, logvar = found.z, found.logvar
+    if estimator == "standard":
+        log_q = noise.square() + logvar
+    else:
+        logvar = logvar.detach()
+        log_q = (z - found.mu.detach()).square() * torch.exp(-logvar) + logvar
+    log_weights = found.log_px + beta * 0.5 * (log_q - z.square()).sum(2)
+    if estimator == "dreg" and z.requires_grad:
+        # The gradient that reaches the encoder by a code has its normalised weight once: now it has it twice.
+        share = torch.softmax(log_weights.detach(), 0)[..., None]
+        z.register_hook(lambda grad: grad * share)
+    return torch.logsumexp(log_weights, 0) - math.log(len(noise))
+
+
+def iwae_bound(
+    encoder: Callable[..., Tensor | Sequence[Tensor]],
+    decoder: Callable[..., Tensor],
+    x: Tensor,
+    noise: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    estimator: str = "standard",
+    beta: float = 1.0,
+    condition: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """See :func:`fastvae.ops.iwae_bound`: [B], at noise [K, B, d], all K draws at once."""
+    like, given = resolve(likelihood), () if condition is None else (condition,)
+    output = encoder(like.as_float(x, noise.dtype), *given)
+    mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
+    return bound_at(
+        mu,
+        logvar,
+        noise,
+        lambda z: log_px(decoder, z, x, like, condition=condition, weight=weight),
+        estimator=estimator,
+        beta=beta,
+    )
 
 
 def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor) -> Tensor:

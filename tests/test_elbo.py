@@ -118,7 +118,7 @@ def gradients(loss: Tensor, *modules: nn.Module) -> list[Tensor]:
 def test_value_and_gradient_are_the_networks_own(encoder: str, likelihood: str, convolutional: bool) -> None:
     enc, dec, x, noise = problem(encoder, convolutional, likelihood)
     like = LIKELIHOODS[likelihood][0]
-    assert fused(enc, dec, x, like) is not None, "kernels take it"
+    assert fused(enc, dec, x, like, D) is not None, "kernels take it"
     weight = torch.linspace(-1, 2, B, dtype=torch.float64)
     found, wanted = (of(enc, dec, x, noise, like, beta=0.3) for of in (elbo, reference.elbo))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
@@ -146,7 +146,7 @@ def test_every_term_has_its_gradient() -> None:
     enc, dec, x, _ = problem("dense", False, "gaussian")
     noise = torch.randn(4, B, D, dtype=torch.float64)
     like = LIKELIHOODS["gaussian"][0]
-    by_kernels = fused(enc, dec, x, like)
+    by_kernels = fused(enc, dec, x, like, D)
     assert by_kernels is not None
     found, wanted = by_kernels.terms(noise), reference.elbo_terms(enc, dec, x, noise, like)
     assert found is not None

@@ -98,6 +98,13 @@ ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const Optio
                                   std::string_view encoder, std::string_view decoder, std::string_view likelihood,
                                   at::IntArrayRef needs);
 
+// The gradients of  cotangent . log p(x | z)  to z [N, d] and to the parameters (empty where not needed), for cotangent
+// [N] and x [N, n].
+std::tuple<at::Tensor, std::vector<at::Tensor>> log_px_pullback(const at::Tensor& z, const at::Tensor& x,
+                                                                const at::Tensor& cotangent, at::TensorList parameters,
+                                                                std::string_view network, std::string_view likelihood,
+                                                                at::IntArrayRef needs);
+
 // The factors of the encoder's and the decoder's gradients, of the loss beta KL - log p(x | z) of each of x [B, n],
 // averaged over the draws noise [B S, d] of z = mu + exp(logvar / 2) noise. The encoder reads x and gives [B, 2 d].
 std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(

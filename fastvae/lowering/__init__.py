@@ -8,7 +8,7 @@ prints the same as a table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ def lower(
     module: nn.Module,
     *,
     strip_sigmoid: bool = False,
-    compare_at: Tensor | None = None,
+    compare_at: Tensor | Callable[[], Tensor] | None = None,
     shape: Sequence[int] | None = None,
     two_heads: bool = False,
 ) -> LoweredNetwork:
@@ -77,9 +77,10 @@ def lower(
     Args:
         module: the decoder, from z [B, d] to natural parameters; any floating dtype and device.
         strip_sigmoid: take off the sigmoid that the module ends in.
-        compare_at: codes [..., d]. When what was read is first used with some, its output at the first two of them is
-            compared with the module's own, and another output refused. Not while compiling or capturing a CUDA graph,
-            and with codes of another dtype, device or size than the module's left to the caller.
+        compare_at: codes [..., d], or a function that gives some. When what was read is first used with some, its
+            output at the first two of them is compared with the module's own, and another output refused. Not while
+            compiling or capturing a CUDA graph, and with codes of another dtype, device or size than the module's left
+            to the caller.
         shape: of a sample that the module takes, such as an encoder's image; the layers then begin with rows of as many
             elements.
         two_heads: take a module that returns two tensors, of two Linear layers on one trunk or the halves of one, as
@@ -107,5 +108,6 @@ def lower(
     known, collected = current(module, form)
     tensors = evaluate(known, collected)
     if compare_at is not None and not known.checked:
-        known, tensors = checked(module, known, tensors, compare_at)
+        codes = compare_at if isinstance(compare_at, Tensor) else compare_at()
+        known, tensors = checked(module, known, tensors, codes)
     return _network(known.spec_for(strip_sigmoid), tensors, known.names)

@@ -8,16 +8,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_compiling
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.likelihoods import Likelihood
-from fastvae.models.base import Noise, TrainingStep
+from fastvae.models.base import Noise, TrainingStep, reparameterize
 from fastvae.models.observation import Observation
 from fastvae.models.vae import VAE
-from fastvae.reference import ElboTerms
+from fastvae.ops.iwae_bound import is_tileable, noise_of, tiled_bound
+from fastvae.reference import IWAE_ESTIMATORS, bound_of
 
 __all__ = ["IWAE"]
 
-ESTIMATORS = ("standard", "stl", "dreg")
+# Decoder outputs of a step beyond which its draws are decoded in tiles: 128 MiB of float32, before activations.
+_OUTPUTS_AT_ONCE = 2**25
 
 
 class IWAE(VAE):
@@ -74,8 +77,8 @@ class IWAE(VAE):
         expect_numbers("IWAE", num_samples=num_samples)
         if not is_integer(num_samples) or num_samples < 1:
             raise ValueError(f"IWAE: num_samples: expected an int of at least 1, got {num_samples!r}")
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"IWAE: estimator: expected one of {ESTIMATORS}, got {estimator!r}")
+        if estimator not in IWAE_ESTIMATORS:
+            raise ValueError(f"IWAE: estimator: expected one of {IWAE_ESTIMATORS}, got {estimator!r}")
         self.noise_draws = int(num_samples)
         self.estimator = estimator
 
@@ -105,18 +108,45 @@ class IWAE(VAE):
     ) -> TrainingStep:
         """Minus the bound above and its parts; see ``BaseVAE.objective`` (K draws of noise)."""
         seen = Observation(x, condition, weight)
+        beta = self._kl_weight(beta)
+        if self._is_large(x) and not callable(noise):
+            mu, logvar = self.encode(x, **seen.given)
+            if is_tileable(self.decoder, x, mu):
+                return self._in_tiles(seen, mu, logvar, noise, generator, beta)
         # The operator's z has no gradient of the decoder's, which dreg weighs.
         found, noise = self.terms(seen, noise, generator, by_parts=self.estimator == "dreg")
-        z, count = found.z, len(found.z)
-        log_weights = found.log_px + self._kl_weight(beta) * self._log_ratio(found, noise)
-        if self.estimator == "dreg" and z.requires_grad:
-            # The gradient that reaches the encoder by a code has its normalised weight once: now it has it twice.
-            share = torch.softmax(log_weights.detach(), 0)[..., None]
-            z.register_hook(lambda grad: grad * share)
-        loss = math.log(count) - torch.logsumexp(log_weights, 0)
+        loss = -bound_of(found, noise, estimator=self.estimator, beta=beta)
+        z = found.z[0]
         return TrainingStep(
-            self, x, found.mu, found.logvar, z[0], z[0], found.log_px[0], loss, generator, None, *seen[1:]
+            self, x, found.mu, found.logvar, z, z, found.log_px[0], loss, generator, None, *seen[1:]
         )
+
+    def _in_tiles(
+        self,
+        seen: Observation,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+        beta: float,
+    ) -> TrainingStep:
+        """The step in the memory of a few draws, of which the first is decoded once more to be looked at."""
+        if noise is not None:
+            noise = self._noise(mu, noise, generator)
+        draws = noise_of(mu, noise, generator)
+        bound = tiled_bound(
+            self.decoder, seen.x, mu, logvar, draws, self.num_samples, self.likelihood,
+            estimator=self.estimator, beta=beta, **seen.given,
+        )  # fmt: skip
+        z = reparameterize(mu, logvar, draws(0, 1)[0].to(mu))
+        log_px = self.log_px(z, seen.x, **seen.given)
+        return TrainingStep(self, seen.x, mu, logvar, z, z, log_px, -bound, generator, None, *seen[1:])
+
+    def _is_large(self, x: Tensor) -> bool:
+        """Whether the outputs of all draws at once are many, and decoding them is this model's own."""
+        if not isinstance(x, Tensor) or self.overrides("decode", "log_px") or is_compiling():
+            return False
+        return self.num_samples * x.numel() * self.likelihood.values_per_element > _OUTPUTS_AT_ONCE
 
     def log_weight(
         self,
@@ -133,16 +163,6 @@ class IWAE(VAE):
             [super(IWAE, self).log_weight(x, mu, logvar, draw[None], **besides) for draw in noise]
         )
         return torch.logsumexp(each, 0) - math.log(len(noise))
-
-    def _log_ratio(self, found: ElboTerms, noise: Tensor) -> Tensor:
-        """log p(z) - log q(z | x) [K, B]: by the noise, or as a function of z alone for a q that is given."""
-        z, logvar = found.z, found.logvar
-        if self.estimator == "standard":
-            log_q = noise.square() + logvar
-        else:
-            mu, logvar = found.mu.detach(), logvar.detach()
-            log_q = (z - mu).square() * torch.exp(-logvar) + logvar
-        return 0.5 * (log_q - z.square()).sum(2)
 
     def extra_repr(self) -> str:
         """What ``repr`` says of the settings."""

@@ -101,6 +101,13 @@ class EncoderDecoder(nn.Module):
             logvar = self.max_logvar - nn.functional.softplus(self.max_logvar - logvar)
         return mu.to(wide), logvar
 
+    def overrides(self, *methods: str) -> bool:
+        """Whether a subclass, or this very model, has one of these methods of its own."""
+        kind, own = type(self), vars(self)
+        return any(
+            name in own or getattr(kind, name) is not getattr(EncoderDecoder, name) for name in methods
+        )
+
     def fused(self, seen: Observation) -> FusedObjective | None:
         """This model's ``encode`` and ``log_px`` as one operator; None where they are a subclass's, or no operator's.
 
@@ -108,13 +115,10 @@ class EncoderDecoder(nn.Module):
         """
         if any(part is not None for part in (seen.condition, seen.weight, self.max_logvar)):
             return None
-        kind, own = type(self), vars(self)
-        if self.latent_dim is None or any(
-            getattr(kind, name) is not of_stock or name in own for name, of_stock in _STOCK.items()
-        ):
+        if self.latent_dim is None or self.overrides("encode", "decode", "log_px", "_split"):
             return None
         check_is_tensor(self, seen.x)
-        found = fused(self.encoder, self.decoder, seen.x, self.likelihood)
+        found = fused(self.encoder, self.decoder, seen.x, self.likelihood, self.latent_dim)
         if found is not None:
             self.check_data(seen.x)
         return found
@@ -163,10 +167,6 @@ class EncoderDecoder(nn.Module):
     def _split(self, output: object, x: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output as (mu, logvar)."""
         return split_posterior(self, output, x.shape[0])
-
-
-# What ``fused`` stands for.
-_STOCK = {name: getattr(EncoderDecoder, name) for name in ("encode", "decode", "log_px", "_split")}
 
 
 def _latent_dim_of(network: LoweredNetwork | None) -> int | None:

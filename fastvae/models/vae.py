@@ -61,7 +61,7 @@ class VAE(BaseVAE):
         may_be_fused = not by_parts and (noise is None or isinstance(noise, Tensor))
         by_kernels = self.fused(seen) if may_be_fused else None
         if by_kernels is not None:
-            noise = self._noise(by_kernels.like(self.latent_dim), noise, generator)
+            noise = self._noise(by_kernels.means, noise, generator)
             found = by_kernels.terms(noise)
             if found is not None:
                 return found, noise

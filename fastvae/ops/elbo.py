@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,49 +72,47 @@ def elbo(
         expected = f"[{len(x)}, d]" if x.dim() else "[B, d]"
         raise ValueError(f"fastvae::elbo: noise: expected shape {expected}, got {list(noise.shape)}")
     check_condition("elbo", condition, len(x))
-    by_kernels = fused(encoder, decoder, x, like) if condition is None else None
+    by_kernels = fused(encoder, decoder, x, like, noise.shape[1]) if condition is None else None
     found = None if by_kernels is None else by_kernels.terms(noise[None])
     if found is None:
         found = reference.elbo_terms(encoder, decoder, x, noise[None], like, condition=condition)
     return found.log_px[0] - beta * found.kl
 
 
-class FusedObjective:
+class FusedObjective(NamedTuple):
     """The objective of two networks that kernels take; see :func:`fused`."""
 
-    def __init__(
-        self, encoder: LoweredNetwork, decoder: nn.Module, x: Tensor, rows: Tensor, likelihood: Likelihood
-    ) -> None:
-        self._encoder, self._decoder = encoder, decoder
-        self._x, self._rows, self._likelihood = x, rows, likelihood
-
-    def like(self, latent_dim: int | None) -> Tensor:
-        """Without numbers, what means [B, d] are like."""
-        return self._rows.new_empty(len(self._rows), latent_dim or 0)
+    encoder: LoweredNetwork
+    decoder: LoweredNetwork
+    x: Tensor
+    rows: Tensor
+    """[B, n] x as the encoder takes it."""
+    likelihood: Likelihood
+    means: Tensor
+    """Like the means [B, d] of the posteriors, without numbers."""
 
     def terms(self, noise: Tensor) -> ElboTerms | None:
         """The terms at noise [S, B, d], differentiable as often as one likes; None where shapes do not fit."""
-        if noise.dtype != self._rows.dtype or noise.device != self._rows.device:
+        encoder, decoder, x, rows, like, _ = self
+        if noise.dtype != rows.dtype or (torch.is_grad_enabled() and noise.requires_grad):
             return None
-        if torch.is_grad_enabled() and noise.requires_grad:
-            return None
-        like, encoder = self._likelihood, self._encoder
+
+        def again(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return _differentiable_gradient(encoder, decoder, x, noise, like, cotangents)
+
+        networks = (encoder.tensors, decoder.tensors, encoder.spec, decoder.spec)
         try:
-            decoder = lower(self._decoder, strip_sigmoid=like.probs, compare_at=noise[0])
-
-            def again(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-                return _differentiable_gradient(encoder, decoder, self._x, noise, like, cotangents)
-
-            networks = (encoder.tensors, decoder.tensors, encoder.spec, decoder.spec)
-            log_px, *rest = raw.differentiable_elbo_terms(self._rows, noise, *networks, like.spec, again)
+            log_px, *rest = raw.differentiable_elbo_terms(rows, noise, *networks, like.spec, again)
         except (ValueError, TypeError):
             # Modules say best themselves what does not fit.
             return None
-        base = like.base_measure(self._x, noise.dtype)
+        base = like.base_measure(x, noise.dtype)
         return ElboTerms(log_px if base is None else log_px + base, *rest)
 
 
-def fused(encoder: nn.Module, decoder: nn.Module, x: Tensor, likelihood: Likelihood) -> FusedObjective | None:
+def fused(
+    encoder: nn.Module, decoder: nn.Module, x: Tensor, likelihood: Likelihood, latent_dim: int
+) -> FusedObjective | None:
     """The objective by kernels for data like x; None where they do not take it. See :func:`elbo`."""
     if not _is_plain(x) or not likelihood.has_kernel or not 1 <= x.dim() - 1 <= 3 or not len(x):
         return None
@@ -121,14 +120,18 @@ def fused(encoder: nn.Module, decoder: nn.Module, x: Tensor, likelihood: Likelih
     if like is None or like.dtype not in (torch.float32, torch.float64):
         return None
     rows = likelihood.as_float(x, like.dtype).flatten(1)
+
+    def codes() -> Tensor:
+        return torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0)).to(like)
+
     try:
         of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows)
-        of_decoder = lower(decoder, strip_sigmoid=likelihood.probs)
+        of_decoder = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=codes)
     except ValueError:
         return None
-    if likelihood.of_logits and not likelihood.probs and of_decoder.ends_in_sigmoid:
+    if likelihood.of_logits and of_decoder.ends_in_sigmoid and not likelihood.probs:
         return None
-    return FusedObjective(of_encoder, decoder, x, rows, likelihood)
+    return FusedObjective(of_encoder, of_decoder, x, rows, likelihood, rows.new_empty(len(rows), latent_dim))
 
 
 def _is_plain(x: Tensor) -> bool:
