@@ -16,7 +16,7 @@ from fastvae.likelihoods import Gaussian, Likelihood, resolve
 from fastvae.network.cache import ReadNetwork, read_network
 from fastvae.network.flow import hamiltonian_flow
 from fastvae.network.heads import make_head
-from fastvae.network.jacobian import jacobian_l1
+from fastvae.network.jacobian import Plan, jacobian_l1
 from fastvae.network.layers import Products
 from fastvae.network.sweeps import Inputs
 
@@ -119,7 +119,7 @@ def check_jacobian(network: ReadNetwork, module: nn.Module, z: Tensor, p: int) -
 
     latents = list(range(z.shape[1]))
     found = with_gradients(
-        lambda point: jacobian_l1(network.sweeps, network.tensors, point, latents, p, "none")
+        lambda point: jacobian_l1(Plan(network.sweeps, network.tensors, point, latents, p), point, "none")
     )
     try:
         wanted = with_gradients(lambda point: reference.jacobian_l1(module, point, "none", p=p))

@@ -1,0 +1,1 @@
+"""The Jacobian penalty of decoders with kinks: run ``python benchmarks/papers/kinks.py``."""
