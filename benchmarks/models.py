@@ -18,7 +18,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,13 @@ class Case:
     size: int
     """of the images, in pixels either way"""
     seconds: float
+    channels: int = 1
 
 
 def cases(quick: bool) -> list[Case]:
     size, hidden, latents, batch = (4, 8, 4, 3) if quick else (28, 512, 32, 100)
     draws, steps, width = (2, 2, 2) if quick else (5, 10, 16)
-    seconds = 0.1 if quick else 15
+    seconds, colours = (0.1, 2) if quick else (15, 32)
     shape = f"{size**2}-{hidden}-{hidden}-{2 * latents}, {latents}-{hidden}-{hidden}-{size**2}, B = {batch}"
 
     def mlp() -> Pair:
@@ -126,6 +127,14 @@ def cases(quick: bool) -> list[Case]:
 
     def convolutional() -> Pair:
         return hvae_encoder(width), hvae_decoder(width)
+
+    def colour() -> Pair:
+        return networks.colour(colours, latents)
+
+    def vae(key: str, title: str, pair: Callable[[], Pair], pixels: int) -> Case:
+        return Case(
+            key, title, pair, fastvae.VAE, {}, vae_loss, vae_loss, "VAE", {}, batch, pixels, seconds
+        )  # fmt: skip
 
     def hvae(key: str, title: str, pair: Callable[[], Pair], num_steps: int, pixels: int) -> Case:
         theirs = {"n_lf": num_steps, "eps_lf": 0.01, "learn_eps_lf": True, "learn_beta_zero": True}
@@ -146,19 +155,12 @@ def cases(quick: bool) -> list[Case]:
         )
 
     return [
-        Case(
-            "vae-mlp",
-            f"VAE, {shape}",
-            mlp,
-            fastvae.VAE,
-            {},
-            vae_loss,
-            vae_loss,
-            "VAE",
-            {},
-            batch,
-            size,
-            seconds,
+        vae("vae-mlp", f"VAE, {shape}", mlp, size),
+        vae("vae-conv", f"VAE, the paper's convolutional, B = {batch}", convolutional, 28),
+        replace(
+            vae("vae-colour", f"VAE, 3x32x32, {colours} to {4 * colours} channels, B = 64", colour, 32),
+            channels=3,
+            batch=3 if quick else 64,
         ),
         Case(
             "iwae-mlp",
@@ -209,7 +211,7 @@ def pythae_model(case: Case, pair: Pair) -> nn.Module:
 
     latents = next(pair[1].parameters()).shape[1]
     config = getattr(models, case.pythae + "Config")(
-        input_dim=(1, case.size, case.size),
+        input_dim=(case.channels, case.size, case.size),
         latent_dim=latents,
         reconstruction_loss="bce",
         **case.pythae_options,
@@ -229,7 +231,7 @@ class Problem:
         pair = case.networks()
         self.model = case.model(*pair, **case.options).to(device)
         # pythae's HVAE takes no pixels between 0 and 1.
-        self.x = torch.rand(case.batch, 1, case.size, case.size, device=device).round()
+        self.x = torch.rand(case.batch, case.channels, case.size, case.size, device=device).round()
         self.shared = [parameter for network in pair for parameter in network.parameters()]
         self._pair = pair
 

@@ -38,3 +38,23 @@ def dense(size: int, hidden: int, latents: int) -> tuple[nn.Sequential, nn.Seque
     numel = size * size
     encoder = nn.Sequential(nn.Flatten(), *mlp(numel, hidden, hidden, 2 * latents))
     return encoder, mlp(latents, hidden, hidden, numel)
+
+
+def colour(channels: int, latents: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Three strided convolutions from 32x32 colour images, of one to four times so many channels, and three back."""
+    one, two, four = channels, 2 * channels, 4 * channels
+    encoder = nn.Sequential(
+        nn.Conv2d(3, one, 4, 2, 1), nn.ReLU(),
+        nn.Conv2d(one, two, 4, 2, 1), nn.ReLU(),
+        nn.Conv2d(two, four, 4, 2, 1), nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * four, 2 * latents),
+    )  # fmt: skip
+    decoder = nn.Sequential(
+        nn.Linear(latents, 16 * four), nn.ReLU(),
+        nn.Unflatten(1, (four, 4, 4)),
+        nn.ConvTranspose2d(four, two, 4, 2, 1), nn.ReLU(),
+        nn.ConvTranspose2d(two, one, 4, 2, 1), nn.ReLU(),
+        nn.ConvTranspose2d(one, 3, 4, 2, 1),
+    )  # fmt: skip
+    return encoder, decoder

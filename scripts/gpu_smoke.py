@@ -159,6 +159,31 @@ def gaussian_kl(place: Place) -> list[Tensor]:
     return with_gradients([fastvae.ops.gaussian_kl(*inputs[:2]), fastvae.ops.gaussian_kl(*inputs)], inputs)
 
 
+def vae_networks(place: Place) -> tuple[nn.Module, nn.Module, Tensor]:
+    """An encoder with two heads' worth of outputs, a decoder, and images."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ELU(), nn.Flatten()]
+    encoder = nn.Sequential(*convolutions, nn.Linear(64, 10))
+    head = nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1)
+    decoder = nn.Sequential(nn.Linear(5, 64), nn.SiLU(), nn.Unflatten(1, (4, 4, 4)), head)
+    return encoder.to(*place), decoder.to(*place), draw(6, 2, 8, 8, seed=4).sigmoid().to(*place)
+
+
+def elbo(place: Place) -> list[Tensor]:
+    """A VAE's objective and its gradients."""
+    encoder, decoder, x = vae_networks(place)
+    found = fastvae.ops.elbo(encoder, decoder, x, draw(6, 5, seed=5).to(*place), beta=0.5)
+    return with_gradients([found], [*encoder.parameters(), *decoder.parameters()])
+
+
+def iwae_bound(place: Place) -> list[Tensor]:
+    """The same of many draws."""
+    encoder, decoder, x = vae_networks(place)
+    noise = draw(40, 6, 5, seed=5).to(*place)
+    found = fastvae.ops.iwae_bound(encoder, decoder, x, num_samples=40, noise=noise, estimator="dreg")
+    return with_gradients([found], [*encoder.parameters(), *decoder.parameters()])
+
+
 def regret(place: Place) -> list[Tensor]:
     """The losses of encoders trained for an image each: dense layers, convolutions, BatchNorm."""
     torch.manual_seed(0)
@@ -188,6 +213,8 @@ def cases() -> dict[str, Case]:
         "leapfrog": leapfrog,
         "grad_dot": grad_dot,
         "gaussian_kl": gaussian_kl,
+        "elbo": elbo,
+        "iwae_bound": iwae_bound,
         "regret": regret,
     }
 

@@ -14,6 +14,7 @@ from fastvae._compiling import is_compiling
 from fastvae._extension import raw
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.weighted import weighted
 from fastvae.lowering import LoweredNetwork, lower
 from fastvae.lowering.running import output_of
 from fastvae.ops._registration import (
@@ -38,6 +39,7 @@ def elbo(
     *,
     beta: float = 1.0,
     condition: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """log p(x | z) - beta KL(q(z | x) || N(0, I)) in nats at z = mu + sigma noise, for each sample.
 
@@ -47,7 +49,8 @@ def elbo(
     Where :func:`fastvae.lowering.lower` can take both networks, two sweeps in kernels give the value and two more the
     gradient, each weight's as one product over all rows; an encoder may have two heads on a trunk. What cannot be taken
     runs as it is, with the same result: another kind of layer, BatchNorm in training mode, a likelihood without a
-    kernel, a condition, an x or noise whose gradient is wanted, autocast, ``torch.func`` and ``torch.compile``.
+    kernel, a condition or weights, an x or noise whose gradient is wanted, autocast, ``torch.func`` and
+    ``torch.compile``.
 
     Args:
         encoder: a module from x (as the likelihood's floats) to [B, 2 d], mean before log variance, or to the pair
@@ -58,6 +61,7 @@ def elbo(
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
         beta: weight of the divergence.
         condition: [B, ...], handed to both networks after x and z.
+        weight: [B, ...] of x's elements in log p(x | z), as for the models.
 
     Returns:
         [B]; the gradient reaches every parameter of both networks, and can be differentiated again.
@@ -67,12 +71,13 @@ def elbo(
         TypeError: an x or noise that is no tensor.
     """
     check_tensors("elbo", x=x, noise=noise)
-    like = resolve(likelihood)
+    like = weighted("elbo", resolve(likelihood), weight, x)
     if noise.dim() != 2 or x.dim() == 0 or len(noise) != len(x):
         expected = f"[{len(x)}, d]" if x.dim() else "[B, d]"
         raise ValueError(f"fastvae::elbo: noise: expected shape {expected}, got {list(noise.shape)}")
     check_condition("elbo", condition, len(x))
-    by_kernels = fused(encoder, decoder, x, like, noise.shape[1]) if condition is None else None
+    plain = condition is None and weight is None
+    by_kernels = fused(encoder, decoder, x, like, noise.shape[1]) if plain else None
     found = None if by_kernels is None else by_kernels.terms(noise[None])
     if found is None:
         found = reference.elbo_terms(encoder, decoder, x, noise[None], like, condition=condition)
