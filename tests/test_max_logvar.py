@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastvae import HVAE, IWAE, VAE, ConsistencyVAE, JacobianL1VAE
 from fastvae.influence import TracIn
 from fastvae.models import BaseVAE
-from fastvae.noise import SampleNoise, Stream, draws_of, keys_of
+from fastvae.noise import SampleNoise, Stream, draws_of, key_of_weights, keys_of
 from fastvae.ood import LikelihoodRegret
 from fastvae.ood.sequential import refit_one
 
@@ -82,13 +82,26 @@ class Given(nn.Module):
         return torch.zeros_like(self.logvar), self.logvar
 
 
+@pytest.mark.parametrize("bound", [0.1, None])
+def test_the_loss_by_hand(bound: float | None) -> None:
+    model = make(VAE, max_logvar=bound)
+    x, noise = data(), torch.randn(1, 5, DIM, generator=seeded())
+    mu, logvar = model.encoder(x).chunk(2, 1)
+    if bound is not None:
+        logvar = bound - torch.nn.functional.softplus(bound - logvar)
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+    logits = model.decoder(mu + torch.exp(logvar / 2) * noise[0])
+    log_px = torch.distributions.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum(1)
+    torch.testing.assert_close(model(x, noise=noise), kl - log_px)
+
+
 def test_influence_and_regret_know_of_it() -> None:
     model = make(VAE, max_logvar=0.1).double().eval()
     x = data(4, torch.float64)
     rows = []
     for sample in x.split(1):
         mean: Any = 0
-        for key in draws_of(keys_of(sample), 0, 2):
+        for key in draws_of(keys_of(sample) ^ key_of_weights(model), 0, 2):
             noise = Stream(key[None]).normal((1, DIM)).transpose(0, 1)
             grads = torch.autograd.grad(model(sample, noise=noise).sum(), list(model.parameters()))
             mean = mean + torch.cat([grad.flatten() for grad in grads]) / 2

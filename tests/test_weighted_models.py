@@ -207,3 +207,16 @@ def test_trajectories_that_are_given_up() -> None:
     plain = -vae.log_weight(x, mu, logvar, noise[:1], weight=weight)
     torch.testing.assert_close(found[3], plain[3], rtol=1e-12, atol=1e-12)
     assert model.divergences == 1 and found.isfinite().all()
+
+
+def test_step_sizes_follow_the_weights() -> None:
+    """Of a linear decoder the curvature is I + W^T diag(w) W / scale^2, whatever the code is."""
+    model, x, _ = linear_gaussian(HVAE)
+    weight = weights(3)
+    factor = model.decoder.weight.detach()
+    largest = max(
+        float(torch.linalg.eigvalsh(torch.eye(DIM) + factor.T @ (row[:, None] * factor) / 0.36)[-1])
+        for row in weight
+    )
+    found = model.stable_step_size(holed(x, weight), weight=weight)  # type: ignore[operator]
+    assert found == pytest.approx(largest**-0.5, rel=1e-6)

@@ -85,6 +85,15 @@ def fit_noise(model: BaseVAE, x: Tensor) -> list[tuple[slice, Tensor]]:
     return [(slice(6 * i, 6 * i + 6), noise) for i, noise in enumerate(drawn)]
 
 
+def test_binary_images_with_missing_pixels() -> None:
+    weight = (weights(12) != 0).float()
+    loader = DataLoader(TensorDataset(holed(data(12), weight), weight), 6)
+    history = fit(make(VAE), loader, epochs=2, weight=1, binarize=True, progress=False)
+    assert all(loss == loss for loss in history.train_loss)
+    with pytest.raises(ValueError, match=r"fit: weight: expected the shape of x, \[6, 6\]"):
+        fit(make(VAE), [(data(6), weight[0])], epochs=1, weight=1, progress=False)
+
+
 def test_ones_as_sample_weights_change_nothing() -> None:
     x = data(12)
     plain, weighted = make(VAE), make(VAE)

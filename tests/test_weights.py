@@ -11,7 +11,7 @@ from model_problems import seeded
 from torch import Tensor, nn
 from weight_problems import LIKELIHOODS, PIXELS, SumOfElements, data, holed, weights
 
-from fastvae import ops, reference
+from fastvae import Network, ops, reference
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood, NegativeBinomial, Poisson
 
 each = pytest.mark.parametrize("name", LIKELIHOODS)
@@ -184,6 +184,9 @@ def test_force_and_evidence(name: str) -> None:
         reference.log_px_and_force(network, z, x, likelihood, weight=weight),
     ):
         torch.testing.assert_close(found, wanted, rtol=EXACT, atol=EXACT)
+    net = Network(network, likelihood, z=z)
+    torch.testing.assert_close(net.force(z, x, weight=weight), wanted, rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(net.log_px(z, x, weight=weight), wanted[0], rtol=EXACT, atol=EXACT)
     codes = torch.stack([z, z + 1])
     found = ops.log_px(network, codes, x, likelihood, weight=weight)
     torch.testing.assert_close(found[0], wanted[0].detach(), rtol=EXACT, atol=EXACT)

@@ -217,7 +217,12 @@ class HVAE(BaseVAE):
         return path.z, path.weight().masked_fill(bad, -float("inf"))
 
     def stable_step_size(
-        self, x: Tensor, *, condition: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> float:
         """A step size at which leapfrog steps are stable for x: half of the limit 2 / sqrt(lambda).
 
@@ -229,13 +234,14 @@ class HVAE(BaseVAE):
         Args:
             x: [B, ...], a batch of the data.
             condition: [B, ...] of a conditional model.
+            weight: [B, ...] of x's elements, which the curvature is a sum over.
             generator: of the codes.
 
         Raises:
             ValueError: no sample, or outputs that are not finite.
             NotImplementedError: a decoder that cannot be differentiated twice.
         """
-        return stable_step_size(self, x, condition, generator)
+        return stable_step_size(self, Observation(x, condition, weight), generator)
 
     def sample_posterior(
         self,

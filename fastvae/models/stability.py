@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastvae.arguments import given
+from fastvae.models.observation import Observation
 from fastvae.modes import modes_kept
 from fastvae.ops import log_px_and_force
 
@@ -21,10 +21,9 @@ _PRODUCTS = 12
 """Of Lanczos' iteration: the largest eigenvalue is known to some percent long before."""
 
 
-def stable_step_size(
-    model: HVAE, x: Tensor, condition: Tensor | None, generator: torch.Generator | None
-) -> float:
+def stable_step_size(model: HVAE, seen: Observation, generator: torch.Generator | None) -> float:
     """See ``HVAE.stable_step_size``."""
+    x = seen.x
     if not len(x):
         raise ValueError("HVAE: stable_step_size: x: expected at least one sample")
     with modes_kept(model), torch.inference_mode(False):
@@ -32,7 +31,7 @@ def stable_step_size(
         for module in model.modules():
             module.training = False
         with torch.no_grad():
-            mu, logvar = model.encode(x, **given(condition=condition))
+            mu, logvar = model.encode(x, **seen.given)
             z = mu + torch.exp(logvar / 2) * model.draw_noise(mu, generator, 1)[0]
             start = model.draw_noise(mu, generator, 1)[0]
 
@@ -40,7 +39,7 @@ def stable_step_size(
             """-d^2 log p(x, z) / dz^2 times a direction; the prior's part is the identity."""
             with torch.enable_grad():
                 at = z.detach().clone().requires_grad_()
-                _, force = log_px_and_force(model.decoder, at, x, model.likelihood, condition=condition)
+                _, force = log_px_and_force(model.decoder, at, x, model.likelihood, **seen.given)
                 (found,) = torch.autograd.grad((force * direction).sum(), at)
             return direction - found
 

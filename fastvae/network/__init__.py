@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastvae._second_order import twice_differentiable
 from fastvae.decoding import conditioned, natural_parameters
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.weighted import weighted
 from fastvae.lowering import UnsupportedLayer, explain, lower, verify
 from fastvae.lowering.checks import check_is_module, check_uncoupled
 from fastvae.network.cache import ReadNetwork, read_network, verify_network
@@ -58,7 +59,9 @@ class Network:
     def __repr__(self) -> str:
         return f"Network({type(self.module).__name__}, {self.likelihood})"
 
-    def log_px(self, z: Tensor, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
+    def log_px(
+        self, z: Tensor, x: Tensor, *, condition: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
         """log p(x | z) in nats: [B].
 
         It is the module's own forward and can be differentiated like it. For many codes of each x, without a gradient,
@@ -68,12 +71,13 @@ class Network:
             z: codes [B, ...].
             x: data, as the likelihood takes it.
             condition: [B, ...], handed to the module after the codes.
+            weight: [B, ...] of x's elements; see :func:`fastvae.ops.hamiltonian_flow`.
 
         Raises:
             ValueError: shapes that do not fit, or a Network without a likelihood.
             CoupledSamples: BatchNorm or Dropout in training mode.
         """
-        likelihood = self._likelihood("log_px")
+        likelihood = weighted("fastvae.Network.log_px", self._likelihood("log_px"), weight, x)
         self._see(z, condition)
         check_uncoupled(self.module)
         with twice_differentiable():
@@ -81,7 +85,9 @@ class Network:
                 natural_parameters(conditioned(self.module, condition), z, likelihood), x
             )
 
-    def force(self, z: Tensor, x: Tensor, *, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def force(
+        self, z: Tensor, x: Tensor, *, condition: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """log p(x | z) [B] and grad_z log p(x | z), of the shape of z; see :func:`fastvae.ops.log_px_and_force`.
 
         Raises:
@@ -91,7 +97,7 @@ class Network:
 
         likelihood = self._likelihood("force")
         self._see(z, condition)
-        return log_px_and_force(self.module, z, x, likelihood, condition=condition)
+        return log_px_and_force(self.module, z, x, likelihood, condition=condition, weight=weight)
 
     @property
     def lowered(self) -> float:

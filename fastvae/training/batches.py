@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvae.data import binarize as draw_binary
 from fastvae.data import images_of
 from fastvae.data.images import tensor_at
+from fastvae.likelihoods.weights import expanded, filled
 from fastvae.models.observation import Observation
 
 __all__ = ["Batch", "Place", "batch_of"]
@@ -65,6 +66,9 @@ def batch_of(loaded: Any, places: Mapping[str, Place | None], binarize: bool) ->
         name: tensor_at(loaded, place, f"fit: {name}") for name, place in places.items() if place is not None
     }
     sample_weight = found.pop("sample_weight", None)
+    if "weight" in found:
+        found["weight"] = expanded("fit", found["weight"], x)
+        x = filled(x, found["weight"]) if binarize else x
     amount = float(len(x)) if sample_weight is None else _amount_of(sample_weight, len(x))
     return Batch(Observation(draw_binary(x) if binarize else x, **found), sample_weight, amount)
 
