@@ -1,4 +1,4 @@
-"""Likelihoods' residuals and curvatures in closed form, for those that no kernel has: a pass a term, no graph.
+"""Likelihoods' residuals and curvatures in closed form, for those that heads.py has no class of: no graph.
 
 Each class gives of one element's outputs y_1 .. y_n (parts of the decoder's output along its channels) and datum x the
 gradients r_i = d ll / d y_i and the second derivatives S_ij.
@@ -17,7 +17,10 @@ from fastvae.likelihoods import (
     ContinuousBernoulli,
     DiscretizedLogistic,
     GaussianHead,
+    Laplace,
     Likelihood,
+    NegativeBinomial,
+    Poisson,
     StudentT,
     ZeroInflatedNegativeBinomial,
 )
@@ -51,6 +54,43 @@ class ClosedForm:
     def second(self, y: Sequence[Tensor], x: Tensor) -> Second:
         """S."""
         raise NotImplementedError
+
+
+class _Laplace(ClosedForm):
+    def __init__(self, likelihood: Laplace) -> None:
+        super().__init__(likelihood)
+        self.scale = float(likelihood.scale)
+
+    def first(self, y: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        return [torch.sign(x - y[0]) / self.scale]
+
+    def second(self, y: Sequence[Tensor], x: Tensor) -> Second:
+        return {}
+
+
+class _Poisson(ClosedForm):
+    def first(self, y: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        return [x - y[0].exp()]
+
+    def second(self, y: Sequence[Tensor], x: Tensor) -> Second:
+        return {(0, 0): -y[0].exp()}
+
+
+class _NegativeBinomial(ClosedForm):
+    """Of log means a, with p = sigmoid(a - log r)."""
+
+    def __init__(self, likelihood: NegativeBinomial) -> None:
+        super().__init__(likelihood)
+        assert not isinstance(likelihood.dispersion, str)
+        self.r = float(likelihood.dispersion)
+
+    def first(self, y: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        b = y[0] - math.log(self.r)
+        return [x * torch.sigmoid(-b) - self.r * torch.sigmoid(b)]
+
+    def second(self, y: Sequence[Tensor], x: Tensor) -> Second:
+        b = y[0] - math.log(self.r)
+        return {(0, 0): -(x + self.r) * torch.sigmoid(b) * torch.sigmoid(-b)}
 
 
 class _StudentT(ClosedForm):
@@ -172,6 +212,12 @@ class _ZeroInflated(ClosedForm):
 def closed_form_of(likelihood: Likelihood) -> ClosedForm | None:
     """The formulas of one of our likelihoods as it is; None where there are none."""
     kind = type(likelihood)
+    if kind is Laplace:
+        return _Laplace(likelihood)  # type: ignore[arg-type]
+    if kind is Poisson:
+        return _Poisson(likelihood)
+    if kind is NegativeBinomial and not isinstance(likelihood.dispersion, str):  # type: ignore[attr-defined]
+        return _NegativeBinomial(likelihood)  # type: ignore[arg-type]
     if kind is StudentT:
         return _StudentT(likelihood)  # type: ignore[arg-type]
     if kind is ContinuousBernoulli:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
+from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fastvae.likelihoods.weighted import WeightedLikelihood
 from fastvae.network.closed_heads import ClosedForm, closed_form_of
 from fastvae.network.density import density_of, tensors_of
@@ -236,12 +236,52 @@ class _ClosedHead(_Closed):
             add(i, curvature * dots[j])
             if i != j:
                 add(j, curvature * dots[i])
-        curved = self._weighed(torch.cat([part for part in found if part is not None], 1))
+        known = [part for part in found if part is not None]
+        curved = self._weighed(torch.cat(known, 1)) if known else None
         return at.plus_value(curved, of_log_px), None
 
     def _parts(self, y: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         parts = y.chunk(self._formulas.parts, 1)
         return parts, self.rows.reshape(parts[0].shape)
+
+
+class _CategoricalHead(_Closed):
+    """Of logits y and class x: r = (0 .. 1 .. 0) - p, S v = -p (v - <p, v>), p = softmax(y)."""
+
+    density: Categorical
+
+    def __init__(self, likelihood: Likelihood, x: Tensor, density: Categorical) -> None:
+        super().__init__(likelihood, x, density.classes(x.detach()))
+        # 1, or NaN where x is no class, which the gradient must show.
+        self.valid = 1 + 0 * self.data if x.is_floating_point() else None
+        if self.valid is not None and self.left_out is not None:
+            self.valid = self.valid.masked_fill(self.left_out, 1)
+
+    def form(self) -> tuple[Any, list[Tensor]]:
+        """See ``Head``."""
+        facts, tensors = super().form()
+        return facts, tensors if self.valid is None else [*tensors, self.valid]
+
+    def at(self, y: Tensor) -> AtOutput:
+        """See ``Head``."""
+        # It also refuses shapes that do not fit.
+        log_px = self.log_px(y)
+        p = torch.softmax(self.density._logits(self._inside(y)), 2)
+        index = self.rows.reshape(p.shape[0], p.shape[1], 1, p.shape[3])
+        residual = (-p).scatter_add(2, index, torch.ones_like(p[:, :, :1]))
+        if self.valid is not None:
+            residual = residual * self.valid.to(p.dtype).reshape(index.shape)
+        return AtOutput(y, log_px, self._weighed(residual.reshape(y.shape)), p)
+
+    def adjoint(
+        self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Head``."""
+        if dot is None:
+            return at.plus_value(None, of_log_px), None
+        p, v = at.kept, dot.reshape(at.kept.shape)
+        curved = p * ((p * v).sum(2, keepdim=True) - v)
+        return at.plus_value(self._weighed(curved.reshape(dot.shape)), of_log_px), None
 
 
 class _Swept(Head):
@@ -307,6 +347,8 @@ def make_head(likelihood: Likelihood, x: Tensor, like: Tensor) -> Head:
         return head
     if x.requires_grad:
         return Head(likelihood, x)
+    if type(density) is Categorical:
+        return _CategoricalHead(likelihood, x, density)
     formulas = closed_form_of(density)
     if formulas is not None:
         return _ClosedHead(likelihood, x, like.dtype, formulas)
