@@ -58,9 +58,9 @@ def made(name: str) -> tuple[BaseVAE, Tensor]:
     return model, torch.rand(5, *shape, generator=seeded(1), dtype=torch.float64)
 
 
-def loss_and_gradients(model: BaseVAE, x: Tensor) -> dict[str, Tensor]:
+def loss_and_gradients(model: BaseVAE, x: Tensor, **besides: Tensor) -> dict[str, Tensor]:
     """Of noise from a CPU's generator, which is the same for both."""
-    loss = model(x, generator=seeded())
+    loss = model(x, generator=seeded(), **besides)
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
     named = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
@@ -90,6 +90,24 @@ def test_evidence_and_samples_on_cuda(name: str) -> None:
         model.log_likelihood(x, 20, generator=seeded()),
     )
     assert moved.sample(3, generator=torch.Generator("cuda").manual_seed(0)).is_cuda
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "consistency"])
+def test_missing_values_on_cuda(name: str) -> None:
+    model, x = made(name)
+    weight = (torch.rand(x.shape, generator=seeded(5)) < 0.7).double()
+    x = x.masked_fill(weight == 0, math.nan)
+    moved = copy.deepcopy(model).cuda()
+    expected = loss_and_gradients(model, x, weight=weight)
+    found = loss_and_gradients(moved, x.cuda(), weight=weight.cuda())
+    for key in expected:
+        assert_same(found[key], expected[key])
+    assert_same(
+        moved.impute(x.cuda(), weight.cuda(), num_samples=20, generator=seeded()),
+        model.impute(x, weight, num_samples=20, generator=seeded()),
+    )
+    on_gpu = torch.Generator("cuda").manual_seed(0)
+    assert moved.impute(x.cuda(), weight.cuda(), num_samples=20, draw=True, generator=on_gpu).isfinite().all()
 
 
 @pytest.mark.parametrize("name", MAKERS)
