@@ -349,13 +349,35 @@ def test_conditions_are_those_of_their_images() -> None:
     torch.testing.assert_close(found.log_px, exact_of(model, x, others), rtol=0, atol=0.2)
 
 
+def test_missing_elements_are_integrated_out() -> None:
+    """Against the Gaussian evidence of what was observed; conditions and weights come from batches as well."""
+    model = linear(2, 6, 0.4, True)
+    x, labels = data(4, double), torch.tensor([0, 2, 1, 1])
+    weight = torch.ones(4, 6)
+    weight[0, :3] = weight[2, 4] = 0
+    x[weight == 0] = math.nan
+    decoder: Any = model.decoder
+    mean, columns = (decoder.layer.bias + decoder.labels(labels)).detach(), decoder.layer.weight.detach()
+    covariance = columns @ columns.T + 0.4**2 * torch.eye(6, dtype=double)
+    exact = torch.stack([
+        MultivariateNormal(m[seen], covariance[seen][:, seen]).log_prob(image[seen])
+        for m, seen, image in zip(mean, weight.bool(), x, strict=True)
+    ])  # fmt: skip
+    for initial in ("prior", "posterior"):
+        found = ais(model, x, 60, 64, condition=labels, weight=weight, initial=initial)
+        torch.testing.assert_close(found.log_px, exact, rtol=0, atol=0.2)
+    loader = DataLoader(TensorDataset(x, weight, labels), batch_size=3)
+    batches = ais(model, loader, 60, 64, condition=2, weight=1, initial="posterior")
+    torch.testing.assert_close(batches.log_weights, found.log_weights, rtol=1e-10, atol=1e-10)
+
+
 def test_a_chain_that_diverges_is_refused_and_nothing_else() -> None:
     model, x = make(VAE, Gaussian(1e-3)), data(2)
     found = ais(model, x, 10, 2, step_size=1e6)
     assert not bool(found.acceptance.any()) and bool(found.log_px.isfinite().all())
     with torch.no_grad():
         model.decoder[0].bias[0] = math.nan  # type: ignore[index]
-    with pytest.warns(RuntimeWarning, match="ais: NaN for 2 of 2 images"):
+    with pytest.warns(RuntimeWarning, match="VAE: ais: NaN for 2 of 2 samples"):
         assert bool(ais(model, x, 5, 2).log_px.isnan().all())
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.models import BaseVAE
+from fastvae.models.observation import Observation
 from fastvae.noise import Stream
 from fastvae.ops.log_px_and_force import function_of_codes
 
@@ -58,6 +59,7 @@ class Bridge:
     Args:
         model: a private copy.
         start: u [rows, d].
+        seen: of the rows.
         initial: mean and scale, [rows, d] each.
     """
 
@@ -65,13 +67,12 @@ class Bridge:
         self,
         model: BaseVAE,
         start: Tensor,
-        x: Tensor,
-        condition: Tensor | None,
+        seen: Observation,
         initial: tuple[Tensor, Tensor] | None,
     ) -> None:
         self.start, self.initial = start, initial
         self._log_px_and_force = function_of_codes(
-            model.decoder, start, x, model.likelihood, condition=condition
+            model.decoder, start, seen.x, model.likelihood, **seen.given
         )
 
     def at(self, code: Tensor) -> State:

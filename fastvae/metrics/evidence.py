@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,14 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers, given
-from fastvae.data import images_of
+from fastvae.arguments import expect_numbers
+from fastvae.likelihoods.weights import expanded, filled
 from fastvae.metrics.annealing import Bridge, adapted_steps, annealed, temperatures
-from fastvae.metrics.posteriors import Estimate, Images, estimate_of, private_model
+from fastvae.metrics.posteriors import Estimate, Images, estimate_of, observations, private_model
 from fastvae.models import BaseVAE
-from fastvae.models.inputs import check_condition, half_dtype_of, needs_condition
+from fastvae.models.evidence import warn_of_nan
+from fastvae.models.inputs import check_condition, check_observed, half_dtype_of, needs_condition
+from fastvae.models.observation import Observation
 from fastvae.noise import Stream, draws_of, keys_of
 from fastvae.progress import with_bar
+from fastvae.training.batches import Place
 
 __all__ = ["AISBounds", "AISEstimate", "ais", "bidirectional_ais"]
 
@@ -82,7 +84,8 @@ def ais(
     initial: str = "prior",
     step_size: float | Tensor | None = None,
     target_acceptance: float = 0.65,
-    condition: Tensor | None = None,
+    condition: Tensor | Place | None = None,
+    weight: Tensor | Place | None = None,
     chunk_size: int | None = None,
     seed: int = 0,
     show_progress: bool = False,
@@ -115,7 +118,10 @@ def ais(
         step_size: of the leapfrog steps in place of the preliminary run, in units of the initial density's scale, for
             all or as [num_temperatures - 2, B]. Each transition takes 0.8 to 1.2 of it.
         target_acceptance: what the preliminary run adapts to.
-        condition: [B, ...] of a conditional model, for an x that is a tensor: log p(x | condition).
+        condition: [B, ...] of a conditional model: log p(x | condition). Where x is an iterable, its place in a batch,
+            as for ``fit``.
+        weight: [B, ...] of x's elements (or its place), 0 for what is missing: log p of what was observed; see
+            ``BaseVAE.forward``.
         chunk_size: rows (image x chain) in the decoder at once; by default as many as give 2**17 outputs (2**22 on a
             GPU).
         seed: of the noise, which is keyed by (seed, the image): an estimate does not depend on the batch, as far as
@@ -132,10 +138,7 @@ def ais(
         *(chunk_size, seed, show_progress),
     )
     private = _private("ais", model)
-    if not isinstance(x, Tensor):
-        batches = [images_of(batch) for batch in x]
-        x = torch.cat(batches) if batches else torch.empty(0)
-    chains = _Chains(options, private, x, condition)
+    chains = _Chains(options, private, _observed(x, condition, weight))
     ticks = chains.ticks(runs=1)
     found = chains.estimate(ticks=ticks)
     next(ticks, None)
@@ -197,10 +200,10 @@ def bidirectional_ais(
     z = torch.randn(int(num_images), private.latent_dim, generator=generator, device=device, dtype=dtype)
     drawn = []
     for rows in torch.arange(len(z)).split(_BATCH):
-        named = given(condition=None if condition is None else condition[rows].to(device))
+        named = {} if condition is None else {"condition": condition[rows].to(device)}
         drawn.append(private.likelihood.sample(private.decode(z[rows], **named), generator=generator))
     x = torch.cat(drawn)
-    chains = _Chains(options, private, x, condition)
+    chains = _Chains(options, private, Observation(x, condition))
     ticks = chains.ticks(runs=2)
     bounds = AISBounds(x.cpu(), chains.estimate(ticks=ticks), chains.estimate(z, ticks=ticks))
     next(ticks, None)
@@ -254,42 +257,44 @@ class _Options:
 class _Chains:
     """The chains of all images, in tiles of rows (image x chain)."""
 
-    def __init__(self, options: _Options, model: BaseVAE, x: Tensor, condition: Tensor | None) -> None:
+    def __init__(self, options: _Options, model: BaseVAE, seen: Observation) -> None:
         self.options, self.model = options, model
-        if not len(x):
+        images = len(seen.x)
+        if not images:
             raise ValueError(f"{options.name}: x: expected some images, got none")
         self.device, self.dtype = _place(model)
-        self.x = x.to(self.device)
-        model.check_data(self.x)
-        if condition is not None:
-            check_condition(model, condition, len(x))
+        if seen.condition is not None:
+            check_condition(model, seen.condition, images)
             model._check_takes_condition()
-            condition = condition.to(self.device)
         elif needs_condition(model.decoder):
             raise TypeError(
                 f"{options.name}: the decoder takes a condition, and none was given; pass condition="
             )
-        self.condition = condition
+        if seen.weight is not None:
+            seen = seen._replace(weight=expanded(options.name, seen.weight, seen.x))
+        self.seen = seen.each(lambda tensor: tensor.to(self.device))
+        check_observed(model, self.seen.x, self.seen.weight)
         self.initial: tuple[Tensor, Tensor] | None = None
         if options.initial == "posterior":
-            self.initial = self._posterior(len(x))
+            self.initial = self._posterior(images)
         self.dim = model.latent_dim if model.latent_dim is not None else self._posterior(1)[0].shape[1]
-        self.keys = keys_of(self.x)
+        weight = self.seen.weight
+        self.keys = keys_of(self.seen.x if weight is None else filled(self.seen.x, weight))
         self.ladder = temperatures(int(options.num_temperatures), options.schedule).to(self.device)
-        outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element
+        outputs = math.prod(seen.x.shape[1:]) * model.likelihood.values_per_element
         at_once = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)
-        rows = len(x) * int(options.num_chains)
+        rows = images * int(options.num_chains)
         most = int(options.chunk_size or max(1, at_once // max(1, outputs)))
         # As few tiles, of about one size.
         self.rows = -(-rows // -(-rows // most))
-        self.steps = options.steps_for(len(x), self.device)
+        self.steps = options.steps_for(images, self.device)
 
     def _posterior(self, images: int) -> tuple[Tensor, Tensor]:
         """Mean and scale of the encoder's posterior of the first images."""
         parts = []
-        for rows in torch.arange(images).split(_BATCH):
-            named = given(condition=None if self.condition is None else self.condition[rows])
-            parts.append(self.model.encode(self.x[rows], **named))
+        for rows in torch.arange(images, device=self.device).split(_BATCH):
+            own = self.seen.at(rows)
+            parts.append(self.model.encode(own.x, **own.given))
         means, logvars = zip(*parts, strict=True)
         return torch.cat(means), torch.exp(torch.cat(logvars) / 2)
 
@@ -297,10 +302,10 @@ class _Chains:
         """One for each transition of all tiles."""
         if not self.options.show_progress:
             return itertools.repeat(None)
-        chains = len(self.x) * int(self.options.num_chains)
+        chains = len(self.seen.x) * int(self.options.num_chains)
         total = runs * (len(self.ladder) - 2) * -(-chains // self.rows)
         if self.steps is None:
-            tiles = -(-len(self.x) * _PILOTS // self._pilot_rows())
+            tiles = -(-len(self.seen.x) * _PILOTS // self._pilot_rows())
             total += (self._pilot_temperatures() - 2) * tiles
         return iter(with_bar(self.options.name, range(total), "transition"))
 
@@ -329,13 +334,7 @@ class _Chains:
         off = (log_weights - mean[:, None]).exp() - 1
         spread = (off.square().sum(1) / (torch.tensor(count - 1.0) * count)).sqrt()
         acceptance = torch.cat(rates).view(-1, count).mean(1)
-        if bad := int(mean.isnan().sum()):
-            warnings.warn(
-                f"{self.options.name}: NaN for {bad} of {len(mean)} images: the encoder's or the decoder's outputs "
-                "(their weights?) are not finite",
-                RuntimeWarning,
-                stacklevel=4,  # the public function and its torch.no_grad stand in between
-            )
+        warn_of_nan(self.options.name, self.model, mean)
         found = (mean if z is None else -mean, spread, log_weights, acceptance, self.steps)
         return AISEstimate(*(tensor.cpu() for tensor in found))
 
@@ -370,9 +369,19 @@ class _Chains:
         return stream.normal((self.dim,)).to(self.dtype)
 
     def _bridge(self, images: Tensor, start: Tensor) -> Bridge:
-        condition = None if self.condition is None else self.condition[images]
         initial = None if self.initial is None else (self.initial[0][images], self.initial[1][images])
-        return Bridge(self.model, start, self.x[images], condition, initial)
+        return Bridge(self.model, start, self.seen.at(images), initial)
+
+
+def _observed(x: Images, condition: Tensor | Place | None, weight: Tensor | Place | None) -> Observation:
+    """All images as one batch."""
+    if isinstance(x, Tensor):
+        return Observation(x, condition, weight)  # type: ignore[arg-type]
+    parts = list(observations(x, {"condition": condition, "weight": weight}))  # type: ignore[dict-item]
+    if not parts:
+        return Observation(torch.empty(0))
+    columns = ([t for t in column if t is not None] for column in zip(*parts, strict=True))
+    return Observation(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 
 
 def _private(name: str, model: BaseVAE) -> BaseVAE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -168,6 +168,12 @@ def private_model(name: str, model: BaseVAE) -> BaseVAE:
     return private_copy(inner)
 
 
+def observations(batches: Iterable[object], places: Mapping[str, Place | None]) -> Iterator[Observation]:
+    """Batches such as ``fit`` takes, but for empty ones."""
+    given = (batch_of(batch, places, binarize=False).seen for batch in batches)
+    return (seen for seen in given if len(seen.x))
+
+
 def _of_batches(
     name: str,
     model: BaseVAE,
@@ -183,8 +189,7 @@ def _of_batches(
     batches = images.split(_BATCH) if isinstance(images, Tensor) else images
     private = private_model(name, model)
     device = next(private.parameters()).device
-    given = (batch_of(batch, places, binarize=False).seen for batch in batches)
-    found = [call(private, seen.each(lambda t: t.to(device))) for seen in given if len(seen.x)]
+    found = [call(private, seen.each(lambda t: t.to(device))) for seen in observations(batches, places)]
     if not found:
         raise ValueError(f"{name}: images: expected some, got none")
     return found
