@@ -5,6 +5,7 @@ from fastvae.models.consistency_vae import ConsistencyVAE
 from fastvae.models.hvae import HVAE, DivergenceError
 from fastvae.models.iwae import IWAE
 from fastvae.models.jacobian_l1_vae import JacobianL1VAE
+from fastvae.models.observation import Observation
 from fastvae.models.outputs import SelectOutputs
 from fastvae.models.vae import VAE
 
@@ -16,6 +17,7 @@ __all__ = [
     "ConsistencyVAE",
     "DivergenceError",
     "JacobianL1VAE",
+    "Observation",
     "Penalty",
     "SelectOutputs",
     "TrainingStep",
