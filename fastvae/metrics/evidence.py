@@ -104,7 +104,7 @@ def ais(
     an image, with noise of their own, adapts a step size for each image and temperature; the chains that count take
     these as they are.
 
-    Costs (num_temperatures - 2) num_leapfrog_steps + 1 forces a chain, and 1000 to 3000 transitions an image before.
+    Costs (num_temperatures - 2) num_leapfrog_steps + 1 forces a chain, and 400 to 1200 transitions an image before.
 
     Args:
         model: a copy of it is measured, in eval mode; in half precision, that copy computes in float32.
@@ -112,18 +112,19 @@ def ais(
         num_temperatures: values of b, 0 and 1 among them; 2: importance sampling from the initial density.
         num_chains: an image.
         num_leapfrog_steps: of a transition.
-        schedule: "sigmoid", b as in Wu et al. (their section 2.2's, at equidistant numbers from -4 to 4), or "linear".
+        schedule: "sigmoid", as in Wu et al., at equidistant numbers from -4 to 4, or "linear".
         initial: "prior", or "posterior": from the encoder's q(z | x) to p(x, z), in its coordinates. Near the posterior
             a chain has less far to go: less variance for the same work, unless q lacks a part of the posterior.
         step_size: of the leapfrog steps in place of the preliminary run, in units of the initial density's scale, for
             all or as [num_temperatures - 2, B]. Each transition takes 0.8 to 1.2 of it.
-        target_acceptance: what the preliminary run adapts to.
+        target_acceptance: what the preliminary run adapts to, as far as no trajectory becomes longer than a quarter of
+            the initial density's period.
         condition: [B, ...] of a conditional model: log p(x | condition). Where x is an iterable, its place in a batch,
             as for ``fit``.
         weight: [B, ...] of x's elements (or its place), 0 for what is missing: log p of what was observed; see
             ``BaseVAE.forward``.
-        chunk_size: rows (image x chain) in the decoder at once; by default as many as give 2**17 outputs (2**22 on a
-            GPU).
+        chunk_size: rows (image x chain) in the decoder at once, but for the 4 of an image's preliminary run, which stay
+            together; by default as many as give 2**17 outputs (2**22 on a GPU).
         seed: of the noise, which is keyed by (seed, the image): an estimate does not depend on the batch, as far as
             the decoder's rounding does not (in float32, a decision on the border may fall otherwise).
         show_progress: a bar over the transitions (needs tqdm).
