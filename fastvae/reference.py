@@ -106,16 +106,17 @@ def elbo_terms(
 
     def log_px(z: Tensor) -> Tensor:
         each = x if times == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
-        return like.log_prob(natural_parameters(conditioned(decoder, condition), z, like), each)
+        params = natural_parameters(conditioned(decoder, condition), z.flatten(0, 1), like)
+        return like.log_prob(params, each).reshape(z.shape[:2])
 
     return terms_at(mu, logvar, noise, log_px)
 
 
 def terms_at(mu: Tensor, logvar: Tensor, noise: Tensor, log_px: Callable[[Tensor], Tensor]) -> ElboTerms:
-    """The terms of :func:`elbo` for a posterior, and log p(x | z) [S B] of codes [S B, d]."""
+    """The terms of :func:`elbo` for a posterior, and log p(x | z) [S, B] of codes [S, B, d]."""
     z = mu + torch.exp(logvar / 2) * noise
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-    return ElboTerms(log_px(z.flatten(0, 1)).reshape(noise.shape[:2]), kl, mu, logvar, z)
+    return ElboTerms(log_px(z), kl, mu, logvar, z)
 
 
 def elbo(

@@ -109,10 +109,8 @@ class IWAE(VAE):
         """Minus the bound above and its parts; see ``BaseVAE.objective`` (K draws of noise)."""
         seen = Observation(x, condition, weight)
         beta = self._kl_weight(beta)
-        if self._is_large(x) and not callable(noise):
-            mu, logvar = self.encode(x, **seen.given)
-            if is_tileable(self.decoder, x, mu):
-                return self._in_tiles(seen, mu, logvar, noise, generator, beta)
+        if not callable(noise) and self._is_large(x) and is_tileable(self.decoder, x):
+            return self._in_tiles(seen, noise, generator, beta)
         # The operator's z has no gradient of the decoder's, which dreg weighs.
         found, noise = self.terms(seen, noise, generator, by_parts=self.estimator == "dreg")
         loss = -bound_of(found, noise, estimator=self.estimator, beta=beta)
@@ -124,13 +122,12 @@ class IWAE(VAE):
     def _in_tiles(
         self,
         seen: Observation,
-        mu: Tensor,
-        logvar: Tensor,
         noise: Tensor | None,
         generator: torch.Generator | None,
         beta: float,
     ) -> TrainingStep:
         """The step in the memory of a few draws, of which the first is decoded once more to be looked at."""
+        mu, logvar = self.encode(seen.x, **seen.given)
         if noise is not None:
             noise = self._noise(mu, noise, generator)
         draws = noise_of(mu, noise, generator)

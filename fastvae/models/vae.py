@@ -71,9 +71,9 @@ class VAE(BaseVAE):
 
         def log_px(z: Tensor) -> Tensor:
             if draws == 1:
-                return self.log_px(z, each.x, **each.given)
-            rows = z.unflatten(0, (draws, -1)).transpose(0, 1).flatten(0, 1)
-            return self.log_px(rows, each.x, **each.given).reshape(-1, draws).t()
+                return self.log_px(z[0], each.x, **each.given)[None]
+            rows = z.transpose(0, 1)
+            return self.log_px(rows.flatten(0, 1), each.x, **each.given).reshape(rows.shape[:2]).t()
 
         return reference.terms_at(mu, logvar, drawn, log_px), drawn
 

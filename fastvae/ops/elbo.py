@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 from fastvae import reference
 from fastvae._compiling import is_compiling
 from fastvae._extension import raw
+from fastvae.arguments import given
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.weighted import weighted
 from fastvae.lowering import LoweredNetwork, lower
+from fastvae.lowering.checks import check_is_module
 from fastvae.lowering.running import output_of
 from fastvae.ops._registration import (
     cast_under_autocast,
@@ -70,6 +72,9 @@ def elbo(
         ValueError: shapes that do not fit.
         TypeError: an x or noise that is no tensor.
     """
+    if not is_compiling():
+        check_is_module("fastvae::elbo: encoder", encoder)
+        check_is_module("fastvae::elbo: decoder", decoder)
     check_tensors("elbo", x=x, noise=noise)
     like = weighted("elbo", resolve(likelihood), weight, x)
     if noise.dim() != 2 or x.dim() == 0 or len(noise) != len(x):
@@ -162,12 +167,16 @@ def _differentiable_gradient(
     times = len(noise)
     each = x if times == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
     mu, logvar = output_of(encoder, likelihood.as_float(x, noise.dtype).flatten(1)).chunk(2, 1)
-    found = reference.terms_at(mu, logvar, noise, lambda z: likelihood.log_prob(output_of(decoder, z), each))
+
+    def log_px(z: Tensor) -> Tensor:
+        return likelihood.log_prob(output_of(decoder, z.flatten(0, 1)), each).reshape(z.shape[:2])
+
+    found = reference.terms_at(mu, logvar, noise, log_px)
     tensors = [*encoder.tensors, *decoder.tensors]
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    pairs = [(out, given) for out, given in zip(found, cotangents, strict=True) if given is not None]
-    outputs, given = zip(*pairs, strict=True)
-    gradients = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
+    pairs = [(out, grad) for out, grad in zip(found, cotangents, strict=True) if grad is not None]
+    outputs, grads = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(gradients) if tensor.requires_grad else None for tensor in tensors]
 
 
@@ -225,7 +234,21 @@ def _(
     needs: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     name, parameters = "elbo_terms_backward", [*encoder_parameters, *decoder_parameters]
-    check_one_device(name, x, "x", noise=noise, mu=mu, logvar=logvar, z=z, parameters=parameters)
+    check_one_device(
+        name,
+        x,
+        "x",
+        **given(
+            grad_log_px=grad_log_px, grad_kl=grad_kl, grad_mu=grad_mu, grad_logvar=grad_logvar, grad_z=grad_z
+        ),
+        noise=noise,
+        mu=mu,
+        logvar=logvar,
+        z=z,
+        encoder_stash=encoder_stash,
+        decoder_stash=decoder_stash,
+        parameters=parameters,
+    )
     found = empty_gradients(name, x, parameters, needs)
     return found[: len(encoder_parameters)], found[len(encoder_parameters) :]
 

@@ -16,7 +16,7 @@ from fastvae.arguments import expect_numbers, is_integer
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import check_uncoupled
+from fastvae.lowering.checks import check_is_module, check_uncoupled
 from fastvae.noise import Stream, draws_of
 from fastvae.ops._registration import check_condition, check_tensors, refuse_function_transforms
 from fastvae.reference import IWAE_ESTIMATORS
@@ -76,6 +76,9 @@ def iwae_bound(
         TypeError: an x that is no tensor, num_samples that is not a number.
         NotImplementedError: a second derivative; use :func:`fastvae.reference.iwae_bound`.
     """
+    if not is_compiling():
+        check_is_module("fastvae::iwae_bound: encoder", encoder)
+        check_is_module("fastvae::iwae_bound: decoder", decoder)
     check_tensors("iwae_bound", x=x, **({} if noise is None else {"noise": noise}))
     expect_numbers("fastvae::iwae_bound", num_samples=num_samples, beta=beta)
     if not is_integer(num_samples) or num_samples < 1:
@@ -99,7 +102,7 @@ def iwae_bound(
             f"fastvae::iwae_bound: noise: expected {[draws, *mu.shape]}, got {list(noise.shape)}"
         )
     source = noise_of(mu, noise, generator)
-    if not is_tileable(decoder, x, mu):
+    if not is_tileable(decoder, x):
         whole = source(0, draws).to(mu)
         return reference.bound_at(
             mu,
@@ -163,9 +166,9 @@ def _drawn(mu: Tensor, generator: torch.Generator | None) -> Noise:
     return draw
 
 
-def is_tileable(decoder: nn.Module, x: Tensor, mu: Tensor) -> bool:
+def is_tileable(decoder: nn.Module, x: Tensor) -> bool:
     """Whether the codes may be decoded apart, and twice, by what nobody else looks into."""
-    if is_compiling() or transformed() or torch.is_autocast_enabled(x.device.type) or not mu.numel():
+    if is_compiling() or transformed() or torch.is_autocast_enabled(x.device.type) or not len(x):
         return False
     if torch.is_grad_enabled() and x.requires_grad:
         return False

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastvae import reference
 from fastvae.likelihoods import Bernoulli, Gaussian
 from fastvae.network.cache import ReadNetwork, read_network
-from fastvae.network.jacobian import jacobian_l1
+from fastvae.network.jacobian import Plan, jacobian_l1
 
 from .graph_layers import drawn_graph
 
@@ -67,7 +67,7 @@ def agrees_in_jacobian(rng: random.Random, network: ReadNetwork, module: nn.Modu
     for by_sweeps in (True, False):
         point = z.detach().clone().requires_grad_()
         if by_sweeps:
-            value = jacobian_l1(network.sweeps, network.tensors, point, chosen, p, "none")
+            value = jacobian_l1(Plan(network.sweeps, network.tensors, point, chosen, p), point, "none")
         else:
             value = reference.jacobian_l1(module, point, "none", latents=chosen, p=p)
         weights = torch.linspace(0.5, 1.5, len(z)).to(z)
@@ -76,7 +76,7 @@ def agrees_in_jacobian(rng: random.Random, network: ReadNetwork, module: nn.Modu
         results.append([value, *found])
     names = names_of(module, f"Jacobian, p = {p}: value", "z")
     assert_all_near(*results, names[: len(results[0])], NEAR)
-    alone = jacobian_l1(network.sweeps, network.tensors, z[-1:], chosen, p, "none")
+    alone = jacobian_l1(Plan(network.sweeps, network.tensors, z[-1:], chosen, p), z[-1:], "none")
     torch.testing.assert_close(results[0][0][-1:], alone, rtol=1e-10, atol=1e-12)
     if rng.random() < 0.2 and not stops(network):
         step = 1e-6 * torch.eye(z.shape[1]).to(z)

@@ -97,9 +97,14 @@ def decoder_of(which: int, dtype: torch.dtype) -> tuple[LoweredNetwork, int]:
 
 
 @functools.cache
-def encoder_of(which: int, inputs: int, dtype: torch.dtype) -> LoweredNetwork:
+def encoder_module(which: int, inputs: int, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(which)
-    return lowered(nn.Sequential(*ENCODERS[which](inputs)).to(dtype).eval(), dtype, inputs)[0]
+    return nn.Sequential(*ENCODERS[which](inputs)).to(dtype).eval()
+
+
+@functools.cache
+def encoder_of(which: int, inputs: int, dtype: torch.dtype) -> LoweredNetwork:
+    return lowered(encoder_module(which, inputs, dtype), dtype, inputs)[0]
 
 
 class Arguments:
@@ -113,7 +118,9 @@ class Arguments:
         self.network, outputs = decoder_of(which, dtype)
         kind, *classes = self.likelihood.split()
         self.elements = outputs // int(classes[0]) if kind == "categorical" else outputs
-        self.encoder = encoder_of(random.randrange(len(ENCODERS)), self.elements, dtype)
+        which = random.randrange(len(ENCODERS))
+        self.encoder_module = encoder_module(which, self.elements, dtype)
+        self.encoder = encoder_of(which, self.elements, dtype)
         self.reduction = random.choice(("none", "mean", "sum"))
         self.store = random.random() < 0.5
 
@@ -143,6 +150,17 @@ class Arguments:
         given = {name: self.of("torch.ops", "hamiltonian_flow", name) for name in names}
         *_, z_steps, rho_steps, _, stash = raw.hamiltonian_flow(*given.values(), self.store, False)
         return {**given, "z_steps": z_steps, "rho_steps": rho_steps, "stash": stash, "store": self.store}
+
+    @functools.cached_property
+    def terms(self) -> dict[str, Any]:
+        """The arguments of an objective with what its forward pass keeps."""
+        names = ("encoder_parameters", "decoder_parameters", "encoder", "decoder", "likelihood")
+        given = {"x": self.of("torch.ops", "", "x"), "noise": self.normal(2, B, D)}
+        given |= {name: self.of("_C", "", name) for name in names}
+        log_px, kl, mu, logvar, z, *stashes = raw.elbo_terms(*given.values(), True)
+        found = {"mu": mu, "logvar": logvar, "z": z, "encoder_stash": stashes[0], "decoder_stash": stashes[1]}
+        grads = {"grad_log_px": log_px, "grad_kl": kl, "grad_mu": mu, "grad_logvar": logvar, "grad_z": z}
+        return given | found | {name: torch.randn_like(tensor) for name, tensor in grads.items()}
 
 
 # By argument, or where entries mean different things by one, by entry and argument.
@@ -189,6 +207,30 @@ _VALUES: dict[str, Any] = {
         need and not (at == 2 and a.likelihood.startswith("categorical"))
         for at, need in enumerate(a.needs(5))
     ],
+    **dict.fromkeys(("elbo_terms.noise", "differentiable_elbo_terms.noise"), lambda a: a.normal(2, B, D)),
+    **{
+        f"elbo_terms_backward.{name}": lambda a, name=name: a.terms[name]
+        for name in (
+            *(
+                "grad_log_px",
+                "grad_kl",
+                "grad_mu",
+                "grad_logvar",
+                "grad_z",
+                "x",
+                "noise",
+                "mu",
+                "logvar",
+                "z",
+            ),
+            *("encoder_stash", "decoder_stash", "encoder_parameters", "decoder_parameters"),
+            *("encoder", "decoder", "likelihood"),
+        )
+    },
+    "elbo_terms_backward.needs": lambda a: a.needs(len(a.encoder.tensors)),
+    "log_px_pullback.cotangent": lambda a: a.normal(B),
+    "log_px_pullback.needs": lambda a: a.needs(0),
+    "again": lambda a: lambda cotangents: [],
     "inputs_a": lambda a: [a.normal(B, 3, 5), a.normal(B, 2)],
     "output_grads_a": lambda a: [a.normal(B, 3, 2), a.normal(B, 7)],
     "inputs_b": lambda a: [a.normal(2, 4, 5), a.normal(2, 2)],
@@ -203,10 +245,15 @@ _VALUES: dict[str, Any] = {
     "cotangent": lambda a: a.normal(B) if a.reduction == "none" else None,
     "jacobian_l1_with_gradient.needs": lambda a: a.needs(1),
     # --- those of fastvae.ops alone
+    "ops.encoder": lambda a: a.encoder_module,
     "ops.decoder": lambda a: a.decoder,
+    "elbo.noise": lambda a: a.state(),
     "ops.likelihood": lambda a: likelihood_of(a.likelihood),
     # --- those of fastvae._C alone
     "shapes": lambda a: [list(tensor.shape) for tensor in a.network.tensors],
+    "encoder_shapes": lambda a: [list(tensor.shape) for tensor in a.encoder.tensors],
+    "decoder_shapes": lambda a: [list(tensor.shape) for tensor in a.network.tensors],
+    "elements": lambda a: a.elements,
     "latent_dim": lambda a: D,
     "element_size": lambda a: a.network.tensors[0].element_size(),
     "cuda_index": lambda a: -1,

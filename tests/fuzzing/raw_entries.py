@@ -39,6 +39,13 @@ ELSEWHERE = (
 _MEMORY = 6 << 30
 
 
+@functools.wraps(ops.iwae_bound)
+def three_samples(*arguments: Any) -> Any:
+    """The bound of the same draws each time."""
+    torch.manual_seed(0)
+    return ops.iwae_bound(*arguments, num_samples=3)
+
+
 class Entry(NamedTuple):
     """A function that can be called, and the names of its arguments."""
 
@@ -78,7 +85,7 @@ def entries() -> list[Entry]:
         else:
             found.append(Entry("_C", name, bound, arguments))
     for name in ops.__all__:
-        function = getattr(ops, name)
+        function = {"iwae_bound": three_samples}.get(name, getattr(ops, name))
         parameters = inspect.signature(function).parameters.values()
         arguments = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         found.append(Entry("ops", name, function, arguments))
