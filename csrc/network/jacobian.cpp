@@ -4,6 +4,7 @@
 
 #include "../common/aten.h"
 #include "../common/launch.h"
+#include "../common/recycling.h"
 #include "affine.h"
 
 namespace fastvae {
@@ -78,12 +79,12 @@ JacobianSweep::JacobianSweep(const Network& network, at::IntArrayRef latents, bo
     const int64_t numel = stage(l).out.numel();
     const bool keeps = keeps_input(stage(l).activation.kind);
     if (l < last || stage(l).activation.kind != Activation::kIdentity) {
-      h_[l] = aten::empty({samples * numel}, options);
-      a_[l] = keeps ? aten::empty({samples * numel}, options) : at::Tensor();
+      h_[l] = reused({samples * numel}, options);
+      a_[l] = keeps ? reused({samples * numel}, options) : at::Tensor();
     }
     if (l < last) {
-      hdot_[l] = aten::empty({rows * numel}, options);
-      adot_[l] = keeps && l > 0 ? aten::empty({rows * numel}, options) : at::Tensor();
+      hdot_[l] = reused({rows * numel}, options);
+      adot_[l] = keeps && l > 0 ? reused({rows * numel}, options) : at::Tensor();
       widest = std::max(widest, numel);
     }
   }
@@ -97,8 +98,8 @@ JacobianSweep::JacobianSweep(const Network& network, at::IntArrayRef latents, bo
     const int64_t even = (columns_ + blocks - 1) / blocks;
     columns_ = std::min(columns_, (even + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple);
   }
-  bars_[0] = aten::empty({rows * (with_gradient() ? std::max(widest, columns_) : columns_)}, options);
-  bars_[1] = aten::empty({with_gradient() ? rows * widest : 0}, options);
+  bars_[0] = reused({rows * (with_gradient() ? std::max(widest, columns_) : columns_)}, options);
+  bars_[1] = reused({with_gradient() ? rows * widest : 0}, options);
 
   const int64_t d = network.program().in_features();
   seeds_ = select_rows(aten::eye(d, options), latents);

@@ -129,8 +129,8 @@ TangentTape Network::make_tangent_tape(int64_t rows) const {
   TangentTape tape;
   for (size_t l = 0; l < depth(); ++l) {
     const int64_t numel = rows * program_.stages[l].out.numel();
-    tape.delta_dot.push_back(aten::empty({numel}, options_));
-    tape.hdot.push_back(l + 1 == depth() ? at::Tensor() : aten::empty({numel}, options_));
+    tape.delta_dot.push_back(reused({numel}, options_));
+    tape.hdot.push_back(l + 1 == depth() ? at::Tensor() : reused({numel}, options_));
   }
   return tape;
 }
@@ -308,7 +308,7 @@ at::Tensor Network::tangent_adjoint(const at::Tensor& u, const at::Tensor& x, co
     const Stage& below = program_.stages[l - 1];
     // The curvature term waits in delta_dot of the stage below, so the product needs a place of its own.
     const bool curved = !is_piecewise_linear(below.activation.kind);
-    const at::Tensor place = curved ? aten::empty_like(out.delta_dot[l - 1]) : out.delta_dot[l - 1];
+    const at::Tensor place = curved ? reused(out.delta_dot[l - 1].sizes(), options_) : out.delta_dot[l - 1];
     const at::Tensor g = apply_transpose(l, out.delta_dot[l], place);
     FASTVAE_DISPATCH(g, {
       scalar_t* delta_dot = out.delta_dot[l - 1].mutable_data_ptr<scalar_t>();

@@ -5,6 +5,7 @@
 
 #include "../common/aten.h"
 #include "../common/launch.h"
+#include "../common/recycling.h"
 #include "../network/network.h"
 #include "flow.h"
 #include "ops.h"
@@ -40,7 +41,7 @@ void sweep_flow(const Flow& flow, const FlowPath& path) {
   z_steps[0].copy_(flow.z);
   rho_steps[0].copy_(flow.rho);
 
-  const at::Tensor scratch = store ? at::Tensor() : aten::empty({flow.samples * flow.program->tape_numel()}, options);
+  const at::Tensor scratch = store ? at::Tensor() : reused({flow.samples * flow.program->tape_numel()}, options);
   const at::Tensor forces = store ? stashed_forces(flow, stash) : aten::empty({2, flow.samples, flow.dim}, options);
   const at::Tensor rho_half = aten::empty({flow.samples, flow.dim}, options);
   const auto force_at = [&](int64_t k) { return forces[store ? k : k % 2]; };
@@ -98,7 +99,7 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
 
   const int64_t stacked = flow.z.is_cpu() ? kStackedStepsOnCpu : kStackedStepsOnCuda;
   const int64_t slots = out.factors != nullptr ? K + 1 : std::min(K + 1, stacked);
-  const at::Tensor workspace = store ? at::Tensor() : aten::empty({slots * B * flow.program->tape_numel()}, options);
+  const at::Tensor workspace = store ? at::Tensor() : reused({slots * B * flow.program->tape_numel()}, options);
   const at::Tensor forces = store ? stashed_forces(flow, stash) : aten::empty({2, B, d}, options);
   const TangentTape tangents = network.make_tangent_tape(slots * B);
   const at::Tensor us = aten::empty({slots, B, d}, options);

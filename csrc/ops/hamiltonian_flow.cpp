@@ -8,6 +8,7 @@
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/recycling.h"
 #include "flow.h"
 #include "ops.h"
 
@@ -122,7 +123,7 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
   const at::TensorOptions options = z.options();
   const FlowPath path{aten::empty({K + 1, B, d}, options), aten::empty({K + 1, B, d}, options),
                       aten::empty({B}, options), aten::empty({trajectory ? K + 1 : 0, B}, options),
-                      aten::empty({store ? flow.stash_numel() : 0}, options)};
+                      reused({store ? flow.stash_numel() : 0}, options)};
   if (B > 0) {
     const bool small = store && takes_small_flow(*flow.program, flow.likelihood, d, z.element_size(), z.device());
     (small ? run_small_flow : sweep_flow)(flow, path);
@@ -160,7 +161,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
                  room(needs[4] != 0, {K}),
                  {}};
   for (size_t i = 0; i < parameters.size(); ++i) {
-    out.parameters.push_back(needs[5 + i] != 0 ? aten::zeros(parameters[i].sizes(), options) : at::Tensor());
+    out.parameters.push_back(needs[5 + i] != 0 ? reused(parameters[i].sizes(), options).zero_() : at::Tensor());
   }
   if (B > 0) {
     const bool small = store && takes_small_flow(*flow.program, flow.likelihood, d, z.element_size(), z.device());

@@ -8,6 +8,7 @@
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/recycling.h"
 #include "../network/jacobian.h"
 #include "ops.h"
 
@@ -134,7 +135,7 @@ JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent_in, 
   std::vector<at::Tensor> gradients(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (needs[1 + i]) {
-      gradients[i] = aten::zeros(parameters[i].sizes(), options);
+      gradients[i] = reused(parameters[i].sizes(), options).zero_();
     }
   }
   const at::Tensor grad_z = needs[0] ? aten::zeros(z.sizes(), options) : at::Tensor();

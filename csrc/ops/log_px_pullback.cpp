@@ -1,5 +1,5 @@
-// The gradient of a weighted sum of log p(x | z): a forward sweep, whose activations live no longer than this call, and a
-// reverse one. FLOPs: three passes over the weights for each code.
+// The gradient of a weighted sum of log p(x | z): a forward sweep, whose activations live no longer than this call, and
+// a reverse one. FLOPs: three passes over the weights for each code.
 
 #include "../common/aten.h"
 #include "../common/guard.h"
