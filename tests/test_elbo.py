@@ -308,3 +308,23 @@ def test_networks_are_not_kept_alive() -> None:
     del enc, dec
     gc.collect()
     assert gone[0]() is None and gone[1]() is None
+
+
+def test_what_somebody_holds_is_not_written_to() -> None:
+    """Gradients large enough for memory that is used again: views, arrays and earlier steps keep their numbers."""
+    torch.manual_seed(0)
+    enc = nn.Sequential(nn.Flatten(), nn.Linear(784, 2 * D))
+    dec = nn.Sequential(nn.Linear(D, 64), nn.ReLU(), nn.Linear(64, 784))
+    held, copies, places = [], [], set()
+    for step in range(4):
+        x, noise = torch.rand(32, 784), torch.randn(32, D)
+        grads = torch.autograd.grad(elbo(enc, dec, x, noise).sum(), [*enc.parameters(), *dec.parameters()])
+        weight = grads[-2]
+        places.add(weight.data_ptr())
+        if step % 2:
+            held += [weight.numpy(), weight[3:].t(), weight.detach()][step // 2 :]
+            copies += [weight.numpy().copy(), weight[3:].t().clone(), weight.clone()][step // 2 :]
+        del grads, weight
+    assert len(places) < 4, "memory is used again"
+    for now, then in zip(held, copies, strict=True):
+        assert torch.equal(torch.as_tensor(now), torch.as_tensor(then))
