@@ -30,9 +30,10 @@ class IWAE(VAE):
 
         L_K = E[log 1/K sum_k w_k],   log w_k = log p(x | z_k) + beta (log p(z_k) - log q(z_k | x)),   z_k ~ q(z | x)
 
-    with K = ``num_samples``; the K codes of all samples are decoded as one batch, those of a sample side by side.
-    ``elbo`` is L_K with beta = 1. In a ``TrainingStep`` (what penalties see) z_0, z and log_px are those of the first
-    of the K codes.
+    with K = ``num_samples``; the K codes of all samples are decoded as one batch. Where their outputs are more than
+    2^25 numbers, they are decoded in tiles, as by :func:`fastvae.ops.iwae_bound`: in the memory of a few draws, and
+    differentiable once. ``elbo`` is L_K with beta = 1. In a ``TrainingStep`` (what penalties see) z_0, z and log_px are
+    those of the first of the K codes.
 
     Args:
         encoder, decoder, likelihood, beta, latent_dim, penalties, check_finite, max_logvar: see ``BaseVAE``.
