@@ -126,18 +126,19 @@ def fused(
     """The objective by kernels for data like x; None where they do not take it. See :func:`elbo`."""
     if not _is_plain(x) or not likelihood.has_kernel or not 1 <= x.dim() - 1 <= 3 or not len(x):
         return None
-    like = next(decoder.parameters(), None)
-    if like is None or like.dtype not in (torch.float32, torch.float64):
-        return None
-    rows = likelihood.as_float(x, like.dtype).flatten(1)
 
     def codes() -> Tensor:
-        return torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0)).to(like)
+        drawn = torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0))
+        return drawn.to(next(decoder.parameters()))
 
     try:
-        of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows)
         of_decoder = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=codes)
-    except ValueError:
+        dtype = of_decoder.tensors[0].dtype
+        if dtype not in (torch.float32, torch.float64):
+            return None
+        rows = likelihood.as_float(x, dtype).flatten(1)
+        of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows)
+    except (ValueError, IndexError):
         return None
     if likelihood.of_logits and of_decoder.ends_in_sigmoid and not likelihood.probs:
         return None
