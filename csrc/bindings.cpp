@@ -71,14 +71,15 @@ class GradientInPython final : public fastvae::DifferentiableGradient {
     const pybind11::gil_scoped_acquire locked;  // it may die while nobody holds the lock
     function_ = pybind11::function();
   }
-  fastvae::variable_list operator()(const fastvae::variable_list& cotangents) const override {
+  fastvae::variable_list operator()(const fastvae::variable_list& cotangents, const at::Tensor& x,
+                                    const at::Tensor& noise) const override {
     const pybind11::gil_scoped_acquire locked;
     pybind11::list given;
     for (const at::Tensor& cotangent : cotangents) {
       given.append(cotangent.defined() ? pybind11::cast(cotangent) : pybind11::object(pybind11::none()));
     }
     fastvae::variable_list found;
-    for (const pybind11::handle gradient : pybind11::list(function_(given))) {
+    for (const pybind11::handle gradient : pybind11::list(function_(given, x, noise))) {
       found.push_back(gradient.is_none() ? at::Tensor() : gradient.cast<at::Tensor>());
     }
     return found;

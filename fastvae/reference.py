@@ -25,7 +25,7 @@ from fastvae._second_order import (
 from fastvae.decoding import conditioned, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.weighted import weighted
-from fastvae.likelihoods.weights import expanded
+from fastvae.likelihoods.weights import expanded, filled
 
 __all__ = [
     "ElboTerms",
@@ -182,6 +182,8 @@ def iwae_bound(
 ) -> Tensor:
     """See :func:`fastvae.ops.iwae_bound`: [B], at noise [K, B, d], all K draws at once."""
     like, given = resolve(likelihood), () if condition is None else (condition,)
+    if weight is not None:
+        x = filled(x, expanded("iwae_bound", weight, x))
     output = encoder(like.as_float(x, noise.dtype), *given)
     mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
     return bound_at(

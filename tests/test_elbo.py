@@ -328,3 +328,135 @@ def test_what_somebody_holds_is_not_written_to() -> None:
     assert len(places) < 4, "memory is used again"
     for now, then in zip(held, copies, strict=True):
         assert torch.equal(torch.as_tensor(now), torch.as_tensor(then))
+
+
+# --- what models do when somebody looks on
+
+
+class Clamped(nn.Module):
+    """Changes a head in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.mu, self.logvar = nn.Linear(32, 7), nn.Linear(7, D), nn.Linear(7, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x.flatten(1)))
+        mu, logvar = self.mu(h), self.logvar(h)
+        logvar.clamp_(-3, 3)
+        return mu, logvar
+
+
+class Counting(nn.Module):
+    """Keeps what it computed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind, self.seen, self.kept = nn.Linear(D, 32), kind, [], {}
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        h: Tensor = self.layer(z)
+        if self.kind == "list":
+            self.seen.append(h)
+        elif self.kind == "dict":
+            self.kept["h"] = h
+        else:
+            self.calls.add_(1)
+        return h
+
+
+def test_a_head_changed_in_place_is_not_lost() -> None:
+    torch.manual_seed(0)
+    enc, dec, x, noise = (
+        Clamped().double(),
+        dense_decoder().double(),
+        data("bernoulli"),
+        torch.randn(B, D).double(),
+    )
+    for value in (0.0, 9.0):
+        enc.logvar.bias.data.fill_(value)
+        torch.testing.assert_close(elbo(enc, dec, x, noise), reference.elbo(enc, dec, x, noise))
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "buffer"])
+def test_forwards_with_effects_run(kind: str) -> None:
+    dec = Counting(kind)
+    model = fastvae.VAE(nn.Sequential(nn.Flatten(), nn.Linear(32, 2 * D)), dec, latent_dim=D)
+    before, calls = len(dec.seen), float(dec.calls)
+    for _ in range(3):
+        model(torch.rand(B, 32).round()).sum().backward()
+    assert kind != "list" or (
+        len(dec.seen) == before + 3 and all(type(h) is Tensor for h in dec.seen[before:])
+    )
+    assert kind != "dict" or dec.kept["h"].shape == (B, 32)
+    assert kind != "buffer" or float(dec.calls) == calls + 3
+
+
+def test_heads_of_different_sizes_are_refused() -> None:
+    enc = TwoHeads()
+    enc.logvar = nn.Linear(7, D + 2)
+    model = fastvae.VAE(enc, dense_decoder(), latent_dim=D + 1)
+    with pytest.raises(ValueError, match="expected"):
+        model(torch.rand(B, 32))
+
+
+def test_a_shared_layer_and_a_frozen_network_have_second_derivatives() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 6)
+    enc = nn.Sequential(
+        nn.Flatten(), nn.Linear(32, 6), nn.Tanh(), shared, nn.Tanh(), nn.Linear(6, 2 * D)
+    ).double()
+    dec = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), shared, nn.Tanh(), nn.Linear(6, 32)).double()
+    x, noise = data("bernoulli"), torch.randn(B, D).double()
+    found, wanted = (
+        torch.autograd.grad(of(enc, dec, x, noise).sum(), shared.weight, create_graph=True)[0]
+        for of in (elbo, reference.elbo)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+    enc.requires_grad_(False)
+    last = dec[-1].weight
+    found, wanted = (
+        torch.autograd.grad(of(enc, dec, x, noise).sum(), last, create_graph=True)[0]
+        for of in (elbo, reference.elbo)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_gradients_of_many_cotangents_at_once() -> None:
+    enc, dec, x, noise = problem("dense", False, "bernoulli")
+    found, wanted = (
+        torch.autograd.grad(
+            of(enc, dec, x, noise), dec[0].weight, torch.eye(B, dtype=torch.float64), is_grads_batched=True
+        )[0]
+        for of in (elbo, reference.elbo)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_data_changed_in_between_do_not_count() -> None:
+    enc, dec, _, noise = problem("dense", False, "bernoulli")
+    x = torch.randint(0, 2, (B, 2, 4, 4), dtype=torch.uint8) * 255
+    wanted = torch.autograd.grad(elbo(enc, dec, x, noise).sum(), dec[0].weight)[0]
+    found = elbo(enc, dec, x, noise).sum()
+    x.zero_()
+    torch.testing.assert_close(torch.autograd.grad(found, dec[0].weight, create_graph=True)[0], wanted)
+
+
+def test_whoever_looks_into_a_step_finds_its_graph() -> None:
+    enc, dec, x, _ = problem("dense", False, "bernoulli")
+    step = fastvae.VAE(enc, dec).objective(x)
+    (force,) = torch.autograd.grad(step.log_px.sum(), step.z, retain_graph=True)
+    assert force.shape == (B, D)
+    torch.autograd.grad(step.kl.sum(), step.mu)
+
+
+def test_missing_values_reach_no_encoder() -> None:
+    enc, dec, x, noise = problem("dense", False, "gaussian")
+    weight = (torch.rand_like(x) < 0.7).double()
+    holed = x.where(weight != 0, torch.nan)
+    for found in (
+        elbo(enc, dec, holed, noise, "gaussian", weight=weight),
+        fastvae.ops.iwae_bound(enc, dec, holed, "gaussian", num_samples=3, weight=weight),
+    ):
+        assert bool(found.isfinite().all())

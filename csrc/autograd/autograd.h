@@ -40,9 +40,11 @@ struct Op<Result(Args...)> {
 }
 
 // The gradient of an operator by operations that PyTorch can differentiate again: what its caller gave for the case
-// that somebody wants create_graph=True. From cotangents (undefined: zero) to the gradients of forward()'s variables.
+// that somebody wants create_graph=True. From cotangents (undefined: zero) and the data that were saved to the
+// gradients of forward()'s variables.
 struct DifferentiableGradient : torch::CustomClassHolder {
-  virtual variable_list operator()(const variable_list& cotangents) const = 0;
+  virtual variable_list operator()(const variable_list& cotangents, const at::Tensor& x,
+                                   const at::Tensor& noise) const = 0;
 };
 using OptionalGradient = c10::intrusive_ptr<DifferentiableGradient>;
 

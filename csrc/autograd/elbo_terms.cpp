@@ -1,4 +1,6 @@
 // Autograd of elbo_terms: once in closed form, again by what the caller gave for that.
+#include <ATen/TensorSubclassLikeUtils.h>
+
 #include <algorithm>
 
 #include "autograd.h"
@@ -51,9 +53,11 @@ struct ElboFunction : Function<ElboFunction> {
     const size_t parameters = saved.size() - kSaved;
     variable_list found(kData);
     const auto again = ctx->saved_data.find("again");
-    if (at::GradMode::is_enabled() && again != ctx->saved_data.end()) {
+    // Also where grads are many at once, under a transform.
+    const bool plain = !at::GradMode::is_enabled() && !at::areAnyTensorSubclassLike(grads);
+    if (!plain && again != ctx->saved_data.end()) {
       const auto& gradient = static_cast<const DifferentiableGradient&>(*again->second.toCapsule());
-      const variable_list all = gradient(variable_list(grads.begin(), grads.begin() + 5));
+      const variable_list all = gradient(variable_list(grads.begin(), grads.begin() + 5), saved[0], saved[1]);
       found.insert(found.end(), all.begin(), all.end());
     } else {
       const auto of_encoder = static_cast<size_t>(ctx->saved_data["encoder_size"].toInt());

@@ -63,6 +63,7 @@ def lower(
     compare_at: Tensor | Callable[[], Tensor] | None = None,
     shape: Sequence[int] | None = None,
     two_heads: bool = False,
+    without_effects: bool = False,
 ) -> LoweredNetwork:
     """Read a module as a chain of layers.
 
@@ -86,6 +87,8 @@ def lower(
         two_heads: take a module that returns two tensors, of two Linear layers on one trunk or the halves of one, as
             one that returns both side by side. The tensors of two layers come one below the other as one, whose name is
             both of theirs; in their own places are empty ones.
+        without_effects: refuse a forward that may do more than compute its result, such as keep or count something:
+            for who runs the layers in place of the module.
 
     Returns:
         The layers with the current tensors. A tensor may occur twice if two layers share it.
@@ -98,7 +101,7 @@ def lower(
             ``strip_sigmoid=True`` and the module does not end in a sigmoid.
         TypeError: ``module`` is not an ``nn.Module``.
     """
-    form = Form(None if shape is None else tuple(shape), two_heads)
+    form = Form(None if shape is None else tuple(shape), two_heads, without_effects)
     if torch.compiler.is_dynamo_compiling():
         if form != Form():
             raise UnsupportedLayer("lower: shape and two_heads are not for code under torch.compile")

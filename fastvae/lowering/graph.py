@@ -201,6 +201,8 @@ class _Chain:
         first = len(self.reading.layers)
         trunk, shape = self.latest, self.reading.shape
         self.reading.at(self.path, type(self.module).__name__)
+        if any(user.op != "output" for node in heads[:2] for user in node.users):
+            raise self.reading.refuse("something takes, or changes, one of the two tensors that it returns")
         if len(heads) == 3:
             if heads[2].args[0] is not trunk or len(shape) != 1:
                 raise self.reading.refuse(

@@ -121,6 +121,8 @@ class Reading:
             if a.kind != "linear" or b.kind != "linear" or not (both or (x is None and y is None)):
                 raise self.refuse("its two heads are not two Linear layers of one form")
             stacked.append((x, y) if isinstance(x, TensorRef) and isinstance(y, TensorRef) else None)
+        if a.shape != b.shape:
+            raise self.refuse(f"its two heads differ: {render(a.shape)} and {render(b.shape)}")
         del self.layers[first:]
         self.emit("linear", stacked, shape=tuple(m + n for m, n in zip(_sizes(a), _sizes(b), strict=True)))
 

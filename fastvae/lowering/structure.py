@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import PLAIN, check_module, check_readable, check_tensor, named
+from .effects import has_no_effects
 from .errors import ImpossibleLayer, UnsupportedLayer, join
 from .graph import read
 from .reading import Layer, Reading, Stacked, TensorRef
@@ -17,10 +18,11 @@ from .tracing import READING
 
 
 class Form(NamedTuple):
-    """As what a module is read: the shape of a sample (None: a flat vector of any size), and how it may end."""
+    """As what a module is read; see ``lower``. ``shape`` None: of a flat vector of any size."""
 
     shape: tuple[int, ...] | None = None
     two_heads: bool = False
+    without_effects: bool = False
 
 
 FLAT = Form()
@@ -47,6 +49,9 @@ class Structure:
             for path, inner in named(module):
                 reading.at(path, type(inner).__name__)
                 check_module(path, inner)
+            # Before it is traced, which would be one such effect.
+            if form.without_effects and not all(has_no_effects(inner) for inner in module.modules()):
+                raise UnsupportedLayer("lower: a forward of it may do more than compute its result")
             read(reading, "", module)
             if all(layer.kind == "identity" for layer in reading.layers):
                 raise UnsupportedLayer("lower: the module has no layer that changes its input")

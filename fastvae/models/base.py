@@ -17,7 +17,7 @@ from fastvae.models.evidence import codes_by_outputs, importance_sampled
 from fastvae.models.imputation import imputed
 from fastvae.models.networks import EncoderDecoder
 from fastvae.models.observation import Observation
-from fastvae.models.steps import Penalty, TrainingStep
+from fastvae.models.steps import Penalty, TrainingStep, loss_alone
 from fastvae.models.terms import note_penalty
 from fastvae.models.views import steps_for
 from fastvae.private import twin_of
@@ -203,7 +203,11 @@ class BaseVAE(EncoderDecoder, ABC):
             [B]
         """
         seen = Observation(x, condition, weight)
-        step, steps = steps_for(self.penalties, self, seen, noise, generator)
+        if is_compiling():
+            step, steps = steps_for(self.penalties, self, seen, noise, generator)
+        else:
+            with loss_alone(self.penalties):
+                step, steps = steps_for(self.penalties, self, seen, noise, generator)
         loss = step.loss
         for penalty, its_step in zip(self.penalties, steps, strict=True):
             term = penalty(its_step)

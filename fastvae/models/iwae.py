@@ -15,7 +15,7 @@ from fastvae.models.base import Noise, TrainingStep, reparameterize
 from fastvae.models.observation import Observation
 from fastvae.models.vae import VAE
 from fastvae.ops.iwae_bound import is_tileable, noise_of, tiled_bound
-from fastvae.reference import IWAE_ESTIMATORS, bound_of
+from fastvae.reference import IWAE_ESTIMATORS, ElboTerms, bound_of
 
 __all__ = ["IWAE"]
 
@@ -113,7 +113,17 @@ class IWAE(VAE):
         if not callable(noise) and self._is_large(x) and is_tileable(self.decoder, x):
             return self._in_tiles(seen, noise, generator, beta)
         # The operator's z has no gradient of the decoder's, which dreg weighs.
-        found, noise = self.terms(seen, noise, generator, by_parts=self.estimator == "dreg")
+        found = None
+        if self.estimator != "dreg":
+            found, noise = self.fused_terms(seen, noise, generator)
+        if found is None:
+            mu, logvar = self.encode(x, **seen.given)
+            noise = self._noise(mu, noise, generator)
+            z, each = reparameterize(mu, logvar, noise), seen.interleaved(len(noise))
+            rows = z.transpose(0, 1)
+            log_px = self.log_px(rows.flatten(0, 1), each.x, **each.given).reshape(rows.shape[:2]).t()
+            found = ElboTerms(log_px, torch.empty(0), mu, logvar, z)
+        assert isinstance(noise, Tensor)
         loss = -bound_of(found, noise, estimator=self.estimator, beta=beta)
         z = found.z[0]
         return TrainingStep(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from fastvae._compiling import is_compiling
 
 if TYPE_CHECKING:
     from fastvae.models.base import BaseVAE
@@ -60,6 +64,25 @@ class TrainingStep:
             replace(self, x=x, **dict(zip(names, tensors, strict=True)))
             for x, tensors in zip(of, split_up, strict=True)
         ]
+
+
+_loss_alone: ContextVar[bool] = ContextVar("nobody but us sees the step", default=False)
+
+
+@contextmanager
+def loss_alone(penalties: Iterable[nn.Module]) -> Iterator[None]:
+    """Say that a step's loss is all that is wanted, where the penalties are the package's own."""
+    own = all(type(penalty).__module__.startswith("fastvae.penalties.") for penalty in penalties)
+    token = _loss_alone.set(own)
+    try:
+        yield
+    finally:
+        _loss_alone.reset(token)
+
+
+def is_loss_alone() -> bool:
+    """Whether no user's code looks into the step that is being made."""
+    return not is_compiling() and _loss_alone.get()
 
 
 class Penalty(nn.Module, ABC):

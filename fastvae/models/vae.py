@@ -9,6 +9,7 @@ from fastvae import ops, reference
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import half_dtype_of
 from fastvae.models.observation import Observation
+from fastvae.models.steps import is_loss_alone
 
 __all__ = ["VAE"]
 
@@ -38,44 +39,33 @@ class VAE(BaseVAE):
     ) -> TrainingStep:
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
         seen = Observation(x, condition, weight)
-        found, _ = self.terms(seen, noise, generator)
-        z, log_px = found.z[0], found.log_px[0]
-        loss = self._kl_weight(beta) * found.kl - log_px
-        return TrainingStep(
-            self, x, found.mu, found.logvar, z, z, log_px, loss, generator, found.kl, *seen[1:]
-        )
+        found, noise = self.fused_terms(seen, noise, generator)
+        if found is None:
+            mu, logvar = self.encode(x, **seen.given)
+            z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
+            log_px = self.log_px(z, x, **seen.given)
+            # Not ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the networks
+            # are, and under torch.func, which users' per-sample gradients and Hessians need.
+            kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        else:
+            z, log_px, kl, mu, logvar = found.z[0], found.log_px[0], found.kl, found.mu, found.logvar
+        loss = self._kl_weight(beta) * kl - log_px
+        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl, *seen[1:])
 
-    def terms(
-        self,
-        seen: Observation,
-        noise: Noise | None,
-        generator: torch.Generator | None,
-        *,
-        by_parts: bool = False,
-    ) -> tuple[reference.ElboTerms, Tensor]:
-        """What the objective is made of, at ``noise_draws`` codes of each sample, and their noise.
+    def fused_terms(
+        self, seen: Observation, noise: Noise | None, generator: torch.Generator | None
+    ) -> tuple[reference.ElboTerms | None, Noise | None]:
+        """The terms of the objective by one operator, and their noise; None where it does not take them.
 
-        By one operator, or by parts. Either way it is differentiable as often as the networks are, and under
-        torch.func, which users' per-sample gradients and Hessians need.
+        Nor where somebody may look into the step: one of its tensors is then no function of another.
         """
-        may_be_fused = not by_parts and (noise is None or isinstance(noise, Tensor))
-        by_kernels = self.fused(seen) if may_be_fused else None
-        if by_kernels is not None:
-            noise = self._noise(by_kernels.means, noise, generator)
-            found = by_kernels.terms(noise)
-            if found is not None:
-                return found, noise
-        mu, logvar = self.encode(seen.x, **seen.given)
-        drawn, draws = self._noise(mu, noise, generator), self.noise_draws
-        each = seen.interleaved(draws)
-
-        def log_px(z: Tensor) -> Tensor:
-            if draws == 1:
-                return self.log_px(z[0], each.x, **each.given)[None]
-            rows = z.transpose(0, 1)
-            return self.log_px(rows.flatten(0, 1), each.x, **each.given).reshape(rows.shape[:2]).t()
-
-        return reference.terms_at(mu, logvar, drawn, log_px), drawn
+        if not is_loss_alone() or callable(noise):
+            return None, noise
+        by_kernels = self.fused(seen)
+        if by_kernels is None:
+            return None, noise
+        noise = self._noise(by_kernels.means, noise, generator)
+        return by_kernels.terms(noise), noise
 
     def log_weight(
         self,

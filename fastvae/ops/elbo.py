@@ -16,6 +16,7 @@ from fastvae.arguments import given
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.weighted import weighted
+from fastvae.likelihoods.weights import expanded, filled
 from fastvae.lowering import LoweredNetwork, lower
 from fastvae.lowering.checks import check_is_module
 from fastvae.lowering.running import output_of
@@ -82,6 +83,8 @@ def elbo(
         raise ValueError(f"fastvae::elbo: noise: expected shape {expected}, got {list(noise.shape)}")
     check_condition("elbo", condition, len(x))
     plain = condition is None and weight is None
+    if weight is not None:
+        x = filled(x, expanded("fastvae::elbo", weight, x))
     by_kernels = fused(encoder, decoder, x, like, noise.shape[1]) if plain else None
     found = None if by_kernels is None else by_kernels.terms(noise[None])
     if found is None:
@@ -107,8 +110,8 @@ class FusedObjective(NamedTuple):
         if noise.dtype != rows.dtype or (torch.is_grad_enabled() and noise.requires_grad):
             return None
 
-        def again(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-            return _differentiable_gradient(encoder, decoder, x, noise, like, cotangents)
+        def again(cotangents: Sequence[Tensor | None], rows: Tensor, noise: Tensor) -> list[Tensor | None]:
+            return _differentiable_gradient(encoder, decoder, rows, noise, like, cotangents)
 
         networks = (encoder.tensors, decoder.tensors, encoder.spec, decoder.spec)
         try:
@@ -132,12 +135,12 @@ def fused(
         return drawn.to(next(decoder.parameters()))
 
     try:
-        of_decoder = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=codes)
+        of_decoder = lower(decoder, strip_sigmoid=likelihood.probs, compare_at=codes, without_effects=True)
         dtype = of_decoder.tensors[0].dtype
         if dtype not in (torch.float32, torch.float64):
             return None
         rows = likelihood.as_float(x, dtype).flatten(1)
-        of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows)
+        of_encoder = lower(encoder, shape=x.shape[1:], two_heads=True, compare_at=rows, without_effects=True)
     except (ValueError, IndexError):
         return None
     if likelihood.of_logits and of_decoder.ends_in_sigmoid and not likelihood.probs:
@@ -156,29 +159,38 @@ def _is_plain(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() and x.requires_grad)
 
 
+@torch.enable_grad()
 def _differentiable_gradient(
     encoder: LoweredNetwork,
     decoder: LoweredNetwork,
-    x: Tensor,
+    rows: Tensor,
     noise: Tensor,
     likelihood: Likelihood,
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradient to the tensors of both networks, with a graph."""
-    times = len(noise)
-    each = x if times == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
-    mu, logvar = output_of(encoder, likelihood.as_float(x, noise.dtype).flatten(1)).chunk(2, 1)
+    """The gradient to the tensors of both networks, with a graph; of one that occurs twice, in its first place."""
+    mu, logvar = output_of(encoder, rows).chunk(2, 1)
+    each = rows.repeat(len(noise), 1)
 
     def log_px(z: Tensor) -> Tensor:
         return likelihood.log_prob(output_of(decoder, z.flatten(0, 1)), each).reshape(z.shape[:2])
 
     found = reference.terms_at(mu, logvar, noise, log_px)
     tensors = [*encoder.tensors, *decoder.tensors]
-    wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    pairs = [(out, grad) for out, grad in zip(found, cotangents, strict=True) if grad is not None]
+    wanted = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
+    pairs = [
+        (out, grad)
+        for out, grad in zip(found, cotangents, strict=True)
+        if grad is not None and out.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(tensors)
     outputs, grads = zip(*pairs, strict=True)
-    gradients = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(gradients) if tensor.requires_grad else None for tensor in tensors]
+    gradients = torch.autograd.grad(
+        outputs, list(wanted.values()), grads, create_graph=True, allow_unused=True
+    )
+    by_tensor = dict(zip(wanted, gradients, strict=True))
+    return [by_tensor.pop(id(tensor), None) for tensor in tensors]
 
 
 @torch.library.register_fake("fastvae::elbo_terms")

@@ -15,8 +15,10 @@ from fastvae._extension import raw
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.weights import expanded, filled
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import check_is_module, check_uncoupled
+from fastvae.lowering.checks import HOOKS, check_is_module, check_uncoupled
+from fastvae.lowering.effects import has_no_effects
 from fastvae.noise import Stream, draws_of
 from fastvae.ops._registration import check_condition, check_tensors, refuse_function_transforms
 from fastvae.reference import IWAE_ESTIMATORS
@@ -95,6 +97,8 @@ def iwae_bound(
     like, draws = resolve(likelihood), int(num_samples)
     given = () if condition is None else (condition,)
     dtype = noise.dtype if noise is not None else _dtype_of(decoder)
+    if weight is not None:
+        x = filled(x, expanded("fastvae::iwae_bound", weight, x))
     output = encoder(like.as_float(x, dtype), *given)
     mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
     if noise is not None and noise.shape != (draws, *mu.shape):
@@ -171,6 +175,11 @@ def is_tileable(decoder: nn.Module, x: Tensor) -> bool:
     if is_compiling() or transformed() or torch.is_autocast_enabled(x.device.type) or not len(x):
         return False
     if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    # A forward of one's own may draw random numbers in training, or be watched by hooks.
+    if any(getattr(part, hooks) for part in decoder.modules() for hooks in HOOKS):
+        return False
+    if any(part.training and not has_no_effects(part) for part in decoder.modules()):
         return False
     try:
         check_uncoupled(decoder)

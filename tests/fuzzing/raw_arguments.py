@@ -230,7 +230,7 @@ _VALUES: dict[str, Any] = {
     "elbo_terms_backward.needs": lambda a: a.needs(len(a.encoder.tensors)),
     "log_px_pullback.cotangent": lambda a: a.normal(B),
     "log_px_pullback.needs": lambda a: a.needs(0),
-    "again": lambda a: lambda cotangents: [],
+    "again": lambda a: lambda cotangents, x, noise: [],
     "inputs_a": lambda a: [a.normal(B, 3, 5), a.normal(B, 2)],
     "output_grads_a": lambda a: [a.normal(B, 3, 2), a.normal(B, 7)],
     "inputs_b": lambda a: [a.normal(2, 4, 5), a.normal(2, 2)],
