@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastvae._elbo_reference import ElboTerms, elbo, elbo_terms, gaussian_kl, iwae_bound
 from fastvae._jacobian_reference import jacobian_l1, resolve_latents
 from fastvae._second_order import (
     check_output,
@@ -25,7 +26,7 @@ from fastvae._second_order import (
 from fastvae.decoding import conditioned, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.weighted import weighted
-from fastvae.likelihoods.weights import expanded, filled
+from fastvae.likelihoods.weights import expanded
 
 __all__ = [
     "ElboTerms",
@@ -71,129 +72,6 @@ class Trajectory(NamedTuple):
     def energy(self) -> Tensor:
         """H = -log p(x | z) + |z|^2 / 2 + |rho|^2 / 2 of every point, in nats: [K + 1, B]."""
         return (self.z.square() + self.rho.square()).flatten(2).sum(2) / 2 - self.log_px
-
-
-class ElboTerms(NamedTuple):
-    """What the evidence lower bound of S draws of noise is made of, at z = mu + sigma noise."""
-
-    log_px: Tensor
-    """[S, B] log p(x | z) in nats."""
-    kl: Tensor
-    """[B] KL(q(z | x) || N(0, I)) in nats."""
-    mu: Tensor
-    """[B, d] mean of q(z | x)."""
-    logvar: Tensor
-    """[B, d] its log variance."""
-    z: Tensor
-    """[S, B, d]"""
-
-
-def elbo_terms(
-    encoder: Callable[..., Tensor | Sequence[Tensor]],
-    decoder: Callable[..., Tensor],
-    x: Tensor,
-    noise: Tensor,
-    likelihood: str | Likelihood = "bernoulli",
-    *,
-    condition: Tensor | None = None,
-) -> ElboTerms:
-    """The terms of :func:`elbo` at noise [S, B, d], from the networks as they are."""
-    like = resolve(likelihood)
-    given = () if condition is None else (condition,)
-    output = encoder(like.as_float(x, noise.dtype), *given)
-    mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
-    times = len(noise)
-
-    def log_px(z: Tensor) -> Tensor:
-        each = x if times == 1 else x.repeat(times, *(1 for _ in x.shape[1:]))
-        params = natural_parameters(conditioned(decoder, condition), z.flatten(0, 1), like)
-        return like.log_prob(params, each).reshape(z.shape[:2])
-
-    return terms_at(mu, logvar, noise, log_px)
-
-
-def terms_at(mu: Tensor, logvar: Tensor, noise: Tensor, log_px: Callable[[Tensor], Tensor]) -> ElboTerms:
-    """The terms of :func:`elbo` for a posterior, and log p(x | z) [S, B] of codes [S, B, d]."""
-    z = mu + torch.exp(logvar / 2) * noise
-    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-    return ElboTerms(log_px(z), kl, mu, logvar, z)
-
-
-def elbo(
-    encoder: Callable[..., Tensor | Sequence[Tensor]],
-    decoder: Callable[..., Tensor],
-    x: Tensor,
-    noise: Tensor,
-    likelihood: str | Likelihood = "bernoulli",
-    *,
-    beta: float = 1.0,
-    condition: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fastvae.ops.elbo`: [B]."""
-    found = elbo_terms(encoder, decoder, x, noise[None], likelihood, condition=condition)
-    return found.log_px[0] - beta * found.kl
-
-
-IWAE_ESTIMATORS = ("standard", "stl", "dreg")
-
-
-def bound_at(
-    mu: Tensor,
-    logvar: Tensor,
-    noise: Tensor,
-    log_px: Callable[[Tensor], Tensor],
-    *,
-    estimator: str = "standard",
-    beta: float = 1.0,
-) -> Tensor:
-    """:func:`iwae_bound` for a posterior, noise [K, B, d], and log p(x | z) [K, B] of codes [K, B, d]."""
-    z = mu + torch.exp(logvar / 2) * noise
-    kl = torch.empty(0)
-    return bound_of(ElboTerms(log_px(z), kl, mu, logvar, z), noise, estimator=estimator, beta=beta)
-
-
-def bound_of(found: ElboTerms, noise: Tensor, *, estimator: str, beta: float) -> Tensor:
-    """:func:`iwae_bound` of its terms; for "dreg" their log_px is a function of their z."""
-    z, logvar = found.z, found.logvar
-    if estimator == "standard":
-        log_q = noise.square() + logvar
-    else:
-        logvar = logvar.detach()
-        log_q = (z - found.mu.detach()).square() * torch.exp(-logvar) + logvar
-    log_weights = found.log_px + beta * 0.5 * (log_q - z.square()).sum(2)
-    if estimator == "dreg" and z.requires_grad:
-        # The gradient that reaches the encoder by a code has its normalised weight once: now it has it twice.
-        share = torch.softmax(log_weights.detach(), 0)[..., None]
-        z.register_hook(lambda grad: grad * share)
-    return torch.logsumexp(log_weights, 0) - math.log(len(noise))
-
-
-def iwae_bound(
-    encoder: Callable[..., Tensor | Sequence[Tensor]],
-    decoder: Callable[..., Tensor],
-    x: Tensor,
-    noise: Tensor,
-    likelihood: str | Likelihood = "bernoulli",
-    *,
-    estimator: str = "standard",
-    beta: float = 1.0,
-    condition: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fastvae.ops.iwae_bound`: [B], at noise [K, B, d], all K draws at once."""
-    like, given = resolve(likelihood), () if condition is None else (condition,)
-    if weight is not None:
-        x = filled(x, expanded("iwae_bound", weight, x))
-    output = encoder(like.as_float(x, noise.dtype), *given)
-    mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
-    return bound_at(
-        mu,
-        logvar,
-        noise,
-        lambda z: log_px(decoder, z, x, like, condition=condition, weight=weight),
-        estimator=estimator,
-        beta=beta,
-    )
 
 
 def expand_step_size(step_size: StepSize, num_steps: int, dim: int, like: Tensor) -> Tensor:
@@ -563,16 +441,6 @@ def log_px(
         for first in range(0, draws if samples else 0, together)
     ]
     return torch.cat(found) if found else z.new_empty(draws, samples)
-
-
-def gaussian_kl(
-    mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor | None = None, logvar_p: Tensor | None = None
-) -> Tensor:
-    """KL of diagonal Gaussians [B], p standard normal unless given; see :func:`fastvae.ops.gaussian_kl`."""
-    if mu_p is None or logvar_p is None:
-        return 0.5 * (mu_q.square() + logvar_q.exp() - 1 - logvar_q).sum(1)
-    log_ratio = logvar_q - logvar_p
-    return 0.5 * ((mu_q - mu_p).square() * (-logvar_p).exp() + log_ratio.exp() - 1 - log_ratio).sum(1)
 
 
 def grad_dot(

@@ -14,6 +14,7 @@ import torch
 from model_problems import seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from weight_problems import LIKELIHOODS, PIXELS, is_of_counts
 
 from fastvae import HVAE, IWAE, VAE, fit, ood, ops, reference
 from fastvae.influence import TracIn
@@ -29,28 +30,15 @@ from fastvae.likelihoods import (
     ZeroInflatedNegativeBinomial,
 )
 
-ALL: dict[str, Likelihood] = {
-    "continuous Bernoulli": ContinuousBernoulli(),
-    "discretized logistic": DiscretizedLogistic(16),
-    "Gaussian head": GaussianHead(),
-    "Laplace": Laplace(0.3),
-    "Student t": StudentT(3.0, 0.4),
-    "Poisson": Poisson(),
-    "negative binomial": NegativeBinomial(2.5),
-    "negative binomial, the decoder's dispersion": NegativeBinomial("decoder"),
-    "zero-inflated": ZeroInflatedNegativeBinomial(0.7),
-    "zero-inflated, the decoder's dispersion": ZeroInflatedNegativeBinomial("decoder"),
+# Bernoulli, Gaussian and categorical have files of their own.
+ALL = {
+    name: like for name, like in LIKELIHOODS.items() if name not in ("Bernoulli", "Gaussian", "categorical")
 }
-PIXELS = 6
 each = pytest.mark.parametrize("name", ALL)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Softplus(), nn.Linear(hidden, outputs))
-
-
-def is_of_counts(likelihood: Likelihood) -> bool:
-    return isinstance(likelihood, (Poisson, NegativeBinomial, ZeroInflatedNegativeBinomial))
 
 
 def problem(

@@ -259,6 +259,10 @@ def test_errors_name_the_argument() -> None:
     enc, dec, x, noise = problem("dense", False, "bernoulli")
     with pytest.raises(ValueError, match=r"fastvae::elbo: noise: expected shape \[5, d\], got \[4, 3\]"):
         elbo(enc, dec, x, noise[:4])
+    with pytest.raises(ValueError, match=r"elbo: noise: expected \[5, 3\] as means, got \[5, 2\]"):
+        elbo(enc, dec, x, noise[:, :2])
+    with pytest.raises(ValueError, match="beta: expected a finite number, got nan"):
+        elbo(enc, dec, x, noise, beta=float("nan"))
     with pytest.raises(TypeError, match="fastvae::elbo: x: expected a tensor, got list"):
         elbo(enc, dec, x.tolist(), noise)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="condition: expected 5 samples"):
@@ -379,9 +383,17 @@ def test_a_head_changed_in_place_is_not_lost() -> None:
         torch.testing.assert_close(elbo(enc, dec, x, noise), reference.elbo(enc, dec, x, noise))
 
 
+class Inheriting(Counting):
+    """What its parent does, it does."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z)
+
+
+@pytest.mark.parametrize("of", [Counting, Inheriting])
 @pytest.mark.parametrize("kind", ["list", "dict", "buffer"])
-def test_forwards_with_effects_run(kind: str) -> None:
-    dec = Counting(kind)
+def test_forwards_with_effects_run(kind: str, of: type[Counting]) -> None:
+    dec = of(kind)
     model = fastvae.VAE(nn.Sequential(nn.Flatten(), nn.Linear(32, 2 * D)), dec, latent_dim=D)
     before, calls = len(dec.seen), float(dec.calls)
     for _ in range(3):

@@ -159,6 +159,7 @@ def test_coupled_decoders_and_autocast_run_at_once() -> None:
             ValueError,
             r"noise: expected \[2, 4, 3\]",
         ),
+        ({"num_samples": 2, "beta": float("nan")}, ValueError, "beta: expected a finite number, got nan"),
         ({"num_samples": 2, "condition": torch.zeros(3, 1)}, ValueError, "condition: expected 4 samples"),
     ],
 )

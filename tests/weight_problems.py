@@ -41,10 +41,13 @@ LIKELIHOODS: dict[str, Likelihood] = {
 PIXELS = 6
 
 
+def is_of_counts(likelihood: Likelihood) -> bool:
+    return isinstance(likelihood, (Poisson, NegativeBinomial, ZeroInflatedNegativeBinomial))
+
+
 def data(likelihood: Likelihood, rows: int, seed: int = 1) -> Tensor:
     x = torch.rand(rows, PIXELS, generator=seeded(seed), dtype=torch.float64)
-    counts = isinstance(likelihood, (Poisson, NegativeBinomial, ZeroInflatedNegativeBinomial))
-    return torch.poisson(3 * x, generator=seeded(seed + 1)) if counts else x
+    return torch.poisson(3 * x, generator=seeded(seed + 1)) if is_of_counts(likelihood) else x
 
 
 def weights(rows: int, seed: int = 3) -> Tensor:

@@ -362,22 +362,21 @@ std::vector<at::Tensor> Network::affine_gradients(const at::Tensor& in, const Ta
     const Stage& stage = program_.stages[l];
     const at::Tensor h = l == 0 ? in.view({-1}) : tape.h[l - 1];
     const at::Tensor& delta = tape.delta[l];
+    // A convolution's or a product's gradient is made by it, without zeros that would be written and read again.
+    at::Tensor made;
     if (stage.affine != Affine::kBatchNorm && is_new(stage.weight)) {
-      at::Tensor of_weight = affine_weight_gradient(stage, weight_[l], delta, h, tensors[stage.weight].sizes());
-      if (is_new(stage.bias)) {
-        found[stage.bias] = delta.view({-1, stage.out.channels}).sum(0);
-      } else if (stage.bias >= 0 && needs[stage.bias] != 0) {
-        add_column_sums(delta, stage.out.channels, found[stage.bias]);
-      }
-      found[stage.weight] = std::move(of_weight);
-      continue;
+      made = affine_weight_gradient(stage, weight_[l], delta, h, tensors[stage.weight].sizes());
     }
     for (const int64_t index : {stage.weight, stage.bias}) {
-      if (is_new(index)) {
+      if (is_new(index) && !(made.defined() && index == stage.weight)) {
         found[index] = aten::zeros(tensors[index].sizes(), options_);
       }
     }
+    // While the weight's is apart, this adds the bias' alone.
     add_affine_gradient(l, delta, h, found);
+    if (made.defined()) {
+      found[stage.weight] = std::move(made);
+    }
   }
   return found;
 }

@@ -383,4 +383,15 @@ int64_t observed_numel(const char* op, const Program& program, const LikelihoodS
   return out.numel() / likelihood.classes;
 }
 
+LikelihoodSpec encoder_head() { return parse_likelihood("encoder", "gaussian 1"); }
+
+std::shared_ptr<const Program> find_encoder(const char* op, std::string_view text, at::TensorList tensors,
+                                            int64_t elements, int64_t latent_dim, int64_t samples) {
+  std::shared_ptr<const Program> program = find_program(op, text, tensors, elements, encoder_head());
+  check_room(op, "x", *program, samples);
+  FASTVAE_CHECK_VALUE(program->output().flat && program->output().numel() == 2 * latent_dim, op, "encoder",
+                      c10::str(2 * latent_dim, " outputs"), program->output().numel());
+  return program;
+}
+
 }  // namespace fastvae

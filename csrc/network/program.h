@@ -76,6 +76,12 @@ struct Program {
 std::shared_ptr<const Program> find_program(const char* op, std::string_view text, at::TensorList tensors,
                                             int64_t in_features, const LikelihoodSpec& likelihood);
 
+// That of a posterior's encoder, from so many elements of x to the mean and log variance [2 latent_dim] of so many
+// samples. It has no likelihood: of encoder_head() only the shape is asked.
+LikelihoodSpec encoder_head();
+std::shared_ptr<const Program> find_encoder(const char* op, std::string_view text, at::TensorList tensors,
+                                            int64_t elements, int64_t latent_dim, int64_t samples);
+
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text);
 
 TensorShapes shapes_of(at::TensorList tensors);

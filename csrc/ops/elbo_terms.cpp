@@ -21,9 +21,6 @@
 namespace fastvae {
 namespace {
 
-// The encoder has no likelihood; of this one only the shape is asked.
-constexpr const char* kNoLikelihood = "gaussian 1";
-
 // Encoder and decoder of checked inputs, dense.
 struct Autoencoder {
   Autoencoder(const char* op, const at::Tensor& x_in, const at::Tensor& noise_in, at::TensorList encoder_parameters,
@@ -58,15 +55,11 @@ Autoencoder::Autoencoder(const char* op, const at::Tensor& x_in, const at::Tenso
   dim = noise_in.size(2);
   x = x_in.contiguous();
   noise = noise_in.contiguous();
-  const LikelihoodSpec none = parse_likelihood(op, kNoLikelihood), likelihood = parse_likelihood(op, likelihood_text);
-  encoder_program = find_program(op, encoder_text, encoder_parameters, x.size(1), none);
+  const LikelihoodSpec likelihood = parse_likelihood(op, likelihood_text);
+  encoder_program = find_encoder(op, encoder_text, encoder_parameters, x.size(1), dim, samples);
   decoder_program = find_program(op, decoder_text, decoder_parameters, dim, likelihood);
-  check_room(op, "x", *encoder_program, samples);
   check_room(op, "noise", *decoder_program, samples, draws);
-  FASTVAE_CHECK_VALUE(encoder_program->output().flat && encoder_program->output().numel() == 2 * dim, op, "encoder",
-                      c10::str(2 * dim, " outputs, as noise has ", dim, " latent variables"),
-                      encoder_program->output().numel());
-  encoder.emplace(op, *encoder_program, none, encoder_parameters, x);
+  encoder.emplace(op, *encoder_program, encoder_head(), encoder_parameters, x);
   decoder.emplace(op, *decoder_program, likelihood, decoder_parameters, x);
   check_sizes(op, "x", x, {samples, observed_numel(op, *decoder_program, likelihood)});
 }
@@ -97,7 +90,7 @@ std::tuple<int64_t, int64_t> elbo_terms_stash(std::string_view encoder, std::str
                                               const TensorShapes& decoder_shapes, int64_t elements,
                                               int64_t latent_dim) {
   constexpr const char* op = "elbo_terms";
-  return {Program(op, encoder, encoder_shapes, elements, parse_likelihood(op, kNoLikelihood)).forward_numel(),
+  return {Program(op, encoder, encoder_shapes, elements, encoder_head()).forward_numel(),
           Program(op, decoder, decoder_shapes, latent_dim, parse_likelihood(op, likelihood)).forward_numel()};
 }
 

@@ -100,13 +100,9 @@ std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
                       c10::str("shape [B S, d], B = ", x.size(0)), describe(noise));
   const int64_t samples = x.size(0), d = noise.size(1), draws = noise.size(0) / samples;
   const at::Tensor images = x.contiguous();
-  // The encoder has no likelihood; of this one only the shape is asked.
-  const LikelihoodSpec none = parse_likelihood(op, "gaussian 1");
-  const std::shared_ptr<const Program> program = find_program(op, encoder_text, encoder_parameters, x.size(1), none);
-  check_room(op, "x", *program, samples);
-  FASTVAE_CHECK_VALUE(program->output().flat && program->output().numel() == 2 * d, op, "encoder",
-                      c10::str(2 * d, " outputs"), program->output().numel());
-  const Network encoder(op, *program, none, encoder_parameters, images);
+  const std::shared_ptr<const Program> program =
+      find_encoder(op, encoder_text, encoder_parameters, x.size(1), d, samples);
+  const Network encoder(op, *program, encoder_head(), encoder_parameters, images);
   const Tape encoded = one_point(encoder, samples);
   const at::Tensor out = encoder.with_bias(encoder.forward(images, encoded)).view({samples, 2, d});
   const at::Tensor mu = out.select(1, 0), logvar = out.select(1, 1);

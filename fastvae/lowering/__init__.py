@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checks import check_global_hooks, check_is_module
 from .errors import CoupledSamples, UnsupportedLayer
 from .explain import explain
-from .structure import Form, current, evaluate
+from .structure import FLAT, Form, current, evaluate
 from .traced import lower_traced
 from .verification import checked, verify
 
@@ -103,8 +103,10 @@ def lower(
     """
     form = Form(None if shape is None else tuple(shape), two_heads, without_effects)
     if torch.compiler.is_dynamo_compiling():
-        if form != Form():
-            raise UnsupportedLayer("lower: shape and two_heads are not for code under torch.compile")
+        if form != FLAT:
+            raise UnsupportedLayer(
+                "lower: shape, two_heads and without_effects are not for code under torch.compile"
+            )
         return _network(*lower_traced(module, strip_sigmoid))
     check_is_module("lower: module", module)
     check_global_hooks()

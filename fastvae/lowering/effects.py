@@ -17,7 +17,7 @@ _NAMES = frozenset(
         "F", "torch", "nn", "functional", "relu", "leaky_relu", "elu", "silu", "gelu", "softplus", "sigmoid", "tanh",
         "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "chunk", "split", "unbind",
         "cat", "stack", "permute", "transpose", "size", "shape", "ndim", "dim", "float", "len", "tuple", "list",
-        "linear", "conv2d", "conv_transpose2d", "range", "forward", "super", "math", "prod",
+        "linear", "conv2d", "conv_transpose2d", "range", "forward", "math", "prod",
     }
 )  # fmt: skip
 _STORES = (

@@ -115,16 +115,17 @@ class Reading:
     def stack_heads(self, first: int) -> None:
         """Make one layer of the two linear ones from layer ``first`` on, which take the same input."""
         a, b = self.layers[first:]
-        stacked: list[Stacked | None] = []
-        for x, y in zip(a.tensors, b.tensors, strict=True):
-            both = isinstance(x, TensorRef) and isinstance(y, TensorRef)
-            if a.kind != "linear" or b.kind != "linear" or not (both or (x is None and y is None)):
-                raise self.refuse("its two heads are not two Linear layers of one form")
-            stacked.append((x, y) if isinstance(x, TensorRef) and isinstance(y, TensorRef) else None)
+        pairs = list(zip(a.tensors, b.tensors, strict=False))
+        same_form = all((x is None) == (y is None) for x, y in pairs)
+        if a.kind != "linear" or b.kind != "linear" or not same_form:
+            raise self.refuse("its two heads are not two Linear layers of one form")
         if a.shape != b.shape:
             raise self.refuse(f"its two heads differ: {render(a.shape)} and {render(b.shape)}")
         del self.layers[first:]
-        self.emit("linear", stacked, shape=tuple(m + n for m, n in zip(_sizes(a), _sizes(b), strict=True)))
+        stacked = [
+            (x, y) if isinstance(x, TensorRef) and isinstance(y, TensorRef) else None for x, y in pairs
+        ]
+        self.emit("linear", stacked, shape=tuple(2 * size for size in a.shape if size is not None))
 
     def reshape(self, dims: Sequence[int | None]) -> None:
         """Reshape each sample; one entry may be -1, or None: a size not known here, and -1 in the spec."""
@@ -164,10 +165,6 @@ class Reading:
         if axis == 0:
             raise self.refuse("unflattens the batch dimension")
         self.reshape(self.shape[: axis - 1] + tuple(sizes) + self.shape[axis:])
-
-
-def _sizes(layer: Layer) -> tuple[int, ...]:
-    return tuple(size for size in layer.shape if size is not None)
 
 
 def product(dims: Shape) -> int | None:

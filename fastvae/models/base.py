@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_compiling
+from fastvae._elbo_reference import reparameterize
 from fastvae.arguments import expect_numbers, given
 from fastvae.likelihoods import Likelihood
 from fastvae.models.evidence import codes_by_outputs, importance_sampled
@@ -39,11 +41,6 @@ NoiseSource = Callable[[int, int, Tensor], Tensor]
 """(first, count, mu [B, d]) -> standard normal [weight_draws, count, B, d], the same for the same first + i."""
 
 _Model = TypeVar("_Model", bound="BaseVAE")
-
-
-def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-    """z = mu + sigma eps, sigma = exp(logvar / 2), all [B, d]."""
-    return mu + torch.exp(logvar / 2) * eps
 
 
 class BaseVAE(EncoderDecoder, ABC):
@@ -203,11 +200,9 @@ class BaseVAE(EncoderDecoder, ABC):
             [B]
         """
         seen = Observation(x, condition, weight)
-        if is_compiling():
+        # Dynamo knows no context variables.
+        with nullcontext() if is_compiling() else loss_alone(self.penalties):
             step, steps = steps_for(self.penalties, self, seen, noise, generator)
-        else:
-            with loss_alone(self.penalties):
-                step, steps = steps_for(self.penalties, self, seen, noise, generator)
         loss = step.loss
         for penalty, its_step in zip(self.penalties, steps, strict=True):
             term = penalty(its_step)

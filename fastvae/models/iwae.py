@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_compiling
+from fastvae._elbo_reference import IWAE_ESTIMATORS, bound_of, reparameterize
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.likelihoods import Likelihood
-from fastvae.models.base import Noise, TrainingStep, reparameterize
+from fastvae.models.base import Noise, TrainingStep
 from fastvae.models.observation import Observation
 from fastvae.models.vae import VAE
 from fastvae.ops.iwae_bound import is_tileable, noise_of, tiled_bound
-from fastvae.reference import IWAE_ESTIMATORS, ElboTerms, bound_of
 
 __all__ = ["IWAE"]
 
@@ -122,13 +122,12 @@ class IWAE(VAE):
             z, each = reparameterize(mu, logvar, noise), seen.interleaved(len(noise))
             rows = z.transpose(0, 1)
             log_px = self.log_px(rows.flatten(0, 1), each.x, **each.given).reshape(rows.shape[:2]).t()
-            found = ElboTerms(log_px, torch.empty(0), mu, logvar, z)
+        else:
+            log_px, _, mu, logvar, z = found
         assert isinstance(noise, Tensor)
-        loss = -bound_of(found, noise, estimator=self.estimator, beta=beta)
-        z = found.z[0]
-        return TrainingStep(
-            self, x, found.mu, found.logvar, z, z, found.log_px[0], loss, generator, None, *seen[1:]
-        )
+        loss = -bound_of(log_px, z, mu, logvar, noise, estimator=self.estimator, beta=beta)
+        first = z[0]
+        return TrainingStep(self, x, mu, logvar, first, first, log_px[0], loss, generator, None, *seen[1:])
 
     def _in_tiles(
         self,

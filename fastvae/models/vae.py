@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae import ops, reference
-from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
+from fastvae import ops
+from fastvae._elbo_reference import ElboTerms, gaussian_kl, reparameterize
+from fastvae.models.base import BaseVAE, Noise, TrainingStep
 from fastvae.models.inputs import half_dtype_of
 from fastvae.models.observation import Observation
 from fastvae.models.steps import is_loss_alone
@@ -46,7 +47,7 @@ class VAE(BaseVAE):
             log_px = self.log_px(z, x, **seen.given)
             # Not ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the networks
             # are, and under torch.func, which users' per-sample gradients and Hessians need.
-            kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+            kl = gaussian_kl(mu, logvar)
         else:
             z, log_px, kl, mu, logvar = found.z[0], found.log_px[0], found.kl, found.mu, found.logvar
         loss = self._kl_weight(beta) * kl - log_px
@@ -54,7 +55,7 @@ class VAE(BaseVAE):
 
     def fused_terms(
         self, seen: Observation, noise: Noise | None, generator: torch.Generator | None
-    ) -> tuple[reference.ElboTerms | None, Noise | None]:
+    ) -> tuple[ElboTerms | None, Noise | None]:
         """The terms of the objective by one operator, and their noise; None where it does not take them.
 
         Nor where somebody may look into the step: one of its tensors is then no function of another.

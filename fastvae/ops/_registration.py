@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 
 from fastvae._compiling import is_compiling
 from fastvae._extension import raw
+from fastvae.arguments import expect_numbers
 from fastvae.decoding import check_outputs, contradiction
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
@@ -282,13 +284,14 @@ def _refuse_codes(name: str, network: LoweredNetwork, z: Tensor) -> None:
         raise type(error)(str(error).replace("fastvae::jacobian_l1", f"fastvae::{name}")) from None
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches a module, or one inside it."""
     return any(getattr(part, hooks) for part in module.modules() for hooks in HOOKS)
 
 
 def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
     origin = origin_of(decoder)
-    if origin is not None and _has_hooks(decoder) and not _has_hooks(origin):
+    if origin is not None and has_hooks(decoder) and not has_hooks(origin):
         return  # The hooks are ours, on a private copy, for TracIn.
     seen = _warned.setdefault(name, weakref.WeakSet())
     if decoder not in seen:
@@ -342,6 +345,17 @@ def _read(
     ):
         raise contradiction(likelihood)
     return found, ""
+
+
+def check_bound(name: str, encoder: object, decoder: object, beta: object) -> None:
+    """Raise, outside of compilers, for networks that are no modules and for a beta that is no finite number."""
+    if is_compiling():
+        return
+    check_is_module(f"fastvae::{name}: encoder", encoder)
+    check_is_module(f"fastvae::{name}: decoder", decoder)
+    expect_numbers(f"fastvae::{name}", beta=beta)
+    if not math.isfinite(beta):  # type: ignore[arg-type]
+        raise ValueError(f"fastvae::{name}: beta: expected a finite number, got {beta}")
 
 
 def check_condition(name: str, condition: Tensor | None, rows: int) -> None:

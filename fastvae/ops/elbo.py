@@ -9,26 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastvae import reference
 from fastvae._compiling import is_compiling
+from fastvae._elbo_reference import ElboTerms, elbo_terms, terms_at
 from fastvae._extension import raw
 from fastvae.arguments import given
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
-from fastvae.likelihoods.weighted import weighted
-from fastvae.likelihoods.weights import expanded, filled
 from fastvae.lowering import LoweredNetwork, lower
-from fastvae.lowering.checks import check_is_module
 from fastvae.lowering.running import output_of
 from fastvae.ops._registration import (
     cast_under_autocast,
+    check_bound,
     check_condition,
     check_one_device,
     check_rank,
     check_tensors,
     empty_gradients,
 )
-from fastvae.reference import ElboTerms
 
 __all__ = ["elbo", "fused"]
 
@@ -70,25 +67,22 @@ def elbo(
         [B]; the gradient reaches every parameter of both networks, and can be differentiated again.
 
     Raises:
-        ValueError: shapes that do not fit.
-        TypeError: an x or noise that is no tensor.
+        ValueError: shapes that do not fit; a beta that is not finite.
+        TypeError: a network that is no module, an x or noise that is no tensor, a beta that is no number.
     """
-    if not is_compiling():
-        check_is_module("fastvae::elbo: encoder", encoder)
-        check_is_module("fastvae::elbo: decoder", decoder)
+    check_bound("elbo", encoder, decoder, beta)
     check_tensors("elbo", x=x, noise=noise)
-    like = weighted("elbo", resolve(likelihood), weight, x)
+    like = resolve(likelihood)
     if noise.dim() != 2 or x.dim() == 0 or len(noise) != len(x):
         expected = f"[{len(x)}, d]" if x.dim() else "[B, d]"
         raise ValueError(f"fastvae::elbo: noise: expected shape {expected}, got {list(noise.shape)}")
     check_condition("elbo", condition, len(x))
-    plain = condition is None and weight is None
-    if weight is not None:
-        x = filled(x, expanded("fastvae::elbo", weight, x))
-    by_kernels = fused(encoder, decoder, x, like, noise.shape[1]) if plain else None
-    found = None if by_kernels is None else by_kernels.terms(noise[None])
+    found = None
+    if condition is None and weight is None:
+        by_kernels = fused(encoder, decoder, x, like, noise.shape[1])
+        found = None if by_kernels is None else by_kernels.terms(noise[None])
     if found is None:
-        found = reference.elbo_terms(encoder, decoder, x, noise[None], like, condition=condition)
+        found = elbo_terms(encoder, decoder, x, noise[None], like, condition=condition, weight=weight)
     return found.log_px[0] - beta * found.kl
 
 
@@ -97,7 +91,6 @@ class FusedObjective(NamedTuple):
 
     encoder: LoweredNetwork
     decoder: LoweredNetwork
-    x: Tensor
     rows: Tensor
     """[B, n] x as the encoder takes it."""
     likelihood: Likelihood
@@ -106,7 +99,7 @@ class FusedObjective(NamedTuple):
 
     def terms(self, noise: Tensor) -> ElboTerms | None:
         """The terms at noise [S, B, d], differentiable as often as one likes; None where shapes do not fit."""
-        encoder, decoder, x, rows, like, _ = self
+        encoder, decoder, rows, like, _ = self
         if noise.dtype != rows.dtype or (torch.is_grad_enabled() and noise.requires_grad):
             return None
 
@@ -119,7 +112,7 @@ class FusedObjective(NamedTuple):
         except (ValueError, TypeError):
             # Modules say best themselves what does not fit.
             return None
-        base = like.base_measure(x, noise.dtype)
+        base = like.base_measure(rows, noise.dtype)
         return ElboTerms(log_px if base is None else log_px + base, *rest)
 
 
@@ -145,7 +138,7 @@ def fused(
         return None
     if likelihood.of_logits and of_decoder.ends_in_sigmoid and not likelihood.probs:
         return None
-    return FusedObjective(of_encoder, of_decoder, x, rows, likelihood, rows.new_empty(len(rows), latent_dim))
+    return FusedObjective(of_encoder, of_decoder, rows, likelihood, rows.new_empty(len(rows), latent_dim))
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -175,7 +168,7 @@ def _differentiable_gradient(
     def log_px(z: Tensor) -> Tensor:
         return likelihood.log_prob(output_of(decoder, z.flatten(0, 1)), each).reshape(z.shape[:2])
 
-    found = reference.terms_at(mu, logvar, noise, log_px)
+    found = terms_at(mu, logvar, noise, log_px)
     tensors = [*encoder.tensors, *decoder.tensors]
     wanted = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}
     pairs = [

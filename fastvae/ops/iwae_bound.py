@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae._compiling import is_compiling
+from fastvae._elbo_reference import IWAE_ESTIMATORS, bound_at, log_px_of_codes, posterior_of
 from fastvae._extension import raw
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
-from fastvae.likelihoods.weights import expanded, filled
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import HOOKS, check_is_module, check_uncoupled
+from fastvae.lowering.checks import check_uncoupled
 from fastvae.lowering.effects import has_no_effects
 from fastvae.noise import Stream, draws_of
-from fastvae.ops._registration import check_condition, check_tensors, refuse_function_transforms
-from fastvae.reference import IWAE_ESTIMATORS
+from fastvae.ops._registration import check_bound, check_condition, check_tensors, has_hooks
 
 __all__ = ["is_tileable", "iwae_bound", "noise_of", "tiled_bound"]
 
@@ -70,19 +69,18 @@ def iwae_bound(
 
     Returns:
         [B], differentiable once, to every parameter. Under autocast, ``torch.func`` and ``torch.compile``, of an x
-        whose gradient is wanted, and of a decoder that couples its samples, it is
-        :func:`fastvae.reference.iwae_bound`, whose memory grows with K.
+        whose gradient is wanted, and of a decoder that couples its samples, that hooks watch or whose own forward may
+        do more than compute its result in training mode, it is :func:`fastvae.reference.iwae_bound`, whose memory grows
+        with K.
 
     Raises:
-        ValueError: shapes that do not fit, num_samples below 1, an unknown estimator.
+        ValueError: shapes that do not fit, num_samples below 1, a beta that is not finite, an unknown estimator.
         TypeError: an x that is no tensor, num_samples that is not a number.
         NotImplementedError: a second derivative; use :func:`fastvae.reference.iwae_bound`.
     """
-    if not is_compiling():
-        check_is_module("fastvae::iwae_bound: encoder", encoder)
-        check_is_module("fastvae::iwae_bound: decoder", decoder)
+    check_bound("iwae_bound", encoder, decoder, beta)
     check_tensors("iwae_bound", x=x, **({} if noise is None else {"noise": noise}))
-    expect_numbers("fastvae::iwae_bound", num_samples=num_samples, beta=beta)
+    expect_numbers("fastvae::iwae_bound", num_samples=num_samples)
     if not is_integer(num_samples) or num_samples < 1:
         raise ValueError(
             f"fastvae::iwae_bound: num_samples: expected an int of at least 1, got {num_samples!r}"
@@ -95,32 +93,21 @@ def iwae_bound(
         raise ValueError("fastvae::iwae_bound: x: expected shape [B, ...], got []")
     check_condition("iwae_bound", condition, len(x))
     like, draws = resolve(likelihood), int(num_samples)
-    given = () if condition is None else (condition,)
     dtype = noise.dtype if noise is not None else _dtype_of(decoder)
-    if weight is not None:
-        x = filled(x, expanded("fastvae::iwae_bound", weight, x))
-    output = encoder(like.as_float(x, dtype), *given)
-    mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
+    owner, besides = "fastvae::iwae_bound", (condition, weight)
+    mu, logvar = posterior_of(owner, encoder, x, like, dtype, *besides)
     if noise is not None and noise.shape != (draws, *mu.shape):
         raise ValueError(
             f"fastvae::iwae_bound: noise: expected {[draws, *mu.shape]}, got {list(noise.shape)}"
         )
     source = noise_of(mu, noise, generator)
+    options: dict[str, Any] = {"estimator": estimator, "beta": beta}
     if not is_tileable(decoder, x):
-        whole = source(0, draws).to(mu)
-        return reference.bound_at(
-            mu,
-            logvar,
-            whole,
-            lambda z: reference.log_px(decoder, z, x, like, condition=condition, weight=weight),
-            estimator=estimator,
-            beta=beta,
-        )
-    refuse_function_transforms("iwae_bound", mu)
+        log_px = log_px_of_codes(owner, decoder, x, like, *besides)
+        return bound_at(mu, logvar, source(0, draws).to(mu), log_px, **options)
     return tiled_bound(
-        decoder, x, mu, logvar, source, draws, like,
-        estimator=estimator, beta=beta, condition=condition, weight=weight,
-    )  # fmt: skip
+        decoder, x, mu, logvar, source, draws, like, condition=condition, weight=weight, **options
+    )
 
 
 def tiled_bound(
@@ -177,9 +164,7 @@ def is_tileable(decoder: nn.Module, x: Tensor) -> bool:
     if torch.is_grad_enabled() and x.requires_grad:
         return False
     # A forward of one's own may draw random numbers in training, or be watched by hooks.
-    if any(getattr(part, hooks) for part in decoder.modules() for hooks in HOOKS):
-        return False
-    if any(part.training and not has_no_effects(part) for part in decoder.modules()):
+    if has_hooks(decoder) or any(part.training and not has_no_effects(part) for part in decoder.modules()):
         return False
     try:
         check_uncoupled(decoder)
