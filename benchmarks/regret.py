@@ -43,6 +43,7 @@ from networks import mlp  # noqa: E402
 
 from fastvae.architectures import dcgan_decoder, dcgan_encoder  # noqa: E402
 from fastvae.models import VAE  # noqa: E402
+from fastvae.models.observation import Observation  # noqa: E402
 from fastvae.noise import SampleNoise, keys_of  # noqa: E402
 from fastvae.ood import LikelihoodRegret  # noqa: E402
 from fastvae.ood.differentiated import VmappedCopies  # noqa: E402
@@ -155,7 +156,7 @@ def vmapped_steps(detector: LikelihoodRegret, x: Tensor) -> Tensor:
     with torch.no_grad():
         output = copies.forward()
         mu = output.chunk(2, 1)[0]
-        objective = PosteriorObjective(detector.model, x, mu)
+        objective = PosteriorObjective(detector.model, Observation(x), mu)
         noise = SampleNoise(keys_of(x), 0)(0, detector.num_steps, mu)
         for step in range(detector.num_steps):
             copies.update(objective(output, noise[:, step])[1])
