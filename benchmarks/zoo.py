@@ -227,7 +227,7 @@ def run_task(
 
 def run_entry(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
     """All of an entry: what was measured, and why something was not."""
-    lowered, reason = reading(problem(entry, 2, torch.float32, options.width).decoder)
+    lowered, reason = reading(problem(entry, 2, torch.float32, options.width))
     results: list[dict[str, Any]] = []
     notes: list[str] = []
     for task in TASKS:

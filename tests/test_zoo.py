@@ -313,7 +313,7 @@ def test_nine_tenths_are_in_kernels_or_sweeps() -> None:
 
 def explanation_of_what_is_outside(p: Problem) -> str:
     """Of kernels and sweeps; empty where all of the decoder is inside."""
-    if reading(p.decoder)[0]:
+    if reading(p)[0]:
         return ""
     network = Network(p.decoder, z=p.z, **options_of(p))
     return network.explain() if network.opaque or network.lowered < 1 else ""

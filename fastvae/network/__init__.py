@@ -15,6 +15,7 @@ from fastvae.likelihoods.weighted import weighted
 from fastvae.lowering import UnsupportedLayer, explain, lower, verify
 from fastvae.lowering.checks import check_is_module, check_uncoupled
 from fastvae.network.cache import ReadNetwork, read_network, verify_network
+from fastvae.network.chain import lowered_chain
 from fastvae.network.reading import BATCH, rows_of
 from fastvae.network.table import Line, lines_of, rendered, share_of
 
@@ -111,7 +112,7 @@ class Network:
         """
         lines = self._lines()
         if lines is None:
-            return 0.0 if self._without_kernels() else 1.0
+            return 0.0 if self.without_kernels else 1.0
         return share_of(lines)
 
     @property
@@ -123,6 +124,22 @@ class Network:
         """
         lines = self._lines()
         return ("(itself)",) if lines is None else tuple(line.name for line in lines if line.opaque)
+
+    @property
+    def without_kernels(self) -> str:
+        """Why kernels do not take the module, in one text for people; empty where they do.
+
+        Raises:
+            ValueError: no codes were seen.
+        """
+        self._seen()
+        if self.likelihood is not None and not self.likelihood.has_kernel:
+            return f"{type(self.likelihood).__name__} is a likelihood without a kernel."
+        if self._condition is not None:
+            return "It takes a condition, which kernels do not."
+        refusal = self._unlowered()
+        network = self._reading()[0] if refusal else None
+        return "" if network is not None and lowered_chain(network, self._seen()) is not None else refusal
 
     def explain(self) -> str:
         """What becomes of the module, as a table for people.
@@ -141,12 +158,13 @@ class Network:
         if network is None:
             return f"{explain(self.module)}\nNot read as a graph: {reason}"
         lines = lines_of(network, self._codes)
-        reason = self._without_kernels()
+        reason = self.without_kernels
+        rest = " and jacobian_l1" if self._unlowered() else ", jacobian_l1 and log_px"
         text = [rendered(lines), ""]
         text.append(
             f"Run by sweeps in PyTorch. {reason}"
             if reason
-            else "Run by kernels in hamiltonian_flow, jacobian_l1 and log_px, by sweeps in PyTorch in log_px_and_force."
+            else f"Run by kernels in hamiltonian_flow{rest}, by sweeps in PyTorch in log_px_and_force."
         )
         opaque = [line.name for line in lines if line.opaque]
         if opaque:
@@ -218,18 +236,15 @@ class Network:
     def _verify_kernels(self, module: nn.Module, codes: Tensor, condition: Tensor | None) -> None:
         if (
             condition is None
-            and not self._without_kernels()
+            and not self.without_kernels
             and codes.dim() == 2
             and codes.dtype in (torch.float32, torch.float64)
+            and not self._unlowered()
         ):
             verify(module, codes)
 
-    def _without_kernels(self) -> str:
-        """Why kernels do not take the module; empty where they do."""
-        if self.likelihood is not None and not self.likelihood.has_kernel:
-            return f"{type(self.likelihood).__name__} is a likelihood without a kernel."
-        if self._condition is not None:
-            return "It takes a condition, which kernels do not."
+    def _unlowered(self) -> str:
+        """Why the module's own layers are no chain for kernels; what was read of its forward may still be one."""
         try:
             lower(self.module)
         except (UnsupportedLayer, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A read network as a chain of layers, in the words of the kernels that train a copy of it for each sample.
+"""A read network as a chain of layers, in the words of the kernels: the operators', or those that train copies of it.
 
 Two heads on one trunk are one layer of twice the width, whose outputs come one below the other; what follows them may
 move numbers about, as long as they end where they were.
@@ -6,17 +6,21 @@ move numbers about, as long as they end where they were.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae.lowering import UnsupportedLayer, activations
+from fastvae.lowering import LoweredNetwork, UnsupportedLayer, activations
+from fastvae.lowering.errors import join
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.program import Operation, Slot
+from fastvae.network.sweeps import Sweeps
 
-__all__ = ["Chain", "chain_of"]
+__all__ = ["Chain", "chain_of", "lowered_chain"]
 
 _ACTIVATIONS: dict[str, Callable[..., activations.Activation]] = {
     "relu": activations.relu,
@@ -38,26 +42,73 @@ _MOVES = frozenset(
 """Operations that make no numbers: what they do with places is looked at."""
 
 
+_NUMBERS: dict[str, list[tuple[int, int]]] = {
+    "conv2d": [(3, 1), (4, 0), (5, 1), (6, 1)],
+    "conv_transpose2d": [(3, 1), (4, 0), (5, 0), (7, 1), (6, 1)],
+}
+"""Where a convolution's stride, padding, (output padding,) dilation and groups are, and what they are by default."""
+
+
 class Chain(NamedTuple):
     """Layers, and the sources of each of their tensors."""
 
     spec: str
     sources: list[tuple[int, ...]]
-    """By tensor of the spec the numbers of its sources, from 0, one below the other."""
+    """By tensor of the spec the numbers of its values in the program, one head's below the other's."""
 
 
-def chain_of(network: ReadNetwork, x: Tensor) -> Chain:
+def chain_of(network: ReadNetwork, x: Tensor, *, for_copies: bool = False) -> Chain:
     """The chain that a read network is for data like x [B, ...].
 
+    Args:
+        for_copies: for the kernels that train a copy for each sample, which take no transposed convolutions and no
+            groups, and tensors that are parameters of one layer alone; and two heads, as one layer.
+
     Raises:
-        UnsupportedLayer: it is none, or of other layers than linear, conv2d of one group, batch_norm and activations.
+        UnsupportedLayer: it is none, or one of other layers than linear, conv2d, conv_transpose2d, batch_norm and
+            activations.
     """
-    return _Reader(network, x).chain()
+    return _Reader(network, x, for_copies).chain()
+
+
+def lowered_chain(network: ReadNetwork, z: Tensor) -> LoweredNetwork | None:
+    """A read decoder as the operators' kernels take it, with its current tensors; None where it is no chain.
+
+    Args:
+        network: of a module that :func:`fastvae.lowering.lower` does not take, because of its Python: its assertions,
+            sizes, branches, or tensors that it computes.
+        z: codes [B, d], like those that it was read for.
+    """
+    sweeps = network.sweeps
+    if sweeps not in _chains:
+        chain: Chain | None = None
+        if z.dim() == 2 and z.dtype in (torch.float32, torch.float64):
+            with contextlib.suppress(UnsupportedLayer), torch.no_grad():
+                chain = chain_of(network, z.new_zeros(2, z.shape[1]))
+        _chains[sweeps] = chain
+    chain = _chains[sweeps]
+    if chain is None:
+        return None
+    program = sweeps.program
+    places = [place for (place,) in chain.sources]
+    if max(places, default=0) > len(program.sources):
+        values: Sequence[Any] = program.start(z, network.tensors)
+    else:
+        values = [None, *network.tensors]
+    named = [program.sources[place - 1] if place <= len(program.sources) else None for place in places]
+    names = tuple("(computed)" if source is None else join(source.path, source.name) for source in named)
+    layers = [layer for layer in chain.spec.split(";") if not layer.startswith("reshape")]
+    ends_in_sigmoid = bool(layers) and layers[-1] == "sigmoid"
+    return LoweredNetwork(chain.spec, [values[place] for place in places], names, ends_in_sigmoid)
+
+
+_chains: weakref.WeakKeyDictionary[Sweeps, Chain | None] = weakref.WeakKeyDictionary()
+"""What was read, as chains; None: it is none."""
 
 
 class _Reader:
-    def __init__(self, network: ReadNetwork, x: Tensor) -> None:
-        self.program = network.sweeps.program
+    def __init__(self, network: ReadNetwork, x: Tensor, for_copies: bool) -> None:
+        self.program, self.for_copies = network.sweeps.program, for_copies
         self.values = self.program.start(x, network.tensors)
         self.values[0] = x
         with torch.no_grad():
@@ -65,7 +116,8 @@ class _Reader:
                 self.values[operation.index] = operation.call(self.values)
         self.texts: list[str] = [] if x.dim() == 2 else [_reshaped(x)]
         self.sources: list[tuple[int, ...]] = []
-        self.taken: set[int] = set()
+        self.numbers: dict[tuple[int, ...], int] = {}
+        """By sources the number of a tensor that is made of them."""
 
     def chain(self) -> Chain:
         at, rest = 0, list(self.program.active)
@@ -73,10 +125,10 @@ class _Reader:
         while at != self.program.output and not heads:
             users = [operation for operation in rest if at in operation.slots]
             if len(users) == 2 and all(user.kind in _MOVES for user in users):
-                users = self._once(users, rest)
+                users = self._once(users, rest, at)
             if len(users) == 1 and self._follow(users[0], at):
                 at = users[0].index
-            elif len(users) == 2 and self._layer(users):
+            elif len(users) == 2 and self.for_copies and self._layer(users):
                 heads = users[0].index, users[1].index
             else:
                 break
@@ -87,13 +139,13 @@ class _Reader:
             self.texts.append("reshape -1")
         return Chain(";".join(self.texts), self.sources)
 
-    def _once(self, moves: list[Operation], rest: list[Operation]) -> list[Operation]:
+    def _once(self, moves: list[Operation], rest: list[Operation], at: int) -> list[Operation]:
         """The first of two moves, in place of both where they are the same."""
         first, second = moves
-        a, b = (self.values[move.index] for move in moves)
+        a, b = (self._coded([at], [move], move.index)[1] for move in moves)
         if (
             first.kind != second.kind
-            or not isinstance(a, Tensor)
+            or not (isinstance(a, Tensor) and isinstance(b, Tensor))
             or a.shape != b.shape
             or not torch.equal(a, b)
         ):
@@ -137,21 +189,27 @@ class _Reader:
 
     def _form(self, operation: Operation) -> list[str] | None:
         """The numbers of a layer after its tensors; None where it is no layer of the kernels."""
-        x = self.values[operation.args[0].index]
-        if operation.kwargs:
+        source = operation.args[0]
+        if operation.kwargs or not isinstance(source, Slot) or not self.program.is_active[source.index]:
             return None
+        x = self.values[source.index]
         if operation.kind == "linear":
             return [] if x.dim() == 2 else None
-        if operation.kind != "conv2d" or x.dim() != 4 or _argument(operation, 6, 1) != 1:
+        places = _NUMBERS.get(operation.kind)
+        if places is None or x.dim() != 4:
+            return None
+        *pairs, (place, default) = places
+        groups = _argument(operation, place, default)
+        if self.for_copies and (groups != 1 or operation.kind != "conv2d"):
             return None
         numbers: list[str] = []
-        for place, default in ((3, 1), (4, 0), (5, 1)):
+        for place, default in pairs:
             value = _argument(operation, place, default)
             pair = list(value) if isinstance(value, (list, tuple)) else [value]
             if not all(isinstance(number, int) for number in pair):
                 return None
             numbers += map(str, pair * 2 if len(pair) == 1 else pair)
-        return [*numbers, "1"]
+        return [*numbers, str(groups)]
 
     def _norm(self, operation: Operation) -> bool:
         _, weight, bias, mean, var, training, _, eps, *_ = operation.args
@@ -174,25 +232,28 @@ class _Reader:
         """The number of a tensor that is made of these sources."""
         if all(slot is None for slot in slots):
             return "-1"
-        if not all(isinstance(slot, Slot) and 1 <= slot.index <= len(self.program.sources) for slot in slots):
+        if not all(
+            isinstance(slot, Slot) and slot.index and not self.program.is_active[slot.index] for slot in slots
+        ):
             raise UnsupportedLayer(
-                "lower: a tensor of a layer is computed of others, or one of two heads has no bias"
+                "lower: a tensor of a layer depends on the input, or one of two heads has no bias"
             )
-        found = tuple(slot.index - 1 for slot in slots)
-        if self.taken & set(found):
+        found = tuple(slot.index for slot in slots)
+        if self.for_copies and max(found) > len(self.program.sources):
+            raise UnsupportedLayer("lower: a tensor of a layer is computed of others")
+        if self.for_copies and any(set(found) & set(other) for other in self.numbers):
             raise UnsupportedLayer("lower: a parameter is shared by two layers")
-        self.taken.update(found)
-        self.sources.append(found)
-        return str(len(self.sources) - 1)
+        if found not in self.numbers:
+            self.numbers[found] = len(self.sources)
+            self.sources.append(found)
+        return str(self.numbers[found])
 
     def _check_order(self, heads: Sequence[int], rest: Sequence[Operation]) -> None:
         """What comes after the chain leaves its outputs, one head's after the other's, where they are."""
         for operation in rest:
             if operation.kind not in _MOVES:
                 name = operation.name or operation.kind
-                raise UnsupportedLayer(
-                    f"lower: {name}: no layer of a chain that is trained for each sample by kernels"
-                )
+                raise UnsupportedLayer(f"lower: {name}: no layer of a chain that kernels take")
         coded, result = self._coded(heads, rest, self.program.output)
         if not isinstance(result, Tensor) or not _same_rows(coded, result):
             raise UnsupportedLayer("lower: outputs come in another order than the two heads give them")
@@ -232,9 +293,7 @@ def _activation(operation: Operation) -> str:
     if operation.kind == "elu":
         alpha = numbers[0] if numbers else 1.0
         if any(scale != 1 for scale in numbers[1:]):
-            raise UnsupportedLayer(
-                "lower: elu: no layer of a chain that is trained for each sample by kernels"
-            )
+            raise UnsupportedLayer("lower: elu: no layer of a chain that kernels take")
         kind, values = activations.elu(alpha)
     else:
         kind, values = _ACTIVATIONS[operation.kind](*numbers, **operation.kwargs)

@@ -154,7 +154,7 @@ def _read_encoder(model: BaseVAE, x: Tensor) -> tuple[str, list[list[tuple[str, 
         joined = _joined[model] = JoinedEncoder(model.encoder)
     try:
         network = read_network(joined, x)
-        chain = chain_of(network, x[:2])
+        chain = chain_of(network, x[:2], for_copies=True)
     except UnsupportedLayer as error:
         why_not[x.shape[1:]] = str(error)
         raise
@@ -163,7 +163,7 @@ def _read_encoder(model: BaseVAE, x: Tensor) -> tuple[str, list[list[tuple[str, 
     for numbers in chain.sources:
         parts.append([])
         for number in numbers:
-            source, tensor = sources[number], network.tensors[number]
+            source, tensor = sources[number - 1], network.tensors[number - 1]
             if tensor is None or source.constant is not None or source.steps:
                 raise UnsupportedLayer("lower: a layer's tensor is no parameter of the encoder")
             parts[-1].append((join(source.path, source.name).removeprefix("encoder."), tensor))

@@ -21,6 +21,7 @@ from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, l
 from fastvae.lowering.checks import HOOKS, PLAIN, check_is_module, check_uncoupled
 from fastvae.lowering.errors import NotADecoder
 from fastvae.network.cache import ReadNetwork, read_network
+from fastvae.network.chain import lowered_chain
 from fastvae.network.sweeps import Sweeps
 from fastvae.private import origin_of
 
@@ -157,7 +158,7 @@ def lower_or_read(
     if read and not is_compiling() and decoder in _without_kernels and z.dim() > 1 and len(z):
         known = _known_reading(name, decoder, z, strip, condition, asked)
         if known is not None:
-            return known
+            return _as_chain(known, z, without_kernel or condition is not None)
     if without_kernel and (not read or is_compiling()):
         _warn_of_likelihood(name, type(likelihood), instead)
     try:
@@ -179,13 +180,11 @@ def lower_or_read(
         if found is not None:
             _without_kernels.add(decoder)
             _settled.setdefault(found.sweeps, set()).add(asked)
-        else:
-            _warn_of_decoder(
-                name,
-                decoder,
-                f"cannot be lowered, so PyTorch's {instead} runs instead, slower. {error}{reason}",
-            )
-        return found
+            return _as_chain(found, z, without_kernel or condition is not None)
+        _warn_of_decoder(
+            name, decoder, f"cannot be lowered, so PyTorch's {instead} runs instead, slower. {error}{reason}"
+        )
+        return None
     if without_kernel:
         found, _ = _read(name, decoder, z, likelihood) if read else (None, "")
         if found is None and read:
@@ -255,6 +254,12 @@ def read_decoder(
         name, decoder, f"is not read, so PyTorch's {instead} runs instead, slower. {reason}{unread}"
     )
     return None
+
+
+def _as_chain(network: ReadNetwork, z: Tensor, to_be_swept: bool) -> LoweredNetwork | ReadNetwork:
+    """What was read of a decoder, for the kernels where it is a chain of their layers."""
+    chain = None if to_be_swept else lowered_chain(network, z)
+    return network if chain is None else chain
 
 
 def _in_dtype(network: ReadNetwork, dtype: torch.dtype) -> ReadNetwork:

@@ -1,15 +1,13 @@
-"""What ``fastvae.lowering`` makes of each decoder of the zoo: ``PYTHONPATH=tests python -m zoo.table``."""
+"""Which decoders of the zoo run in kernels: ``PYTHONPATH=tests python -m zoo.table``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import nn
+from fastvae import Network
 
-from fastvae.lowering import UnsupportedLayer, lower
-
-from . import ZOO, Entry, build, is_installed
+from . import ZOO, Entry, Problem, is_installed, problem
 
 
 class Row(NamedTuple):
@@ -22,18 +20,18 @@ class Row(NamedTuple):
     """why it is not lowered; empty if it is"""
 
 
-def reading(decoder: nn.Module) -> tuple[bool, str]:
-    """Whether a decoder is lowered, and why not, in a line."""
-    try:
-        lower(decoder)
-    except UnsupportedLayer as error:
-        return False, str(error).splitlines()[0]
-    return True, ""
+def reading(p: Problem) -> tuple[bool, str]:
+    """Whether kernels take a decoder, and why not, in a line."""
+    network = Network(p.decoder, z=p.z, condition=next(iter(p.condition), None))
+    reason = network.without_kernels
+    return not reason, "".join(reason.splitlines()[:1])
 
 
 def rows(entries: Iterable[Entry] = tuple(ZOO.values())) -> list[Row]:
     """Of the entries whose packages are installed."""
-    return [Row(entry.name, entry.origin, *reading(build(entry))) for entry in entries if is_installed(entry)]
+    return [
+        Row(entry.name, entry.origin, *reading(problem(entry))) for entry in entries if is_installed(entry)
+    ]
 
 
 def markdown(found: Iterable[Row]) -> str:
