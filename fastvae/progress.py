@@ -1,22 +1,72 @@
-"""Bars of what takes long, on request."""
+"""Bars of what takes long: on a terminal or in a notebook, and nowhere else."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastvae._distribution import to_mend
 
-__all__ = ["with_bar"]
+__all__ = ["bar_of", "with_bar"]
 
 _Item = TypeVar("_Item")
 
 
 def with_bar(owner: str, items: Iterable[_Item], unit: str, total: int | None = None) -> Iterable[_Item]:
-    """The items, ``total`` of them, with a bar on a terminal. ImportError without tqdm, in the owner's name."""
+    """The items, ``total`` of them, with a bar. ImportError without tqdm, in the owner's name."""
     try:
-        from tqdm import tqdm
+        bar, _ = _kinds()
     except ImportError as error:
         raise ImportError(f"{owner}: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}") from error
-    bar: Iterable[_Item] = tqdm(items, total=total, desc=owner, unit=unit)
-    return bar
+    found: Iterable[_Item] = bar(items, total=total, desc=owner, unit=unit)
+    return found
+
+
+def bar_of(total: int | None, what: str, unit: str, wanted: bool = True, **options: Any) -> Any:
+    """A context with tqdm's ``update`` and ``set_postfix_str``; they do nothing without tqdm, or if none is wanted."""
+    if not wanted:
+        return _NoBar()
+    try:
+        bar, is_notebook = _kinds()
+    except ImportError:
+        return _NoBar()
+    # None: on a terminal only, which a notebook's output does not take itself for.
+    return bar(
+        total=total,
+        desc=what,
+        unit=unit,
+        disable=False if is_notebook else None,
+        dynamic_ncols=True,
+        **options,
+    )
+
+
+def _kinds() -> tuple[Any, bool]:
+    """tqdm's bar for where this runs, and whether that is a notebook."""
+    with warnings.catch_warnings():
+        # A notebook without widgets has a bar in text, and tqdm advises on widgets.
+        warnings.simplefilter("ignore")
+        from tqdm import std
+        from tqdm.auto import tqdm
+        from tqdm.autonotebook import tqdm as found
+    return tqdm, found is not std.tqdm
+
+
+class _NoBar:
+    n = 0
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, steps: int) -> None:
+        pass
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

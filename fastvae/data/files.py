@@ -1,4 +1,4 @@
-"""Images from scikit-learn's digits, IDX files and ``.npz`` files. Nothing is downloaded."""
+"""``load``: images from whatever holds them. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastvae._distribution import to_mend
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_numbers, is_integer
+from fastvae.data.folders import load_pictures
 from fastvae.data.images import ImageDataset
+from fastvae.data.pictures import SUFFIXES, read_pictures
+from fastvae.data.sources import fitted, from_array, from_dataset, is_dataset
 from fastvae.data.unpacking import read_idx, read_npz
 
 __all__ = ["load"]
@@ -23,36 +27,57 @@ _ROLES = {"train": "train", "t10k": "test", "test": "test"}
 
 
 def load(
-    source: str | os.PathLike[str] | None = "digits",
+    source: Any = "digits",
     *,
     split: Literal["train", "test", "all"] = "train",
     test_fraction: float = 0.1,
     seed: int = 0,
+    size: int | tuple[int, int] | None = None,
+    channels: Literal[1, 3] | None = None,
+    labels: Any = "auto",
     max_unpacked: int = 2**32,
+    progress: bool = True,
 ) -> ImageDataset:
-    """Load images from scikit-learn, a folder of IDX files or an ``.npz`` file.
+    """Load images: a folder of pictures, arrays, a data set, IDX or ``.npz`` files, or scikit-learn's digits.
 
     Args:
-        source: ``"digits"`` (1,797 images 1x8x8 of scikit-learn, values 0..16 scaled to 0..255); a folder
-            with IDX files (``train-images-idx3-ubyte``, ``t10k-images-idx3-ubyte``, their ``labels-idx1``
-            twins; gzipped or not; other prefixes too), or with one ``.npz``; an ``.npz`` with ``images``
-            (uint8 [N, H, W] or [N, C, H, W]) and, if wanted, ``labels`` (integers [N]). A path that does not
-            exist is looked for in the folder named by the environment variable FASTVAE_DATA, with and
-            without ``.npz``. None: FASTVAE_DATA itself, or ``"digits"`` where it is not set.
-        split: IDX folders keep their own training and test files. Sources without a split of their own are
-            split at random by ``seed``; ``"all"`` is everything, in file order (training files first).
+        source: one of
+
+            - a folder with pictures (PNG, JPEG, GIF, BMP, TIFF, WebP, ...; by Pillow), its subfolders included. The
+              first subfolder on the way to a picture is its label. Subfolders ``train`` and ``test`` (or ``val``) are
+              the two parts, with labels below them. Other files are left out; so is what begins with a dot. A picture
+              is turned as its EXIF data say, shown on white where it is transparent, and scaled from 16 bits to 8; of
+              one that moves, the first frame is taken. One picture alone is a source, too.
+            - an array or tensor [N, H, W] or [N, C, H, W]: uint8, or floating in [0, 1] (kept in 255 steps);
+            - a data set, with ``len`` and samples by number that are images or (image, label), as torchvision's: of
+              Pillow, or [C, H, W] as above. It is read once, whole;
+            - a folder with IDX files (``train-images-idx3-ubyte``, ``t10k-images-idx3-ubyte``, their ``labels-idx1``
+              twins; gzipped or not; other prefixes too), or with one ``.npz``; an ``.npz`` with ``images`` (uint8
+              [N, H, W] or [N, C, H, W]) and, if wanted, ``labels`` (integers [N]);
+            - ``"digits"``: 1,797 images 1x8x8 of scikit-learn, values 0..16 scaled to 0..255;
+            - None: what the environment variable FASTVAE_DATA names, or ``"digits"`` where it is not set.
+
+            A path that does not exist is looked for in the folder FASTVAE_DATA, with and without ``.npz``.
+        split: IDX folders, and folders with ``train`` and ``test``, keep their own parts. Sources without a split of
+            their own are split at random by ``seed`` and the number of images; ``"all"`` is everything, in the order of
+            the source (files by name; training part first).
         test_fraction: share of images in the random test part; 0.1 makes 9,000/1,000 of 10,000.
         seed: of the random split.
-        max_unpacked: bytes that a compressed array may unpack to, 4 GiB unless given. What is not compressed has no
-            limit but the size of its file.
+        size: side, or (height, width), that images are scaled to cover and then cropped to, around their centre. None:
+            as they are, which must be of one size.
+        channels: 1 for grey, 3 for colour. None: as they are; of pictures, colour unless all of them are grey.
+        labels: of an array, integers [N]. "auto": those of the source, if it has any; None: without.
+        max_unpacked: bytes that a compressed array, or all pictures, may unpack to, 4 GiB unless given. What is not
+            compressed has no limit but the size of its file.
+        progress: show a bar on a terminal, where it takes long.
 
     Returns:
-        :class:`ImageDataset`.
+        :class:`ImageDataset`, with ``classes`` and ``files`` where the source has them.
 
     Raises:
         ValueError: a damaged or unsuitable file (its name, what was expected, what was found), or arguments.
-        FileNotFoundError: no such source, or an IDX folder without this split.
-        ImportError: ``"digits"`` without scikit-learn.
+        FileNotFoundError: no such source, or a folder without this split.
+        ImportError: ``"digits"`` without scikit-learn, pictures without Pillow.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f'load: split: expected "train", "test" or "all", got {split!r}')
@@ -61,22 +86,39 @@ def load(
         raise ValueError(f"load: test_fraction: expected a number between 0 and 1, got {test_fraction!r}")
     if isinstance(max_unpacked, bool) or not isinstance(max_unpacked, int) or max_unpacked < 0:
         raise ValueError(f"load: max_unpacked: expected a number of bytes, got {max_unpacked!r}")
+    shape = _checked_size(size)
+    if channels not in (None, 1, 3):
+        raise ValueError(f"load: channels: expected 1, 3 or None, got {channels!r}")
+    auto = isinstance(labels, str) and labels == "auto"
+    is_array = isinstance(source, (Tensor, np.ndarray))
+    if not (auto or labels is None or is_array):
+        raise ValueError(
+            "load: labels: expected labels with an array of images; other sources bring their own"
+        )
     if source is None:
         source = os.environ.get("FASTVAE_DATA") or "digits"
-    if source == "digits":
+    is_split = False
+    if is_array:
+        whole = from_array(source, None if auto else labels, "array")
+    elif isinstance(source, ImageDataset):
+        whole = source
+    elif not isinstance(source, (str, os.PathLike)):
+        if not is_dataset(source):
+            raise TypeError(
+                "load: source: expected a path, an array, a tensor or a data set with len() and samples by number, got "
+                f"{type(source).__name__}"
+            )
+        whole = from_dataset(source, shape, channels, labels is not None, max_unpacked, progress)
+    elif source == "digits":
         whole = _load_digits()
     else:
         path = _find(source)
-        files = _idx_files(path) if path.is_dir() else {}
-        if "train" in files or "test" in files:
-            return _load_idx_parts(path, files, split, max_unpacked)
-        if files:
-            whole = _load_idx(files["all"], max_unpacked)
-        else:
-            file = _only_npz(path) if path.is_dir() else path
-            arrays = read_npz(file, ("images", "labels"), max_unpacked)
-            whole = _from_arrays(arrays["images"], arrays.get("labels"), file)
-    if split == "all":
+        options = shape, channels, labels is not None, max_unpacked, progress
+        whole, is_split = _load_path(path, split, *options)
+    whole = fitted(whole, shape, channels, progress)
+    if labels is None and whole.labels is not None:
+        whole = ImageDataset(whole.images, None, whole.name, files=whole.files)
+    if split == "all" or is_split:
         return whole
     test_size = min(max(round(test_fraction * len(whole)), 1), len(whole) - 1)
     if test_size < 1:
@@ -85,6 +127,46 @@ def load(
         )
     train, test = whole.split(len(whole) - test_size, test_size, seed=seed)
     return train if split == "train" else test
+
+
+def _checked_size(size: Any) -> tuple[int, int] | None:
+    """(height, width)."""
+    if size is None:
+        return None
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(is_integer(side) and 1 <= side <= 2**14 for side in sides):
+        raise ValueError(f"load: size: expected an int of at least 1, or (height, width), got {size!r}")
+    return int(sides[0]), int(sides[1])
+
+
+def _load_path(
+    path: Path,
+    split: str,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    labelled: bool,
+    max_unpacked: int,
+    progress: bool,
+) -> tuple[ImageDataset, bool]:
+    """What a path holds, and whether that is of this split already."""
+    if not path.is_dir():
+        if path.suffix.lower() in SUFFIXES:
+            images = read_pictures([path], str(path), size, channels, max_unpacked, progress)
+            return ImageDataset(torch.from_numpy(images), None, str(path), files=(path.name,)), False
+        return _load_npz(path, max_unpacked), False
+    files = _idx_files(path)
+    if "train" in files or "test" in files:
+        return _load_idx_parts(path, files, split, max_unpacked), True
+    if files:
+        return _load_idx(files["all"], max_unpacked), False
+    archives = sorted(path.glob("*.npz"))
+    if len(archives) == 1:
+        return _load_npz(archives[0], max_unpacked), False
+    if archives:
+        raise ValueError(
+            f"{path}: expected one .npz file, found {', '.join(entry.name for entry in archives)}"
+        )
+    return load_pictures(path, split, size, channels, labelled, max_unpacked, progress)
 
 
 def _find(source: str | os.PathLike[str]) -> Path:
@@ -97,7 +179,8 @@ def _find(source: str | os.PathLike[str]) -> Path:
         if candidate.exists():
             return candidate
     raise FileNotFoundError(
-        f'load: source: expected "digits", a folder of IDX files or an .npz file, got {os.fspath(source)!r}; '
+        'load: source: expected "digits", a folder of pictures or IDX files, or an .npz file, got '
+        f"{os.fspath(source)!r}; "
         f"no such file: {', '.join(map(str, candidates))}" + ("" if folder else " (FASTVAE_DATA is not set)")
     )
 
@@ -157,24 +240,13 @@ def _load_idx(path: Path, max_unpacked: int) -> ImageDataset:
     return _from_arrays(images, labels, path)
 
 
-def _only_npz(folder: Path) -> Path:
-    found = sorted(folder.glob("*.npz"))
-    if len(found) != 1:
-        entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{folder}: expected IDX files or one .npz file, found {entries}")
-    return found[0]
+def _load_npz(file: Path, max_unpacked: int) -> ImageDataset:
+    arrays = read_npz(file, ("images", "labels"), max_unpacked)
+    return _from_arrays(arrays["images"], arrays.get("labels"), file)
 
 
 def _from_arrays(images: _Array, labels: _Array | None, path: Path) -> ImageDataset:
-    found = f"found {images.dtype} {list(images.shape)}"
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+    if images.dtype != np.uint8:
+        found = f"found {images.dtype} {list(images.shape)}"
         raise ValueError(f"{path}: expected images as uint8 [N, H, W] or [N, C, H, W], {found}")
-    if images.ndim == 4 and images.shape[3] <= 4 < images.shape[1]:
-        raise ValueError(f"{path}: expected images with channels first, [N, C, H, W], {found}")
-    if labels is not None and labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: expected labels as integers, found {labels.dtype} {list(labels.shape)}")
-    return ImageDataset(
-        torch.from_numpy(images if images.ndim == 4 else images[:, None]),
-        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-        str(path),
-    )
+    return from_array(images, labels, str(path))

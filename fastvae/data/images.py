@@ -22,9 +22,19 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         images: uint8 [N, C, H, W]; anything else, or N = 0, is a ValueError.
         labels: int64 [N], or None.
         name: where the images come from.
+        classes: the names of the labels 0, 1, ..., or None.
+        files: N names of files, relative to the folder that they were read from, or None.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor | None = None, name: str = "images") -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        name: str = "images",
+        *,
+        classes: tuple[str, ...] | None = None,
+        files: tuple[str, ...] | None = None,
+    ) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4 or images.numel() == 0:
             raise ValueError(
                 f"{name}: expected images as uint8 [N, C, H, W] with at least one image, "
@@ -37,9 +47,13 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
                     f"got {labels.dtype} {list(labels.shape)}"
                 )
             labels = labels.to(torch.int64)
+        if files is not None and len(files) != len(images):
+            raise ValueError(f"{name}: files: expected {len(images)} names, one an image, got {len(files)}")
         self.images = images
         self.labels = labels
         self.name = name
+        self.classes = classes
+        self.files = files
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -63,7 +77,11 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         """The images at ``indices`` (integers [M]), in that order, as a data set of its own."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         return ImageDataset(
-            self.images[chosen], None if self.labels is None else self.labels[chosen], self.name
+            self.images[chosen],
+            None if self.labels is None else self.labels[chosen],
+            self.name,
+            classes=self.classes,
+            files=None if self.files is None else tuple(self.files[i] for i in chosen.tolist()),
         )
 
     def split(self, *sizes: int, seed: int = 0) -> tuple[ImageDataset, ...]:
