@@ -5,7 +5,8 @@ fastvae.VAE, HVAE, ...  models assembled from them
 fastvae.Network         what the operators make of a module of yours
 fastvae.penalties       further terms of a model's loss
 fastvae.fit, data       training and images
-fastvae.architectures   the networks of the papers
+fastvae.load            models that model.save wrote
+fastvae.architectures   networks for images, and those of the papers
 fastvae.influence, ood   influence of training samples; outlier scores
 fastvae.noise           noise keyed by sample
 fastvae.metrics         measures of trained models
@@ -31,6 +32,7 @@ from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
 from fastvae.models import HVAE, IWAE, VAE, ConsistencyVAE, DivergenceError, JacobianL1VAE
 from fastvae.network import Network
+from fastvae.saving import load
 from fastvae.training import History, fit
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "fit",
     "influence",
     "likelihoods",
+    "load",
     "lowering",
     "metrics",
     "models",

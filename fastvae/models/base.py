@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -376,6 +378,24 @@ class BaseVAE(EncoderDecoder, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Codes [N, d], as a decoder is given them, and the log of each one's importance weight; see ``log_weight``."""
         raise NotImplementedError(f"{type(self).__name__}: impute: this model has no weighted_codes")
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the model to ``folder``, from which ``fastvae.load(folder)`` makes it again.
+
+        Settings go to ``model.json``, weights to a safetensors file that it names; no code does. What was there before
+        is replaced at once, when everything is written. Networks, likelihoods and penalties of your own are given to
+        ``load`` again. Training goes on from checkpoints of ``fastvae.fit``, not from this.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OSError: the disk is full, say; names the file. The model from before stays.
+            ImportError: safetensors is not installed.
+        """
+        from fastvae.saving import save
+
+        return save(self, folder)
 
     def extra_repr(self) -> str:
         """What ``repr`` says of the settings."""
