@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from fastvae.arguments import expect_numbers, is_integer
 from fastvae.modes import modes_kept
 from fastvae.training.batches import Place
+from fastvae.training.callbacks import Callback, EarlyStopping
 from fastvae.training.history import History
-from fastvae.training.loaders import check_loader
+from fastvae.training.loaders import as_loader
 from fastvae.training.locking import run_folder_held
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_generators_kept
@@ -28,19 +30,22 @@ __all__ = ["fit"]
 
 def fit(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | Dataset[Any],
     *,
     epochs: int,
+    batch_size: int | None = None,
     optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None = None,
-    val_loader: Iterable[Any] | None = None,
+    val_loader: Iterable[Any] | Dataset[Any] | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int | Literal["epoch", "never"] | None = "epoch",
+    keep_latest: bool = False,
     resume: bool | str | os.PathLike[str] = "auto",
     device: torch.device | str | None = None,
     seed: int = 0,
     scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
     schedule_by: Literal["epoch", "step"] = "epoch",
     patience: int | None = None,
+    callbacks: Iterable[Callback] = (),
     max_steps: int | None = None,
     clip_grad_norm: float | None = None,
     binarize: bool = False,
@@ -68,17 +73,21 @@ def fit(
     Args:
         model: ``model(x)`` is the loss of each sample, [B]. Objects in ``model.penalties`` with a ``step()``
             are stepped after each optimisation step, and stored if they have ``state_dict``.
-        loader: any iterable that can be iterated once an epoch. A batch is a tensor, a tuple or list whose
-            first entry is a tensor, or a mapping with "data". A sampler's ``set_epoch`` is called. A Dataset
-            or a tensor is none: TypeError, which says how to make one of it.
+        loader: a ``Dataset``, of whose samples batches are made in a new order each epoch; or any iterable of batches
+            that can be iterated once an epoch. A batch is a tensor, a tuple or list whose first entry is a tensor, or a
+            mapping with "data". A sampler's ``set_epoch`` is called.
         epochs: in all, those of a resumed run included.
+        batch_size: of a ``Dataset``, 128 unless given; an iterable of batches has its own.
         optimizer: an instance, or a callable from the list of trainable parameters (an optimiser class, a
             ``functools.partial``). None: Adam, 1e-3. Any ``torch.optim.Optimizer`` for dense gradients
             works; those whose ``step`` demands a closure (LBFGS) evaluate it with the same noise each time.
-        val_loader: its mean loss is computed after every epoch in eval mode, always with the same noise.
+        val_loader: of the same kinds; its mean loss is computed after every epoch in eval mode, always with the same
+            noise.
         run_dir: folder for ``epoch-0000.pt`` (the start), ``epoch-0001.pt``, ... and ``history.json``. While a run
             writes to it, no other can.
         checkpoint_every: "epoch"; an int, every so many epochs; "never" or None. The last is always kept.
+        keep_latest: where that is not every epoch, write a checkpoint after each of the others, too, which the next one
+            replaces: what kills a run takes less than an epoch from it.
         resume: "auto": from the newest whole checkpoint in ``run_dir`` (a damaged one is passed over with a
             warning), if there is any; True: there must be one; a path: from that file; False: start anew in
             a folder without checkpoints. A run that goes on in another folder takes its checkpoints along.
@@ -88,7 +97,8 @@ def fit(
             validation loss, or the training loss without one.
         schedule_by: call the scheduler after each "epoch" or each "step".
         patience: stop after so many epochs without a lower validation loss; the best weights are put back
-            at the end of the run.
+            at the end of the run. The same as ``callbacks=[EarlyStopping(patience)]``.
+        callbacks: :class:`fastvae.training.Callback` objects, called in this order; their states are in checkpoints.
         max_steps: stop after so many optimisation steps, if need be within an epoch: its checkpoint
             ``step-00000123.pt`` counts in TracIn by its share of the epoch, and a longer run resumes from
             the epoch's start.
@@ -127,16 +137,15 @@ def fit(
         FloatingPointError: with epoch, step and the terms of the loss (of a fastvae model) or the gradients that are
             not finite; the checkpoints so far stay.
         ValueError: empty loader, losses not [B], arguments or a checkpoint that do not fit together.
-        TypeError: a loader that is a data set, a batch without images, a number that is none.
+        TypeError: samples in a tensor, a batch without images, a number that is none.
         FileNotFoundError, FileExistsError: by ``resume``.
         BlockingIOError: another run writes to ``run_dir``; says which process, on which host, since when.
         OSError: a checkpoint cannot be written, because the disk is full, say; names the file. The one before stays.
     """
-    check_loader("loader", loader)
-    check_loader("val_loader", val_loader)
     expect_numbers("fit", epochs=epochs, patience=patience, max_steps=max_steps, seed=seed)
-    expect_numbers("fit", clip_grad_norm=clip_grad_norm)
-    for name, count in (("epochs", epochs), ("patience", patience), ("max_steps", max_steps)):
+    expect_numbers("fit", clip_grad_norm=clip_grad_norm, batch_size=batch_size)
+    counts = {"epochs": epochs, "patience": patience, "max_steps": max_steps, "batch_size": batch_size}
+    for name, count in counts.items():
         if count is not None and not (is_integer(count) and count >= 1):
             raise ValueError(f"fit: {name}: expected an int of at least 1, got {count!r}")
     for name, choice, choices in (
@@ -146,8 +155,13 @@ def fit(
     ):
         if choice not in choices:
             raise ValueError(f"fit: {name}: expected one of {choices}, got {choice!r}")
-    if patience is not None and val_loader is None:
-        raise ValueError("fit: patience: expected a val_loader to watch, got val_loader=None")
+    if batch_size is not None and not any(isinstance(given, Dataset) for given in (loader, val_loader)):
+        raise ValueError(
+            f"fit: batch_size: expected a Dataset to make batches of, got {type(loader).__name__}, which has its own"
+        )
+    batches = as_loader("loader", loader, batch_size)
+    val_batches = as_loader("val_loader", val_loader, batch_size)
+    called = _checked_callbacks(callbacks, patience, val_batches)
     if device is not None:
         model.to(device)
     chosen_optimizer = _build_optimizer(model, optimizer)
@@ -155,15 +169,16 @@ def fit(
     places = {"condition": condition, "weight": weight, "sample_weight": sample_weight}
     run = Run(
         model=model,
-        loader=loader,
-        val_loader=val_loader,
+        loader=batches,
+        val_loader=val_batches,
         optimizer=chosen_optimizer,
         scheduler=_build_scheduler(chosen_optimizer, scheduler),
         run_dir=None if run_dir is None else Path(run_dir),
         interval=_interval(checkpoint_every),
         seed=int(seed),
         schedule_by=schedule_by,
-        patience=patience,
+        callbacks=called,
+        keep_latest=keep_latest,
         on_nonfinite=on_nonfinite,
         on_difference=on_difference,
         options={
@@ -192,6 +207,24 @@ def fit(
             model.train()
             run.train(epochs, max_steps, progress)
     return run.history
+
+
+def _checked_callbacks(
+    callbacks: Iterable[Callback], patience: int | None, val_loader: Any
+) -> list[Callback]:
+    found = list(callbacks)
+    for callback in found:
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"fit: callbacks: expected fastvae.training.Callback objects, got {type(callback).__name__}"
+            )
+    if patience is not None:
+        if val_loader is None:
+            raise ValueError("fit: patience: expected a val_loader to watch, got val_loader=None")
+        found.append(EarlyStopping(patience))
+    if sum(isinstance(callback, EarlyStopping) for callback in found) > 1:
+        raise ValueError("fit: callbacks: expected one EarlyStopping, or patience, got several")
+    return found
 
 
 def _interval(checkpoint_every: int | str | None) -> int | None:

@@ -27,7 +27,7 @@ class History:
         skipped: steps left out because of a loss or gradient that was not finite.
         checkpoints: the files to hand to TracIn, oldest first.
         best_epoch: epoch (from 1) with the lowest validation loss, None without one.
-        stopped: what ended the run: "epochs", "patience" or "max_steps"; "" while it goes on.
+        stopped: what ended the run: "epochs", "patience", "max_steps" or "callback"; "" while it goes on.
         trained_epochs: epochs (a part counts as one) that this call of ``fit`` trained; 0: the run was complete before.
             Of the call and not of the run: not saved, not compared, None in what was loaded.
     """
@@ -104,7 +104,7 @@ class History:
         best, stopped = values["best_epoch"], values["stopped"]
         if best is not None and not (_is(best, int) and 1 <= best <= len(values["steps"])):
             raise ValueError(f"best_epoch {best!r}")
-        if stopped not in ("", "epochs", "patience", "max_steps"):
+        if stopped not in ("", "epochs", "patience", "max_steps", "callback"):
             raise ValueError(f"stopped {stopped!r}")
         for name in values["checkpoints"]:
             _check_inside(name, folder)

@@ -8,26 +8,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ["check_loader", "generators_of", "length_of", "samplers_of"]
+__all__ = ["as_loader", "generators_of", "length_of", "samplers_of"]
+
+_BATCH_SIZE = 128
 
 
-def check_loader(argument: str, loader: object) -> None:
-    """TypeError for samples where batches are meant: a data set or a tensor, which one can iterate over, too."""
-    remedy = ""
+def as_loader(argument: str, loader: Any, batch_size: int | None) -> Any:
+    """The loader itself, or one of a data set's batches: shuffled, where the argument is "loader".
+
+    TypeError for samples in a tensor or an array, over which one can iterate, too.
+    """
     if isinstance(loader, (Tensor, np.ndarray)):
         data = "x" if isinstance(loader, Tensor) else "torch.as_tensor(x)"
-        remedy = f"TensorDataset({data})"
-    elif isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        remedy = "dataset"
-    elif loader is not None and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise TypeError(f"fit: {argument}: expected an iterable of batches, got {type(loader).__name__}")
-    if remedy:
         raise TypeError(
-            f"fit: {argument}: expected an iterable of batches, got the samples themselves ({type(loader).__name__}); "
-            f"pass torch.utils.data.DataLoader({remedy}, batch_size=128, shuffle={argument == 'loader'})"
+            f"fit: {argument}: expected a data set or an iterable of batches, got the samples themselves "
+            f"({type(loader).__name__}); pass torch.utils.data.TensorDataset({data}), or fastvae.data.load(x)"
         )
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        if not len(loader):  # type: ignore[arg-type]
+            raise ValueError(
+                f"fit: {argument}: expected at least one sample, got an empty {type(loader).__name__}"
+            )
+        return DataLoader(loader, batch_size or _BATCH_SIZE, shuffle=argument == "loader")
+    if loader is not None and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"fit: {argument}: expected a data set or an iterable of batches, got {type(loader).__name__}"
+        )
+    return loader
 
 
 def samplers_of(loader: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastvae.training.archive import DamagedFileError
 from fastvae.training.atomic import write_atomically
+from fastvae.training.callbacks import Callback
 from fastvae.training.checkpoints import all_or_nothing, read_checkpoint, restore_model
 from fastvae.training.definition import (
     STATE_OF_SCHEDULERS,
@@ -67,6 +68,10 @@ class Saved:
     history: History
     best: dict[str, Any] | None
     definition: Definition | None
+    callbacks: list[tuple[str, dict[str, Any]]]
+    """Names of their classes, and their states."""
+    temporary: bool
+    """Whether the next checkpoint was to replace it."""
 
 
 def read_saved(path: Path, number: int | None = None) -> Saved:
@@ -109,8 +114,27 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
     _check_settings(path, definition, content["optimizer"], state["scheduler"])
     saved = {key: state[key] for key in ("seed", "optimizer", "scheduler", "best")}
     return Saved(
-        path, content, epoch, steps, **saved, generators=generators, history=history, definition=definition
+        path,
+        content,
+        epoch,
+        steps,
+        **saved,
+        generators=generators,
+        history=history,
+        definition=definition,
+        callbacks=_callbacks_in(path, state),
+        temporary=state.get("temporary") is True,
     )
+
+
+def _callbacks_in(path: Path, state: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    stored = state.get("callbacks", [])
+    if not isinstance(stored, list):
+        raise DamagedFileError(path, "callbacks that are no list")
+    for entry in stored:
+        if not (isinstance(entry, list) and [*map(type, entry)] == [str, dict]):
+            raise DamagedFileError(path, "a callback that is no name and state")
+    return [(name, values) for name, values in stored]
 
 
 def load_into(
@@ -118,6 +142,7 @@ def load_into(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
+    callbacks: Sequence[tuple[Callback, dict[str, Any]]],
     generators: Sequence[torch.Generator],
     rank: int,
     differences: Container[str] = (),
@@ -129,6 +154,7 @@ def load_into(
     _check_optimizer(saved, optimizer)
     groups, kept = [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
     objects = [unwrap(model), optimizer, *([] if scheduler is None else [scheduler])]
+    objects += [callback for callback, state in callbacks if state]
     before = [generator.get_state() for generator in generators]
     try:
         with all_or_nothing(*objects):
@@ -147,6 +173,9 @@ def load_into(
                 scheduler.load_state_dict(saved.scheduler or {})
             for generator, state in zip(generators, saved.generators[rank], strict=True):
                 generator.set_state(state)
+            for callback, state in callbacks:
+                if state:
+                    callback.load_state_dict(state)
             # Last: it has a way back of its own, for penalties too.
             restore_model(model, saved.content, saved.path)
     except Exception as error:
