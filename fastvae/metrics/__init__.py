@@ -5,7 +5,7 @@ disentanglement.py  mutual information gap and modularity of given codes and fac
 evidence.py         log p(x) by annealed importance sampling, and bounds from both sides
 local.py            the same in small neighbourhoods of the factors, for a model
 outliers.py         how well scores tell foreign samples from others
-posteriors.py       negative log-likelihood, mutual information, active units of a model
+posteriors.py       negative log-likelihood, mutual information, active units, divergence by latent of a model
 probes.py           labels read from codes by nearest neighbours and by a linear classifier
 """
 
@@ -16,6 +16,7 @@ from fastvae.metrics.outliers import OODMetrics, ood_metrics
 from fastvae.metrics.posteriors import (
     Estimate,
     active_units,
+    divergence_by_latent,
     mutual_information,
     negative_log_likelihood,
     posteriors,
@@ -31,6 +32,7 @@ __all__ = [
     "ais",
     "bidirectional_ais",
     "codes_of",
+    "divergence_by_latent",
     "factor_information",
     "knn_accuracy",
     "linear_probe",

@@ -16,7 +16,14 @@ from fastvae.private import private_copy
 from fastvae.training.batches import Place, batch_of
 from fastvae.training.parallel import unwrap
 
-__all__ = ["Estimate", "active_units", "mutual_information", "negative_log_likelihood", "posteriors"]
+__all__ = [
+    "Estimate",
+    "active_units",
+    "divergence_by_latent",
+    "mutual_information",
+    "negative_log_likelihood",
+    "posteriors",
+]
 
 Images = Tensor | Iterable[object]
 
@@ -151,6 +158,22 @@ def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int
     if len(means) < 2:
         raise ValueError(f"active_units: images: expected at least 2, got {len(means)}")
     return int((means.var(0) > threshold).sum())
+
+
+def divergence_by_latent(model: BaseVAE, images: Images) -> Tensor:
+    """KL(q(z_i | x) || N(0, 1)) in nats, its mean over images: float64 [d], on the CPU.
+
+    What each latent says of an image on average; near 0 of those that the model does not use.
+
+    Args:
+        model: a copy of it is measured, in eval mode; z is z_0 for an HVAE.
+        images: see :func:`posteriors`.
+
+    Raises:
+        ValueError: no images.
+    """
+    mu, logvar = (part.double() for part in posteriors(model, images))
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(0)
 
 
 def estimate_of(name: str, values: Tensor) -> Estimate:
