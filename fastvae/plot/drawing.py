@@ -47,7 +47,7 @@ def empty_figure(height: float, *, constrained: bool = True) -> Figure:
 
 
 def panels(rows: int, columns: int, height: float, below: float = 0.0) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of ``rows`` times ``columns`` plain axes, each row ``height`` inches high, with ``below`` more for a legend."""
+    """A figure of ``rows`` times ``columns`` plain axes: inches of each row, and ``below`` them for a legend."""
     figure = empty_figure(rows * height + below)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axis in grid.flat:

@@ -129,7 +129,7 @@ def latent_scatter(
             title_fontsize=FONT, markerscale=2, handletextpad=0.1, columnspacing=1.0,
         )  # fmt: skip
     else:
-        shown = axis.scatter(*at.T, c=labels.cpu().numpy(), cmap="turbo", **dots)
+        shown = axis.scatter(*at.T, **dots, c=labels.cpu().numpy(), cmap="turbo")  # type: ignore[misc]
         bar = figure.colorbar(shown, ax=axis)
         bar.ax.tick_params(labelsize=FONT, colors=INK)
         bar.set_label("label", size=FONT, color=INK)
