@@ -166,12 +166,12 @@ format: $(VENV)/.packages
 	$(VENV)/bin/ruff format .
 
 bench: build/.extension $(VENV)/.bench
-	$(PY) -m benchmarks.suite $(ARGS)
+	$(PY) -m benchmarks.speed suite $(ARGS)
 
 bench-zoo bench-encoders: $(VENV)/.zoo
 
 $(BENCHMARKS): bench-%: build/.extension $(VENV)/.bench
-	$(PY) -m benchmarks.$* $(ARGS)
+	$(PY) -m benchmarks.speed $* $(ARGS)
 
 cuda-check:
 	scripts/cuda_check.sh

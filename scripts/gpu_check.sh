@@ -149,7 +149,7 @@ bench() {
   local limit=$1 name=$2 module=$3
   shift 3
   # shellcheck disable=SC2086  # one option or two
-  stage "$limit" "$name" "$PYTHON" "benchmarks/$module.py" $device --output "$results" "$@"
+  stage "$limit" "$name" "$PYTHON" -m benchmarks.speed "$module" $device --output "$results" "$@"
 }
 
 case $call in

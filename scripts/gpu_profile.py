@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import common  # noqa: E402
-import flow  # noqa: E402
-from networks import mlp, softplus_mlp  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import fastvae  # noqa: E402
+from benchmarks.speed import common, flow  # noqa: E402
+from benchmarks.speed.networks import mlp, softplus_mlp  # noqa: E402
 from fastvae import architectures, ops, reference  # noqa: E402
 from fastvae.training import fit  # noqa: E402
 
@@ -37,7 +35,7 @@ Work = Callable[[], object]
 
 
 def flow_case(key: str, batch: int | None = None) -> Callable[[torch.device, bool], dict[str, Work]]:
-    """A flow of benchmarks/flow.py, forward and backward."""
+    """A flow of benchmarks/speed/flow.py, forward and backward."""
 
     def build(device: torch.device, small: bool) -> dict[str, Work]:
         case = next(case for case in flow.cases(quick=False) if case.key == key)

@@ -17,43 +17,41 @@ from peers import peer
 from torch import nn
 
 import fastvae
+from benchmarks.speed import (
+    ais,
+    command,
+    common,
+    consistency,
+    floors,
+    flow,
+    flow_report,
+    flow_rivals,
+    jacobian,
+    likelihoods,
+    log_likelihood,
+    models,
+    networks,
+    regret,
+    report,
+    suite_problem,
+    suite_problems,
+    suite_report,
+    targets,
+    tracin,
+)
 from fastvae import reference
-from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import ais  # noqa: E402
-import command  # noqa: E402
-import common  # noqa: E402
-import floors  # noqa: E402
-import flow  # noqa: E402
-import flow_report  # noqa: E402
-import flow_rivals  # noqa: E402
-import jacobian  # noqa: E402
-import likelihoods  # noqa: E402
-import log_likelihood  # noqa: E402
-import models  # noqa: E402
-import networks  # noqa: E402
-import regret  # noqa: E402
-import report  # noqa: E402
-import suite_problem  # noqa: E402
-import suite_problems  # noqa: E402
-import suite_report  # noqa: E402
-import targets  # noqa: E402
-import tracin  # noqa: E402
 
 CPU = torch.device("cpu")
-
-
-# A paper's experiment has the same name.
-consistency = load_script(ROOT / "benchmarks" / "consistency.py")
 
 
 def run_quick(folder: Path, *options: str, script: str = "flow") -> str:
     command = [
         sys.executable,
-        f"benchmarks/{script}.py",
+        "-m",
+        "benchmarks.speed",
+        script,
         "--quick",
         "--cpu",
         "--threads",
@@ -61,13 +59,13 @@ def run_quick(folder: Path, *options: str, script: str = "flow") -> str:
         "--output",
         str(folder),
     ]
-    paths = os.pathsep.join([str(Path(fastvae.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    places = [str(Path(fastvae.__file__).parents[1]), str(ROOT)]
     # pytest-benchmark measures nothing where it sees tests side by side; a benchmark is none of them.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, *options],
-        cwd=ROOT,
-        env={**outer, "PYTHONPATH": paths},
+        cwd=folder,  # which has no fastvae: -m would find it first, before a build that lies elsewhere
+        env={**outer, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
     )
@@ -241,7 +239,7 @@ def test_interleaved_rounds_give_each_contestant_its_turn() -> None:
 
 def test_a_failing_memory_probe_is_reported() -> None:
     with pytest.raises(RuntimeError, match=r"flow\.memory_probe.*failed"):
-        common.peak_extra_memory("flow", "memory_probe", "no such case", threads=1)
+        common.peak_extra_memory(flow.__name__, "memory_probe", "no such case", threads=1)
 
 
 def test_peak_extra_memory_sees_what_a_callable_touches(
@@ -250,7 +248,7 @@ def test_peak_extra_memory_sees_what_a_callable_touches(
     (tmp_path / "touch.py").write_text(
         "import torch\n\ndef work(mib):\n    return lambda: torch.ones(mib * 2**18)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
     touched = common.peak_extra_memory("touch", "work", 64, threads=1)
     assert 60 * 2**20 < touched < 80 * 2**20  # 64 MiB, give or take pages of the interpreter and the reading
 

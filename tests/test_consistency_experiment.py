@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastvae
+from benchmarks.papers.consistency import __main__ as consistency
 from fastvae import metrics
-from scripts import load_script
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-
-PAPERS = Path(__file__).parents[1] / "benchmarks" / "papers"
-sys.path.append(str(PAPERS))
-
-
-consistency = load_script(PAPERS / "consistency.py")
 
 
 def test_networks_are_the_same_for_a_seed_and_fit_images_and_flow() -> None:

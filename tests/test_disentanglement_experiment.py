@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,29 +14,21 @@ from torch import nn
 
 import fastvae
 from fastvae.lowering import lower
-from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "papers" / "disentanglement.py"
-sys.path.append(str(SCRIPT.parent))
-
-from three_dots import comparison  # noqa: E402
-from three_dots.networks import build, networks  # noqa: E402
+from benchmarks.papers.disentanglement import __main__ as script
+from benchmarks.papers.disentanglement import comparison
+from benchmarks.papers.disentanglement.networks import build, networks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Experiment = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(SCRIPT)
-
-
 @pytest.fixture
-def experiment(script: ModuleType, tmp_path: Path) -> Experiment:
+def experiment(tmp_path: Path) -> Experiment:
     """Runs the script on images of 10x10; its results."""
 
     def run(*arguments: str, folder: str = "states") -> dict[str, Any]:
@@ -111,7 +101,7 @@ def test_folders_are_not_mixed_up(experiment: Experiment) -> None:
         experiment("--resume", "--gamma", "0.2", "--steps", "3")
 
 
-def test_both_models_start_alike_and_differ_by_the_penalty(script: ModuleType, tmp_path: Path) -> None:
+def test_both_models_start_alike_and_differ_by_the_penalty(tmp_path: Path) -> None:
     arguments = script.parse(["--size", "10", "--steps", "30", "--checkpoint", str(tmp_path)])
     beta, ours = (build(kind, 5, arguments) for kind in comparison.MODELS)
     assert all(map(torch.equal, beta.parameters(), ours.parameters()))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,23 +11,16 @@ import pytest
 import torch
 
 import fastvae
-from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-PAPERS = Path(__file__).parents[1] / "benchmarks" / "papers"
-sys.path.append(str(PAPERS))
-
-from influence import measures  # noqa: E402
-from retrieval import experiment  # noqa: E402
+from benchmarks.papers.influence import __main__ as influence
+from benchmarks.papers.influence import measures
+from benchmarks.papers.retrieval import __main__ as retrieval
+from benchmarks.papers.retrieval import experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def script(name: str) -> ModuleType:
-    """A script, whose name is also that of its package."""
-    return load_script(PAPERS / f"{name}.py")
 
 
 def test_closed_forms_are_what_refits_give() -> None:
@@ -47,7 +38,7 @@ def test_closed_forms_are_what_refits_give() -> None:
 def test_influence_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--points 30 60 --queries 5 --draws 16 128 --reference 2048 --trials 4 --pairs 6 --epochs 2"
     sizes += " --checkpoints 1 8"
-    script("influence").main([*sizes.split(), "--out", str(tmp_path)])
+    influence.main([*sizes.split(), "--out", str(tmp_path)])
     results = json.loads((tmp_path / "influence.json").read_text())
     assert {row["train"] for row in results["classical"]} == {30, 60}
     assert -0.8 < results["settings"]["sampling_slope"] < -0.2
@@ -82,7 +73,7 @@ def test_retrieval_experiment_in_small(
         files = f"--data {tmp_path}/images.npz --foreign {tmp_path}/foreign.npz --out {tmp_path}/out"
         sizes = "--hidden 1 --queries 6 --epochs 20 --checkpoints 2 --num-samples 4 --width 16 --latent-dim 2"
         states = f"--lr 0.01 --beta 0.1 --batch-size 10 --checkpoint {tmp_path}/states"
-        script("retrieval").main([*f"{files} {sizes} {states}".split(), *more])
+        retrieval.main([*f"{files} {sizes} {states}".split(), *more])
         return dict(json.loads((tmp_path / "out" / "retrieval.json").read_text()))
 
     results = run()

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "papers" / "kinks.py"
-sys.path.append(str(SCRIPT.parent))
-
-from kinks import report  # noqa: E402
+from benchmarks.papers.kinks import __main__ as script
+from benchmarks.papers.kinks import report
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -26,7 +21,7 @@ def test_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     sizes = (
         "--codes 32768 --directions 8 --gamma 0.1 --small-gamma 0.01 --seeds 2 --steps 20 --small-steps 40"
     )
-    load_script(SCRIPT).main([*f"{sizes} --width 8 --latent-dim 2 --out {tmp_path}".split()])
+    script.main([*f"{sizes} --width 8 --latent-dim 2 --out {tmp_path}".split()])
     results = json.loads((tmp_path / "kinks.json").read_text())
     rows = {(row["activation"], row["estimator"]): row for row in results["gradients"]}
     exact, longest = rows["ReLU", "exact"], rows["ReLU", "difference, step 0.1"]

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 import fastvae
-from scripts import load_script
+from benchmarks.papers.likelihood_regret import __main__ as script
+from benchmarks.papers.likelihood_regret.training import resized
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "papers" / "likelihood_regret.py"
-sys.path.append(str(SCRIPT.parent))
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """The script, whose name is also that of its package."""
-    return load_script(SCRIPT)
-
 
 def test_the_experiment_in_small(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = np.random.default_rng(0)
     for name in ("known", "other"):
@@ -68,8 +58,6 @@ def test_the_experiment_in_small(
 
 
 def test_images_are_resized_to_bytes() -> None:
-    from likelihood_regret.training import resized
-
     images = fastvae.data.ImageDataset(torch.full((2, 1, 28, 28), 200, dtype=torch.uint8))
     assert torch.equal(resized(images, 3).images, torch.full((2, 3, 32, 32), 200, dtype=torch.uint8))
     with pytest.raises(SystemExit, match="expected 1 channels"):

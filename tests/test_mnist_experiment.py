@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,13 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae.lowering import lower
-from scripts import load_script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "papers" / "mnist_hvae.py"
-sys.path.append(str(SCRIPT.parent))
-
-from mnist_hvae import comparison, training  # noqa: E402
-from mnist_hvae.networks import build, networks  # noqa: E402
+from benchmarks.papers.mnist_hvae import __main__ as script
+from benchmarks.papers.mnist_hvae import comparison, training
+from benchmarks.papers.mnist_hvae.networks import build, networks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,14 +33,8 @@ STEPS = 8
 Experiment = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """The script, whose name is also that of its package."""
-    return load_script(SCRIPT)
-
-
 @pytest.fixture
-def experiment(script: ModuleType, tmp_path: Path) -> Experiment:
+def experiment(tmp_path: Path) -> Experiment:
     """Runs the script on 60 images of 4x4 (54 to train, 6 to test); its results."""
     pixels = np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)

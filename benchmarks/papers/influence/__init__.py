@@ -1,1 +1,1 @@
-"""Influence in closed form and its sampling error: run ``python benchmarks/papers/influence.py``."""
+"""Influence in closed form and its sampling error: run ``python -m benchmarks.papers.influence``."""

@@ -10,7 +10,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from shared import Row
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,6 +18,7 @@ from fastvae.influence import TracIn
 from fastvae.noise import Stream, draws_of, keys_of
 from fastvae.training import load_checkpoint
 
+from ..shared import Row
 from . import densities
 
 COMPONENTS = 3

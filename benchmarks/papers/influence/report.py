@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared import Row, table
-
+from ..shared import Row, table
 from .measures import slope
 
 

@@ -1,1 +1,1 @@
-"""The Jacobian penalty of decoders with kinks: run ``python benchmarks/papers/kinks.py``."""
+"""The Jacobian penalty of decoders with kinks: run ``python -m benchmarks.papers.kinks``."""

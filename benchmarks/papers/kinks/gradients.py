@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from shared import Row
 from torch import Tensor, nn
 
 from fastvae.ops import jacobian_l1
+
+from ..shared import Row
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "exact": {},

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared import Row, table
+from ..shared import Row, table
 
 
 def summaries(rows: Sequence[Row]) -> list[Row]:

@@ -7,7 +7,6 @@ import functools
 import time
 
 import torch
-from shared import Row
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,6 +14,7 @@ import fastvae
 from fastvae.data import load
 from fastvae.ops import gaussian_kl, jacobian_l1
 
+from ..shared import Row
 from .gradients import ACTIVATIONS, ESTIMATORS, WIDTHS, mlp
 
 TOLD = ("network", "activation", "gamma", "seed", "estimator")

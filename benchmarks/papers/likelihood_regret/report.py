@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shared import Row, table
 from torch import Tensor
 
 from fastvae.metrics import ood_metrics
+
+from ..shared import Row, table
 
 # Xiao, Yan, Amit, NeurIPS 2020, Fashion-MNIST against MNIST; of the likelihood alone they say "far below 0.5".
 PUBLISHED = {"regret": "0.99", "NLL": "below 0.5"}

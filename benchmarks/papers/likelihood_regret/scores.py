@@ -7,12 +7,13 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 
 import torch
-from shared import Row, stored
 from torch import Tensor
 
 import fastvae
 from fastvae.noise import keys_of
 from fastvae.ood import Detector, LikelihoodRegret, NegativeLogLikelihood, compressed_bits
+
+from ..shared import Row, stored
 
 CHUNK = 20  # images scored between two writes to the disk
 

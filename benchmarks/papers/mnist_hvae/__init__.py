@@ -1,1 +1,1 @@
-"""HVAE against VAE on MNIST: run ``python benchmarks/papers/mnist_hvae.py``."""
+"""HVAE against VAE on MNIST: run ``python -m benchmarks.papers.mnist_hvae``."""

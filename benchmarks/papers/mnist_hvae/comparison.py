@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from shared import Row, stored, training_seconds
 from torch import Tensor
 from tqdm import tqdm
 
 import fastvae
 
+from ..shared import Row, stored, training_seconds
 from .networks import Model, build
 from .training import Run, steps_in, train_in_turns
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import Row, keep_epochs, last_epoch, training_seconds, write
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 
 import fastvae
 
+from ..shared import Row, keep_epochs, last_epoch, training_seconds, write
 from .networks import Model
 
 

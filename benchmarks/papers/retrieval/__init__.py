@@ -1,1 +1,1 @@
-"""VAE-TracIn on images: run ``python benchmarks/papers/retrieval.py``."""
+"""VAE-TracIn on images: run ``python -m benchmarks.papers.retrieval``."""

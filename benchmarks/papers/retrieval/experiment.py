@@ -7,7 +7,6 @@ import functools
 from pathlib import Path
 
 import torch
-from shared import Row, stored
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,6 +14,8 @@ import fastvae
 from fastvae.architectures import tracin_decoder, tracin_encoder
 from fastvae.data import ImageDataset
 from fastvae.influence import TracIn
+
+from ..shared import Row, stored
 
 QUERY_SEED = 1
 """Of the queries' noise, other than that of the training images: common noise flatters an image's own gradient."""

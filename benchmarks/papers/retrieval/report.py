@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared import Row, table
+from ..shared import Row, table
 
 PUBLISHED = {"own_strongest": "over 99%", "same_label": "about 80%"}
 """Of the paper, on MNIST."""

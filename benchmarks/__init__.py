@@ -1,0 +1,1 @@
+"""What the operators cost and what the methods buy: ``speed``, ``papers``, and their results."""

@@ -1,0 +1,1 @@
+"""The papers' experiments, in small: one folder each, ``python -m benchmarks.papers.NAME``."""

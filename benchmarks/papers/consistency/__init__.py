@@ -1,0 +1,1 @@
+"""Consistency regularisation, scaled down: run ``python -m benchmarks.papers.consistency``."""

@@ -1,1 +1,0 @@
-"""JL1-VAE against beta-VAE on three dots: run ``python benchmarks/papers/disentanglement.py``."""
