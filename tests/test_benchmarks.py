@@ -70,7 +70,19 @@ def run_quick(folder: Path, *options: str, script: str = "flow") -> str:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    for path in folder.glob("*-quick.json"):
+        assert failures(read(path)) == [], path.name
     return done.stdout
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Why contestants were left out, but for those that are not installed: a benchmark goes on without a rival."""
+    notes = [note["note"] for note in record.get("notes", ())]
+    for case in record.get("cases", ()):
+        notes += [note for note in case.get("notes", {}).values() if note.startswith("not timed")]
+    for entry in record.get("entries", ()):
+        notes += [note for note in entry["notes"] if "left out" not in note]
+    return [note for note in notes if "ModuleNotFoundError" not in note]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -174,6 +186,18 @@ def test_each_case_is_written_as_it_ends(tmp_path: Path, monkeypatch: pytest.Mon
     (written,) = read(tmp_path / "log_likelihood-cpu-quick.json")["cases"]
     assert written["title"] == case.title
     assert case.title in (tmp_path / "log_likelihood-cpu-quick.md").read_text()
+
+
+def test_a_rival_that_fails_fails_the_quick_test_and_one_that_is_not_installed_does_not() -> None:
+    record = {
+        "cases": [
+            {"notes": {"a": "not timed: TypeError: expected an Observation", "b": "lax.scan with unroll=1"}},
+            {"notes": {"a": "not timed: ModuleNotFoundError: No module named 'jax'"}},
+        ],
+        "entries": [{"notes": ["flow: RuntimeError: no rule", "flow, batch 64: left out, over 10 s a call"]}],
+        "notes": [{"note": "ArithmeticError: differs from float64"}],
+    }
+    assert [note.split()[-1] for note in failures(record)] == ["float64", "Observation", "rule"]
 
 
 def test_a_rival_that_fails_is_noted_and_ours_is_not_forgiven() -> None:

@@ -34,6 +34,15 @@ def test_quick_run_times_what_runs_and_says_why_not(tmp_path: Path) -> None:
     assert (tmp_path / "zoo-cpu-quick.md").read_text().strip() == printed.strip()
 
 
+@pytest.mark.slow
+def test_quick_run_of_the_encoders_times_regret_and_tracin(tmp_path: Path) -> None:
+    printed = run_quick(tmp_path, "--only", "mlp", "--width", "1", script="encoders")
+    (entry,) = read(tmp_path / "encoders-cpu-quick.json")["entries"]
+    assert [result["task"] for result in entry["results"]] == ["regret", "tracin"] and entry["kernels"]
+    assert all(result["speed_up"] > 0 for result in entry["results"])
+    assert (tmp_path / "encoders-cpu-quick.md").read_text().strip() == printed.strip()
+
+
 def test_the_table_says_what_is_lowered_and_why_not() -> None:
     found = {row.name: row for row in table.rows(zoo.ZOO[name] for name in ("mlp", "lstm"))}
     assert found["mlp"].lowered and not found["mlp"].reason

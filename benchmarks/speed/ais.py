@@ -88,7 +88,7 @@ def log_px_and_force(log_px: LogPx, z: Tensor, x: Tensor) -> tuple[Tensor, Tenso
 
 
 def half_squares(*tensors: Tensor) -> Tensor:
-    return 0.5 * sum(tensor.double().square().sum(1) for tensor in tensors)
+    return 0.5 * torch.cat(tensors, 1).double().square().sum(1)
 
 
 def careful(log_px: LogPx, x: Tensor, start: Tensor, noise: Noise, ladder: Tensor, steps: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch import Tensor
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"
 
+T = TypeVar("T")
 Contestant = Callable[[], object]
 Clock = Callable[[Contestant, int], float]
 
@@ -200,7 +201,7 @@ def clock_of(device: torch.device) -> Clock:
     return cuda_clock if device.type == "cuda" else wall_clock
 
 
-def captured(contestant: Contestant) -> Contestant:
+def captured(contestant: Callable[[], T]) -> Callable[[], T]:
     """The contestant in a CUDA graph; what it returns is overwritten by every replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -212,7 +213,7 @@ def captured(contestant: Contestant) -> Contestant:
     with torch.cuda.graph(graph):
         results = contestant()
 
-    def replay() -> object:
+    def replay() -> T:
         graph.replay()
         return results
 

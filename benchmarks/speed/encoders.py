@@ -49,7 +49,7 @@ def networks(entry: EncoderEntry, width: int) -> tuple[nn.Module, nn.Module]:
     return encoder, decoder
 
 
-def regret(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, common.Contestant]:
+def regret(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     """Both train for the same steps, with the same noise."""
     model = fastvae.VAE(*networks(entry, options.width)).eval().to(options.device)
     x = torch.rand(IMAGES, *entry.shape, generator=torch.Generator().manual_seed(2)).to(options.device)
@@ -67,7 +67,7 @@ def regret(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, common
     return {OURS: lambda: torch.cat(detector.refit(x)[:2], 1), "one image after the other": sequential}
 
 
-def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, common.Contestant]:
+def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     """One checkpoint, one draw of noise."""
     encoder, decoder = networks(entry, options.width)
     model = fastvae.VAE(encoder, decoder, latent_dim=entry.latents).eval().to(options.device)
@@ -84,15 +84,22 @@ def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, common
         .to(options.device)
     )
     noise = [rivals.noise_of(model, x, entry.latents) for x in (train, queries)]
+    way: Callable[..., Tensor]
     try:
         rivals.vmap_grad(losses, train[:2], queries[:2], [each[:2] for each in noise])
         way, name = rivals.vmap_grad, "vmap(grad)"
     except Exception:
         way, name = rivals.loop, "a backward pass a sample"
-    return {OURS: lambda: ours.influence(queries), name: lambda: way(losses, train, queries, noise)}
+
+    def scores() -> Tensor:
+        found = ours.influence(queries)
+        assert isinstance(found, Tensor)  # without k
+        return found
+
+    return {OURS: scores, name: lambda: way(losses, train, queries, noise)}
 
 
-TASKS: dict[str, Callable[[EncoderEntry, argparse.Namespace], dict[str, common.Contestant]]] = {
+TASKS: dict[str, Callable[[EncoderEntry, argparse.Namespace], dict[str, Callable[[], Tensor]]]] = {
     "regret": regret,
     "tracin": tracin,
 }

@@ -61,7 +61,7 @@ def decoder_of(widths: Sequence[int], outputs: int) -> nn.Sequential:
 
 def contestants_of(
     name: str, size: str, options: argparse.Namespace
-) -> dict[str, dict[str, common.Contestant]]:
+) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
     """By task, ours and the rival."""
     likelihood, counts = LIKELIHOODS[name]
     widths, batch = (QUICK if options.quick else SIZES)[size]

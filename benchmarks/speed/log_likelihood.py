@@ -92,7 +92,7 @@ def copies(model: fastvae.VAE, x: Tensor, noise: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def careful(model: nn.Module, decode: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor) -> Tensor:
+def careful(model: fastvae.VAE, decode: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor) -> Tensor:
     mu, logvar = model.encoder(x).chunk(2, 1)
     z = mu + torch.exp(logvar / 2) * noise
     weights = tiled_log_px(decode, z.flatten(0, 1), (x * 255).round().long()).reshape(z.shape[:2])
@@ -107,8 +107,8 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         dcgan_encoder(case.channels, case.width), dcgan_decoder(case.channels, case.width), "categorical"
     )
     model = model.to(device).eval().requires_grad_(False)
-    last = torch.channels_last
-    fast = copy.deepcopy(model).to(memory_format=last)
+    fast = copy.deepcopy(model)
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = (torch.randint(256, (case.images, case.channels, 32, 32)) / 255).to(device)
     noise = torch.randn(case.samples, case.images, 100, device=device)
 
@@ -141,7 +141,9 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     if not errors[OURS] < 1e-5:
         raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}")
 
-    layers = floors.products(model.decoder, torch.randn(case.images * case.samples, 100, device=device))
+    decoder = model.decoder
+    assert isinstance(decoder, nn.Sequential)
+    layers = floors.products(decoder, torch.randn(case.images * case.samples, 100, device=device))
     operations = sum(layer.operations for layer in layers)
     command.progress(f"{case.title}: timing")
     timings, gflops = common.interleave_with_gemm(

@@ -255,13 +255,13 @@ class Problem:
                 compiled()
                 found[name + COMPILED] = compiled
             except Exception as error:  # whatever Dynamo, AOTAutograd or a C++ compiler raises
-                notes[name + COMPILED] = common.why(error)
+                notes[name + COMPILED] = f"not timed: {common.why(error)}"
         try:
             theirs = pythae_model(case, self._pair).to(self.x.device)
             # The learnt numbers of its trajectory are its own.
             found[PYTHAE] = self.step(lambda: theirs({"data": self.x}).loss, self.own(theirs))
         except ImportError as error:
-            notes[PYTHAE] = common.why(error)
+            notes[PYTHAE] = f"not timed: {common.why(error)}"
         return found, notes
 
     def errors(self, contestants: dict[str, common.Contestant]) -> dict[str, float]:

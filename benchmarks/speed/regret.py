@@ -246,7 +246,7 @@ def per_image(timing: common.Timing, images: int) -> common.Timing:
 def operations_of(model: VAE, x: Tensor) -> int:
     """Floating-point operations of one image's step: three products a layer of the encoder, two of the decoder."""
     total, h = 0, x
-    for layer in model.encoder:  # type: ignore[union-attr]
+    for layer in model.encoder:  # type: ignore[attr-defined]
         h = layer(h)
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             total += 3 * 2 * h.numel() * layer.weight[0].numel()
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records: list[dict[str, Any]] = []
     for case in chosen:
         records += run_case(case, device, options)
-        record = {
+        record: dict[str, Any] = {
             "benchmark": "regret",
             "environment": environment,
             "settings": settings,

@@ -77,25 +77,30 @@ def flow(p: Problem, run_flow: Callable[..., Sequence[Tensor]]) -> Run:
     return run
 
 
+def condition_of(p: Problem) -> Tensor | None:
+    return p.condition[0] if p.condition else None
+
+
 def our_flow(p: Problem) -> Run:
-    options = {"condition": p.condition[0]} if p.condition else {}
-    return flow(
-        p,
-        lambda z, rho, *pace: ops.hamiltonian_flow(p.decoder, z, rho, p.x, *pace, p.likelihood, **options),
-    )
+    def run_flow(z: Tensor, rho: Tensor, step_size: Tensor, alpha: Tensor) -> Sequence[Tensor]:
+        condition = condition_of(p)
+        return ops.hamiltonian_flow(
+            p.decoder, z, rho, p.x, step_size, alpha, p.likelihood, condition=condition
+        )
+
+    return flow(p, run_flow)
 
 
 def eager_flow(p: Problem) -> Run:
-    return flow(
-        p,
-        lambda z, rho, *pace: oracles.flow(functools.partial(decode, p), z, rho, p.x, *pace, p.likelihood),
-    )
+    def run_flow(z: Tensor, rho: Tensor, step_size: Tensor, alpha: Tensor) -> Sequence[Tensor]:
+        return oracles.flow(functools.partial(decode, p), z, rho, p.x, step_size, alpha, p.likelihood)
+
+    return flow(p, run_flow)
 
 
 def our_jacobian(p: Problem) -> Run:
-    options = {"condition": p.condition[0]} if p.condition else {}
     leaves = trained(p)
-    return lambda: gradients(ops.jacobian_l1(p.decoder, p.z, **options), leaves)
+    return lambda: gradients(ops.jacobian_l1(p.decoder, p.z, condition=condition_of(p)), leaves)
 
 
 def eager_jacobian(p: Problem) -> Run:
@@ -105,7 +110,7 @@ def eager_jacobian(p: Problem) -> Run:
 
     def run() -> list[Tensor]:
         rows = p.z.repeat_interleave(latents, 0)
-        _, tangents = torch.func.jvp(functools.partial(decode, p), (rows,), (directions,))
+        tangents = torch.func.jvp(functools.partial(decode, p), (rows,), (directions,))[1]
         return gradients(tangents.abs().sum() / len(p.z), leaves)
 
     return run
@@ -184,7 +189,7 @@ def run_task(
         return [], f"eager PyTorch in float64: {common.why(error)}"
     if options.captured:
         try:
-            run_ours, run_eager = common.captured(run_ours), common.captured(run_eager)
+            run_ours, run_eager = (common.captured(run) for run in (run_ours, run_eager))
             our_error = error_of(run_ours(), exact)
         except Exception as error:
             return [], f"captured: {common.why(error)}"

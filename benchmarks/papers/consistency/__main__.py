@@ -57,8 +57,10 @@ def dense(shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
     size = int(torch.Size(shape).numel())
 
     def layers(*widths: int) -> list[nn.Module]:
-        pairs = itertools.pairwise(widths)
-        return [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ELU())][:-1]
+        found: list[nn.Module] = []
+        for pair in itertools.pairwise(widths):
+            found += [nn.Linear(*pair), nn.ELU()]
+        return found[:-1]
 
     encoder = nn.Sequential(nn.Flatten(), *layers(size, 200, 200, 200, 2 * LATENTS))
     return encoder, nn.Sequential(*layers(LATENTS, 200, 200, 200, size), nn.Unflatten(1, tuple(shape)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae.influence import TracIn
@@ -44,38 +44,42 @@ def refit(train: Tensor, log_density: Callable[[Tensor], Tensor], full: Tensor) 
 
 def closed_forms(sizes: Sequence[int], queries: int, seed: int) -> list[Row]:
     """For each density and N: the largest difference to the refits, and who is whose strongest proponent."""
+    return [row for count in sizes for row in closed_forms_of(count, queries, seed)]
+
+
+def closed_forms_of(count: int, queries: int, seed: int) -> list[Row]:
+    """The same for one N."""
+    generator = torch.Generator().manual_seed(seed)
+    train, component = points(count, generator)
+    x = torch.cat([train[:queries], points(queries, generator)[0]])
+    # The log density at x of the points that are kept, and the influences in closed form.
+    learners: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        f"{densities.NEIGHBOURS}-NN density": (
+            lambda kept: densities.knn_log_density(train[kept], x),
+            densities.knn_influence(train, x),
+        ),
+        "kernel density": (
+            lambda kept: densities.kernel_log_density(train[kept], x),
+            densities.kernel_influence(train, x),
+        ),
+        "Gaussian mixture, first order": (
+            lambda kept: densities.mixture_log_density(train[kept], component[kept], x),
+            densities.mixture_influence(train, component, x),
+        ),
+    }
     rows: list[Row] = []
-    for count in sizes:
-        generator = torch.Generator().manual_seed(seed)
-        train, component = points(count, generator)
-        x = torch.cat([train[:queries], points(queries, generator)[0]])
-        learners: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
-            f"{densities.NEIGHBOURS}-NN density": (
-                lambda kept, at, t=train: densities.knn_log_density(t[kept], at),
-                densities.knn_influence(train, x),
-            ),
-            "kernel density": (
-                lambda kept, at, t=train: densities.kernel_log_density(t[kept], at),
-                densities.kernel_influence(train, x),
-            ),
-            "Gaussian mixture, first order": (
-                lambda kept, at, t=train, c=component: densities.mixture_log_density(t[kept], c[kept], at),
-                densities.mixture_influence(train, component, x),
-            ),
-        }
-        for name, (log_density, influence) in learners.items():
-            everyone = torch.arange(count)
-            exact = refit(train, lambda kept, f=log_density, at=x: f(kept, at), log_density(everyone, x))
-            own = influence[:queries].argmax(1) == torch.arange(queries)
-            rows.append(
-                {
-                    "density": name,
-                    "train": count,
-                    "error": float((influence - exact).abs().max()),
-                    "largest": float(exact.abs().max()),
-                    "own_strongest": float(own.double().mean()),
-                }
-            )
+    for name, (log_density, influence) in learners.items():
+        exact = refit(train, log_density, log_density(torch.arange(count)))
+        own = influence[:queries].argmax(1) == torch.arange(queries)
+        rows.append(
+            {
+                "density": name,
+                "train": count,
+                "error": float((influence - exact).abs().max()),
+                "largest": float(exact.abs().max()),
+                "own_strongest": float(own.double().mean()),
+            }
+        )
     return rows
 
 
@@ -86,7 +90,7 @@ def trained(x: Tensor, epochs: int, seed: int, **options: Any) -> tuple[fastvae.
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, 2 * LATENTS))
     decoder = nn.Sequential(nn.Linear(LATENTS, 64), nn.ReLU(), nn.Linear(64, size))
     model = fastvae.VAE(encoder, decoder, beta=4.0)
-    loader = DataLoader(x, 64, shuffle=True)
+    loader = DataLoader(TensorDataset(x), 64, shuffle=True)
     return model, fastvae.fit(model, loader, epochs=epochs, seed=seed, progress=False, **options)
 
 

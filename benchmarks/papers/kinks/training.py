@@ -8,7 +8,7 @@ import time
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae.data import load
@@ -47,7 +47,7 @@ def reached(
     act = ACTIVATIONS[activation]
     encoder = torch.nn.Sequential(torch.nn.Flatten(), *mlp((outputs, *reversed(hidden), 2 * latents), act))
     model = fastvae.JacobianL1VAE(encoder, mlp(widths, act), gamma=gamma, **ESTIMATORS[estimator])
-    loader = DataLoader(train.flatten(1), arguments.batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(TensorDataset(train.flatten(1)), arguments.batch_size, shuffle=True, drop_last=True)
     begun = time.perf_counter()
     history = fastvae.fit(
         model,

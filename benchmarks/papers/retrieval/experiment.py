@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae.architectures import tracin_decoder, tracin_encoder
@@ -28,7 +28,7 @@ def trained(x: Tensor, folder: Path, arguments: argparse.Namespace) -> tuple[fas
     model = fastvae.VAE(tracin_encoder(*sizes), tracin_decoder(*sizes), beta=arguments.beta)
     history = fastvae.fit(
         model,
-        DataLoader(x, arguments.batch_size, shuffle=True),
+        DataLoader(TensorDataset(x), arguments.batch_size, shuffle=True),
         epochs=arguments.epochs,
         optimizer=functools.partial(getattr(torch.optim, arguments.optimizer), lr=arguments.lr),
         run_dir=folder,
