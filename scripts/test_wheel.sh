@@ -28,7 +28,7 @@ import fastvae
 assert Path(fastvae.__file__).is_relative_to(Path.cwd()), fastvae.__file__
 count = 0
 for info in pkgutil.walk_packages(fastvae.__path__, "fastvae."):
-    if info.name.startswith(("fastvae.demo", "fastvae.integrations", "fastvae.__main__")):
+    if info.name.startswith(("fastvae.demo", "fastvae.integrations", "fastvae.plot", "fastvae.report", "fastvae.__main__")):
         continue  # need packages that are not here
     module = importlib.import_module(info.name)
     for name in getattr(module, "__all__", ()):

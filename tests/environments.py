@@ -89,9 +89,9 @@ def install(folder: Path, *, distribution: str = "fastvae_ops", name: str = "fas
 
 
 def copy_sources(target: Path) -> None:
-    """The Python files of this package, and no build."""
-    for path in PACKAGE.rglob("*.py"):
-        if path.name != "_build.py":
+    """The files of this package, and no build."""
+    for path in PACKAGE.rglob("*"):
+        if path.suffix in (".py", ".html", ".typed") and path.name != "_build.py":
             copy = target / path.relative_to(PACKAGE)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())

@@ -1,0 +1,70 @@
+"""How the model was trained, what the page looked at, and with which versions."""
+
+from __future__ import annotations
+
+from fastvae import info, plot
+from fastvae.report.page import Picture, Section, Table
+from fastvae.report.subject import Subject
+from fastvae.report.wording import article
+
+__all__ = ["setting", "training"]
+
+
+def training(subject: Subject) -> Section | None:
+    """Curves of the histories that were given; None without any."""
+    if not subject.histories:
+        return None
+    rows = [
+        [
+            name,
+            f"{len(history.steps)}",
+            f"{history.steps[-1]:,}",
+            f"{sum(history.seconds):.0f} s",
+            "-" if history.val_loss[-1] is None else f"{history.val_loss[-1]:.2f}",
+        ]
+        for name, history in subject.histories.items()
+    ]
+    falling = []
+    for name, history in subject.histories.items():
+        losses = [value for value in history.val_loss if value is not None] or history.train_loss
+        quarter = max(1, len(losses) // 4)
+        falling.append((name, losses[-quarter - 1] - losses[-1] if len(losses) > quarter else 0.0))
+    said = ", ".join(f"{name + ': ' if len(falling) > 1 else ''}{loss:.2f} nats" for name, loss in falling)
+    return Section(
+        "Training",
+        f"Over the last quarter of the epochs the loss fell by {said}"
+        + (": longer training would help." if max(loss for _, loss in falling) > 0.5 else "."),
+        None,
+        ["The loss is that of the objective, penalties and β included."],
+        Table(["", "epochs", "steps", "time", "last loss"], rows),
+        [Picture(plot.png(plot.training_curves(subject.histories)), "Thick: held out; thin: training.")],
+    )
+
+
+def setting(subject: Subject, seconds: float) -> Section:
+    """Data, model and versions."""
+    shape, kind = "x".join(map(str, subject.shape)), article(type(subject.model).__name__)
+    rows = [
+        [
+            "training images",
+            f"{subject.names[0]}, {len(subject.train):,} of {subject.sizes[0]:,} looked at, {shape}",
+        ],
+        ["test images", f"{subject.names[1]}, {len(subject.test):,} of {subject.sizes[1]:,} looked at"],
+        *(
+            ["foreign images", f"{name}, {len(images):,} looked at"]
+            for name, images in subject.foreign.items()
+        ),
+        ["pixels", "drawn from their grey values, once" if subject.is_binarised else "as they are"],
+        ["likelihood", str(subject.model.likelihood)],
+        ["parameters", f"{subject.size:,}, {subject.encoder_size:,} of them in the encoder"],
+        ["seed, effort", f"{subject.seed}, {subject.effort:g}"],
+        *([["command", subject.command]] if subject.command else []),
+        *([name, value] for name, value in info.describe()),
+    ]
+    return Section(
+        "What was looked at",
+        f"A{kind[1:]} of {subject.size:,} parameters; the sections above took {seconds:.0f} s.",
+        None,
+        table=Table(["", ""], rows, numbers=2),
+        details=[("The model", str(subject.model))],
+    )

@@ -1,0 +1,152 @@
+"""``write_report``: a page on a model of the user's and its data."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+from fastvae.data import ImageDataset
+from fastvae.models import BaseVAE
+from fastvae.progress import with_bar
+from fastvae.report.evidence import evidence
+from fastvae.report.foreign import foreign_images
+from fastvae.report.influence import influence, influences_of, suspicious
+from fastvae.report.latents import latents
+from fastvae.report.page import Section, write_page
+from fastvae.report.pictures import reconstructions, samples
+from fastvae.report.setting import setting, training
+from fastvae.report.speed import speed
+from fastvae.report.subject import Foreign, Subject
+from fastvae.report.trajectory import trajectory
+from fastvae.report.wording import article
+from fastvae.training import History
+
+__all__ = ["sections_of", "write_report"]
+
+
+def write_report(
+    model: BaseVAE,
+    train: ImageDataset,
+    test: ImageDataset,
+    folder: str | os.PathLike[str],
+    *,
+    foreign: Foreign = None,
+    history: History | Mapping[str, History] | None = None,
+    binarised: bool | None = None,
+    title: str | None = None,
+    command: str = "",
+    seed: int = 0,
+    effort: float = 1.0,
+    progress: bool = True,
+) -> Path:
+    """Write ``folder/index.html``: one page, without scripts or other files, on a trained model and its data.
+
+    Samples, reconstructions, traversals, active units, bound and likelihood with standard errors, the most foreign
+    images, the most influential training images and those whose labels look wrong, what runs in kernels and how fast.
+    Each section opens with a sentence that its numbers decide, and those that worked come first. A section that cannot
+    be computed for this model says why, and a RuntimeWarning too.
+
+    Args:
+        model: a fastvae model; what is looked at is a private copy, in eval mode. No conditional model.
+        train: what it was trained on, as :func:`fastvae.data.load` returns it; of large data sets a part is looked at.
+        test: images of the same kind that took no part in training.
+        folder: made where it is not there.
+        foreign: data sets of other kinds of images, by name or one after the other, to be told from ``test``; they are
+            resized to its shape.
+        history: of :func:`fastvae.fit`, one, or several by name: adds training curves.
+        binarised: whether the model sees pixels drawn from their grey values, as by ``fit(binarize=True)``. None: where
+            its likelihood is Bernoulli and images have other values than 0 and 1.
+        title: of the page.
+        command: what was typed, to be named on the page.
+        seed: of all choices and noise.
+        effort: 1 takes a minute for small images; less looks at fewer images with fewer samples.
+        progress: show a bar over the sections (needs tqdm).
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: images of different shapes, a conditional model, an effort that is not above 0.
+        TypeError: not a fastvae model.
+        ImportError: matplotlib, Jinja2 or tqdm is not installed.
+    """
+    named = (
+        {} if history is None else {"training": history} if isinstance(history, History) else dict(history)
+    )
+    subject = Subject.of(
+        model,
+        train,
+        test,
+        foreign=foreign,
+        binarised=binarised,
+        seed=seed,
+        effort=effort,
+        histories=named,
+        command=command,
+    )
+    path = Path(folder) / "index.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sections = sections_of(subject, progress=progress)
+    kind = type(subject.model).__name__
+    lead = f"""What {article(kind)} makes of {subject.names[0]}: {len(subject.train):,} training and
+        {len(subject.test):,} test images were looked at. First one sentence on each question, from its numbers."""
+    write_page(path, f"{kind} on {Path(subject.names[0]).name}" if title is None else title, lead, sections)
+    return path
+
+
+def sections_of(subject: Subject, *, wrong: object = None, progress: bool = False) -> list[Section]:
+    """All sections on one subject, those of their turn that say something.
+
+    Args:
+        subject: the model and its images.
+        wrong: see :func:`fastvae.report.influence.suspicious`.
+        progress: show a bar.
+    """
+    known: dict[str, object] = {}
+
+    def influences() -> Section:
+        known["influences"] = influences_of(subject)
+        return influence(subject, known["influences"])  # type: ignore[arg-type]
+
+    def labels() -> Section | None:
+        if "influences" not in known:
+            return None
+        return suspicious(subject, known["influences"], wrong=wrong)  # type: ignore[arg-type]
+
+    parts: dict[str, Callable[[], Section | None]] = {
+        "Samples": partial(samples, subject),
+        "Reconstructions": partial(reconstructions, subject),
+        "Bound and likelihood": partial(evidence, subject),
+        "Latents": partial(latents, subject),
+        "Trajectories": partial(trajectory, subject),
+        "Influence of training images": influences,
+        "Suspicious labels": labels,
+        "Foreign images": partial(foreign_images, subject),
+        "Speed": partial(speed, subject),
+        "Training": partial(training, subject),
+    }
+    items: Iterable[tuple[str, Callable[[], Section | None]]] = parts.items()
+    if progress:
+        items = with_bar("report", items, "section", len(parts))
+    began, found = time.perf_counter(), []
+    for title, part in items:
+        before = time.perf_counter()
+        section = _attempted(title, part)
+        if section is not None:
+            section.seconds = time.perf_counter() - before
+            found.append(section)
+    return [*found, setting(subject, time.perf_counter() - began)]
+
+
+def _attempted(title: str, part: Callable[[], Section | None]) -> Section | None:
+    """What a user's own networks cannot do, or a package that is missing, costs one section and not the page."""
+    try:
+        return part()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"write_report: {title} could not be computed: {reason}", RuntimeWarning, stacklevel=2)
+        return Section(title, "This could not be computed for this model.", False, [reason])
