@@ -147,7 +147,7 @@ def test_a_browser_shows_all_of_it(page: Path, tmp_path: Path) -> None:
 def test_a_browser_sees_faults(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(
-        "<!DOCTYPE html><html><body><h2>t</h2><p style='width: 80px'><b style='display: block; width: 600px'>wide</b></p>"
+        "<!DOCTYPE html><html><body><h2>t</h2><p style='width: 80px'><b style='display:block;width:600px'>wide</b></p>"
         "<img alt='a' src='data:image/png;base64,'><a href='#gone'>x</a>"
         "<script>console.error('broken'); undefined.x</script></body></html>"
     )
