@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from training_problems import Annealed, batches, images, make, one_thread, quiet_fit, weights
 
+from fastvae.atomic import write_atomically
 from fastvae.training import History, load_checkpoint, save_checkpoint
-from fastvae.training.atomic import write_atomically
 from fastvae.training.locking import FolderLock
 
 __all__ = ["one_thread"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastvae._distribution import to_mend
+from fastvae.atomic import write_atomically
 from fastvae.influence.factors import Factors
-from fastvae.training.atomic import write_atomically
 
 __all__ = ["FactorCache", "fingerprint"]
 

@@ -39,7 +39,7 @@ from fastvae.models import BaseVAE
 from fastvae.private import Turns, private_copy
 from fastvae.progress import with_bar
 from fastvae.training import load_checkpoint
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = ["InfluenceWithError", "KMostInfluentialResults", "TracIn"]
 

@@ -16,7 +16,7 @@ from fastvae.data import FactorSpace
 from fastvae.metrics.disentanglement import mig, modularity
 from fastvae.models import BaseVAE
 from fastvae.private import private_copy
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = ["codes_of", "local_codes", "local_mig", "local_modularity"]
 

@@ -14,7 +14,7 @@ from fastvae.models import BaseVAE
 from fastvae.models.observation import Observation
 from fastvae.private import private_copy
 from fastvae.training.batches import Place, batch_of
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = [
     "Estimate",

@@ -35,7 +35,7 @@ from fastvae.ood.differentiated import differentiated_copies
 from fastvae.ood.objective import PosteriorObjective
 from fastvae.private import PrivateCopies
 from fastvae.progress import with_bar
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = ["LikelihoodRegret", "Refit"]
 

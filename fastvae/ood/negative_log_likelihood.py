@@ -10,7 +10,7 @@ from fastvae.models.inputs import check_is_tensor
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.base import Detector
 from fastvae.private import PrivateCopies
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = ["LikelihoodScore", "NegativeLogLikelihood"]
 

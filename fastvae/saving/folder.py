@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvae._distribution import to_mend
 from fastvae._version import __version__
+from fastvae.atomic import remove_leftovers, write_atomically
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE
 from fastvae.saving.settings import (
@@ -26,7 +27,6 @@ from fastvae.saving.settings import (
     part_settings,
     settings_of,
 )
-from fastvae.training.atomic import remove_leftovers, write_atomically
 
 __all__ = ["load", "save"]
 

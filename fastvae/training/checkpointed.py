@@ -27,9 +27,10 @@ from fastvae.training.definition import (
 )
 from fastvae.training.history import History
 from fastvae.training.loaders import generators_of
-from fastvae.training.parallel import Team, unwrap
+from fastvae.training.parallel import Team
 from fastvae.training.resuming import Saved, copy_into, load_into, read_saved
 from fastvae.training.step import Stepper
+from fastvae.wrappers import unwrap
 
 __all__ = ["CheckpointedRun"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastvae.atomic import write_atomically
 from fastvae.training.archive import DamagedFileError, read_archive
-from fastvae.training.atomic import write_atomically
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = [
     "all_or_nothing",

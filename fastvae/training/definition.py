@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from fastvae.likelihoods import Likelihood
 from fastvae.training.loaders import length_of
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = [
     "STATE_OF_SCHEDULERS",

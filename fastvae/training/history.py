@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from fastvae.training.atomic import write_atomically
+from fastvae.atomic import write_atomically
 
 __all__ = ["History"]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from fastvae.training.atomic import remove_leftovers
+from fastvae.atomic import remove_leftovers
 from fastvae.training.parallel import Team
 
 fcntl: ModuleType | None

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Team", "unwrap"]
+from fastvae.wrappers import wrapped_modules
+
+__all__ = ["Team"]
 
 
 class Team:
@@ -20,7 +22,7 @@ class Team:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        wrapper = next((m for m in _layers(model) if isinstance(m, DistributedDataParallel)), None)
+        wrapper = next((m for m in wrapped_modules(model) if isinstance(m, DistributedDataParallel)), None)
         self._group = None if wrapper is None else wrapper.process_group
         self.rank = 0 if wrapper is None else dist.get_rank(self._group)
         self.size = 1 if wrapper is None else dist.get_world_size(self._group)
@@ -61,21 +63,3 @@ class Team:
     def wait(self) -> None:
         """Return when every process has come here."""
         self.sums(0.0)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The model, and what is inside torch.compile's and data parallel wrappers, outermost first."""
-    found = [model]
-    while True:
-        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return found
-        found.append(model)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and DDP's wrappers, whose parameters have the plain names."""
-    return _layers(model)[-1]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastvae.atomic import write_atomically
 from fastvae.training.archive import DamagedFileError
-from fastvae.training.atomic import write_atomically
 from fastvae.training.callbacks import Callback
 from fastvae.training.checkpoints import all_or_nothing, read_checkpoint, restore_model
 from fastvae.training.definition import (
@@ -27,7 +27,7 @@ from fastvae.training.definition import (
 )
 from fastvae.training.history import History
 from fastvae.training.optimizers import check_loaded_state, from_torch
-from fastvae.training.parallel import unwrap
+from fastvae.wrappers import unwrap
 
 __all__ = ["Saved", "copy_into", "load_into", "read_saved"]
 

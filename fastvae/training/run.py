@@ -20,9 +20,9 @@ from fastvae.training.callbacks import Training
 from fastvae.training.checkpointed import CheckpointedRun
 from fastvae.training.checkpoints import step_penalties
 from fastvae.training.loaders import length_of, samplers_of
-from fastvae.training.parallel import unwrap
 from fastvae.training.randomness import seed_globals
 from fastvae.training.step import NotFiniteError
+from fastvae.wrappers import unwrap
 
 __all__ = ["Run"]
 
