@@ -30,8 +30,9 @@ from fastvae import (
 )
 from fastvae._version import __version__
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian
-from fastvae.models import HVAE, IWAE, VAE, ConsistencyVAE, DivergenceError, JacobianL1VAE
+from fastvae.models import HVAE, IWAE, VAE, DivergenceError
 from fastvae.network import Network
+from fastvae.penalties import ConsistencyVAE, JacobianL1VAE
 from fastvae.saving import load
 from fastvae.training import History, fit
 

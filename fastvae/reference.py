@@ -6,8 +6,9 @@ Nothing here is fused or lowered, so any decoder that PyTorch can differentiate 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ __all__ = [
     "log_px",
     "log_px_and_force",
     "resolve_latents",
+    "trajectory",
 ]
 
 Decoder = Callable[[Tensor], Tensor]
@@ -255,54 +257,6 @@ def check_state(z: Tensor, rho: Tensor, alpha: Tensor) -> None:
         raise ValueError(f"hamiltonian_flow: alpha: expected [K], got {list(alpha.shape)}")
 
 
-@overload
-def hamiltonian_flow(
-    decoder: Decoder,
-    z: Tensor,
-    rho: Tensor,
-    x: Tensor,
-    step_size: StepSize,
-    alpha: Tensor,
-    likelihood: str | Likelihood = ...,
-    *,
-    weight: Tensor | None = ...,
-    return_trajectory: Literal[False] = ...,
-    create_graph: bool = ...,
-) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-@overload
-def hamiltonian_flow(
-    decoder: Decoder,
-    z: Tensor,
-    rho: Tensor,
-    x: Tensor,
-    step_size: StepSize,
-    alpha: Tensor,
-    likelihood: str | Likelihood = ...,
-    *,
-    weight: Tensor | None = ...,
-    return_trajectory: Literal[True],
-    create_graph: bool = ...,
-) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
-
-
-@overload
-def hamiltonian_flow(
-    decoder: Decoder,
-    z: Tensor,
-    rho: Tensor,
-    x: Tensor,
-    step_size: StepSize,
-    alpha: Tensor,
-    likelihood: str | Likelihood = ...,
-    *,
-    weight: Tensor | None = ...,
-    return_trajectory: bool,
-    create_graph: bool = ...,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]: ...
-
-
 def hamiltonian_flow(
     decoder: Decoder,
     z: Tensor,
@@ -315,7 +269,7 @@ def hamiltonian_flow(
     weight: Tensor | None = None,
     return_trajectory: bool = False,
     create_graph: bool = True,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """K tempered leapfrog steps of the Hamiltonian VAE, with K + 1 force evaluations.
 
     Caterini, Doucet, Sejdinovic, Hamiltonian Variational Auto-Encoder, NeurIPS 2018, Algorithm 1: with
@@ -332,28 +286,50 @@ def hamiltonian_flow(
         alpha: [K], the factor on the momentum at the end of each step.
         likelihood: a name or a Likelihood; ``Bernoulli(probs=True)`` if the decoder returns probabilities.
         weight: [B, ...] of x's elements; see :func:`fastvae.ops.hamiltonian_flow`.
-        return_trajectory: also return the detached ``Trajectory``.
+        return_trajectory: deprecated, see :func:`trajectory`: also return the detached ``Trajectory``.
         create_graph: keep the graph of every force, so that the result can be differentiated; without it, and
             under ``no_grad`` or ``inference_mode``, all results are detached.
 
     Returns:
-        (z_K [B, d], rho_K [B, d], log p(x | z_K) [B]) and the trajectory if asked for.
+        (z_K [B, d], rho_K [B, d], log p(x | z_K) [B]).
 
     Raises:
         ValueError: shapes that do not fit.
     """
     like = weighted("hamiltonian_flow", resolve(likelihood), weight, x)
-    create_graph = create_graph and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    # Inference tensors cannot be saved for a backward pass, and the force is one: leave the mode with copies.
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            z, rho, x, alpha = (t.clone() for t in (z, rho, x, alpha))
-            step_size = step_size.clone() if isinstance(step_size, Tensor) else step_size
-            return _flow(decoder, z, rho, x, step_size, alpha, like, return_trajectory, create_graph=False)
-    return _flow(decoder, z, rho, x, step_size, alpha, like, return_trajectory, create_graph)
+    arguments = decoder, z, rho, x, step_size, alpha, like
+    if not return_trajectory:
+        return flow_and_points(*arguments, create_graph=create_graph)[0]
+    warnings.warn(
+        "fastvae.reference.hamiltonian_flow: return_trajectory goes with the next release; "
+        "fastvae.reference.trajectory returns the trajectory",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    end, points = flow_and_points(*arguments, create_graph=create_graph, keep_points=True)
+    return (*end, points)  # type: ignore[return-value]
 
 
-def _flow(
+def trajectory(
+    decoder: Decoder,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: StepSize,
+    alpha: Tensor,
+    likelihood: str | Likelihood = "bernoulli",
+    *,
+    weight: Tensor | None = None,
+) -> Trajectory:
+    """Every point of :func:`hamiltonian_flow`'s trajectory, detached; the same arguments."""
+    like = weighted("trajectory", resolve(likelihood), weight, x)
+    arguments = decoder, z, rho, x, step_size, alpha, like
+    points = flow_and_points(*arguments, create_graph=False, keep_points=True)[1]
+    assert points is not None
+    return points
+
+
+def flow_and_points(
     decoder: Decoder,
     z: Tensor,
     rho: Tensor,
@@ -361,9 +337,19 @@ def _flow(
     step_size: StepSize,
     alpha: Tensor,
     likelihood: Likelihood,
-    return_trajectory: bool,
-    create_graph: bool,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+    *,
+    create_graph: bool = True,
+    keep_points: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Trajectory | None]:
+    """What ``hamiltonian_flow`` returns, and with ``keep_points`` every point, detached; the same arguments."""
+    # Inference tensors cannot be saved for a backward pass, and the force is one: leave the mode with copies.
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            z, rho, x, alpha = (t.clone() for t in (z, rho, x, alpha))
+            step_size = step_size.clone() if isinstance(step_size, Tensor) else step_size
+            arguments = decoder, z, rho, x, step_size, alpha, likelihood
+            return flow_and_points(*arguments, create_graph=False, keep_points=keep_points)
+    create_graph = create_graph and torch.is_grad_enabled()
     check_state(z, rho, alpha)
     eps = steps_of_codes(step_size, len(alpha), z)
     force_at = _Force("hamiltonian_flow", decoder, x, likelihood, create_graph)
@@ -374,12 +360,12 @@ def _flow(
             z, rho = leapfrog_kick_drift(z, rho, force, eps[k])
             log_px, force = force_at(z)
             rho = leapfrog_kick_temper(rho, force, eps[k], alpha[k])
-            if return_trajectory:
+            if keep_points:
                 points.append((z, rho, log_px))
-    if not return_trajectory:
-        return z, rho, log_px
+    if not keep_points:
+        return (z, rho, log_px), None
     columns = zip(*points, strict=True)
-    return z, rho, log_px, Trajectory(*(torch.stack([t.detach() for t in column]) for column in columns))
+    return (z, rho, log_px), Trajectory(*(torch.stack([t.detach() for t in column]) for column in columns))
 
 
 def hamiltonian_flow_2k(

@@ -32,13 +32,13 @@ from zoo import ZOO, Entry, is_installed, problem  # noqa: E402
 
 from fastvae.data import ColorJitter, Compose, RandomFlip  # noqa: E402
 from fastvae.lowering import CoupledSamples, UnsupportedLayer  # noqa: E402
-from fastvae.models import ConsistencyVAE  # noqa: E402
 from fastvae.network.cache import read_network  # noqa: E402
 from fastvae.network.flow import Evaluation  # noqa: E402
 from fastvae.network.heads import make_head  # noqa: E402
 from fastvae.network.jacobian import Plan  # noqa: E402
 from fastvae.network.layers import Products  # noqa: E402
 from fastvae.network.sweeps import Inputs, Sweeps  # noqa: E402
+from fastvae.penalties import ConsistencyVAE  # noqa: E402
 
 
 class Refused(Exception):  # noqa: N818

@@ -135,6 +135,9 @@ class Problem:
     def run(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         return ops.hamiltonian_flow(*self.args(), **options)
 
+    def trajectory(self) -> reference.Trajectory:
+        return ops.trajectory(*self.args())
+
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
         return reference.hamiltonian_flow(*self.args())
 

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastvae.likelihoods import Gaussian, Likelihood, Poisson
 from fastvae.metrics import AISEstimate, ais, bidirectional_ais, negative_log_likelihood
 from fastvae.metrics.annealing import temperatures
-from fastvae.models import HVAE, IWAE, VAE, BaseVAE, ConsistencyVAE, JacobianL1VAE
+from fastvae.models import HVAE, IWAE, VAE, BaseVAE
 from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.penalties import ConsistencyVAE, JacobianL1VAE
 
 double = torch.float64
 

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import fastvae
 from fastvae.data import RandomAffine
-from fastvae.models import HVAE, IWAE, VAE, BaseVAE, ConsistencyVAE, JacobianL1VAE
-from fastvae.penalties import BetaAnnealing, Consistency, JacobianL1
+from fastvae.models import HVAE, IWAE, VAE, BaseVAE
+from fastvae.penalties import BetaAnnealing, Consistency, ConsistencyVAE, JacobianL1, JacobianL1VAE
 
 ALL = [*MODELS, IWAE]
 

@@ -78,10 +78,9 @@ def test_trajectory(device: torch.device) -> None:
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(z: Tensor) -> tuple:
-        return replace(p, z=z).run(return_trajectory=True)
+        return replace(p, z=z).trajectory()
 
-    *_, trajectory = run(p.z)
-    for a, b in zip(trajectory, p.run(return_trajectory=True)[3], strict=True):
+    for a, b in zip(run(p.z), p.trajectory(), strict=True):
         assert torch.equal(a, b)
 
 

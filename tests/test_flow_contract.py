@@ -117,7 +117,7 @@ def test_small_batches(decoder, latent_dim: int, batch: int, memory: str, device
     whole = problem(module, "bernoulli", batch=7, latent_dim=latent_dim, steps=5).to(device)
     p = replace(whole, z=whole.z[:batch].clone(), rho=whole.rho[:batch].clone(), x=whole.x[:batch].clone())
     p.require()
-    *outputs, trajectory = flow(*p.args(), memory=memory, return_trajectory=True)
+    outputs, trajectory = flow(*p.args(), memory=memory), p.trajectory()
     assert [list(o.shape) for o in outputs] == [[batch, latent_dim], [batch, latent_dim], [batch]]
     assert [list(t.shape) for t in trajectory] == [[6, batch, latent_dim]] * 2 + [[6, batch]]
     for output, of_whole in zip(outputs, whole.run(memory=memory), strict=True):
@@ -168,15 +168,16 @@ def test_autocast_rounds_no_data(device: torch.device) -> None:
 
 def test_no_grad_and_inference_mode(device: torch.device) -> None:
     p = problem(conv, "gaussian").to(device).require()
-    expected = p.run(return_trajectory=True)
+    expected = (*p.run(), *p.trajectory())
     with torch.no_grad():
-        no_grad = p.run(return_trajectory=True)
+        no_grad = (*p.run(), *p.trajectory())
     with torch.inference_mode():
-        inference = p.run(return_trajectory=True)
+        inference = (*p.run(), *p.trajectory())
         # Inference tensors as inputs.
-        again = replace(p, z=p.z * 1, rho=p.rho * 1, alpha=p.alpha * 1).run(return_trajectory=True)
+        q = replace(p, z=p.z * 1, rho=p.rho * 1, alpha=p.alpha * 1)
+        again = (*q.run(), *q.trajectory())
     for results in (no_grad, inference, again):
-        for result, wanted in zip((*results[:3], *results[3]), (*expected[:3], *expected[3]), strict=True):
+        for result, wanted in zip(results, expected, strict=True):
             assert not result.requires_grad
             assert torch.equal(result, wanted)
 

@@ -18,19 +18,30 @@ from fastvae.likelihoods import Bernoulli, Gaussian
 
 def test_trajectory(device: torch.device) -> None:
     p = problem(conv, "bernoulli", steps=6).to(device).require()
-    expected = reference.hamiltonian_flow(*p.args(), return_trajectory=True)[3]
+    expected, trajectory = reference.trajectory(*p.args()), p.trajectory()
+    assert not any(t.requires_grad for t in trajectory)
     for memory in MEMORY:
-        *end, trajectory = p.run(memory=memory, return_trajectory=True)
-        assert not any(t.requires_grad for t in trajectory)
+        end = p.run(memory=memory)
         for name, values, wanted, last in zip(trajectory._fields, trajectory, expected, end, strict=True):
             assert_near(values, wanted.cpu(), 1e-11, name)
             assert torch.equal(values[-1], last)
 
 
+@pytest.mark.parametrize("flow", [ops.hamiltonian_flow, reference.hamiltonian_flow])
+def test_the_flag_for_a_trajectory_still_works_and_is_deprecated(flow, device: torch.device) -> None:
+    p = problem().to(device).require()
+    with pytest.warns(DeprecationWarning, match=r"fastvae\.\w+\.trajectory returns the trajectory") as caught:
+        *outputs, trajectory = flow(*p.args(), return_trajectory=True)
+    assert caught[0].filename == __file__, "points at the caller"
+    for values, last in zip(trajectory, outputs, strict=True):
+        assert torch.equal(values[-1], last) and last.requires_grad and not values.requires_grad
+
+
 def test_trajectory_in_place_change_is_caught(device: torch.device) -> None:
     """It shares memory with what the backward pass reads, which must not change in silence."""
     p = problem().to(device).require()
-    *outputs, trajectory = p.run(return_trajectory=True)
+    with pytest.warns(DeprecationWarning):
+        *outputs, trajectory = p.run(return_trajectory=True)
     trajectory.z.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         outputs[2].sum().backward()
@@ -62,13 +73,13 @@ def test_a_decoder_that_is_read_as_a_graph_agrees(device: torch.device) -> None:
     p = problem(Residual(3, 4)).to(device).require()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        outputs, again = p.run(return_trajectory=True), p.run()
+        outputs, trajectory = p.run(), p.trajectory()
     expected = p.reference()
-    for output, other, wanted in zip(outputs, again, expected, strict=False):
+    for output, points, wanted in zip(outputs, trajectory, expected, strict=True):
         torch.testing.assert_close(output, wanted, rtol=1e-12, atol=1e-12)
-        assert torch.equal(other, output)
+        assert torch.equal(points[-1], output)
     wanted_gradients = gradients(p, expected)
-    for name, gradient in gradients(p, outputs[:3]).items():
+    for name, gradient in gradients(p, outputs).items():
         torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
@@ -82,18 +93,19 @@ class _Unread(Residual):
 def test_fallback_warns_once_and_agrees(device: torch.device) -> None:
     p = problem(_Unread(3, 4)).to(device).require()
     with pytest.warns(UserWarning, match="hamiltonian_flow: this decoder cannot be lowered") as caught:
-        outputs = p.run(return_trajectory=True)
+        outputs = p.run()
     assert len(caught) == 1
     assert caught[0].filename == flow_problems.__file__, "points at the caller"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = p.run()
+        again, trajectory = p.run(), p.trajectory()
     expected = p.reference()
-    for output, other, wanted in zip(outputs, again, expected, strict=False):
+    for output, other, points, wanted in zip(outputs, again, trajectory, expected, strict=True):
         assert torch.equal(output, wanted)
         assert torch.equal(other, wanted)
+        assert torch.equal(points[-1], wanted)
     wanted_gradients = gradients(p, expected)
-    for name, gradient in gradients(p, outputs[:3]).items():
+    for name, gradient in gradients(p, outputs).items():
         assert torch.equal(gradient, wanted_gradients[name]), name
     with pytest.warns(UserWarning, match="cannot be lowered"):
         problem(_Unread(3, 4)).run()

@@ -72,7 +72,7 @@ def test_energy_error_is_of_second_order(decoder, likelihood: str, device: torch
     p = problem(decoder, likelihood, batch=16).to(device)
     errors = []
     for steps in (16, 32, 64):
-        energy = untempered(p, steps, 1.2 / steps).run(return_trajectory=True)[3].energy()
+        energy = untempered(p, steps, 1.2 / steps).trajectory().energy()
         errors.append((energy[-1] - energy[0]).abs().mean().item())
     orders = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
     # 2 in the limit; at these steps the next order moves it by a few hundredths.
@@ -82,7 +82,8 @@ def test_energy_error_is_of_second_order(decoder, likelihood: str, device: torch
 def test_momentum_is_tempered_exactly(device: torch.device) -> None:
     """At step size 0 the momentum is multiplied by each alpha, to the last bit, and nothing moves."""
     p = problem(steps=6).to(device)
-    z, rho, _, trajectory = replace(p, step_size=0.0).run(return_trajectory=True)
+    still = replace(p, step_size=0.0)
+    (z, rho, _), trajectory = still.run(), still.trajectory()
     expected = p.rho
     for k in range(6):
         assert torch.equal(trajectory.rho[k], expected)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae.data import RandomAffine
-from fastvae.models import HVAE, IWAE, VAE, BaseVAE, ConsistencyVAE, JacobianL1VAE
+from fastvae.models import HVAE, IWAE, VAE, BaseVAE
+from fastvae.penalties import ConsistencyVAE, JacobianL1VAE
 from fastvae.training import fit, load_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -40,14 +40,18 @@ def sine() -> nn.Module:
 
 
 def flow(module: nn.Module, z: Tensor, **changed: Any) -> tuple[Tensor, ...]:
-    given: dict[str, Any] = {
+    return ops.hamiltonian_flow(module, z, **arguments_of(z, **changed))
+
+
+def arguments_of(z: Tensor, **changed: Any) -> dict[str, Any]:
+    return {
         "rho": torch.ones_like(z),
         "x": torch.zeros(len(z), 4).to(z),
         "step_size": 0.1,
         "alpha": z.new_ones(2),
         "likelihood": "gaussian",
+        **changed,
     }
-    return ops.hamiltonian_flow(module, z, **{**given, **changed})
 
 
 @pytest.mark.parametrize("memory", ["store", "recompute", "auto"])
@@ -97,7 +101,8 @@ def test_step_sizes_of_codes_of_two_dimensions(shape: tuple[int, ...]) -> None:
 
 def test_no_step_at_all() -> None:
     module, z = sine(), codes().requires_grad_()
-    z_K, rho_K, log_px, path = flow(module, z, alpha=z.new_ones(0), return_trajectory=True)
+    z_K, rho_K, log_px = flow(module, z, alpha=z.new_ones(0))
+    path = ops.trajectory(module, z, **arguments_of(z, alpha=z.new_ones(0)))
     assert torch.equal(z_K, z)
     assert torch.equal(rho_K, torch.ones_like(z))
     assert path.z.shape == (1, 3, 3)

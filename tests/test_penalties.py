@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae.likelihoods import Bernoulli, Gaussian
-from fastvae.models import VAE, BaseVAE, JacobianL1VAE
-from fastvae.penalties import BetaAnnealing, JacobianL1
+from fastvae.models import VAE, BaseVAE
+from fastvae.penalties import BetaAnnealing, JacobianL1, JacobianL1VAE
 
 
 def jacobian_sum(decode: Any, z: Tensor) -> Tensor:

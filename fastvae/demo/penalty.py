@@ -12,9 +12,9 @@ from fastvae.data import FactorSpace, binarize, three_dots
 from fastvae.demo.problem import Problem, dense_networks
 from fastvae.demo.training import train_in_turns
 from fastvae.metrics import local_codes, mig, modularity
-from fastvae.models import VAE, BaseVAE, JacobianL1VAE
+from fastvae.models import VAE, BaseVAE
 from fastvae.ops import jacobian_l1
-from fastvae.penalties import BetaAnnealing
+from fastvae.penalties import BetaAnnealing, JacobianL1VAE
 from fastvae.training import History
 
 __all__ = ["Member", "Pair", "train_pairs"]

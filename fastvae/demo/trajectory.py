@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvae.models import HVAE
 from fastvae.models.base import reparameterize
-from fastvae.ops import hamiltonian_flow
+from fastvae.ops import trajectory
 
 __all__ = ["energy", "start"]
 
@@ -26,9 +26,7 @@ def energy(model: HVAE, x: Tensor, seed: int, *, tempered: bool) -> Tensor:
     """
     z, rho = start(model, x, seed)
     alpha = model.alpha if tempered else torch.ones_like(model.alpha)
-    return hamiltonian_flow(
-        model.decoder, z, rho, x, model.step_size, alpha, model.likelihood, return_trajectory=True
-    )[3].energy()
+    return trajectory(model.decoder, z, rho, x, model.step_size, alpha, model.likelihood).energy()
 
 
 def start(model: HVAE, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ from fastvae.data import Compose, RandomAffine, binarize
 from fastvae.demo.problem import Problem, dense_networks
 from fastvae.demo.training import train_in_turns
 from fastvae.metrics import active_units, mutual_information
-from fastvae.models import VAE, BaseVAE, ConsistencyVAE
+from fastvae.models import VAE, BaseVAE
 from fastvae.ops import gaussian_kl
+from fastvae.penalties import ConsistencyVAE
 from fastvae.training import History
 
 __all__ = ["Twin", "Twins", "train_twins"]

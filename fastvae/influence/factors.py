@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae.influence.rules import Terms
-from fastvae.ops import grad_dot
+from fastvae.ops.grad_dot import grad_dot
 
 __all__ = ["Factors", "cheaper_route", "concatenate", "dot", "self_dot"]
 

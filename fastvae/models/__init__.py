@@ -1,10 +1,12 @@
 """Variational autoencoders."""
 
+import importlib
+import warnings
+from typing import Any
+
 from fastvae.models.base import BaseVAE, Penalty, TrainingStep
-from fastvae.models.consistency_vae import ConsistencyVAE
 from fastvae.models.hvae import HVAE, DivergenceError
 from fastvae.models.iwae import IWAE
-from fastvae.models.jacobian_l1_vae import JacobianL1VAE
 from fastvae.models.observation import Observation
 from fastvae.models.outputs import SelectOutputs
 from fastvae.models.vae import VAE
@@ -14,11 +16,17 @@ __all__ = [
     "IWAE",
     "VAE",
     "BaseVAE",
-    "ConsistencyVAE",
     "DivergenceError",
-    "JacobianL1VAE",
     "Observation",
     "Penalty",
     "SelectOutputs",
     "TrainingStep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names that have moved, for one release."""
+    if name not in ("ConsistencyVAE", "JacobianL1VAE"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"fastvae.models.{name} is fastvae.{name} now", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module("fastvae"), name)

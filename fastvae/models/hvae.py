@@ -18,6 +18,7 @@ from fastvae.models.observation import Observation
 from fastvae.models.stability import stable_step_size
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
+from fastvae.ops.trajectory import trajectory
 
 __all__ = ["HVAE", "DivergenceError"]
 
@@ -344,12 +345,9 @@ class HVAE(BaseVAE):
         """Run the diverged samples again, step by step, to say where it went wrong."""
         z_0, rho_0, alpha = self._start(mu[bad], logvar[bad], noise[:, bad])
         eps, of_bad = self.step_size.to(mu.dtype), seen.at(bad)
-        trajectory = hamiltonian_flow(
-            *(self.decoder, z_0, rho_0, of_bad.x, eps, alpha, self.likelihood),
-            **of_bad.given,
-            return_trajectory=True,
-        )[3]
-        energy = trajectory.energy()
+        energy = trajectory(
+            self.decoder, z_0, rho_0, of_bad.x, eps, alpha, self.likelihood, **of_bad.given
+        ).energy()
         # Where every energy is finite, the weight is infinite by their difference: blame the last step.
         finite = torch.isfinite(energy)
         finite[-1] = False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvae.models.observation import Observation
 from fastvae.modes import modes_kept
-from fastvae.ops import log_px_and_force
+from fastvae.ops.log_px_and_force import log_px_and_force
 
 if TYPE_CHECKING:
     from fastvae.models.hvae import HVAE

@@ -9,6 +9,7 @@ from fastvae.ops.jacobian_l1 import jacobian_l1
 from fastvae.ops.leapfrog import leapfrog_kick_drift, leapfrog_kick_temper
 from fastvae.ops.log_px import log_px
 from fastvae.ops.log_px_and_force import log_px_and_force
+from fastvae.ops.trajectory import trajectory
 
 __all__ = [
     "elbo",
@@ -21,4 +22,5 @@ __all__ = [
     "leapfrog_kick_temper",
     "log_px",
     "log_px_and_force",
+    "trajectory",
 ]

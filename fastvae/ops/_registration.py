@@ -138,6 +138,7 @@ def lower_or_read(
     condition: Tensor | None = None,
     flat: bool = True,
     read: bool = True,
+    stacklevel: int = 4,
 ) -> LoweredNetwork | ReadNetwork | None:
     """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
@@ -145,8 +146,9 @@ def lower_or_read(
 
     Where there are no kernels for decoder or likelihood, the decoder read for the sweeps in PyTorch (unless ``read`` is
     False). None where that is impossible, too: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning
-    says so and why, once for a decoder or likelihood. While compiling it raises instead, and always where autograd
-    cannot take the decoder either. TypeError for a decoder in half precision whose codes are not, outside of autocast.
+    at ``stacklevel`` says so and why, once for a decoder or likelihood. While compiling it raises instead, and always
+    where autograd cannot take the decoder either. TypeError for a decoder in half precision whose codes are not,
+    outside of autocast.
     """
     if not is_compiling():
         check_is_module(f"fastvae::{name}: decoder", decoder)
@@ -160,7 +162,7 @@ def lower_or_read(
         if known is not None:
             return _as_chain(known, z, without_kernel or condition is not None)
     if without_kernel and (not read or is_compiling()):
-        _warn_of_likelihood(name, type(likelihood), instead)
+        _warn_of_likelihood(name, type(likelihood), instead, stacklevel)
     try:
         if condition is not None or not flat:
             raise UnsupportedLayer(
@@ -182,13 +184,16 @@ def lower_or_read(
             _settled.setdefault(found.sweeps, set()).add(asked)
             return _as_chain(found, z, without_kernel or condition is not None)
         _warn_of_decoder(
-            name, decoder, f"cannot be lowered, so PyTorch's {instead} runs instead, slower. {error}{reason}"
+            name,
+            decoder,
+            f"cannot be lowered, so PyTorch's {instead} runs instead, slower. {error}{reason}",
+            stacklevel,
         )
         return None
     if without_kernel:
         found, _ = _read(name, decoder, z, likelihood) if read else (None, "")
         if found is None and read:
-            _warn_of_likelihood(name, type(likelihood), instead)
+            _warn_of_likelihood(name, type(likelihood), instead, stacklevel)
         return found
     _refuse_half(name, z, network.tensors)
     _refuse_sigmoid(name, network, likelihood)
@@ -294,14 +299,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(part, hooks) for part in module.modules() for hooks in HOOKS)
 
 
-def _warn_of_decoder(name: str, decoder: nn.Module, text: str) -> None:
+def _warn_of_decoder(name: str, decoder: nn.Module, text: str, stacklevel: int = 4) -> None:
     origin = origin_of(decoder)
     if origin is not None and has_hooks(decoder) and not has_hooks(origin):
         return  # The hooks are ours, on a private copy, for TracIn.
     seen = _warned.setdefault(name, weakref.WeakSet())
     if decoder not in seen:
         seen.add(decoder)
-        warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=4)
+        warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=stacklevel)
 
 
 def _known_reading(
@@ -390,7 +395,7 @@ def _check_network_memory(name: str, network: ReadNetwork) -> None:
         )
 
 
-def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
+def _warn_of_likelihood(name: str, kind: type, instead: str, stacklevel: int) -> None:
     """Say once that a user's likelihood has no kernel, as the docstrings of ours do; while compiling, raise."""
     is_ours = kind.__module__.startswith("fastvae.likelihoods.")
     reason = f"{kind.__name__} is a likelihood {'' if is_ours else 'of its own, '}without a kernel"
@@ -402,7 +407,7 @@ def _warn_of_likelihood(name: str, kind: type, instead: str) -> None:
         warnings.warn(
             f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Sequence
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,40 +42,6 @@ STORE_LIMIT_BYTES = 256 * 2**20
 """memory="auto" keeps the activations of all steps up to this size, and recomputes them beyond it."""
 
 
-@overload
-def hamiltonian_flow(
-    decoder: nn.Module,
-    z: Tensor,
-    rho: Tensor,
-    x: Tensor,
-    step_size: Tensor | float | Sequence[float],
-    alpha: Tensor,
-    likelihood: str | Likelihood = ...,
-    *,
-    condition: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    memory: str = ...,
-    return_trajectory: Literal[False] = ...,
-) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-@overload
-def hamiltonian_flow(
-    decoder: nn.Module,
-    z: Tensor,
-    rho: Tensor,
-    x: Tensor,
-    step_size: Tensor | float | Sequence[float],
-    alpha: Tensor,
-    likelihood: str | Likelihood = ...,
-    *,
-    condition: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    memory: str = ...,
-    return_trajectory: Literal[True],
-) -> tuple[Tensor, Tensor, Tensor, Trajectory]: ...
-
-
 def hamiltonian_flow(
     decoder: nn.Module,
     z: Tensor,
@@ -89,7 +55,7 @@ def hamiltonian_flow(
     weight: Tensor | None = None,
     memory: str = "auto",
     return_trajectory: bool = False,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """K tempered leapfrog steps through log p(x, z) = log p(x | decoder(z)) - |z|^2 / 2.
 
     With G(z) = grad_z log p(x, z), for k = 0 .. K - 1 (Caterini, Doucet, Sejdinovic, Hamiltonian Variational
@@ -120,11 +86,10 @@ def hamiltonian_flow(
             decoder in sweeps, not in kernels.
         memory: "store" keeps the activations of all steps for the backward pass, "recompute" only z_k
             and rho_k (peak memory then hardly grows with K; about a third more time), "auto" decides by size.
-        return_trajectory: also return z, rho, log_px of every step, not differentiable.
+        return_trajectory: deprecated, see :func:`fastvae.ops.trajectory`: also return z, rho, log_px of every step.
 
     Returns:
-        z_K and rho_K of the shape of z, log_px = log p(x | z_K) [B] in nats, and, if asked for, a
-        :class:`fastvae.reference.Trajectory` of z, rho [K + 1, B, d] and log_px [K + 1, B].
+        z_K and rho_K of the shape of z, log_px = log p(x | z_K) [B] in nats.
 
     Raises:
         ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end
@@ -134,6 +99,34 @@ def hamiltonian_flow(
             sample's output depends on its batch in any other way.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
+    arguments = decoder, z, rho, x, step_size, alpha, likelihood, condition, weight, memory
+    if not return_trajectory:
+        return flow_and_points(*arguments)[0]
+    warnings.warn(
+        "fastvae.ops.hamiltonian_flow: return_trajectory goes with the next release; "
+        "fastvae.ops.trajectory returns the trajectory",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    end, points = flow_and_points(*arguments, keep_points=True)
+    return (*end, points)  # type: ignore[return-value]
+
+
+def flow_and_points(
+    decoder: nn.Module,
+    z: Tensor,
+    rho: Tensor,
+    x: Tensor,
+    step_size: Tensor | float | Sequence[float],
+    alpha: Tensor,
+    likelihood: str | Likelihood,
+    condition: Tensor | None,
+    weight: Tensor | None,
+    memory: str,
+    *,
+    keep_points: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Trajectory | None]:
+    """What ``hamiltonian_flow`` returns, and with ``keep_points`` every point, detached; the same arguments."""
     check_tensors("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
     refuse_function_transforms("hamiltonian_flow", z)
     decoder, like = without_parameters(decoder, resolve(likelihood))
@@ -149,17 +142,18 @@ def hamiltonian_flow(
         raise ValueError(f"fastvae::hamiltonian_flow: alpha: expected shape [K], got {list(alpha.shape)}")
     z, rho, alpha = (float32_under_autocast(tensor) for tensor in (z, rho, alpha))
     network = lower_or_read(
-        "hamiltonian_flow", decoder, z, "autograd", like, condition=condition, flat=z.dim() == 2
+        *("hamiltonian_flow", decoder, z, "autograd", like),
+        condition=condition,
+        flat=z.dim() == 2,
+        stacklevel=5,
     )
     if isinstance(network, ReadNetwork):
         with torch.autocast(z.device.type, enabled=False):
-            return _flow_by_sweeps(network, z, rho, x, step_size, alpha, like, memory, return_trajectory)
+            return _flow_by_sweeps(network, z, rho, x, step_size, alpha, like, memory)
     if network is None:
         with torch.autocast(z.device.type, enabled=False):
-            return reference.hamiltonian_flow(
-                conditioned(decoder, condition),
-                *(z, rho, x, step_size, alpha, like),
-                return_trajectory=return_trajectory,
+            return reference.flow_and_points(
+                conditioned(decoder, condition), z, rho, x, step_size, alpha, like, keep_points=keep_points
             )
     observed = observed_rows(x, z, like)
     step_sizes = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
@@ -179,13 +173,13 @@ def hamiltonian_flow(
         network.spec,
         like.spec,
         store,
-        return_trajectory,
+        keep_points,
     )
     if (base := like.base_measure(x, z.dtype)) is not None:
         log_px, log_px_steps = log_px + base, log_px_steps + base
-    if return_trajectory:
-        return z_K, rho_K, log_px, Trajectory(z_steps.detach(), rho_steps.detach(), log_px_steps.detach())
-    return z_K, rho_K, log_px
+    if not keep_points:
+        return (z_K, rho_K, log_px), None
+    return (z_K, rho_K, log_px), Trajectory(z_steps.detach(), rho_steps.detach(), log_px_steps.detach())
 
 
 def _flow_by_sweeps(
@@ -197,16 +191,13 @@ def _flow_by_sweeps(
     alpha: Tensor,
     likelihood: Likelihood,
     memory: str,
-    return_trajectory: bool,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Trajectory]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], Trajectory]:
     check_one_device("hamiltonian_flow", z, "z", rho=rho, x=x, alpha=alpha)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             z, rho, x, alpha = (t.clone() for t in (z, rho, x, alpha))
             step_size = step_size.clone() if isinstance(step_size, Tensor) else step_size
-            return _flow_by_sweeps(
-                network, z, rho, x, step_size, alpha, likelihood, memory, return_trajectory
-            )
+            return _flow_by_sweeps(network, z, rho, x, step_size, alpha, likelihood, memory)
     z, rho, x, alpha = (usual_tensor(t) for t in (z, rho, x, alpha))
     step_size = usual_tensor(step_size) if isinstance(step_size, Tensor) else step_size
     reference.check_state(z, rho, alpha)
@@ -219,7 +210,7 @@ def _flow_by_sweeps(
     inputs = Inputs(network.sweeps, z, network.tensors)
     head = make_head(likelihood, x, z)
     z_K, rho_K, log_px, *points = sweep_flow(network.sweeps, inputs, head, z, rho, steps, alpha, store)
-    return (z_K, rho_K, log_px, Trajectory(*points)) if return_trajectory else (z_K, rho_K, log_px)
+    return (z_K, rho_K, log_px), Trajectory(*points)
 
 
 def observed_rows(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:
