@@ -338,5 +338,5 @@ setup(
     version=version(),
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-    install_requires=[torch_requirement(), "numpy>=1.24"],
+    install_requires=[torch_requirement(), "numpy>=1.24", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"],
 )

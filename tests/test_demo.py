@@ -298,7 +298,7 @@ def test_report_escapes_and_aligns() -> None:
     [
         (["--data", "no-such-place"], "load: source: expected .*got 'no-such-place'"),
         (["--data", "{tmp}/bad.npz"], r"bad\.npz"),
-        (["--data", "{tmp}"], "expected IDX files or one .npz file"),
+        (["--data", "{tmp}"], "IDX files or one .npz file"),
         (["--out", "{tmp}/file"], "file"),
         (["--epochs", "0"], "--epochs: expected a finite number above 0, got 0"),
         (["--minutes", "nan"], "--minutes: expected a finite number above 0, got nan"),
@@ -308,15 +308,17 @@ def test_report_escapes_and_aligns() -> None:
 def test_what_cannot_be_done_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    """argparse's way: usage, one message, exit status 2."""
+    """One message, exit status 2."""
     (tmp_path / "file").write_text("in the way")
     if any("bad" in word for word in arguments):
         (tmp_path / "bad.npz").write_bytes(b"not a zip file")
     words = [word.format(tmp=tmp_path) for word in arguments]
-    with pytest.raises(SystemExit) as stopped:
-        main(["demo", "--out", str(tmp_path / "out"), *words])
+    try:
+        status = main(["demo", "--out", str(tmp_path / "out"), *words])
+    except SystemExit as stopped:  # argparse's
+        status = stopped.code  # type: ignore[assignment]
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "Traceback" not in error
+    assert status == 2 and len(error.splitlines()) == 1
     assert re.search(f"fastvae demo: error: .*{message}", error)
 
 
@@ -333,4 +335,4 @@ def test_info_prints_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([])
-    assert stopped.value.code == 2 and "{info,demo}" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "required: command" in capsys.readouterr().err

@@ -17,7 +17,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 pages = load_script(ROOT / "scripts" / "pages.py")
 WITH_BLOCKS = [page for page in PAGES if pages.blocks_of(page)]
 # What plain `pip install .` brings.
-PLAIN = ("torch", "numpy")
+PLAIN = ("torch", "numpy", "pillow", "safetensors", "tqdm")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from environments import PACKAGE, Environment
 
 OPTIONAL = ("sklearn", "scikit-learn", "tqdm", "PIL", "pillow", "matplotlib", "safetensors", "pytorch-ood")
 SCRIPT = """
+import pathlib
 import torch
 from torch import nn
 import fastvae
@@ -18,6 +19,7 @@ from fastvae.integrations import pytorch_ood
 
 model = fastvae.VAE(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), nn.Linear(2, 4))
 x = torch.zeros(3, 4)
+pathlib.Path("a.png").touch()
 labels = torch.arange(3) % 2
 metrics = fastvae.metrics
 tracin = TracIn(model, x, [None], lambda model, checkpoint: 1.0)
@@ -34,6 +36,8 @@ calls = {
     "tqdm train LikelihoodRegret": lambda: regret.predict(x, show_progress=True),
     "tqdm train ais": lambda: metrics.ais(model, x, 5, 2, show_progress=True),
     "pillow ood InputComplexity": lambda: fastvae.ood.InputComplexity(model),
+    "pillow ood load": lambda: fastvae.data.load("a.png"),
+    "safetensors influence save": lambda: model.save("folder"),
 }
 for name, call in calls.items():
     package, extra, start = name.split()
@@ -51,7 +55,7 @@ except ImportError as error:
 else:
     raise AssertionError("register")
 assert main(["info"]) == 0
-main(["demo"])
+raise SystemExit(main(["demo"]))
 """
 
 

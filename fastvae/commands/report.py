@@ -1,0 +1,37 @@
+"""``fastvae report``: a page about a model and its images."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from fastvae.commands.errors import mendable
+from fastvae.commands.runs import load_images, load_run
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("run", type=Path, help="a folder that fastvae train wrote")
+    parser.add_argument("data", help="the images that it was trained on")
+    parser.add_argument(
+        "--foreign", nargs="+", default=[], metavar="DATA", help="images of other kinds, to be told from them"
+    )
+    parser.add_argument("--out", type=Path, help="the report's folder (RUN/report)")
+    parser.add_argument("--device", help='"cpu", "cuda", ...; a GPU if there is one')
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page and say where; 0."""
+    model, settings = load_run(options.run, options.device)
+    with mendable():  # it needs packages that fastvae does without
+        write_report = importlib.import_module("fastvae.report").write_report
+    train, test = (load_images(options.data, settings, split) for split in ("train", "test"))
+    foreign = [load_images(source, settings, "all") for source in options.foreign]
+    folder = options.out or options.run / "report"
+    with mendable():
+        path = write_report(model, train, test, folder, foreign=foreign or None)
+    print(f"report: {path}")
+    return 0

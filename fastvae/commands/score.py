@@ -1,0 +1,115 @@
+"""``fastvae score``: a number for each image, as CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastvae import ood
+from fastvae.commands.errors import CommandError, mendable, positive
+from fastvae.commands.runs import load_images, load_run
+from fastvae.data import ImageDataset
+from fastvae.models import BaseVAE
+from fastvae.progress import bar_of
+from fastvae.training.atomic import write_atomically
+
+__all__ = ["SCORES", "add_arguments", "run"]
+
+SCORES: dict[str, tuple[str, int, Callable[[BaseVAE, int, int], ood.Detector]]] = {
+    "nll": (
+        "-log p(x) in nats, by importance sampling",
+        1000,
+        lambda model, samples, seed: ood.NegativeLogLikelihood(model, num_samples=samples, seed=seed),
+    ),
+    "regret": (
+        "likelihood regret in nats: what an encoder of its own gains an image",
+        200,
+        lambda model, samples, seed: ood.LikelihoodRegret(model, num_samples=samples, seed=seed),
+    ),
+    "posterior-regret": (
+        "its faster variant, which fits mean and variance of the image's posterior alone",
+        200,
+        lambda model, samples, seed: ood.LikelihoodRegret(
+            model, num_samples=samples, seed=seed, target="posterior"
+        ),
+    ),
+    "complexity": (
+        "-log p(x) less the length of the image as PNG, in nats (likelihoods of discrete values)",
+        1000,
+        lambda model, samples, seed: ood.InputComplexity(model, num_samples=samples, seed=seed),
+    ),
+    "self-influence": (
+        "squared norm of the loss's gradient: how hard the image pulls at the model",
+        16,
+        lambda model, samples, seed: ood.SelfInfluence(
+            model, num_samples=samples, seed=seed, uncovered="materialise"
+        ),
+    ),
+}
+"""By name: what it is, samples unless told otherwise, and how it is made."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("run", type=Path, help="a folder that fastvae train wrote")
+    parser.add_argument("data", help="images, as of fastvae train; one picture is fine, too")
+    listed = "; ".join(f"{name}: {what}" for name, (what, _, _) in SCORES.items())
+    parser.add_argument("--score", choices=SCORES, default="nll", help=f"higher is more foreign. {listed}")
+    parser.add_argument(
+        "--split", choices=("all", "train", "test"), default="all", help="the part of the images"
+    )
+    parser.add_argument("--samples", type=positive(int), help="draws of noise for each image")
+    parser.add_argument("--batch-size", type=positive(int), default=100, help="images at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, which is keyed by the image")
+    parser.add_argument("--out", type=Path, help="a file for the CSV; standard output, unless given")
+    parser.add_argument("--device", help='"cpu", "cuda", ...; a GPU if there is one')
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write file (or index) and score of every image; 0."""
+    model, settings = load_run(options.run, options.device)
+    images = load_images(options.data, settings, options.split)
+    if options.out is not None and not options.out.parent.is_dir():
+        raise CommandError(f"--out {options.out}: expected a file in a folder that is there")
+    _, samples, make = SCORES[options.score]
+    with mendable():
+        detector = make(model, options.samples or samples, options.seed)
+        values = _scores(detector, images, options.batch_size, options.score)
+    text = _as_csv(images, values)
+    if options.out is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        with mendable():
+            write_atomically(options.out, lambda file: file.write(text.encode()))
+        print(f"{len(values)} scores in {options.out}, median {values.median():.6g}", file=sys.stderr)
+    return 0
+
+
+def _scores(detector: ood.Detector, images: ImageDataset, batch_size: int, what: str) -> torch.Tensor:
+    device = next(detector.model.parameters()).device
+    found = []
+    with bar_of(len(images), what, "image") as bar:
+        for batch in images.images.split(batch_size):
+            # As training had them.
+            x = batch.to(device=device, dtype=torch.float32) / 255
+            found.append(detector.predict(x).double().cpu())
+            bar.update(len(batch))
+    return torch.cat(found)
+
+
+def _as_csv(images: ImageDataset, values: torch.Tensor) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("index" if images.files is None else "file", "score"))
+    writer.writerows(
+        (name, f"{value:.9g}")
+        for name, value in zip(images.files or range(len(images)), values.tolist(), strict=True)
+    )
+    return text.getvalue()
