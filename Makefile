@@ -14,10 +14,10 @@
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
 #   make test-pytorch-ood   that build under pytorch-ood's loops, whose torchvision is built for CUDA
-#   make docs        the API reference, build/docs/index.html
+#   make docs        guides, API and results as one site, build/docs/index.html    (notebooks: runs those of docs anew)
 #   make wheel       dist/*.whl for the torch of .venv                     (with CUDA kernels, for that of .venv-cuda: wheel-cuda)
 #   make test-wheel  that wheel in a new environment: every public name, every page (CUDA's: test-wheel-cuda)
-#   make test-install  the README's Install block as it stands, and with uv
+#   make test-install  what README and docs/install.md tell to type, with pip and with uv
 #   make sdist       dist/*.tar.gz, to build from
 #   make clean       removes what was built, not the environments
 
@@ -25,7 +25,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 BENCHMARKS := $(addprefix bench-,flow models jacobian consistency likelihoods log_likelihood ais regret tracin scale zoo encoders)
-.PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
+.PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs notebooks wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -179,11 +179,14 @@ cuda-check:
 cuda-build: .venv-cuda/.torch-$(TORCH_CUDA)
 	PYTHON=$(CURDIR)/$(CUDA_PY) scripts/cuda_build.sh
 
-# An error where something cannot be documented; but for the annotations of NamedTuples, which no module resolves.
+# Links that lead nowhere, names that nothing describes and whatever else Sphinx warns of are errors; nothing is fetched.
 docs: build/.extension
-	$(PY) -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
-	  -m pdoc --docformat google --footer-text "fastvae" --output-directory build/docs fastvae
+	$(PY) -m sphinx --quiet --nitpicky --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
 	@echo "build/docs/index.html"
+
+# Their outputs anew, small enough to be committed.
+notebooks: build/.extension
+	PYTHONPATH=$(CURDIR) $(PY) scripts/notebooks.py docs/notebooks/*.ipynb
 
 # build/lib.* would bring along modules that are gone; what is compiled is in build/temp.*
 wheel: build/.extension

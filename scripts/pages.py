@@ -1,4 +1,4 @@
-"""Run the code blocks of a page as a reader would, with the packages of this Python and in this folder.
+"""Run the code of a page or a notebook as a reader would, with the packages of this Python and in this folder.
 
     python scripts/pages.py needs PAGE...                 the packages that the pages tell their reader to install
     python scripts/pages.py run PAGE [--then CODE]        its blocks in one namespace; then some more code in it
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -22,17 +23,29 @@ from pathlib import Path
 WARN = ("bring-your-model.md", "compose.md")
 
 
+def text_of(page: Path) -> str:
+    """What a reader is told: a page's text, or that of a notebook's cells without code."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    return "\n\n".join(text for kind, text in _cells(page) if kind == "markdown")
+
+
 def blocks_of(page: Path) -> list[tuple[str, str]]:
     """(language, text) of the page's code blocks."""
+    if page.suffix == ".ipynb":
+        return [("python", text) for kind, text in _cells(page) if kind == "code"]
     return re.findall(r"^```(python|sh)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def _cells(notebook: Path) -> list[tuple[str, str]]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
 
 
 def needs_of(page: Path) -> list[str]:
     """What a reader of the page is told to install besides fastvae: "needs `pip install NAME NAME`"."""
     return [
-        name
-        for line in re.findall(r"needs\s+`pip install ([^`]+)`", page.read_text())
-        for name in line.split()
+        name for line in re.findall(r"needs\s+`pip install ([^`]+)`", text_of(page)) for name in line.split()
     ]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's Install block as it stands, in a new environment with torch and nothing else: pip, then uv. Only the
+# What README.md and docs/install.md tell to type, in a new environment with torch and nothing else: pip, then uv. Only the
 # address of the repository is filled in, with what git would check out here; and the kernels are compiled for one
 # instruction set, in a third of the time.
 #
@@ -16,12 +16,12 @@ trap 'rm -rf "$folder"' EXIT
 cp "$root/README.md" "$root/scripts/pages.py" "$folder"
 cd "$folder"
 
-# block N: the commands of the Install section's Nth indented block, without what they say.
+# block PAGE HEADING: the commands of the first indented block under that heading, without what they say.
 block() {
-  awk -v wanted="$1" '
-    /^## / { inside = ($0 == "## Install") }
-    inside && /^    / { if (!within) { number++; within = 1 }; if (number == wanted) print substr($0, 5) }
-    inside && !/^    / { within = 0 }' README.md
+  awk -v heading="## $2" '
+    /^## / { inside = ($0 == heading) }
+    inside && /^    / { found = 1; print substr($0, 5) }
+    inside && found && !/^    / { exit }' "$root/$1"
 }
 
 # What is committed or would be, as a clone holds it: no build, no environment.
@@ -32,7 +32,7 @@ git() {
 }
 
 export PATH="$folder/env/bin:$PATH" VIRTUAL_ENV="$folder/env"
-eval "$(block 1)"
+eval "$(block README.md Install)"
 # From inside the checkout too, whose sources hide the installed package.
 (cd fastvae && python -m fastvae info >/dev/null)
 (mkdir empty && cd empty && OMP_NUM_THREADS=2 python ../pages.py run ../README.md)
@@ -45,5 +45,5 @@ if uv pip install ./fastvae >uv.txt 2>&1; then
   exit 1
 fi
 tr -s ' \n' ' ' <uv.txt | grep -q "uv pip install --no-build-isolation"
-eval "$(block 2)"
+eval "$(block docs/install.md "Isolated builds, uv")"
 (cd empty && python -m fastvae info)

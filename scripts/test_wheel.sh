@@ -37,7 +37,7 @@ for info in pkgutil.walk_packages(fastvae.__path__, "fastvae."):
 print(f"test-wheel: fastvae {fastvae.__version__} under torch {torch.__version__}: {count} names")
 PY
 # Those that need least come first, so that no page finds what another one asked for.
-mapfile -t pages < <(grep -lE '^```(python|sh)$' README.md docs/*.md docs/ops/*.md |
+mapfile -t pages < <(grep -lE '^```(python|sh)$|"cell_type": "code"' README.md docs/*.md docs/ops/*.md docs/notebooks/*.ipynb |
   while read -r page; do echo "$(env/bin/python pages.py needs "$page" | wc -w) $page"; done | sort -n | cut -d' ' -f2)
 for page in "${pages[@]}"; do
   mapfile -t needs < <(env/bin/python pages.py needs "$page")

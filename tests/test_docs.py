@@ -1,7 +1,8 @@
-"""What the README and docs/ show runs as it stands, names what exists, and links to what is there."""
+"""What the README, docs/ and notebooks show runs as it stands, names what exists, and links to what is there."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,12 @@ import fastvae
 from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *NOTEBOOKS,
+]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 pages = load_script(ROOT / "scripts" / "pages.py")
 WITH_BLOCKS = [page for page in PAGES if pages.blocks_of(page)]
@@ -44,7 +50,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
 
 @each_page
 def test_public_names_exist(page: Path) -> None:
-    for name in re.findall(r"`(?:fastvae\.)((?:\w+\.)*\w+)[`(]", page.read_text()):
+    for name in re.findall(r"`(?:fastvae\.)((?:\w+\.)*\w+)[`(]", pages.text_of(page)):
         found: object = fastvae
         for part in name.split("."):
             if not hasattr(found, part):
@@ -54,9 +60,21 @@ def test_public_names_exist(page: Path) -> None:
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)\)", pages.text_of(page)):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_are_committed_as_they_ran(notebook: Path) -> None:
+    """`make notebooks` wrote them: figures and text, no errors, nothing of the machine that it ran on."""
+    assert notebook.stat().st_size < load_script(ROOT / "scripts" / "notebooks.py").LIMIT_BYTES
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    shown = [cell for cell in cells if "print(" in str(cell["source"]) or "show(" in str(cell["source"])]
+    assert shown and all(cell["outputs"] for cell in shown)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert not re.search(r"/(home|root|tmp|work)/", str(outputs))
 
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "kernels.md"], ids=["kernels.md"])

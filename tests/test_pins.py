@@ -10,6 +10,7 @@ from environments import closure
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import fastvae
 from scripts import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,14 @@ def test_the_zoo_pins_every_package_and_none_differently() -> None:
     others = {canonicalize_name(pin.name): pin.specifier for pin in pins()}
     for pin in zoo:
         assert others.get(canonicalize_name(pin.name), pin.specifier) == pin.specifier, pin.name
+
+
+def test_hooks_and_citation_name_the_same_releases() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    hooks = re.findall(r"additional_dependencies: \[(.*)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 3 and all(f'"{hook}"' in pyproject for hook in hooks)
+    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None and version[1] == fastvae.__version__
 
 
 def test_every_action_is_a_commit() -> None:

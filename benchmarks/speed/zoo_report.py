@@ -71,7 +71,9 @@ def median_table(
 
 def lowered_table(records: Sequence[dict[str, Any]]) -> str:
     rows = [
-        [record["name"], record["reason"].replace("|", "/")] for record in records if not record["lowered"]
+        [record["name"], record["reason"].replace("|", "/").replace("](", "] (")]
+        for record in records
+        if not record["lowered"]
     ]
     share = f"{len(records) - len(rows)} of {len(records)} lowered."
     return f"{share}\n\n{markdown_table(['not lowered', 'why'], rows)}" if rows else share

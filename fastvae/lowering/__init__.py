@@ -27,22 +27,24 @@ __all__ = ["CoupledSamples", "LoweredNetwork", "UnsupportedLayer", "explain", "l
 class LoweredNetwork(NamedTuple):
     """A feed-forward network as csrc/network reads it.
 
-    spec: layers joined by ``;``, each its kind and arguments separated by blanks. W, B, M, V are indices into
-        ``tensors``, -1 where there is no tensor (M, V: running mean and variance; a reshape is that of one
-        sample and may have one -1)::
+    Each layer is one of these, with W, B, M, V indices into ``tensors``, -1 where there is no tensor (M, V: running
+    mean and variance; a reshape is that of one sample and may have one -1):
 
-            linear W B
-            conv2d W B sh sw ph pw dh dw groups
-            conv_transpose2d W B sh sw ph pw oph opw dh dw groups
-            batch_norm W B M V eps
-            reshape d1 d2 ...
-            relu | leaky_relu slope | elu alpha | softplus beta threshold
-            tanh | sigmoid | silu | gelu | gelu_tanh
+        linear W B
+        conv2d W B sh sw ph pw dh dw groups
+        conv_transpose2d W B sh sw ph pw oph opw dh dw groups
+        batch_norm W B M V eps
+        reshape d1 d2 ...
+        relu | leaky_relu slope | elu alpha | softplus beta threshold
+        tanh | sigmoid | silu | gelu | gelu_tanh
 
-    tensors: the module's own parameters and buffers, and what its parametrisations compute from theirs;
-        gradients flow to both.
-    names: where in the module each tensor is, for example ``"2.weight"``.
-    ends_in_sigmoid: whether the output is a sigmoid's, reshaped or not: probabilities and not natural parameters.
+    Attributes:
+        spec: layers joined by ``;``, each its kind and arguments separated by blanks.
+        tensors: the module's own parameters and buffers, and what its parametrisations compute from theirs;
+            gradients flow to both.
+        names: where in the module each tensor is, for example ``"2.weight"``.
+        ends_in_sigmoid: whether the output is a sigmoid's, reshaped or not: probabilities and not natural
+            parameters.
     """
 
     spec: str

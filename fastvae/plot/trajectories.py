@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvae.metrics.posteriors import private_model
 from fastvae.models import HVAE
 from fastvae.models.base import reparameterize
-from fastvae.ops import hamiltonian_flow
+from fastvae.ops import trajectory
 from fastvae.plot.drawing import COLOURS, FONT, panels
 
 __all__ = ["energies", "energy", "start"]
@@ -62,9 +62,8 @@ def energy(model: HVAE, x: Tensor, seed: int, *, tempered: bool) -> Tensor:
         raise TypeError(f"plot.energies: model: expected an HVAE, got {type(private).__name__}")
     z, rho = start(private, x, seed)
     alpha = private.alpha if tempered else torch.ones_like(private.alpha)
-    return hamiltonian_flow(
-        private.decoder, z, rho, x, private.step_size, alpha, private.likelihood, return_trajectory=True
-    )[3].energy()
+    points = trajectory(private.decoder, z, rho, x, private.step_size, alpha, private.likelihood)
+    return points.energy()
 
 
 def start(model: HVAE, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:

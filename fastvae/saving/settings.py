@@ -13,9 +13,9 @@ from fastvae import likelihoods
 from fastvae.architectures import BY_NAME
 from fastvae.data import augmentation
 from fastvae.likelihoods import LearnedLikelihood
-from fastvae.models import HVAE, IWAE, VAE, ConsistencyVAE, JacobianL1VAE
+from fastvae.models import HVAE, IWAE, VAE
 from fastvae.models.base import BaseVAE
-from fastvae.penalties import BetaAnnealing, Consistency, FreeBits, JacobianL1
+from fastvae.penalties import BetaAnnealing, Consistency, ConsistencyVAE, FreeBits, JacobianL1, JacobianL1VAE
 
 __all__ = [
     "OwnPartError",

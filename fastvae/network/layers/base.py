@@ -20,6 +20,7 @@ from torch import Tensor
 from fastvae.network.program import Operation
 
 Values = list[Any]
+"""What each slot of a program holds, by its number; None where nothing is kept."""
 
 
 class Gradients:
