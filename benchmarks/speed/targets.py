@@ -95,7 +95,8 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     sections = [
         "# Results",
         f"{reached} of {len(rows)} targets reached. Written by `python -m benchmarks.speed targets` from the results "
-        "beside it; ratios are of medians of one run. What the papers' experiments gave is in [results](../../docs/results.md).",
+        "beside it; ratios are of medians of one run. What the papers' experiments gave is in "
+        "[results](../../docs/results.md).",
     ]
     for name, record in records.items():
         environment = record["environment"]
