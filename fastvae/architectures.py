@@ -1,13 +1,18 @@
-"""Encoders and decoders, untrained, with PyTorch's initial weights: for images of any size, and those of the papers."""
+"""Encoders and decoders, untrained: for images of any size, and those of the papers.
+
+Initial weights are PyTorch's where nothing else is said.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastvae.arguments import is_integer
 
@@ -15,6 +20,7 @@ __all__ = [
     "BY_NAME",
     "dcgan_decoder",
     "dcgan_encoder",
+    "dcgan_states",
     "hvae_decoder",
     "hvae_encoder",
     "image_decoder",
@@ -133,21 +139,31 @@ def _plan(owner: str, shape: Sequence[int], *sizes: int) -> tuple[list[int], int
 
 
 @_named
-def hvae_encoder(width: int = 16) -> nn.Sequential:
+def hvae_encoder(
+    width: int = 16, *, padding: str = "centred", initialization: str = "torch"
+) -> nn.Sequential:
     """The convolutional encoder for MNIST of Caterini, Doucet, Sejdinovic, NeurIPS 2018.
 
-    Three 5x5 convolutions of stride 2 and a hidden layer of 450, softplus between them.
+    Three 5x5 convolutions of stride 2 and a hidden layer of 450, softplus between them. The paper's standard
+    deviations are a softplus of the last layer; models here take log variances.
 
     Args:
         width: channels of the first convolution; the paper has 16, and twice that in the other two.
+        padding: "centred": 2 on every side, which for even sizes is the mirror image of TensorFlow's; "same":
+            TensorFlow's in the authors' code, 1 above and left, 2 below and right.
+        initialization: of the weights; "torch", or "paper": the authors' normal with variance 1 / (n_in + n_out), n
+            numbers of whole maps; biases 0, those of the log variances 2 log(log 2), for the authors' sigma.
 
     Returns:
         A module from images [B, 1, 28, 28] to [B, 128]: mean and log variance of 64 latent variables.
+
+    Raises:
+        ValueError: another padding or initialization.
     """
-    return nn.Sequential(
-        nn.Conv2d(1, width, 5, stride=2, padding=2),
+    encoder = nn.Sequential(
+        *_halving(1, width, padding),
         nn.Softplus(),
-        nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
+        *_halving(width, 2 * width, padding),
         nn.Softplus(),
         nn.Conv2d(2 * width, 2 * width, 5, stride=2, padding=2),
         nn.Softplus(),
@@ -156,19 +172,31 @@ def hvae_encoder(width: int = 16) -> nn.Sequential:
         nn.Softplus(),
         nn.Linear(450, 128),
     )
+    if _from_paper(initialization):
+        last = _initialize(encoder, [784, 196 * width, 98 * width, 32 * width, 450, 64])
+        nn.init.constant_(last[64:], 2 * math.log(math.log(2)))
+    return encoder
 
 
 @_named
-def hvae_decoder(width: int = 16) -> nn.Sequential:
+def hvae_decoder(
+    width: int = 16, *, padding: str = "centred", initialization: str = "torch", mean_logit: float = 0.0
+) -> nn.Sequential:
     """The decoder that mirrors :func:`hvae_encoder`, with transposed convolutions.
 
     Args:
         width: channels before the last layer; the paper has 16, and twice that further up.
+        padding: see :func:`hvae_encoder`. Layers that crop ("same") run as a graph, in about 1.3 times the time.
+        initialization: see :func:`hvae_encoder`.
+        mean_logit: with initialization="paper" the last layer's bias; theirs is log(p / (1 - p)), p the mean pixel.
 
     Returns:
         A module from [B, 64] to logits [B, 1, 28, 28].
+
+    Raises:
+        ValueError: another padding or initialization.
     """
-    return nn.Sequential(
+    decoder = nn.Sequential(
         nn.Linear(64, 450),
         nn.Softplus(),
         nn.Linear(450, 32 * width),
@@ -176,15 +204,59 @@ def hvae_decoder(width: int = 16) -> nn.Sequential:
         nn.Unflatten(1, (2 * width, 4, 4)),
         nn.ConvTranspose2d(2 * width, 2 * width, 5, stride=2, padding=2),
         nn.Softplus(),
-        nn.ConvTranspose2d(2 * width, width, 5, stride=2, padding=2, output_padding=1),
+        *_doubling(2 * width, width, padding),
         nn.Softplus(),
-        nn.ConvTranspose2d(width, 1, 5, stride=2, padding=2, output_padding=1),
+        *_doubling(width, 1, padding),
     )
+    if _from_paper(initialization):
+        last = _initialize(decoder, [64, 450, 32 * width, 98 * width, 196 * width, 784])
+        nn.init.constant_(last, mean_logit)
+    return decoder
+
+
+def _halving(channels: int, wider: int, padding: str) -> list[nn.Module]:
+    """A 5x5 convolution from maps of an even size to half of it."""
+    if _is_same(padding):
+        return [nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(channels, wider, 5, stride=2)]
+    return [nn.Conv2d(channels, wider, 5, stride=2, padding=2)]
+
+
+def _doubling(channels: int, fewer: int, padding: str) -> list[nn.Module]:
+    """The transposed convolution of :func:`_halving`."""
+    if _is_same(padding):
+        # A transposed convolution's padding is what it leaves out: 1 above and left, 1 and 1 below and right.
+        return [nn.ConvTranspose2d(channels, fewer, 5, stride=2, padding=1), nn.ZeroPad2d((0, -1, 0, -1))]
+    return [nn.ConvTranspose2d(channels, fewer, 5, stride=2, padding=2, output_padding=1)]
+
+
+def _is_same(padding: str) -> bool:
+    if padding not in ("centred", "same"):
+        raise ValueError(f"hvae: padding: expected 'centred' or 'same', got {padding!r}")
+    return padding == "same"
+
+
+def _from_paper(initialization: str) -> bool:
+    if initialization not in ("torch", "paper"):
+        raise ValueError(f"hvae: initialization: expected 'torch' or 'paper', got {initialization!r}")
+    return initialization == "paper"
+
+
+def _initialize(network: nn.Sequential, sizes: Sequence[int]) -> Tensor:
+    """Normal weights with variance 1 / (n_in + n_out), ``sizes`` between layers; biases 0, of which the last."""
+    layers = [layer for layer in network if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
+    for layer, n_in, n_out in zip(layers, sizes[:-1], sizes[1:], strict=True):
+        nn.init.normal_(layer.weight, std=(n_in + n_out) ** -0.5)
+        assert layer.bias is not None
+        bias = nn.init.zeros_(layer.bias)
+    return bias.detach()
 
 
 @_named
 def jacobian_l1_encoder(latent_dim: int = 10) -> nn.Sequential:
     """The encoder for 64x64 images of Rhodes, Lee, NeurIPS 2021: 4x4 convolutions of stride 2, ReLU.
+
+    As in the authors' code (jlonevae) nothing is padded (64, 31, 14, 6, 2), the two heads are the two halves of the
+    last layer, and 3 is taken off the initial biases of the log variances. 186,324 parameters with d = 10.
 
     Args:
         latent_dim: d.
@@ -192,19 +264,22 @@ def jacobian_l1_encoder(latent_dim: int = 10) -> nn.Sequential:
     Returns:
         A module from images [B, 1, 64, 64] to [B, 2 d]: mean and log variance.
     """
+    heads = nn.Linear(256, 2 * latent_dim)
+    with torch.no_grad():
+        heads.bias[latent_dim:] -= 3
     return nn.Sequential(
-        nn.Conv2d(1, 32, 4, stride=2, padding=1),
+        nn.Conv2d(1, 32, 4, stride=2),
         nn.ReLU(),
-        nn.Conv2d(32, 32, 4, stride=2, padding=1),
+        nn.Conv2d(32, 32, 4, stride=2),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 4, stride=2, padding=1),
+        nn.Conv2d(32, 64, 4, stride=2),
         nn.ReLU(),
-        nn.Conv2d(64, 64, 4, stride=2, padding=1),
+        nn.Conv2d(64, 64, 4, stride=2),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(1024, 256),
+        nn.Linear(256, 256),
         nn.ReLU(),
-        nn.Linear(256, 2 * latent_dim),
+        heads,
     )
 
 
@@ -241,7 +316,7 @@ def dcgan_encoder(channels: int = 3, width: int = 32, latent_dim: int = 100) -> 
     """The encoder for 32x32 images of Xiao, Yan, Amit, NeurIPS 2020: 4x4 convolutions, batch norm, ReLU.
 
     The paper's two heads, one for the mean and one for the log variance, are the two halves of the last
-    convolution: concatenate their weights and biases to load weights that were trained apart.
+    convolution; :func:`dcgan_states` renames the authors' trained weights.
 
     Args:
         channels: of the images.
@@ -293,8 +368,37 @@ def dcgan_decoder(
         nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
-        nn.ConvTranspose2d(width, channels * values_per_element, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(width, channels * values_per_element, 4, stride=2, padding=1, bias=False),
     )
+
+
+def dcgan_states(
+    encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of Xiao, Yan, Amit's code (NeurIPS 2020), renamed for :func:`dcgan_encoder` and :func:`dcgan_decoder`.
+
+    Their decoder orders a last layer's outputs as ours does, the 256 values of a channel side by side.
+
+    Args:
+        encoder: the state of their ``Encoder``: "main.", and the heads "conv1." (means) and "conv2." (log variances).
+        decoder: the state of their ``DCGAN_G``.
+
+    Returns:
+        What ``load_state_dict`` of the two networks takes, strictly.
+
+    Raises:
+        ValueError: states of other networks.
+    """
+    body = [value for name, value in encoder.items() if name.startswith("main.")]
+    heads = [f"conv{head}.{kind}" for kind in ("weight", "bias") for head in (1, 2)]
+    ours = [dcgan_encoder(1, 1, 1).state_dict(), dcgan_decoder(1, 1, 1).state_dict()]
+    if len(body) != len(ours[0]) - 2 or len(decoder) != len(ours[1]) or not set(heads) <= encoder.keys():
+        raise ValueError(
+            "dcgan_states: encoder, decoder: expected states of the authors' Encoder and DCGAN_G for 32x32 images, got "
+            f"{', '.join(encoder) or 'nothing'}; {', '.join(decoder) or 'nothing'}"
+        )
+    body += [torch.cat([encoder[mean], encoder[logvar]]) for mean, logvar in (heads[:2], heads[2:])]
+    return dict(zip(ours[0], body, strict=True)), dict(zip(ours[1], decoder.values(), strict=True))
 
 
 @_named
