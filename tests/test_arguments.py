@@ -111,7 +111,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda **options: noise.SampleNoise(noise.keys_of(data()), **({"seed": 0} | options)),
         {"seed": 3, "draws": 2, "start": 1},
     ),
-    "local_mig": (_local, {"rho": 0.5, "num_points": 8, "num_clusters": 2, "bins": 2, "seed": 3}),
+    "local_mig": (
+        _local,
+        {"rho": 0.5, "num_points": 8, "num_clusters": 2, "bins": 2, "seed": 3, "continuity_cutoff": 2},
+    ),
     "ood_metrics": (_scores, {"confidence": 0.9, "resamples": 10, "seed": 3}),
     "negative_log_likelihood": (
         lambda **options: metrics.negative_log_likelihood(

@@ -124,6 +124,24 @@ def test_nearest_keeps_binary_images_binary() -> None:
     assert len(RandomAffine()(x, seeded()).unique()) > 2
 
 
+def test_nearest_takes_the_pixel_that_is_there() -> None:
+    """Pixel by pixel: from a place in the view back to the image, and 0 from outside."""
+    x = images(1, 1, 9, 9)
+    augment = RandomAffine(30, 0.1, (0.8, 1.2), interpolation="nearest")
+    for seed in range(4):
+        angle, right, down, size = torch.rand(1, 4, generator=seeded(seed))[0].double().tolist()
+        angle, size = math.radians(30) * (2 * angle - 1), 0.8 + 0.4 * size
+        expected = torch.zeros_like(x)
+        for row in range(9):
+            for column in range(9):
+                y, u = row - 4 - 0.9 * (2 * down - 1), column - 4 - 0.9 * (2 * right - 1)
+                i = round(4 + (math.cos(angle) * y - math.sin(angle) * u) / size)
+                j = round(4 + (math.sin(angle) * y + math.cos(angle) * u) / size)
+                if 0 <= i < 9 and 0 <= j < 9:
+                    expected[0, 0, row, column] = x[0, 0, i, j]
+        assert torch.equal(augment(x, seeded(seed)), expected)
+
+
 def test_flat_images() -> None:
     x = images(4, 3, 5, 6)
     for kind in (RandomAffine, RandomFlip, ColorJitter):

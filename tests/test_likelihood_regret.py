@@ -169,6 +169,19 @@ def test_equals_the_sequential_procedure(make: Make, settings: dict[str, float])
 
 
 @each_model
+def test_weight_decay_covers_every_parameter(make: Make) -> None:
+    """Biases and norms too, as of ``torch.optim.Adam(encoder.parameters(), weight_decay=...)``."""
+    model, x = build(make).eval(), data(make, 1)
+    options = {"num_steps": 10, "lr": 1e-2, "weight_decay": 2.0}
+    found = quiet(regret(model, **options).refit, x, parameters=True).parameters  # type: ignore[attr-defined]
+    without = quiet(regret(model, **options | {"weight_decay": 0.0}).refit, x, parameters=True)
+    private, _ = refit_one(model, x, SampleNoise(keys_of(x), 0, model.noise_draws), **options)  # type: ignore[arg-type]
+    for name, expected in private.encoder.named_parameters():
+        assert off(found[name][0], expected) < 1e-8, name
+        assert off(without.parameters[name][0], expected) > 1e-3, name  # type: ignore[attr-defined]
+
+
+@each_model
 def test_images_do_not_influence_each_other(make: Make) -> None:
     detector, x = regret(build(make)), data(make, 5)
     whole = quiet(detector.predict, x)

@@ -94,6 +94,22 @@ def test_factors_that_do_not_vary_are_left_out() -> None:
     assert mig(codes[:, :1], one) == pytest.approx(1) and modularity(codes[:, :1], one) == 1
 
 
+def test_constant_factors_can_be_counted_as_in_the_authors_code() -> None:
+    """Their F - 1 is 3 with the two that stand still, and 1 without: 1 - b becomes 1 - b / 3."""
+    factors = grid(4, 4)
+    still = torch.cat([factors, torch.full((16, 2), 3)], 1)
+    code = (2 * factors[:, :1] + factors[:, 1:]).double()
+    information = factor_information(code, factors, bins=4)[0][0].square()
+    ratio = float(information.min() / information.max())
+    assert 0.05 < ratio < 0.95
+    assert modularity(code, still, bins=4) == pytest.approx(1 - ratio, rel=1e-12)
+    counted = modularity(code, still, bins=4, count_constant_factors=True)
+    assert counted == pytest.approx(1 - ratio / 3, rel=1e-12)
+    assert modularity(code, factors, bins=4, count_constant_factors=True) == modularity(code, factors, bins=4)
+    # A code that says nothing is worth nothing, however many factors there are.
+    assert modularity(torch.ones(16, 1), still, count_constant_factors=True) == 0
+
+
 def test_bins_are_of_equal_width_and_hold_both_ends() -> None:
     codes = torch.tensor([[0.0], [0.19], [0.21], [0.99], [1.0]])
     factors = torch.tensor([[0], [0], [1], [2], [2]])
@@ -174,6 +190,25 @@ def test_points_lie_around_a_centre_and_borders_cut_them_off() -> None:
 def test_all_values_at_rho_one() -> None:
     for _, factors in local_codes(read, numbers(6, 3), 1, num_points=500, num_clusters=3):
         assert [len(column.unique()) for column in factors.T] == [6, 3]
+
+
+def test_factors_of_few_values_can_be_kept_still() -> None:
+    """The authors' cutoff of 10: a factor of 9 values keeps the centre's, one of 10 does not."""
+    space = numbers(64, 9, 10, 3)
+    for _, factors in local_codes(read, space, 1, num_points=800, num_clusters=3, continuity_cutoff=10):
+        assert [len(column.unique()) for column in factors.T] == [64, 1, 10, 1]
+    options = {"num_points": 500, "num_clusters": 2, "continuity_cutoff": 10}
+    pairs = list(local_codes(read, space, 1, **options))
+    assert local_mig(read, space, 1, **options) == sum(mig(*pair, bins=5) for pair in pairs) / 2
+    counted = local_modularity(read, space, 1, count_constant_factors=True, **options)
+    assert counted == pytest.approx(
+        sum(modularity(*pair, bins=5, count_constant_factors=True) for pair in pairs) / 2
+    )
+    # The points of the others are the same ones.
+    (_, still), (_, free) = (
+        next(local_codes(read, space, 0.5, num_points=50, continuity_cutoff=cutoff)) for cutoff in (10, 0)
+    )
+    assert torch.equal(still[:, [0, 2]], free[:, [0, 2]]) and not torch.equal(still, free)
 
 
 def test_local_scores_of_known_encoders() -> None:
@@ -258,6 +293,10 @@ def test_what_cannot_be_sampled() -> None:
             local_codes(read, space, rho)
     with pytest.raises(ValueError, match="num_points: expected at least 1, got 0"):
         local_codes(read, space, 1, num_points=0)
+    with pytest.raises(ValueError, match="continuity_cutoff: expected at least 0, got -1"):
+        local_codes(read, space, 1, continuity_cutoff=-1)
+    with pytest.raises(ValueError, match=r"continuity_cutoff: expected one of .* 9, 1 values.* got 10"):
+        local_codes(read, space, 1, continuity_cutoff=10)
     with pytest.raises(ValueError, match=r"codes_of: model: expected codes \[4, d\], got \[4\]"):
         codes_of(lambda x: read(x)[:, 0], space, space.sample(4))
     with pytest.raises(ValueError, match="bins: expected at least 1, got 0"):

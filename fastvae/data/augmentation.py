@@ -37,8 +37,9 @@ def accepts_generator(augment: Callable[..., Any]) -> bool:
 class RandomAffine:
     """Rotation, translation and scaling of each image; what comes from outside the image is 0.
 
-    The defaults are those of Sinha and Dieng, "Consistency Regularization for Variational Auto-Encoders", NeurIPS
-    2021.
+    The default numbers are those of Sinha and Dieng, "Consistency Regularization for Variational Auto-Encoders",
+    NeurIPS 2021. Their code calls torchvision's RandomAffine as it comes: with interpolation="nearest", and shifts of
+    whole pixels, which are fractions of a pixel here.
 
     Args:
         degrees: angles are uniform in [-degrees, degrees].

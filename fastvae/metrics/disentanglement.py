@@ -39,22 +39,29 @@ def mig(codes: Tensor, factors: Tensor, *, bins: int = 20) -> float:
     return float(((first - second) / entropy[varies]).mean())
 
 
-def modularity(codes: Tensor, factors: Tensor, *, bins: int = 20) -> float:
+def modularity(
+    codes: Tensor, factors: Tensor, *, bins: int = 20, count_constant_factors: bool = False
+) -> float:
     """Modularity: mean over codes of 1 - (sum_j I_j^2 - max_j I_j^2) / (max_j I_j^2 (F - 1)).
 
     I_j is the mutual information of the code with factor j (Ridgeway, Mozer, "Learning Deep Disentangled
-    Embeddings with the F-Statistic Loss", NeurIPS 2018, section 3). F counts the factors that vary. A code
-    that says nothing about any factor scores 0; with F = 1 all others score 1.
+    Embeddings with the F-Statistic Loss", NeurIPS 2018, section 3). A code that says nothing about any factor
+    scores 0; with F = 1 all others score 1.
 
-    Args, errors: those of :func:`mig`.
+    Args, errors: those of :func:`mig`, and
+        count_constant_factors: whether F counts factors that do not vary. No code says anything about those, so that
+            each raises the score of all others: disentanglement_lib's code and Rhodes and Lee's, which is made from
+            it, count them. False: F counts the factors that vary.
 
     Returns:
         0 to 1. It is 1 if each code says something about exactly one factor.
     """
     information, entropy = factor_information(codes, factors, bins=bins)
-    squares = information[:, _varying("modularity", entropy)].square()
+    varies = _varying("modularity", entropy)
+    squares = information[:, varies].square()
     largest = squares.amax(1)
-    others = (squares.sum(1) - largest) / (largest * max(1, squares.shape[1] - 1))
+    counted = len(varies) if count_constant_factors else squares.shape[1]
+    others = (squares.sum(1) - largest) / (largest * max(1, counted - 1))
     return float(torch.where(largest > _NOTHING**2, 1 - others, 0.0).mean())
 
 

@@ -35,13 +35,22 @@ def local_mig(
     num_clusters: int = 20,
     bins: int = 5,
     seed: int = 0,
+    continuity_cutoff: int = 0,
 ) -> float:
     """Mean over random centres of the :func:`mig` of points around them.
 
     Args, errors, and how points are drawn: see :func:`local_codes`. ``bins``: see :func:`mig`. For several
     scores of one model, loop over ``local_codes`` yourself: encoding is what takes time.
     """
-    clusters = local_codes(model, space, rho, num_points=num_points, num_clusters=num_clusters, seed=seed)
+    clusters = local_codes(
+        model,
+        space,
+        rho,
+        num_points=num_points,
+        num_clusters=num_clusters,
+        seed=seed,
+        continuity_cutoff=continuity_cutoff,
+    )
     return sum(mig(codes, factors, bins=bins) for codes, factors in clusters) / num_clusters
 
 
@@ -54,10 +63,27 @@ def local_modularity(
     num_clusters: int = 20,
     bins: int = 5,
     seed: int = 0,
+    continuity_cutoff: int = 0,
+    count_constant_factors: bool = False,
 ) -> float:
-    """Mean over random centres of the :func:`modularity` of points around them; as :func:`local_mig`."""
-    clusters = local_codes(model, space, rho, num_points=num_points, num_clusters=num_clusters, seed=seed)
-    return sum(modularity(codes, factors, bins=bins) for codes, factors in clusters) / num_clusters
+    """Mean over random centres of the :func:`modularity` of points around them; as :func:`local_mig`.
+
+    The authors' figures are those with ``continuity_cutoff=10, count_constant_factors=True``.
+    """
+    clusters = local_codes(
+        model,
+        space,
+        rho,
+        num_points=num_points,
+        num_clusters=num_clusters,
+        seed=seed,
+        continuity_cutoff=continuity_cutoff,
+    )
+    scores = [
+        modularity(codes, factors, bins=bins, count_constant_factors=count_constant_factors)
+        for codes, factors in clusters
+    ]
+    return sum(scores) / num_clusters
 
 
 def local_codes(
@@ -68,6 +94,7 @@ def local_codes(
     num_points: int = 10_000,
     num_clusters: int = 20,
     seed: int = 0,
+    continuity_cutoff: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes and factors of points around random centres, one cluster after the other.
 
@@ -83,23 +110,36 @@ def local_codes(
         num_points: in a cluster.
         num_clusters: how many pairs come.
         seed: of centres and points; models that are compared should meet the same ones.
+        continuity_cutoff: factors of fewer values than this keep the centre's, at rho = 1 too, as in the authors'
+            code with its 10. 0: none does.
 
     Yields:
         codes [num_points, d] and factors int64 [num_points, F], on the CPU.
 
     Raises:
-        ValueError: numbers out of range, a rho that lets no factor vary, or codes that do not fit.
+        ValueError: numbers out of range, a rho or a cutoff that lets no factor vary, or codes that do not fit.
     """
     expect_numbers("local_codes", rho=rho, num_points=num_points, num_clusters=num_clusters, seed=seed)
-    for name, count in (("num_points", num_points), ("num_clusters", num_clusters)):
-        if count < 1:
-            raise ValueError(f"local_codes: {name}: expected at least 1, got {count}")
+    expect_numbers("local_codes", continuity_cutoff=continuity_cutoff)
+    for name, count, least in (
+        ("num_points", num_points, 1),
+        ("num_clusters", num_clusters, 1),
+        ("continuity_cutoff", continuity_cutoff, 0),
+    ):
+        if count < least:
+            raise ValueError(f"local_codes: {name}: expected at least {least}, got {count}")
     sizes = torch.tensor(space.sizes)
     reach = (sizes.double() * rho).floor().long()
     if not 0 < rho <= 1 or not bool(((reach > 0) & (sizes > 1)).any()):
         raise ValueError(
             f"local_codes: rho: expected a number in (0, 1] that lets one of the factors vary, of "
             f"{', '.join(map(str, space.sizes))} values, got {rho}"
+        )
+    reach = torch.where(sizes >= continuity_cutoff, reach, 0)
+    if not bool(reach.any()):
+        raise ValueError(
+            f"local_codes: continuity_cutoff: expected one of the factors that vary, of "
+            f"{', '.join(map(str, space.sizes))} values, to have as many, got {continuity_cutoff}"
         )
     return _clusters(model, space, reach, num_points, num_clusters, seed)
 

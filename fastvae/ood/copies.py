@@ -199,7 +199,7 @@ class FusedAdam:
 class PosteriorCopies(Copies):
     """No encoders at all: Adam on the mean and the log variance of each image, from the encoder's on.
 
-    Weight decay is for weights: there is none here.
+    Weight decay is for an encoder's parameters: there is none here.
     """
 
     can_be_captured = True

@@ -88,8 +88,9 @@ class LikelihoodRegret(Detector):
         target: what is optimised. "encoder": all of an image's encoder, as in the paper. "posterior": the mean
             and log variance of its posterior alone; a faster variant with scores of its own.
         seed: of all noise, which is keyed by (seed, the image).
-        betas, weight_decay: of Adam; the paper's by default. Weight decay is part of the gradient, as in
-            ``torch.optim.Adam``, and applies to weights only.
+        betas, weight_decay: of Adam; the authors' by default. Weight decay is part of the gradient, as in
+            ``torch.optim.Adam``, and covers every parameter of the encoder, biases and BatchNorm's weight and bias
+            too, as in the authors' code. With target="posterior" there is none to decay.
         memory_budget: bytes, about; images are taken in groups whose copies fit. None: 256 MiB, which keep a CPU busy
             (15 images of the paper's DCGAN), or 4 GiB on a GPU.
         cuda_graph: on a GPU, replay the steps of a group from a CUDA graph after the first ones, where kernels take the
