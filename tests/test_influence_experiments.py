@@ -87,6 +87,10 @@ def test_retrieval_experiment_in_small(
         run()
     monkeypatch.setattr(experiment, "tracin_of", None)
     assert run("--resume") == results, "scores are kept"
+    assert run("--resume", "--skip-common-noise", "--name", "other") == results, "written elsewhere"
+    other = json.loads((tmp_path / "out" / "other.json").read_text())
+    shared = results["retrieval"].copy()
+    assert shared.pop("own_strongest_common_noise") <= 1 and other["retrieval"] == shared
     with pytest.raises(SystemExit):
         run("--resume", "--epochs", "5")
 

@@ -55,6 +55,9 @@ def test_the_experiment_in_small(
     monkeypatch.setattr(fastvae.VAE, "log_likelihood", computed)
     script.main([*arguments, "--resume"])
     assert json.loads((tmp_path / "out" / "likelihood_regret.json").read_text()) == first
+    script.main([*arguments, "--resume", "--regrets", "regret"])
+    fewer = json.loads((tmp_path / "out" / "likelihood_regret.json").read_text())["scores"]
+    assert fewer == {name: scores[name] for name in scores if name != "regret, posterior"}
 
 
 def test_images_are_resized_to_bytes() -> None:

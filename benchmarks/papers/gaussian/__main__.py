@@ -101,8 +101,12 @@ def show(results: dict[str, list[measures.Row]], verdicts: list[str], wanted: in
     print(
         "\nThe published figure (sum of both errors against d): tempered HVAE beats untempered, and both beat"
     )
-    print("VB and planar flows at high d. (Their planar flows are trained without the 1/2 of the squared residual, by")
-    print("which sigma is sqrt(2) too large; ours with it.) The worst of the former against the best of the latter:")
+    print(
+        "VB and planar flows at high d. (Their planar flows are trained without the 1/2 of the squared residual, by"
+    )
+    print(
+        "which sigma is sqrt(2) too large; ours with it.) The worst of the former against the best of the latter:"
+    )
     print("\n".join(f"  {line}" for line in verdicts))
     print("\n2. Mean importance weight of HVAE against the exact evidence")
     print("   log w = log p(x, z_K) - |rho_K|^2/2 - log q(z_0) + |gamma_0|^2/2")

@@ -10,7 +10,7 @@ default here is a small part of that, ``--full`` all of it. Scores: likelihood r
 the posterior of each image alone; NLL; input complexity; the likelihood ratio to a background model.
 
 A run that was stopped goes on with --resume: training from its last checkpoint, and scores from the last chunk of
-images; more --steps than before continue the training. Tables and figure are also written, as
+images; more --steps than before continue the training. Tables and figure are also written, after each score, as
 likelihood_regret.json, .md and .png.
 """
 
@@ -29,7 +29,7 @@ from fastvae.demo.figures import score_panels
 
 from ..shared import Row, claim_folder, write
 from .report import as_text, measures
-from .scores import all_scores
+from .scores import OPTIONAL, all_scores
 from .training import resized, trained
 
 
@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ).images
         for name, of in (("held out", held_out), ("foreign", foreign))
     }
-    scores = all_scores(model, background, chosen, arguments)
     settings |= {
         "steps": arguments.steps,
         "background_steps": arguments.background_steps,
@@ -68,15 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "fastvae": fastvae.__version__,
     }
-    rows = measures(scores, "held out", "foreign")
-    text = as_text(rows, settings)
-    print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    values = {name: {key: value.tolist() for key, value in by.items()} for name, by in scores.items()}
-    results = {"settings": settings, "measures": rows, "scores": values}
-    write(arguments.out / "likelihood_regret.json", json.dumps(results, indent=1) + "\n")
-    write(arguments.out / "likelihood_regret.md", text)
-    (arguments.out / "likelihood_regret.png").write_bytes(score_panels(scores))
+    for scores in all_scores(model, background, chosen, arguments):
+        rows = measures(scores, "held out", "foreign")
+        text = as_text(rows, settings)
+        values = {name: {key: value.tolist() for key, value in by.items()} for name, by in scores.items()}
+        results = {"settings": settings, "measures": rows, "scores": values}
+        write(arguments.out / "likelihood_regret.json", json.dumps(results, indent=1) + "\n")
+        write(arguments.out / "likelihood_regret.md", text)
+        (arguments.out / "likelihood_regret.png").write_bytes(score_panels(scores))
+    print(text)
     print(f"Written: {arguments.out}/likelihood_regret.json, .md and .png")
 
 
@@ -96,6 +96,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--latent-dim", type=int, default=100)
     parser.add_argument("--images", type=int, help="of each kind to score (default: 200; --full: 1000)")
     parser.add_argument("--num-samples", type=int, default=1000, help="importance samples of a likelihood")
+    parser.add_argument(
+        "--regrets", nargs="*", choices=OPTIONAL, default=OPTIONAL, help="which of them (default: both)"
+    )
     parser.add_argument("--regret-steps", type=int, default=100, help="of optimisation for each image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="default: cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from ..shared import Row, stored
 
 CHUNK = 20  # images scored between two writes to the disk
 
+OPTIONAL = ("regret", "regret, posterior")
+"""Scores that take most of the time."""
+
 
 def all_scores(
     model: fastvae.VAE, background: fastvae.VAE, images: Mapping[str, Tensor], arguments: Namespace
-) -> dict[str, dict[str, Tensor]]:
-    """[N] by score and set, higher = more foreign, for uint8 images [N, C, 32, 32] by set."""
+) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """[N] by score and set, higher = more foreign, for uint8 images [N, C, 32, 32] by set: all there are so far."""
     options = {"num_samples": arguments.num_samples, "seed": arguments.seed}
     detectors: dict[str, Detector] = {
         "NLL": NegativeLogLikelihood(model, **options),
@@ -31,18 +34,23 @@ def all_scores(
             model, num_steps=arguments.regret_steps, target="posterior", **options
         ),
     }
-    found = {
-        name: {key: _kept(detector, f"{name} of {key}", x, arguments) for key, x in images.items()}
-        for name, detector in detectors.items()
-    }
+
+    def scores(name: str) -> dict[str, Tensor]:
+        return {key: _kept(detectors[name], f"{name} of {key}", x, arguments) for key, x in images.items()}
+
     # One likelihood serves several scores.
-    nll, of_background = found["NLL"], found.pop("background NLL")
+    nll, of_background = scores("NLL"), scores("background NLL")
+    found = {"NLL": nll}
     for compressor in ("png", "jpeg2000"):
         found[f"complexity, {compressor}"] = {
             key: nll[key] - math.log(2) * compressed_bits(x, compressor) for key, x in images.items()
         }
     found["likelihood ratio"] = {key: nll[key] - of_background[key] for key in images}
-    return found
+    yield found
+    for name in OPTIONAL:
+        if name in arguments.regrets:
+            found = {**found, name: scores(name)}
+            yield found
 
 
 def _kept(score: Callable[[Tensor], Tensor], name: str, x: Tensor, arguments: Namespace) -> Tensor:

@@ -12,13 +12,13 @@ figures of theirs:
 2. strongest proponents of test images that have the test image's label;
 3. images of another kind (--foreign) hidden in the training set of a second run, found by their self-influence.
 
-Tables and figure are also written, as retrieval.json, .md and .png.
+A run that was stopped goes on with --resume: training from its last checkpoint, and each score that was done is kept.
+Tables and figure are also written as each of the two runs ends, as retrieval.json, .md and .png (or another --name).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch
 import fastvae
 from fastvae.data import load
 
-from ..shared import Row, claim_folder, write
+from ..shared import Row, claim_folder
 from . import experiment, report
 
 
@@ -38,9 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: Row = {"data": Path(train.name).name, "train_images": len(train)}
     settings |= {name: getattr(arguments, name) for name in names}
     claim_folder(arguments.checkpoint, settings, arguments.resume)
-    results: Row = {"retrieval": experiment.retrieval(train, test, arguments)}
-    if arguments.foreign is not None:
-        results["foreign"] = experiment.foreign(train, load(arguments.foreign, split="test"), arguments)
     settings |= {
         "checkpoints": arguments.checkpoints,
         "num_samples": arguments.num_samples,
@@ -48,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "fastvae": fastvae.__version__,
     }
-    text = report.as_text(results, settings)
-    print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write(arguments.out / "retrieval.json", json.dumps({"settings": settings, **results}, indent=1) + "\n")
-    write(arguments.out / "retrieval.md", text)
-    report.draw(results, arguments.out / "retrieval.png")
-    print(f"Written: {arguments.out}/retrieval.json, .md and .png")
+    results: Row = {"retrieval": experiment.retrieval(train, test, arguments)}
+    report.write_all(results, settings, arguments.out / arguments.name)
+    if arguments.foreign is not None:
+        results["foreign"] = experiment.foreign(train, load(arguments.foreign, split="test"), arguments)
+        report.write_all(results, settings, arguments.out / arguments.name)
+    print(report.as_text(results, settings))
+    print(f"Written: {arguments.out / arguments.name}.json, .md and .png")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=60, help="default: 60")
     parser.add_argument("--checkpoints", type=int, default=4, help="of a run, evenly spaced (default: 4)")
     parser.add_argument("--num-samples", type=int, default=16, help="S (default: 16)")
+    parser.add_argument(
+        "--skip-common-noise", action="store_true", help="leave out what common noise on both sides gives"
+    )
     parser.add_argument("--optimizer", choices=("SGD", "Adam"), default="Adam", help="default: Adam")
     parser.add_argument("--lr", type=float, default=3e-4, help="default: 3e-4")
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
@@ -78,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/retrieval"), help="folder of states")
     parser.add_argument("--resume", action="store_true", help="go on from the states in --checkpoint")
+    parser.add_argument("--name", default="retrieval", help="of the files written (default: retrieval)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/papers"), help="folder")
     arguments = parser.parse_args(argv)
     for name, least in (

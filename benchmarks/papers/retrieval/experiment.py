@@ -58,18 +58,20 @@ def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Names
     own = torch.randperm(len(train), generator=generator)[: arguments.queries]
     others = torch.randperm(len(test), generator=generator)[: arguments.queries]
 
+    def with_common_noise() -> Row:
+        """How much of what is missing is the error of S draws: here an image's own is left out."""
+        same_noise = tracin_of(model, x, history, arguments, query_seed=None)
+        common, _ = same_noise.influence(x[own], k=1, show_progress=True)
+        return {"own_strongest_common_noise": float((common[:, 0] == own).double().mean())}
+
     def compute() -> Row:
         queries = torch.cat([x[own], test.tensors()[0][others]])
         tracin = tracin_of(model, x, history, arguments)
         indices, _ = tracin.influence(queries, k=10, show_progress=True)
         mine, theirs = indices.split([len(own), len(others)])
-        # How much of what is missing is the error of S draws: with common noise an image's own is left out.
-        same_noise = tracin_of(model, x, history, arguments, query_seed=None)
-        common, _ = same_noise.influence(x[own], k=1, show_progress=True)
         scores: Row = {
             "queries": len(own),
             "own_strongest": float((mine[:, 0] == own).double().mean()),
-            "own_strongest_common_noise": float((common[:, 0] == own).double().mean()),
             "not_own": own[mine[:, 0] != own].tolist(),
         }
         if labels is not None and test.labels is not None:
@@ -79,7 +81,10 @@ def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Names
         return scores
 
     key = {name: getattr(arguments, name) for name in ("queries", "num_samples", "checkpoints", "epochs")}
-    return {"train_loss": history.train_loss[-1], **stored(folder / "scores.json", key, compute)}
+    row = {"train_loss": history.train_loss[-1], **stored(folder / "scores.json", key, compute)}
+    if not arguments.skip_common_noise:
+        row |= stored(folder / "common-noise.json", key, with_common_noise)
+    return row
 
 
 def foreign(train: ImageDataset, strangers: ImageDataset, arguments: argparse.Namespace) -> Row:

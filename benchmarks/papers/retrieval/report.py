@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from ..shared import Row, table
+from ..shared import Row, table, write
 
 PUBLISHED = {"own_strongest": "over 99%", "same_label": "about 80%"}
 """Of the paper, on MNIST."""
@@ -19,11 +20,14 @@ def as_text(results: Row, settings: Row) -> str:
             "found": f"{retrieval['own_strongest']:.1%} of {retrieval['queries']}",
             "paper": PUBLISHED["own_strongest"],
         },
-        {
-            "what": "the same with common noise on both sides",
-            "found": f"{retrieval['own_strongest_common_noise']:.1%}",
-        },
     ]
+    if "own_strongest_common_noise" in retrieval:
+        rows.append(
+            {
+                "what": "the same with common noise on both sides",
+                "found": f"{retrieval['own_strongest_common_noise']:.1%}",
+            }
+        )
     if "same_label" in retrieval:
         rows += [
             {
@@ -65,6 +69,14 @@ def as_text(results: Row, settings: Row) -> str:
         )
         + "\n"
     )
+
+
+def write_all(results: Row, settings: Row, path: Path) -> None:
+    """What there is so far, at ``path`` with .json, .md and .png behind it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path.with_name(f"{path.name}.json"), json.dumps({"settings": settings, **results}, indent=1) + "\n")
+    write(path.with_name(f"{path.name}.md"), as_text(results, settings))
+    draw(results, path.with_name(f"{path.name}.png"))
 
 
 def draw(results: Row, path: Path) -> None:
