@@ -19,7 +19,7 @@ pytest.importorskip("tqdm")
 def test_networks_are_the_same_for_a_seed_and_fit_images_and_flow() -> None:
     for network in consistency.NETWORKS:
         models = [
-            consistency.build(network, kind, consistent, (1, 28, 28), 3)
+            consistency.build(network, kind, consistent, (1, 28, 28), 3, "nearest")
             for kind in consistency.MODELS
             for consistent in (False, True)
         ]
@@ -65,7 +65,7 @@ def test_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_measures_are_those_of_the_model() -> None:
-    model = consistency.build("dense", "VAE", True, (1, 4, 4), 0)
+    model = consistency.build("dense", "VAE", True, (1, 4, 4), 0, "nearest")
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.rand(40, 1, 4, 4, generator=generator).round(), torch.arange(40) % 3
     arguments = consistency.parse(["--num-samples", "3", "--test-images", "10"])
