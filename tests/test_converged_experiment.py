@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.papers.converged import __main__ as script
 from benchmarks.papers.converged import report, training
