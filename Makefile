@@ -181,7 +181,7 @@ cuda-build: .venv-cuda/.torch-$(TORCH_CUDA)
 
 # Links that lead nowhere, names that nothing describes and whatever else Sphinx warns of are errors; nothing is fetched.
 docs: build/.extension
-	$(PY) -m sphinx --quiet --nitpicky --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
+	$(PY) -m sphinx --quiet --nitpicky --fail-on-warning --keep-going --fresh-env -c docs -d build/doctrees . build/docs
 	@echo "build/docs/index.html"
 
 # Their outputs anew, small enough to be committed.

@@ -48,6 +48,14 @@ def as_restructured_text(lines: list[str]) -> list[str]:
     return out
 
 
+def with_tables_set_in(lines: list[str]) -> list[str]:
+    """Paragraphs in columns ("file.py  what it holds"), as modules' docstrings have them, set in as blocks are."""
+    text = "\n".join(lines)
+    return re.sub(
+        r"^\S+ {2,}\S.*(?:\n.+)*", lambda found: re.sub("(?m)^", "    ", found[0]), text, flags=re.MULTILINE
+    ).split("\n")
+
+
 class Docstrings:
     """What the API's pages show of a docstring."""
 
@@ -58,7 +66,7 @@ class Docstrings:
         self, app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
     ) -> None:
         """Escape what is no markup, and list a module's names."""
-        lines[:] = as_restructured_text(lines)
+        lines[:] = as_restructured_text(with_tables_set_in(lines) if what == "module" else lines)
         if what == "module":
             members = [f"   {member}" for member in getattr(obj, "__all__", ())]
             lines += ["", ".. autosummary::", "", *members, ""]

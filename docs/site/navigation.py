@@ -37,7 +37,7 @@ def add_menu(app: Sphinx, page: str, source: list[str]) -> None:
             ":glob:",
             *([f":caption: {caption}"] if caption else []),
             "",
-            *(f"/{p}" for p in pages),
+            *(p if "<" in p else f"/{p}" for p in pages),
         ]
         if str(app.env.doc2path(page)).endswith(".rst"):
             source[0] += "\n.. toctree::\n" + "".join(f"   {line}\n" for line in lines)

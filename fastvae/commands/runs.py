@@ -12,10 +12,10 @@ import torch
 import fastvae
 from fastvae._extension import raw
 from fastvae._version import __version__
+from fastvae.atomic import write_atomically
 from fastvae.commands.errors import CommandError, mendable
 from fastvae.data import ImageDataset
 from fastvae.models import BaseVAE
-from fastvae.training.atomic import write_atomically
 
 __all__ = ["RunSettings", "device_of", "load_images", "load_run"]
 

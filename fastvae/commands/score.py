@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from fastvae import ood
+from fastvae.atomic import write_atomically
 from fastvae.commands.errors import CommandError, mendable, positive
 from fastvae.commands.runs import load_images, load_run
 from fastvae.data import ImageDataset
 from fastvae.models import BaseVAE
 from fastvae.progress import bar_of
-from fastvae.training.atomic import write_atomically
 
 __all__ = ["SCORES", "add_arguments", "run"]
 
