@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             return demo.run(options, command=["python", "-m", "fastvae", *words])
         return {"train": train, "score": score, "report": report}[options.command].run(options)
-    except (CommandError, demo.DemoError) as error:
+    except CommandError as error:
         print(f"fastvae {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,78 +1,106 @@
-"""Training of several models side by side, within a time."""
+"""Models that start alike, trained for as many steps each, within a time."""
 
 from __future__ import annotations
 
+import copy
 import functools
-import tempfile
+import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from fastvae.demo.problem import Batches, Problem
+from fastvae.architectures import image_networks
 from fastvae.models import BaseVAE
-from fastvae.training import History, fit
+from fastvae.training import Callback, History, Training, fit
 
-__all__ = ["train_in_turns"]
-
-# A slice of training of one model before it is the other's turn: both then meet the same disturbances.
-_SLICE_SECONDS = 1.0
+__all__ = ["Batches", "TimeLimit", "alike", "train_alike"]
 
 
-def train_in_turns(
-    models: Mapping[str, BaseVAE], problem: Problem, epochs: int, seconds: float, seed: int, label: str
-) -> tuple[dict[str, History], str]:
-    """Train all models for the same number of epochs, in turns, and leave them in eval mode.
+class Batches:
+    """Batches of images in a new random order at every iteration, the last one smaller.
 
     Args:
-        models: by name.
-        problem: images, batch size and learning rate.
-        epochs: at most.
-        seconds: wall-clock time, approximately at most.
-        seed: of shuffling and noise.
-        label: of the progress bar.
-
-    Returns:
-        The histories by name, and what ended training: "epochs" or "time".
+        images: [N, C, H, W] in [0, 1].
+        batch_size: images in a batch.
+        limit: images in an iteration; larger data sets give a random part each time.
     """
-    batches = Batches(problem.train, problem.batch_size, problem.epoch_limit)
-    held_out = problem.held_out.repeat(problem.curve_draws, 1, 1, 1).split(problem.batch_size)
+
+    def __init__(self, images: Tensor, batch_size: int = 100, limit: int = 2000) -> None:
+        self.images, self.batch_size, self.size = images, batch_size, min(limit, len(images))
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for indices in torch.randperm(len(self.images))[: self.size].split(self.batch_size):
+            yield self.images[indices]
+
+
+class TimeLimit(Callback):
+    """Ends a run after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def on_step(self, training: Training) -> None:
+        """See ``Callback``."""
+        if time.monotonic() >= self.end:
+            training.stop()
+
+
+def alike(
+    kinds: Mapping[str, Callable[[nn.Module, nn.Module], BaseVAE]],
+    shape: torch.Size,
+    latent_dim: int,
+    seed: int,
+) -> dict[str, BaseVAE]:
+    """A model of each kind, by name, around copies of the same encoder and decoder for images [C, H, W]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        networks = image_networks(tuple(shape), latent_dim, width=16)
+        return {name: kind(*copy.deepcopy(networks)) for name, kind in kinds.items()}
+
+
+def train_alike(
+    models: Mapping[str, BaseVAE],
+    images: Tensor,
+    held_out: Tensor,
+    *,
+    steps: int,
+    seconds: float,
+    seed: int,
+    batch_size: int = 100,
+    progress: bool = True,
+) -> dict[str, History]:
+    """Train all models for the same number of steps on the same images in the same order; leave them in eval mode.
+
+    Args:
+        models: by name. The first has two thirds of the time, and where it ends decides for the others: name the
+            slowest first.
+        images: [N, C, H, W] in [0, 1], binarised anew in every step.
+        held_out: [M, C, H, W] zeros and ones, for the curves.
+        steps: of each, at most.
+        seconds: wall-clock time of all, approximately at most.
+        seed: of shuffling and noise.
+        batch_size: images of a step.
+        progress: show a bar.
+    """
     histories: dict[str, History] = {}
-    started = time.perf_counter()
-    done, turn, stopped = 0, 1, "epochs"
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(total=epochs, desc=label, unit="epoch", dynamic_ncols=True, mininterval=0.5) as bar,
-    ):
-        while done < epochs:
-            turn_started = time.perf_counter()
-            turn = min(turn, epochs - done)
-            for name, model in models.items():
-                # Resumed from its own checkpoint, which gives what one uninterrupted run gives, bit for bit.
-                histories[name] = fit(
-                    model,
-                    batches,
-                    epochs=done + turn,
-                    optimizer=functools.partial(torch.optim.Adam, lr=problem.learning_rate),
-                    val_loader=held_out,
-                    run_dir=Path(folder) / name,
-                    checkpoint_every=epochs,
-                    seed=seed,
-                    binarize=True,
-                    progress=False,
-                )
-            done += turn
-            bar.update(turn)
-            bar.set_postfix({f"{name} loss": f"{h.val_loss[-1]:.2f}" for name, h in histories.items()})
-            now = time.perf_counter()
-            each = (now - turn_started) / turn
-            if done < epochs and now - started + each > seconds:
-                stopped = "time"
-                break
-            left = seconds - (now - started)
-            turn = max(1, int(min(len(models) * _SLICE_SECONDS, left) / each))
-    for model in models.values():
+    for name, model in models.items():
+        histories[name] = fit(
+            model,
+            Batches(images, batch_size),
+            epochs=steps,
+            max_steps=steps,
+            optimizer=functools.partial(torch.optim.Adam, lr=2e-3),
+            val_loader=held_out.split(500),
+            callbacks=[TimeLimit(seconds * 2 / 3)] if not histories else [],
+            seed=seed,
+            binarize=True,
+            progress=progress,
+        )
+        steps = min(steps, histories[name].steps[-1])
         model.eval()
-    return histories, stopped
+    return histories

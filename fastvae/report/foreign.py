@@ -41,7 +41,7 @@ def foreign_images(subject: Subject) -> Section:
     ]
     if not subject.foreign:
         first = int(regret.argmax())
-        label = "" if subject.test_labels is None else f" (label {int(subject.test_labels[first])})"
+        label = "" if subject.test_labels is None else f" (label {subject.label(subject.test_labels[first])})"
         verdict = (
             f"The most foreign of {len(regret)} test images{label} has a likelihood regret of "
             f"{nats(float(regret.max()))} nats, the median one {nats(float(regret.median()))}; by NLL it is "

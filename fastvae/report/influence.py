@@ -103,7 +103,7 @@ def influence(subject: Subject, found: Influences) -> Section:
             f"{neighbours:.0%} of the training images whose gradients are nearest share an image's label, of which the "
             f"model knows nothing (chance {chance:.0%}); {own}."
         )
-        captions = [f"label {int(label)}" for label in subject.test_labels[: len(queries)]]
+        captions = [subject.label(label) for label in subject.test_labels[: len(queries)]]
     figure = plot.influences(
         queries, train, (best.indices, best.values), (worst.indices, worst.values), query_captions=captions
     )
@@ -143,7 +143,7 @@ def suspicious(subject: Subject, found: Influences, *, wrong: Tensor | None = No
     Args:
         subject: of the page.
         found: influences among its training images.
-        wrong: bool [N] the training images whose labels were made wrong on purpose, to see whether they are found.
+        wrong: bool [all training images] whose labels were made wrong on purpose, to see whether they are found.
     """
     if subject.train_labels is None or found.count < 3:
         return None
@@ -163,12 +163,15 @@ def suspicious(subject: Subject, found: Influences, *, wrong: Tensor | None = No
     )
     worked: bool | None = None
     rows: list[list[str]] = []
-    if wrong is not None and bool(wrong[: found.count].any()):
-        verdict, worked, rows = _as_planted(subject, doubt, labels, wrong[: found.count])
-    name = "given label > that of the images nearest by gradient"
+    planted = None if wrong is None else wrong[subject.train_indices[: found.count]]
+    if planted is not None and bool(planted.any()):
+        verdict, worked, rows = _as_planted(subject, doubt, labels, planted)
+    name = "given label>that of the images nearest by gradient"
     figure = plot.image_blocks(
         {name: subject.train[order]},
-        captions={name: [f"{int(labels[index])} > {int(majority[index])}" for index in order]},
+        captions={
+            name: [f"{subject.label(labels[index])}>{subject.label(majority[index])}" for index in order]
+        },
     )
     return Section(
         "Suspicious labels",

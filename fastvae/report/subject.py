@@ -40,6 +40,8 @@ class Subject:
     """A private copy in eval mode, without what training adds to a step."""
     train: Tensor
     """[N, C, H, W], chosen at random."""
+    train_indices: Tensor
+    """int64 [N] which they are of all training images."""
     train_labels: Tensor | None
     test: Tensor
     """[M, C, H, W], chosen at random."""
@@ -55,6 +57,8 @@ class Subject:
     seed: int = 0
     effort: float = 1.0
     histories: Mapping[str, History] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+    """Names of the labels."""
     command: str = ""
 
     @classmethod
@@ -77,7 +81,7 @@ class Subject:
             raise ValueError("write_report: model: expected one without a condition, got a conditional model")
         generator = torch.Generator().manual_seed(seed)
         parts = {name: _chosen(name, part, generator) for name, part in (("train", train), ("test", test))}
-        shapes = [images.shape[1:] for images, _ in parts.values()]
+        shapes = [images.shape[1:] for images, _, _ in parts.values()]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"write_report: test: expected images of {list(shapes[0])} as in train, got {list(shapes[1])}"
@@ -94,6 +98,7 @@ class Subject:
         return cls(
             private,
             images[0],
+            parts["train"][2],
             parts["train"][1],
             images[1],
             parts["test"][1],
@@ -103,6 +108,7 @@ class Subject:
             drawn,
             seed,
             effort,
+            classes=train.classes,
             **rest,
         )
 
@@ -115,6 +121,14 @@ class Subject:
     def is_binary(self) -> bool:
         """Whether all pixels are 0 or 1."""
         return bool(((self.test == 0) | (self.test == 1)).all())
+
+    def label(self, number: int | Tensor) -> str:
+        """The name of a label, in a few characters, or its number."""
+        index = int(number)
+        if self.classes is None or not 0 <= index < len(self.classes):
+            return str(index)
+        name = self.classes[index]
+        return name if len(name) <= 6 else f"{name[:5]}…"
 
     def generator(self) -> torch.Generator:
         """A new one, always of the same numbers."""
@@ -167,7 +181,10 @@ def resized(images: Tensor, shape: Sequence[int]) -> Tensor:
     return F.interpolate(images, size=tuple(shape[1:]), mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def _chosen(name: str, data: ImageDataset, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+def _chosen(
+    name: str, data: ImageDataset, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Images, their labels, and which they are."""
     images, labels = data.tensors()
     if images.dim() != 4 or not len(images):
         raise ValueError(
@@ -175,7 +192,7 @@ def _chosen(name: str, data: ImageDataset, generator: torch.Generator) -> tuple[
         )
     # Files are often sorted by label: the first images would not do.
     chosen = torch.randperm(len(images), generator=generator)[: _MOST[name]]
-    return images[chosen].float().cpu(), None if labels is None else labels[chosen].cpu()
+    return images[chosen].float().cpu(), None if labels is None else labels[chosen].cpu(), chosen
 
 
 def _named(foreign: Foreign) -> dict[str, ImageDataset]:

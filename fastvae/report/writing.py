@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from fastvae.data import ImageDataset
 from fastvae.models import BaseVAE
 from fastvae.progress import with_bar
 from fastvae.report.evidence import evidence
 from fastvae.report.foreign import foreign_images
-from fastvae.report.influence import influence, influences_of, suspicious
+from fastvae.report.influence import Influences, influence, influences_of, suspicious
 from fastvae.report.latents import latents
 from fastvae.report.page import Section, write_page
 from fastvae.report.pictures import reconstructions, samples
@@ -98,7 +100,7 @@ def write_report(
     return path
 
 
-def sections_of(subject: Subject, *, wrong: object = None, progress: bool = False) -> list[Section]:
+def sections_of(subject: Subject, *, wrong: Tensor | None = None, progress: bool = False) -> list[Section]:
     """All sections on one subject, those of their turn that say something.
 
     Args:
@@ -106,16 +108,14 @@ def sections_of(subject: Subject, *, wrong: object = None, progress: bool = Fals
         wrong: see :func:`fastvae.report.influence.suspicious`.
         progress: show a bar.
     """
-    known: dict[str, object] = {}
+    known: list[Influences] = []
 
     def influences() -> Section:
-        known["influences"] = influences_of(subject)
-        return influence(subject, known["influences"])  # type: ignore[arg-type]
+        known.append(influences_of(subject))
+        return influence(subject, known[0])
 
     def labels() -> Section | None:
-        if "influences" not in known:
-            return None
-        return suspicious(subject, known["influences"], wrong=wrong)  # type: ignore[arg-type]
+        return suspicious(subject, known[0], wrong=wrong) if known else None
 
     parts: dict[str, Callable[[], Section | None]] = {
         "Samples": partial(samples, subject),

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 import fastvae
+from fastvae import plot
 from fastvae.data import load
-from fastvae.demo.figures import score_panels
 
 from ..shared import Row, claim_folder, write
 from .report import as_text, measures
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {"settings": settings, "measures": rows, "scores": values}
         write(arguments.out / "likelihood_regret.json", json.dumps(results, indent=1) + "\n")
         write(arguments.out / "likelihood_regret.md", text)
-        (arguments.out / "likelihood_regret.png").write_bytes(score_panels(scores))
+        (arguments.out / "likelihood_regret.png").write_bytes(plot.png(plot.score_histograms(scores)))
     print(text)
     print(f"Written: {arguments.out}/likelihood_regret.json, .md and .png")
 
