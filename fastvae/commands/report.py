@@ -6,8 +6,9 @@ import argparse
 import importlib
 from pathlib import Path
 
-from fastvae.commands.errors import mendable
+from fastvae.commands.errors import mendable, positive
 from fastvae.commands.runs import load_images, load_run
+from fastvae.training import History
 
 __all__ = ["add_arguments", "run"]
 
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--foreign", nargs="+", default=[], metavar="DATA", help="images of other kinds, to be told from them"
     )
     parser.add_argument("--out", type=Path, help="the report's folder (RUN/report)")
+    parser.add_argument(
+        "--effort", type=positive(float), default=1.0, help="below 1 for fewer images and samples (1)"
+    )
     parser.add_argument("--device", help='"cpu", "cuda", ...; a GPU if there is one')
 
 
@@ -32,6 +36,23 @@ def run(options: argparse.Namespace) -> int:
     foreign = [load_images(source, settings, "all") for source in options.foreign]
     folder = options.out or options.run / "report"
     with mendable():
-        path = write_report(model, train, test, folder, foreign=foreign or None)
+        path = write_report(
+            model,
+            train,
+            test,
+            folder,
+            foreign=foreign or None,
+            history=_history(options.run),
+            binarised=settings.binarize,
+            command=f"fastvae report {options.run} {options.data}",
+            effort=options.effort,
+        )
     print(f"report: {path}")
     return 0
+
+
+def _history(run: Path) -> History | None:
+    """What training wrote, if it is still there."""
+    path = run / "checkpoints" / "history.json"
+    with mendable():
+        return History.load(path) if path.is_file() else None
