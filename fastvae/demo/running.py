@@ -89,7 +89,8 @@ def run_demo(
     path = folder / "index.html"
     lead = f"""Models trained side by side on {train.name} ({len(train):,} images) and on drawn ones, then a report on
         the Hamiltonian VAE among them, as fastvae.report.write_report writes it of any model;
-        {time.perf_counter() - began:.0f} s in all. First one sentence on each question, from its numbers."""
+        {time.perf_counter() - began:.0f} s in all, training
+        included. First one sentence on each question, from its numbers."""
     write_page(path, f"fastvae on {Path(train.name).name}", lead, sections)
     return path, sections
 

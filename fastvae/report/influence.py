@@ -169,6 +169,7 @@ def suspicious(subject: Subject, found: Influences, *, wrong: Tensor | None = No
     name = "given label>that of the images nearest by gradient"
     figure = plot.image_blocks(
         {name: subject.train[order]},
+        columns=8 if subject.classes is None else 4,  # names take more room than numbers
         captions={
             name: [f"{subject.label(labels[index])}>{subject.label(majority[index])}" for index in order]
         },
@@ -189,7 +190,7 @@ def suspicious(subject: Subject, found: Influences, *, wrong: Tensor | None = No
 
 def _as_planted(
     subject: Subject, doubt: Tensor, labels: Tensor, wrong: Tensor
-) -> tuple[str, bool, list[list[str]]]:
+) -> tuple[str, bool | None, list[list[str]]]:
     """How well doubt finds labels that are known to be wrong, beside the nearest codes and pixels."""
     train = subject.train[: len(doubt)]
     ways = {"nearest by gradient (TracIn)": doubt}
@@ -203,15 +204,20 @@ def _as_planted(
         unity = (near == near.mode(1).values[:, None]).double().mean(1)
         ways[name] = unity - (near == labels[:, None]).double().mean(1)
     areas = {name: auroc(each[~wrong], each[wrong]) for name, each in ways.items()}
-    best, *others = areas.items()
-    worse = [f"{name} {area:.3f}" for name, area in others]
+    (_, own), *others = areas.items()
+    rivals = listed([f"{name} {area:.3f}" for name, area in others])
+    is_best = all(own > area for _, area in others)
     count = int(wrong.sum())
     hits = int(wrong[doubt.argsort(descending=True, stable=True)[:count]].sum())
     verdict = (
         f"Of {count} labels that were made wrong on purpose {hits} are among the {count} most suspicious: AUROC "
-        f"{best[1]:.3f}, where {listed(worse)} need no gradient."
+        f"{own:.3f}; without a gradient {rivals}" + ("." if is_best else ", so gradients gain nothing here.")
     )
-    return verdict, best[1] > 0.9, [[name, f"{area:.3f}"] for name, area in areas.items()]
+    return (
+        verdict,
+        True if is_best else None if own > 0.9 else False,
+        [[name, f"{area:.3f}"] for name, area in areas.items()],
+    )
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

@@ -56,6 +56,8 @@ class Section:
     pictures: Sequence[Picture] = field(default_factory=list)
     details: Sequence[tuple[str, str]] = ()
     """What is folded away: a heading and text as it stands."""
+    is_appendix: bool = False
+    """Whether it comes after all others."""
     seconds: float = 0.0
     """Wall-clock time that it took."""
 
@@ -82,7 +84,8 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
         lstrip_blocks=True,
     )
     environment.filters["words"] = lambda text: " ".join(text.split())
-    ordered = sorted(sections, key=lambda section: {True: 0, None: 1, False: 2}[section.worked])
+    rank = {True: 0, None: 1, False: 2}
+    ordered = sorted(sections, key=lambda section: (section.is_appendix, rank[section.worked]))
     text = environment.get_template("page.html").render(title=title, lead=lead, sections=ordered)
     path.write_text(text, encoding="utf-8")
 

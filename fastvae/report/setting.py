@@ -63,8 +63,9 @@ def setting(subject: Subject, seconds: float) -> Section:
     ]
     return Section(
         "What was looked at",
-        f"A{kind[1:]} of {subject.size:,} parameters; the sections above took {seconds:.0f} s.",
+        f"A{kind[1:]} of {subject.size:,} parameters; the report on it took {seconds:.0f} s.",
         None,
         table=Table(["", ""], rows, numbers=2),
         details=[("The model", str(subject.model))],
+        is_appendix=True,
     )

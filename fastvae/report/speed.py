@@ -19,7 +19,7 @@ from fastvae.network import Network
 from fastvae.plot.trajectories import start
 from fastvae.report.page import Section, Table
 from fastvae.report.subject import Subject
-from fastvae.report.wording import listed
+from fastvae.report.wording import listed, time_of
 
 __all__ = ["Timing", "speed", "timed"]
 
@@ -84,10 +84,7 @@ def speed(subject: Subject) -> Section:
             times are unreliable."""
         )
     text += [f"{name} could not be compared: {reason}" for name, reason in failed.items()]
-    rows = [
-        [each.name, f"{1e3 * each.ours:.1f} ms", f"{1e3 * each.plain:.1f} ms", f"{each.ratio:.2f}"]
-        for each in found
-    ]
+    rows = [[each.name, time_of(each.ours), time_of(each.plain), f"{each.ratio:.2f}"] for each in found]
     text.append(f"The results of the two ways differ by at most {apart:.0e} of the largest entry.")
     return Section(
         "Speed",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvae.metrics import Estimate
 
-__all__ = ["article", "estimated", "listed", "mean_with_error", "nats"]
+__all__ = ["article", "estimated", "listed", "mean_with_error", "nats", "time_of"]
 
 
 def mean_with_error(values: Tensor) -> Estimate:
@@ -28,8 +28,15 @@ def estimated(value: Estimate) -> str:
 def nats(value: float) -> str:
     """Of scores that may be small or very large."""
     size = abs(value)
-    text = f"{value:.2f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:.2g}"
+    scaled, unit = (value / 1000, "k") if size >= 1000 else (value, "")
+    digits = 2 if size < 10 else 0 if size >= 1e5 else 1
+    text = f"{scaled:.{digits}f}{unit}"
     return text.replace("-", "−")
+
+
+def time_of(seconds: float) -> str:
+    """In milliseconds, or seconds where there are many."""
+    return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def listed(words: list[str]) -> str:
