@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from training_problems import batches, images, make, quiet_fit, weights
 
+import fastvae
 from fastvae.training import Callback, EarlyStopping, History, Training, load_checkpoint
 
 
@@ -245,3 +246,18 @@ def test_data_sets() -> None:
     for samples in (images(4), images(4).numpy()):
         with pytest.raises(TypeError, match=r"loader: expected a data set .* fastvae\.data\.load\(x\)"):
             quiet_fit(make(), samples, epochs=1)
+
+
+def test_autocast_around_fit(tmp_path: Path) -> None:
+    """The encoder runs in bfloat16; weights and losses stay float32, and a run that goes on does so likewise."""
+    torch.manual_seed(0)
+    model = fastvae.VAE(*fastvae.architectures.image_networks((1, 8, 8), 2, width=2))
+    seen: list[torch.dtype] = []
+    model.encoder[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    x = torch.rand(8, 1, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        history = quiet_fit(model, [x], epochs=3, val_loader=[x], run_dir=tmp_path)
+    assert set(seen) == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert history.train_loss[-1] < history.train_loss[0]
+    with pytest.raises(ValueError, match=r"the same autocast \('off'\), found 'torch.bfloat16'"):
+        quiet_fit(model, [x], epochs=4, val_loader=[x], run_dir=tmp_path)

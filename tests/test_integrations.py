@@ -205,6 +205,51 @@ def test_lightning_wrapper_trains_and_resumes(kind: type[Any], trainer: Any, tmp
     assert longer.global_step == resumed.model.penalties[0].steps_taken == 12
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "options", "rates"),
+    [
+        (lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.1), {}, [1e-2, 1e-3, 1e-4]),
+        (lambda o: torch.optim.lr_scheduler.StepLR(o, 4, 0.1), {"schedule_by": "step"}, [1e-2, 1e-3, 1e-4]),
+        (
+            # No loss is low enough.
+            lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(
+                o, patience=0, threshold=1e9, threshold_mode="abs"
+            ),
+            {},
+            [1e-2, 1e-2, 1e-3],
+        ),
+    ],
+    ids=["epoch", "step", "plateau"],
+)
+def test_lightning_schedules_and_tests(
+    scheduler: Any, options: Any, rates: list[float], trainer: Any
+) -> None:
+    peer("lightning")
+    from fastvae.integrations.lightning import LitVAE
+
+    lit = LitVAE(model_of(fastvae.VAE), optimizer=torch.optim.SGD, lr=1e-2, scheduler=scheduler, **options)
+    found = []
+    lit.on_train_epoch_start = lambda: found.append(lit.optimizers().param_groups[0]["lr"])  # type: ignore[method-assign]
+    run = trainer(max_epochs=3)
+    run.fit(lit, loader(), loader())
+    assert found == pytest.approx(rates)
+    torch.manual_seed(0)
+    (results,) = run.test(lit, loader(), verbose=False)
+    assert set(results) == {"test_loss", "test_elbo"}
+    # One draw of noise each: 20 samples of some nats.
+    assert results["test_loss"] == pytest.approx(-results["test_elbo"], rel=0.2)
+
+
+def test_lightning_arguments() -> None:
+    peer("lightning")
+    from fastvae.integrations.lightning import LitVAE
+
+    with pytest.raises(ValueError, match="LitVAE: schedule_by: expected 'epoch' or 'step', got 'batch'"):
+        LitVAE(model_of(), schedule_by="batch")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"LitVAE: scheduler: expected an LRScheduler .*, got SGD"):
+        LitVAE(model_of(), optimizer=torch.optim.SGD, scheduler=lambda o: o).configure_optimizers()  # type: ignore[arg-type,return-value]
+
+
 def test_lightning_accumulates_batches(trainer: Any) -> None:
     """The penalties count optimisation steps, not batches."""
     peer("lightning")

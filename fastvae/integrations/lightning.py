@@ -7,11 +7,12 @@ LightningModule of your own; what that one has to do is what :class:`LitVAE` doe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastvae.arguments import expect_numbers
 from fastvae.integrations import TORCHVISION
@@ -19,6 +20,7 @@ from fastvae.models import BaseVAE
 from fastvae.models.observation import Observation
 from fastvae.training import step_penalties
 from fastvae.training.batches import Place, batch_of
+from fastvae.training.fitting import build_scheduler
 
 try:
     import lightning
@@ -35,20 +37,24 @@ __all__ = ["LitVAE"]
 class LitVAE(lightning.LightningModule):
     """Trains a fastvae model in ``lightning.Trainer``.
 
-    Logs ``train_loss`` (with penalties and beta) a step, and ``val_loss`` and ``val_elbo`` an epoch, all in nats a
-    sample. Batches are those of :func:`fastvae.fit`: a tensor, the first of a tuple, or ["data"]. Penalties are
-    stepped once an optimisation step, however many batches are accumulated for it. The hyperparameters are not saved
-    in checkpoints, since a model is none: ``LitVAE.load_from_checkpoint(path, model=...)`` takes one built as before.
+    Logs ``train_loss`` (with penalties and beta) a step, ``val_loss`` and ``val_elbo`` an epoch, and ``test_loss`` and
+    ``test_elbo`` in ``Trainer.test``, all in nats a sample. Batches are those of :func:`fastvae.fit`: a tensor, the
+    first of a tuple, or ["data"]. Penalties are stepped once an optimisation step, however many batches are accumulated
+    for it. The hyperparameters are not saved in checkpoints, since a model is none:
+    ``LitVAE.load_from_checkpoint(path, model=...)`` takes one built as before.
 
     Args:
         model: any of fastvae's models; ``lit.model`` is it, trained.
         optimizer: callable from (parameters, lr=...) to an optimiser.
         lr: learning rate.
+        scheduler: callable from the optimiser to a learning rate scheduler; ``ReduceLROnPlateau`` reads ``val_loss``.
+        schedule_by: call the scheduler after each "epoch" or each "step".
         condition, weight, sample_weight: where in a batch is what; see :func:`fastvae.fit`. With sample weights both
             losses are weighted means of a batch; Lightning's mean over batches counts their samples.
 
     Raises:
         TypeError: ``model`` is not one of fastvae's.
+        ValueError: another ``schedule_by``; later, a scheduler that is none of the optimiser's.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class LitVAE(lightning.LightningModule):
         *,
         optimizer: Callable[..., Optimizer] = torch.optim.Adam,
         lr: float = 1e-3,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        schedule_by: Literal["epoch", "step"] = "epoch",
         condition: Place | None = None,
         weight: Place | None = None,
         sample_weight: Place | None = None,
@@ -68,6 +76,9 @@ class LitVAE(lightning.LightningModule):
         self.model = model
         self._optimizer = optimizer
         self.lr = lr
+        if schedule_by not in ("epoch", "step"):
+            raise ValueError(f"LitVAE: schedule_by: expected 'epoch' or 'step', got {schedule_by!r}")
+        self._scheduler, self._schedule_by = scheduler, schedule_by
         self._places = {"condition": condition, "weight": weight, "sample_weight": sample_weight}
 
     def forward(self, x: Tensor, condition: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -84,17 +95,31 @@ class LitVAE(lightning.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs ``val_loss`` and ``val_elbo``."""
+        self._log_batch("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``test_loss`` and ``test_elbo``."""
+        self._log_batch("test", batch)
+
+    def _log_batch(self, name: str, batch: Any) -> None:
         given = batch_of(batch, self._places, binarize=False)
         x = given.seen.x
-        self.log("val_loss", given.mean(self(*given.seen)), batch_size=len(x))
-        self.log("val_elbo", given.mean(self.model.elbo(x, **given.seen.given)), batch_size=len(x))
+        self.log(f"{name}_loss", given.mean(self(*given.seen)), batch_size=len(x))
+        self.log(f"{name}_elbo", given.mean(self.model.elbo(x, **given.seen.given)), batch_size=len(x))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, then the penalties' step; not called for batches that are only accumulated."""
         super().optimizer_step(*args, **kwargs)
         step_penalties(self.model)
 
-    def configure_optimizers(self) -> Optimizer:
-        """The optimiser over the trainable parameters."""
+    def configure_optimizers(self) -> Any:
+        """The optimiser over the trainable parameters, with its scheduler if there is one."""
         parameters: list[nn.Parameter] = [p for p in self.parameters() if p.requires_grad]
-        return self._optimizer(parameters, lr=self.lr)
+        optimizer = self._optimizer(parameters, lr=self.lr)
+        if self._scheduler is None:
+            return optimizer
+        scheduler = build_scheduler("LitVAE", optimizer, self._scheduler)
+        schedule: dict[str, Any] = {"scheduler": scheduler, "interval": self._schedule_by}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            schedule["monitor"] = "val_loss"
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -25,7 +25,7 @@ from fastvae.training.randomness import global_generators_kept
 from fastvae.training.run import Run
 from fastvae.training.step import Stepper, parameters_of
 
-__all__ = ["fit"]
+__all__ = ["build_scheduler", "fit"]
 
 
 def fit(
@@ -64,6 +64,10 @@ def fit(
     and Python's global generators are seeded from (seed, epoch) at the start of every epoch, and the states
     of the loaders' own generators are stored; ``fit`` gives the global generators back as it found them.
     Out of reach are generators hidden in data sets or models, and workers kept by ``persistent_workers``.
+
+    Under ``torch.autocast(device, torch.bfloat16)`` around the call, encoders (and decoders that no kernel takes) run
+    in bfloat16; the operators compute in float32 as ever, weights and optimiser stay as they are. Gradients are not
+    scaled, which float16 would need.
 
     Several processes (torchrun) train one model if each passes it in ``DistributedDataParallel``, with a loader of as
     many batches of its own part of the data (``DistributedSampler``) and the same arguments otherwise. Noise differs
@@ -122,7 +126,7 @@ def fit(
         on_difference: where the checkpoint is of another run: "raise" an error that names each difference with its old
             and its new value, or "warn" and go on. Compared are the modules' classes and settings (beta, likelihood,
             slopes, ...), the weights' names, shapes and dtypes, optimiser and scheduler with their hyperparameters,
-            batch size, sampler, number of batches, ``seed``, ``clip_grad_norm``, ``binarize``, ``condition``,
+            batch size, sampler, number of batches, ``seed``, ``clip_grad_norm``, ``binarize``, autocast, ``condition``,
             ``weight``, ``sample_weight``, ``schedule_by``, and the loaders' data where they are in memory: shapes and a
             hash of at most 16 MB of each tensor, in rows spread over it. Code cannot be seen (of ``forward``, of
             transforms), nor what is read from files. After a warning, hyperparameters given now replace the stored
@@ -172,7 +176,7 @@ def fit(
         loader=batches,
         val_loader=val_batches,
         optimizer=chosen_optimizer,
-        scheduler=_build_scheduler(chosen_optimizer, scheduler),
+        scheduler=build_scheduler("fit", chosen_optimizer, scheduler),
         run_dir=None if run_dir is None else Path(run_dir),
         interval=_interval(checkpoint_every),
         seed=int(seed),
@@ -185,6 +189,7 @@ def fit(
             "clip_grad_norm": clip_grad_norm,
             "binarize": binarize,
             "schedule_by": schedule_by,
+            "autocast": _autocast(model),
             **{name: "a function" if callable(place) else place for name, place in places.items()},
         },
         stepper=Stepper(
@@ -227,6 +232,11 @@ def _checked_callbacks(
     return found
 
 
+def _autocast(model: nn.Module) -> str:
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
+
+
 def _interval(checkpoint_every: int | str | None) -> int | None:
     if checkpoint_every is None or checkpoint_every == "never":
         return None
@@ -259,15 +269,16 @@ def _build_optimizer(
     return chosen
 
 
-def _build_scheduler(
-    optimizer: Optimizer, scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None
+def build_scheduler(
+    owner: str, optimizer: Optimizer, scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None
 ) -> LRScheduler | None:
+    """The scheduler of this optimiser, made if need be. ValueError, in the owner's name, for any other."""
     if scheduler is None:
         return None
     chosen = scheduler if isinstance(scheduler, LRScheduler) else scheduler(optimizer)
     if not isinstance(chosen, LRScheduler) or chosen.optimizer is not optimizer:
         raise ValueError(
-            "fit: scheduler: expected an LRScheduler of the optimizer that fit uses, or a callable from it, "
+            f"{owner}: scheduler: expected an LRScheduler of the optimizer that {owner} uses, or a callable from it, "
             f"got {type(chosen).__name__}"
         )
     return chosen
