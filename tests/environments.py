@@ -41,10 +41,13 @@ class Environment:
                 is_hidden = any(name == package or name.startswith(f"{package}_") for package in hidden)
                 if not is_hidden and (wanted is None or entry.name in wanted):
                     (self.packages / entry.name).symlink_to(entry)
-        # torchrun is the one command that a page calls.
-        command = self.python.with_name("torchrun")
-        command.write_text(f"#!{self.python}\nfrom torch.distributed.run import main\n\nmain()\n")
-        command.chmod(0o755)
+        # The commands that pages call.
+        for name, module in (("torchrun", "torch.distributed.run"), ("fastvae", "fastvae.__main__")):
+            command = self.python.with_name(name)
+            command.write_text(
+                f"#!{self.python}\nimport sys\nfrom {module} import main\n\nsys.exit(main())\n"
+            )
+            command.chmod(0o755)
 
     def run(self, *arguments: str, cwd: Path, path: str | Path = "") -> subprocess.CompletedProcess[str]:
         """Its Python, with PYTHONPATH."""
