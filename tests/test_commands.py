@@ -134,6 +134,19 @@ def test_complexity_asks_for_discrete_values(
     assert main(["score", str(tmp_path), str(pictures), *words]) == 0
 
 
+@pytest.mark.slow
+def test_report(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    np.savez(tmp_path / "noise.npz", images=np.random.default_rng(0).integers(0, 256, (20, 9, 9), np.uint8))
+    words = ["--foreign", str(tmp_path / "noise.npz"), "--effort", "0.05", "--out", str(tmp_path / "report")]
+    assert main(["report", str(run), str(pictures), *words]) == 0
+    path = tmp_path / "report" / "index.html"
+    assert f"report: {path}" in capsys.readouterr().out
+    page = path.read_text()
+    assert "noise.npz" in page and "fastvae report" in page
+
+
 def test_going_on(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Longer than first thought; the same as at once, bit for bit."""
     once, twice = tmp_path / "once", tmp_path / "twice"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 from pathlib import Path
 
 from fastvae.commands.errors import mendable, positive
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="the report's folder (RUN/report)")
     parser.add_argument(
-        "--effort", type=positive(float), default=1.0, help="below 1 for fewer images and samples (1)"
+        "--effort", type=positive(float), default=1.0, help="less looks at fewer images (%(default)s)"
     )
     parser.add_argument("--device", help='"cpu", "cuda", ...; a GPU if there is one')
 
@@ -32,9 +33,12 @@ def run(options: argparse.Namespace) -> int:
     model, settings = load_run(options.run, options.device)
     with mendable():  # it needs packages that fastvae does without
         write_report = importlib.import_module("fastvae.report").write_report
+        history = options.run / "checkpoints" / "history.json"
+        known = History.load(history) if history.exists() else None
     train, test = (load_images(options.data, settings, split) for split in ("train", "test"))
-    foreign = [load_images(source, settings, "all") for source in options.foreign]
+    foreign = {Path(source).name: load_images(source, settings, "all") for source in options.foreign}
     folder = options.out or options.run / "report"
+    words = ["fastvae", "report", str(options.run), options.data]
     with mendable():
         path = write_report(
             model,
@@ -42,17 +46,10 @@ def run(options: argparse.Namespace) -> int:
             test,
             folder,
             foreign=foreign or None,
-            history=_history(options.run),
+            history=known,
             binarised=settings.binarize,
-            command=f"fastvae report {options.run} {options.data}",
             effort=options.effort,
+            command=shlex.join(words + (["--foreign", *options.foreign] if foreign else [])),
         )
     print(f"report: {path}")
     return 0
-
-
-def _history(run: Path) -> History | None:
-    """What training wrote, if it is still there."""
-    path = run / "checkpoints" / "history.json"
-    with mendable():
-        return History.load(path) if path.is_file() else None
