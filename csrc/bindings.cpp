@@ -7,6 +7,8 @@
 #include "common/recycling.h"
 #include "kernels/kernels.h"
 #include "network/copies.h"
+#include "network/copies_adam.h"
+#include "ops/copied_convolution.h"
 #include "ops/norm_activation.h"
 #include "ops/ops.h"
 #include "straight_code.h"
@@ -204,6 +206,22 @@ PYBIND11_MODULE(_C, m) {
       .def("forward", &fastvae::NetworkCopies::forward, unlocked)
       .def("update", &fastvae::NetworkCopies::update, unlocked, arg("grad"))
       .def("parameters", &fastvae::NetworkCopies::parameters, unlocked);
+  pybind11::class_<fastvae::CopiesAdam>(m, "CopiesAdam", "Adam on the parameters of every sample, on a CPU.")
+      .def(pybind11::init([](const std::vector<at::Tensor>& values, double lr, double beta1, double beta2, double eps,
+                             double weight_decay) {
+             return std::make_unique<fastvae::CopiesAdam>(
+                 values, fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay});
+           }),
+           unlocked, arg("values"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"))
+      .def("step", &fastvae::CopiesAdam::step, unlocked, arg("gradients"), arg("inputs"));
+  using Copied = fastvae::CopiedConvolutionRules;
+  pybind11::class_<Copied>(m, "CopiedConvolutionRules", "A convolution with weights of every sample's own, on a CPU.")
+      .def(pybind11::init<const std::vector<int64_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
+                          const std::vector<int64_t>&, int64_t>(),
+           arg("kernel"), arg("stride"), arg("padding"), arg("dilation"), arg("groups"))
+      .def("smaller", &Copied::smaller, unlocked, arg("larger"), arg("weight"), arg("bias"))
+      .def("larger", &Copied::larger, unlocked, arg("smaller"), arg("weight"), arg("bias"), arg("sizes"))
+      .def("weight", &Copied::weight, unlocked, arg("larger"), arg("smaller"), arg("samples"));
   m.def(
       "vae_factors",
       [](const at::Tensor& x, const at::Tensor& noise, double beta, const std::vector<at::Tensor>& encoder_parameters,

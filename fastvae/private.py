@@ -16,17 +16,28 @@ from contextlib import contextmanager
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["PrivateCopies", "Turns", "for_scoring", "origin_of", "private_copy", "twin_of"]
+__all__ = [
+    "PrivateCopies",
+    "Turns",
+    "copy_has_origin",
+    "for_scoring",
+    "origin_of",
+    "private_copy",
+    "twin_of",
+]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = tuple(sorted(name for name in _INTERNAL if name.endswith("_hooks")))
+_CALLED_HOOKS = tuple(name for name in _HOOKS if "state_dict" not in name)
+"""Those that a forward or a backward pass runs."""
 _SCALARS = frozenset(
     {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format}
 )
@@ -89,6 +100,11 @@ def for_scoring(copy_of: _Module) -> _Module:
 
 
 _origins: weakref.WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]] = weakref.WeakKeyDictionary()
+
+
+def copy_has_origin(copy_of: nn.Module, origin: nn.Module) -> None:
+    """Say of a module what :func:`origin_of` is to return."""
+    _origins[copy_of] = weakref.ref(origin)
 
 
 def origin_of(copy_of: nn.Module) -> nn.Module | None:
@@ -319,7 +335,7 @@ def _facts(model: nn.Module) -> tuple[Any, ...] | None:
     lines = []
     try:
         for module in model.modules():
-            if _stand_in(module) is not None or any(getattr(module, hooks, None) for hooks in _HOOKS):
+            if _stand_in(module) is not None or any(getattr(module, hooks, None) for hooks in _CALLED_HOOKS):
                 return None
             state = vars(module)
             tensors = []
@@ -331,9 +347,10 @@ def _facts(model: nn.Module) -> tuple[Any, ...] | None:
                     form = (number(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
                 tensors.append((name, type(tensor), form))
             children = tuple((name, None if m is None else number(m)) for name, m in module._modules.items())
+            # A recurrent layer's copy has its attributes in another order.
             others = tuple(
-                (key, _plain(value, numbers))
-                for key, value in state.items()
+                (key, _plain(state[key], numbers))
+                for key in sorted(state)
                 if key not in _INTERNAL and key != "training"
             )
             lines.append((type(module), number(module), tuple(tensors), children, others))
@@ -349,6 +366,8 @@ def _plain(value: Any, numbers: Mapping[int, int]) -> Any:
         return kind, value
     if id(value) in numbers:
         return "part", numbers[id(value)]
+    if isinstance(value, np.generic):
+        return kind, value.item()
     if kind is weakref.ref:
         return kind, _plain(value(), numbers)
     if issubclass(kind, (list, tuple, set, frozenset)) and kind.__module__ in ("builtins", "torch"):

@@ -24,12 +24,9 @@ QUICK = {
 }  # fmt: skip
 """The others are trained by the slow tests alone."""
 
-IN_KERNELS = {
-    "mlp", "two-heads-mlp", "chunked", "split-to-a-list", "unbound", "sliced", "two-heads-convolutional",
-    "two-heads-batchnorm", "convolutional-heads", "pythae-mlp", "pythae-mnist-convnet", "disent-linear",
-    "disent-conv64", "disent-conv64-batchnorm",
-}  # fmt: skip
-"""Encoders whose copies are trained by kernels; all others by autograd, which a warning says."""
+IN_PART_BY_AUTOGRAD = {"weight-norm", "spectral-norm"}
+"""Encoders that compute weights of parameters by operations without rules, which a warning names; of all others every
+operation with parameters has a rule."""
 
 STEPS = 20
 
@@ -73,8 +70,9 @@ def test_regret_is_that_of_adam_by_hand(entry: EncoderEntry) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = LikelihoodRegret(model, num_steps=STEPS, num_samples=2, lr=1e-3).refit(x, parameters=True)
-    by_autograd = any("copies are trained" in str(warning.message) for warning in caught)
-    assert by_autograd == (entry.name not in IN_KERNELS)
+    warned = [str(warning.message) for warning in caught if "copies are trained" in str(warning.message)]
+    assert all("in part by torch.vmap" in text for text in warned)
+    assert bool(warned) == (entry.name in IN_PART_BY_AUTOGRAD)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{name} was changed"
     for i, image in enumerate(x.split(1)):

@@ -25,6 +25,20 @@ struct AdamUpdate {
   const int32_t* taken;            // [1] steps
 };
 
+// Adam on matrices whose gradient is delta (x) h, which is not stored. CPU only. Index: samples * out.
+template <typename T>
+struct AdamOuter {
+  T* value;  // [samples, out, in]
+  T* mean;
+  T* square;
+  const T* delta;  // [samples, out]
+  const T* h;      // [samples, in]
+  int64_t out;
+  int64_t in;
+  math::Adam<T> adam;
+  math::AdamRate<T> rate;
+};
+
 // The rows of a dense layer: one for each input and, with a bias, a last one whose input is 1.
 template <typename T>
 struct CopiedRows {

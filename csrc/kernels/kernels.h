@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "convolution.h"
+#include "copied_convolution.h"
 #include "copies.h"
 #include "keyed_noise.h"
 #include "math/activations.h"
@@ -317,6 +318,10 @@ FASTVAE_DECLARE_CPU(direct_conv_transpose, DirectConvTranspose)
 FASTVAE_DECLARE_CPU(conv_transpose_log_prob, ConvTransposeLogProb)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_reverse, DirectConvTransposeReverse)
 FASTVAE_DECLARE_CPU(direct_conv_transpose_gradient, DirectConvTransposeGradient)
+FASTVAE_DECLARE_CPU(adam_outer, AdamOuter)
+FASTVAE_DECLARE_CPU(copied_convolution_small, CopiedConvolution)
+FASTVAE_DECLARE_CPU(copied_convolution_big, CopiedConvolution)
+FASTVAE_DECLARE_CPU(copied_convolution_weight, CopiedConvolution)
 FASTVAE_DECLARE_CPU(norm_activation_forward, NormActivation)
 FASTVAE_DECLARE_CPU(norm_activation_reverse, NormActivation)
 FASTVAE_DECLARE_CPU(norm_activation_tangent, NormActivation)

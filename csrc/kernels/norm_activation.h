@@ -27,8 +27,8 @@ struct NormActivation {
   const T* dy;      // reverse, adjoint; may be null in the latter: zero
   const T* dy_dot;  // adjoint; may be null: zero
   const T* x_dot;   // tangent, adjoint
-  const T* gain;    // [channels] or null
-  const T* bias;    // [channels] or null
+  const T* gain;    // [affine_samples, channels] or null
+  const T* bias;    // [affine_samples, channels] or null
   T* mean;          // [x_samples, groups], or [channels] where they are given; null without a norm
   T* s;
   T* out;     // y, dx or ydot
@@ -36,6 +36,7 @@ struct NormActivation {
   T* d_bias;  // [samples, channels] or null
   int64_t samples;
   int64_t x_samples;
+  int64_t affine_samples;  // gains and biases: each of as many samples of x in a row
   int64_t channels;
   int64_t positions;
   int64_t groups;
@@ -43,6 +44,9 @@ struct NormActivation {
   bool channels_last;
   Statistics statistics;
   ActivationSpec activation;
+
+  // Where the gain and bias of a sample of x begin.
+  int64_t affine_of(int64_t x_sample) const { return x_sample * affine_samples / x_samples * channels; }
 };
 
 }  // namespace fastvae

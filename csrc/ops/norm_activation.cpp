@@ -73,6 +73,7 @@ struct NormActivationRules::Call {
   at::MemoryFormat layout;
   at::Tensor x;
   at::Tensor gain, bias, mean, s;
+  int64_t affine_samples = 1;
   std::vector<at::Tensor> held;
 
   Call(const NormActivationRules& all, const at::Tensor& input, const OptionalTensor& of_gain,
@@ -87,10 +88,32 @@ struct NormActivationRules::Call {
     x = input.contiguous(layout);
     const bool grouped = rules.statistics_ == Statistics::kOfGroups || rules.statistics_ == Statistics::kRootSquare;
     const std::vector<int64_t> channels{x.size(1)}, groups{x.size(0), rules.groups_};
-    gain = checked("gain", of_gain, channels);
-    bias = checked("bias", of_bias, channels);
+    for (const OptionalTensor& affine : {of_gain, of_bias}) {
+      if (affine.has_value() && affine->defined() && affine->dim() == 2) {
+        affine_samples = affine->size(0);
+        FASTVAE_CHECK_VALUE(affine_samples > 0 && input.size(0) % affine_samples == 0, kOp, "gain, bias",
+                            c10::str("rows that divide the ", input.size(0), " of x"), describe(*affine));
+      }
+    }
+    const std::vector<int64_t> of_samples{affine_samples, input.size(1)};
+    gain = checked("gain", of_gain, affine_samples == 1 && !is_matrix(of_gain) ? channels : of_samples);
+    bias = checked("bias", of_bias, affine_samples == 1 && !is_matrix(of_bias) ? channels : of_samples);
     mean = checked("mean", of_mean, grouped ? groups : channels);
     s = checked("s", of_s, grouped ? groups : channels);
+  }
+
+  static bool is_matrix(const OptionalTensor& given) {
+    return given.has_value() && given->defined() && given->dim() == 2;
+  }
+
+  // Of a gradient [rows, channels] what belongs to each gain.
+  at::Tensor summed(const at::Tensor& each, const OptionalTensor& of) const {
+    if (!is_matrix(of)) {
+      return each.sum(at::IntArrayRef{0});
+    }
+    FASTVAE_CHECK_VALUE(each.size(0) == x.size(0), kOp, "dy", "as many rows as x where gains are of samples",
+                        describe(each));
+    return each.size(0) == affine_samples ? each : each.view({affine_samples, -1, each.size(1)}).sum(1);
   }
 
   at::Tensor checked(const char* name, const OptionalTensor& given, at::IntArrayRef sizes) const {
@@ -134,6 +157,7 @@ struct NormActivationRules::Call {
     args.out = out.mutable_data_ptr<T>();
     args.samples = out.size(0);
     args.x_samples = x.size(0);
+    args.affine_samples = affine_samples;
     args.channels = x.size(1);
     args.positions = x.numel() / std::max<int64_t>(1, x.size(0) * x.size(1));
     args.groups = rules.groups_;
@@ -197,7 +221,7 @@ NormActivationRules::reverse(const at::Tensor& dy, const at::Tensor& x, const Op
   if (!affine) {
     return {dx, std::nullopt, std::nullopt};
   }
-  return {dx, d_gain.sum(at::IntArrayRef{0}), d_bias.sum(at::IntArrayRef{0})};
+  return {dx, call.summed(d_gain, gain), call.summed(d_bias, bias)};
 }
 
 at::Tensor NormActivationRules::tangent(const at::Tensor& x_dot, const at::Tensor& x, const OptionalTensor& gain,
@@ -251,7 +275,7 @@ NormActivationRules::adjoint(const OptionalTensor& dy_dot, const OptionalTensor&
   if (!affine) {
     return {dx, std::nullopt, std::nullopt};
   }
-  return {dx, d_gain.sum(at::IntArrayRef{0}), d_bias.sum(at::IntArrayRef{0})};
+  return {dx, call.summed(d_gain, gain), call.summed(d_bias, bias)};
 }
 
 }  // namespace fastvae

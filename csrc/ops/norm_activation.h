@@ -18,7 +18,8 @@ class NormActivationRules {
   // statistics: "none", "given", "groups" or "root_square"; activation: "identity", or as a network's text has it.
   NormActivationRules(const std::string& statistics, int64_t groups, double eps, const std::string& activation);
 
-  // y, mean and s, for x [B, C, ...]; given mean and s are [C].
+  // y, mean and s, for x [B, C, ...]; given mean and s are [C]. Gain and bias are [C], or [A, C] where the first B / A
+  // rows of x have the first ones, and so on; then there are no latents.
   std::tuple<at::Tensor, OptionalTensor, OptionalTensor> forward(const at::Tensor& x, const OptionalTensor& gain,
                                                                  const OptionalTensor& bias, const OptionalTensor& mean,
                                                                  const OptionalTensor& s) const;

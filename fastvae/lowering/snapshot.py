@@ -22,6 +22,8 @@ from .errors import join
 from .hooked import computed_weights
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+# What recurrent layers keep of their parameters once more.
+_DERIVED = frozenset({"_flat_weights", "_flat_weight_refs"})
 # By exact type: a NumPy scalar that is not a number would not equal its own copy.
 _SCALARS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
 
@@ -43,7 +45,8 @@ class Node:
         self.forward = getattr(self.type, "forward", None)
         optimized = self.type.__name__ == "OptimizedModule"
         computed = computed_weights(module)
-        own = [] if optimized else [key for key in state if key not in _INTERNAL and key not in computed]
+        ignored = _INTERNAL | _DERIVED if isinstance(module, nn.RNNBase) else _INTERNAL
+        own = [] if optimized else [key for key in state if key not in ignored and key not in computed]
         plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
         self.plain = tuple(plain.items())
         self.size = 0 if optimized else len(state)

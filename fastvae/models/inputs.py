@@ -14,6 +14,7 @@ from fastvae.models.outputs import SelectOutputs, names_in
 
 __all__ = [
     "JoinedEncoder",
+    "bounded",
     "check_condition",
     "check_is_tensor",
     "check_observed",
@@ -150,13 +151,26 @@ def split_posterior(model: nn.Module, output: object, batch: int) -> tuple[Tenso
 
 
 class JoinedEncoder(nn.Module):
-    """An encoder of one or two tensors, whose mean and log variance are one tensor [B, 2 d]."""
+    """An encoder of one or two tensors, whose mean and log variance are one tensor [B, 2 d].
 
-    def __init__(self, encoder: nn.Module) -> None:
+    Args:
+        encoder: see ``BaseVAE``.
+        max_logvar: see ``BaseVAE``.
+    """
+
+    def __init__(self, encoder: nn.Module, max_logvar: float | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.max_logvar = encoder, max_logvar
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Mean before log variance."""
-        output = self.encoder(x)
-        return output if isinstance(output, Tensor) else torch.cat(tuple(output), 1)
+        output = self.encoder(x) if condition is None else self.encoder(x, condition)
+        if self.max_logvar is None:
+            return output if isinstance(output, Tensor) else torch.cat(tuple(output), 1)
+        mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
+        return torch.cat((mu, bounded(logvar, self.max_logvar)), 1)
+
+
+def bounded(logvar: Tensor, most: float) -> Tensor:
+    """Log variances below ``most``; see ``BaseVAE``."""
+    return most - nn.functional.softplus(most - logvar)

@@ -15,6 +15,7 @@ from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.weights import check_takes_weight, expanded, filled
 from fastvae.lowering import LoweredNetwork
 from fastvae.models.inputs import (
+    bounded,
     check_condition,
     check_is_tensor,
     check_observed,
@@ -98,7 +99,7 @@ class EncoderDecoder(nn.Module):
         wide = torch.promote_types(mu.dtype, torch.float32)
         logvar = logvar.to(wide)
         if self.max_logvar is not None:
-            logvar = self.max_logvar - nn.functional.softplus(self.max_logvar - logvar)
+            logvar = bounded(logvar, self.max_logvar)
         return mu.to(wide), logvar
 
     def overrides(self, *methods: str) -> bool:

@@ -33,7 +33,7 @@ class ReadNetwork(NamedTuple):
 class _Known:
     """A module's program, or why there is none, and the facts that it was read from."""
 
-    def __init__(self, module: nn.Module, z: Tensor, condition: Tensor | None) -> None:
+    def __init__(self, module: nn.Module, z: Tensor, condition: Tensor | None, of_data: bool) -> None:
         # As text: a traceback would hold the module, and so keep its entry alive.
         self.failure = self.coupled = ""
         self.sweeps: dict[bool, Sweeps] = {}
@@ -46,7 +46,7 @@ class _Known:
             mine = copy_with_modes(module)
             program = read_program(mine, z, condition)
             try:
-                self.sweeps[False] = _verified(mine, program, z, condition)
+                self.sweeps[False] = _verified(mine, program, z, condition, of_data)
             except CoupledSamples:
                 raise
             except UnsupportedLayer as first:
@@ -55,7 +55,7 @@ class _Known:
                 # Its forward may have taken the size of the batch for a constant.
                 try:
                     program = read_program(mine, z, condition, apart=True)
-                    self.sweeps[False] = _verified(mine, program, z, condition)
+                    self.sweeps[False] = _verified(mine, program, z, condition, of_data)
                 except CoupledSamples:
                     raise
                 except UnsupportedLayer:
@@ -118,9 +118,11 @@ class _Known:
         return tensors
 
 
-def _verified(mine: nn.Module, program: Program, z: Tensor, condition: Tensor | None) -> Sweeps:
+def _verified(
+    mine: nn.Module, program: Program, z: Tensor, condition: Tensor | None, of_data: bool
+) -> Sweeps:
     sweeps = Sweeps(program, z.device.type)
-    verify_program(mine, sweeps, z, condition)
+    verify_program(mine, sweeps, z, condition, of_data=of_data)
     return sweeps
 
 
@@ -134,9 +136,16 @@ _lock = threading.RLock()
 
 
 def read_network(
-    module: nn.Module, z: Tensor, *, condition: Tensor | None = None, strip_sigmoid: bool = False
+    module: nn.Module,
+    z: Tensor,
+    *,
+    condition: Tensor | None = None,
+    strip_sigmoid: bool = False,
+    of_data: bool = False,
 ) -> ReadNetwork:
     """The sweeps of a module for codes like z, read at the first call and when it has changed.
+
+    With ``of_data`` z are data, and the sweeps are good for one gradient to parameters: see ``verify_program``.
 
     Raises:
         UnsupportedLayer: the module cannot be read, or what was read is not what it does; ``strip_sigmoid`` and it
@@ -146,7 +155,7 @@ def read_network(
     check_uncoupled(module)
     given = (z,) if condition is None else (z, condition)
     forms = tuple((tensor.dtype, tensor.device, tuple(tensor.shape[1:])) for tensor in given)
-    key = forms, torch.get_default_dtype(), registrations()
+    key = forms, torch.get_default_dtype(), registrations(), of_data
     found = _current(module, key, condition)
     if found is None:
         with _lock:
@@ -155,7 +164,7 @@ def read_network(
                 found = _of_origin(module, key, condition)
             if found is None:
                 with own_noise():
-                    fresh = _Known(module, z, condition)
+                    fresh = _Known(module, z, condition, of_data)
                 _known.setdefault(module, {})[key] = fresh
                 origin = origin_of(module)
                 if origin is not None:

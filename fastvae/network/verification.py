@@ -25,7 +25,14 @@ _ROWS = 3
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 
 
-def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None = None) -> None:
+def verify_program(
+    module: nn.Module,
+    sweeps: Sweeps,
+    z: Tensor,
+    condition: Tensor | None = None,
+    *,
+    of_data: bool = False,
+) -> None:
     """Compare, in float64 where the program allows it.
 
     Args:
@@ -33,6 +40,8 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
         sweeps: of its program.
         z: some codes [1 or more, ...].
         condition: of the codes, or None.
+        of_data: z are data: compared at these very numbers, of which others may be none, and once differentiated; there
+            may be no gradient to them.
 
     Raises:
         UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
@@ -40,15 +49,19 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
     """
     rows = rows_of(z, _ROWS)
     given = None if condition is None else rows_of(condition, _ROWS)
-    noise = torch.empty(rows.shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0))
-    rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
-    # The user's codes may be where nothing changes any more.
-    rows[-1] = noise[-1].to(rows)
+    if not of_data:
+        noise = torch.empty(rows.shape, dtype=torch.float64).normal_(
+            generator=torch.Generator().manual_seed(0)
+        )
+        rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
+        # The user's codes may be where nothing changes any more.
+        rows[-1] = noise[-1].to(rows)
+    compare = _error_of_data if of_data else _error
     error = None
     compared = module, rows, given
     try:
         twin = copy_with_modes(module).double()
-        error = _error(twin, sweeps, rows.double(), _widened(given))
+        error = compare(twin, sweeps, rows.double(), _widened(given))
         compared = twin, rows.double(), _widened(given)
     except (UnsupportedLayer, CoupledSamples):
         raise
@@ -57,7 +70,7 @@ def verify_program(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tens
         error = None
     if error is None:
         try:
-            error = _error(module, sweeps, rows, given)
+            error = compare(module, sweeps, rows, given)
         except (UnsupportedLayer, CoupledSamples):
             raise
         except Exception as failure:
@@ -92,10 +105,7 @@ def _widened(condition: Tensor | None) -> Tensor | None:
 def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None) -> tuple[float, str]:
     """The largest difference in units of the tolerance, and of what."""
     program = sweeps.program
-    if not program.is_active[program.output]:
-        raise UnsupportedLayer("its output is not computed from z")
-    tensors = [condition if source.is_condition else _tensor(module, source) for source in program.sources]
-    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad and tensor.is_leaf]
+    tensors, leaves = _given(module, sweeps, condition)
     generator = torch.Generator().manual_seed(1)
 
     def draw(like: Tensor) -> Tensor:
@@ -146,13 +156,65 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         pairs += [("derivative along several latents", several, torch.stack([moved, -moved]))]
     pairs += [("second derivative", of_z, wanted[0])]
     pairs += [("second derivative to parameters", a, b) for a, b in zip(of_leaves, wanted[1:], strict=True)]
+    return _worst(pairs, _TOLERANCE[z.dtype])
+
+
+def _given(
+    module: nn.Module, sweeps: Sweeps, condition: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The module's tensors by source, and those to which gradients are compared."""
+    program = sweeps.program
+    if not program.is_active[program.output]:
+        raise UnsupportedLayer("its output is not computed from z")
+    tensors = [condition if source.is_condition else _tensor(module, source) for source in program.sources]
+    return tensors, [each for each in tensors if each is not None and each.requires_grad and each.is_leaf]
+
+
+def _error_of_data(
+    module: nn.Module, sweeps: Sweeps, x: Tensor, condition: Tensor | None
+) -> tuple[float, str]:
+    """The same of the output and its gradient to parameters."""
+    module.requires_grad_()
+    tensors, leaves = _given(module, sweeps, condition)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        with twice_differentiable():
+            own = module(x) if condition is None else module(x, condition)
+        seed = torch.empty(own.shape, dtype=torch.float64)
+        seed = seed.normal_(generator=torch.Generator().manual_seed(1)).to(own)
+        wanted: Sequence[Tensor] = ()
+        if leaves and own.requires_grad:
+            wanted = torch.autograd.grad(own, leaves, seed, allow_unused=True, materialize_grads=True)
+        inputs = Inputs(sweeps, x, tensors)
+    with torch.no_grad():
+        passive = inputs.detached()
+        sweeps.measure(passive, x)
+        at = sweeps.forward(passive, x, inputs.wanted)
+        output = sweeps.output(at)
+        if output.shape != own.shape:
+            return float("inf"), "output"
+        found: dict[int, Tensor] = {}
+        products = Products(passive, inputs.wanted, found)
+        gradients = sweeps.adjoint(at, [None] * sweeps.program.size, {}, seed, products)
+        gradients.pop(0, None)
+        for index, gradient in gradients.items():
+            products.put(index, gradient)
+        products.finish()
+    pairs = [("output", output, own)]
+    if wanted:
+        of_leaves = _to_leaves(inputs, found, leaves)
+        pairs += [("gradient to parameters", a, b) for a, b in zip(of_leaves, wanted, strict=True)]
+    return _worst(pairs, _TOLERANCE[x.dtype])
+
+
+def _worst(pairs: Sequence[tuple[str, Tensor, Tensor]], tolerance: float) -> tuple[float, str]:
+    """The largest difference of two in units of the tolerance, and its name."""
     scale = max(float(b.detach().abs().max()) for _, _, b in pairs if b.numel()) or 1.0
     worst, what = 0.0, "output"
     for name, mine, theirs in pairs:
         if not mine.numel():
             continue
         size = max(float(theirs.detach().abs().max()), 1e-3 * scale)
-        error = float((mine - theirs).detach().abs().max()) / (size * _TOLERANCE[z.dtype])
+        error = float((mine - theirs).detach().abs().max()) / (size * tolerance)
         # NaN is no agreement, unless the module itself has one: then nothing can be said.
         if error != error and bool(torch.isfinite(theirs.detach()).all()):
             return float("inf"), name

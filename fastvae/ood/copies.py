@@ -19,9 +19,8 @@ from fastvae._extension import raw
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.lowering.errors import join
 from fastvae.models.base import BaseVAE
-from fastvae.models.inputs import JoinedEncoder
-from fastvae.network.cache import read_network
 from fastvae.network.chain import chain_of
+from fastvae.ood.encoding import check_stock_encoding, given_to_encoder, read_encoder
 from fastvae.private import origin_of
 
 __all__ = ["Adam", "Copies", "LoweredCopies", "PosteriorCopies", "lower_encoder", "numel_of"]
@@ -73,10 +72,8 @@ class LoweredCopies(Copies):
     can_be_captured = True
 
     def __init__(self, model: BaseVAE, x: Tensor, adam: Adam, num_steps: int) -> None:
-        if type(model).encode is not BaseVAE.encode or type(model)._split is not BaseVAE._split:
-            raise UnsupportedLayer(f"lower: {type(model).__name__} encodes in a way of its own")
-        dtype = next(model.encoder.parameters(), x).dtype
-        given = model.likelihood.as_float(x, dtype)
+        check_stock_encoding(model)
+        given = given_to_encoder(model, x)
         rows = given.flatten(1)
         is_read = False
         try:
@@ -137,9 +134,6 @@ class LoweredCopies(Copies):
             raise UnsupportedLayer("lower: the chain of layers that was read of it gives another output")
 
 
-_joined: weakref.WeakKeyDictionary[BaseVAE, JoinedEncoder] = weakref.WeakKeyDictionary()
-"""Of models that are used again, so that what was read of their encoders is known."""
-
 _no_chains: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, str]] = weakref.WeakKeyDictionary()
 """Of encoders that were found to be no chain, by the shape of a sample, why."""
 
@@ -149,11 +143,8 @@ def _read_encoder(model: BaseVAE, x: Tensor) -> tuple[str, list[list[tuple[str, 
     why_not = _no_chains.setdefault(origin_of(model.encoder) or model.encoder, {})
     if x.shape[1:] in why_not:
         raise UnsupportedLayer(why_not[x.shape[1:]])
-    joined = _joined.get(model)
-    if joined is None or joined.encoder is not model.encoder:
-        joined = _joined[model] = JoinedEncoder(model.encoder)
     try:
-        network = read_network(joined, x)
+        network = read_encoder(model, x)
         chain = chain_of(network, x[:2], for_copies=True)
     except UnsupportedLayer as error:
         why_not[x.shape[1:]] = str(error)

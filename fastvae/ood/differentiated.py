@@ -15,7 +15,13 @@ from fastvae.network.vjp_tape import RepeatedVjp
 from fastvae.ood.copies import Adam, Copies, FusedAdam
 from fastvae.private import private_copy, twin_of
 
-__all__ = ["DifferentiatedCopies", "LoopedCopies", "VmappedCopies", "differentiated_copies"]
+__all__ = [
+    "DifferentiatedCopies",
+    "LoopedCopies",
+    "VmappedCopies",
+    "differentiated_copies",
+    "same_gradients",
+]
 
 
 class DifferentiatedCopies(Copies):
@@ -169,7 +175,7 @@ def differentiated_copies(
         output = vmapped.forward()
         grads = vmapped.of_first(vmapped.gradients(torch.ones_like(output), retain_graph=True))
         # A module that keeps its weights in a second place does not see those that torch.vmap is given.
-        if all(_same(a, b) for a, b in zip(grads, expected, strict=True)):
+        if all(same_gradients(a, b) for a, b in zip(grads, expected, strict=True)):
             return vmapped, "by torch.vmap and autograd"
     except Exception as error:
         reason = f"torch.vmap cannot run it ({type(error).__name__}: {_first_line(error)})"
@@ -178,7 +184,7 @@ def differentiated_copies(
     ), f"by autograd, one image after the other, because {reason}"
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
+def same_gradients(a: Tensor | None, b: Tensor | None) -> bool:
     """To half the digits: by another order of sums, not by another formula."""
     if a is None or b is None:
         return a is b

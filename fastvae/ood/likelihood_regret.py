@@ -33,6 +33,7 @@ from fastvae.ood.copies import (
 )
 from fastvae.ood.differentiated import differentiated_copies
 from fastvae.ood.objective import PosteriorObjective
+from fastvae.ood.read_copies import ReadCopies
 from fastvae.private import PrivateCopies
 from fastvae.progress import with_bar
 from fastvae.wrappers import unwrap
@@ -247,20 +248,27 @@ class LikelihoodRegret(Detector):
         x = x if weight is None else filled(x, weight)
         of_encoder = condition if condition is not None and takes_condition(model.encoder) else None
         try:
-            if of_encoder is not None:
-                raise UnsupportedLayer("lower: it takes a condition")
-            if model.max_logvar is not None:
-                raise UnsupportedLayer("lower: max_logvar bounds its outputs")
+            if of_encoder is not None or model.max_logvar is not None:
+                raise UnsupportedLayer("lower: a condition, or a bound of its outputs")
             return LoweredCopies(model, x, self.adam, self.num_steps)
+        except UnsupportedLayer:
+            pass
+        try:
+            read = ReadCopies(model, x, self.adam, of_encoder)
+            if read.by_autograd:
+                operations = ", ".join(dict.fromkeys(read.by_autograd))
+                self._warn(f"in part by torch.vmap and autograd ({operations})")
+            return read
         except UnsupportedLayer as error:
             copies, way = differentiated_copies(model, x, self.adam, of_encoder)
-            if self.model.encoder not in _warned:
-                _warned.add(self.model.encoder)
-                warnings.warn(
-                    f"LikelihoodRegret: the encoder's copies are trained {way}, which is slower: {error}",
-                    stacklevel=4,
-                )
+            self._warn(f"{way}, which is slower: {error}")
             return copies
+
+    def _warn(self, way: str) -> None:
+        """Once of an encoder."""
+        if self.model.encoder not in _warned:
+            _warned.add(self.model.encoder)
+            warnings.warn(f"LikelihoodRegret: the encoder's copies are trained {way}", stacklevel=5)
 
     def _empty(self, parameters: bool) -> Refit:
         like = next(self.model.parameters())

@@ -33,6 +33,7 @@ DOCUMENTED = (ValueError, TypeError, RuntimeError, NotImplementedError, Overflow
 ELSEWHERE = (
     *("Recycling", "Kept"),  # take nothing
     *("NormActivationRules", "StraightCode"),  # made for one network: test_raw_entries, test_straight_code
+    *("CopiedConvolutionRules", "CopiesAdam"),  # the same: test_copied_kernels
     *("form_of", "first_without_memory"),  # say how tensors lie, which dense copies do not
 )
 

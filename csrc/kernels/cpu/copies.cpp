@@ -101,6 +101,23 @@ FASTVAE_INLINE void adam_update_template(const AdamUpdate<T>& args, int64_t begi
 }
 
 template <typename T>
+FASTVAE_INLINE void adam_outer_template(const AdamOuter<T>& args, int64_t begin, int64_t end) {
+  const math::Adam<T> adam = args.adam;
+  const math::AdamRate<T> rate = args.rate;
+  for (int64_t row = begin; row < end; ++row) {
+    const T delta = args.delta[row];
+    const T* h = args.h + row / args.out * args.in;
+    T* value = args.value + row * args.in;
+    T* mean = args.mean + row * args.in;
+    T* square = args.square + row * args.in;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < args.in; ++i) {
+      math::adam(value[i], mean[i], square[i], delta * h[i], adam, rate);
+    }
+  }
+}
+
+template <typename T>
 FASTVAE_INLINE void copies_product_template(const CopiesProduct<T>& args, int64_t begin, int64_t end) {
   const CopiedRows<T>& layer = args.layer;
   for (int64_t sample = begin; sample < end; ++sample) {
@@ -207,6 +224,7 @@ FASTVAE_INLINE void copies_norm_reverse_template(const CopiesNormReverse<T>& arg
 }
 
 FASTVAE_DEFINE_CPU(adam_update, AdamUpdate)
+FASTVAE_DEFINE_CPU(adam_outer, AdamOuter)
 FASTVAE_DEFINE_CPU(copies_product, CopiesProduct)
 FASTVAE_DEFINE_CPU(copies_update, CopiesUpdate)
 FASTVAE_DEFINE_CPU(copies_catch_up, CopiesCatchUp)

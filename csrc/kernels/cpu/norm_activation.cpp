@@ -93,8 +93,12 @@ struct Walk {
     for (std::vector<T>* each : {&a, &slope, &curvature}) {
       each->resize(static_cast<size_t>(width));
     }
+    take_gain(0);
+  }
+
+  FASTVAE_INLINE void take_gain(int64_t x_sample) {
     for (int64_t c = 0; c < args.channels; ++c) {
-      gain.data()[c] = args.gain == nullptr ? T(1) : args.gain[c];
+      gain.data()[c] = args.gain == nullptr ? T(1) : args.gain[args.affine_of(x_sample) + c];
     }
     gain.repeat();
   }
@@ -166,10 +170,13 @@ struct Walk {
 
   // mean, s, scale and shift of x's sample, from what the forward rule kept; once where all samples share them.
   FASTVAE_INLINE void take_statistics(int64_t x_sample) {
-    if (taken && !of_groups()) {
+    if (args.affine_samples > 1) {
+      take_gain(x_sample);
+    } else if (taken && !of_groups()) {
       return;
     }
     taken = true;
+    const T* bias = args.bias == nullptr ? nullptr : args.bias + args.affine_of(x_sample);
     const int64_t each = args.channels / args.groups;
     for (int64_t c = 0; c < args.channels; ++c) {
       T m = T(0), inverse = T(1);
@@ -184,7 +191,7 @@ struct Walk {
       mean.data()[c] = m;
       s.data()[c] = inverse;
       scale.data()[c] = factor;
-      shift.data()[c] = (args.bias == nullptr ? T(0) : args.bias[c]) - m * factor;
+      shift.data()[c] = (bias == nullptr ? T(0) : bias[c]) - m * factor;
     }
     for (Coefficients<T>* of : {&mean, &s, &scale, &shift}) {
       of->repeat();

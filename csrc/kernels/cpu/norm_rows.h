@@ -63,6 +63,12 @@ class NormRows {
   FASTVAE_INLINE void take(int64_t row) {
     m = centred ? args.mean[row] : T(0);
     s = args.s[row];
+    take_affine(row);
+  }
+
+  FASTVAE_INLINE void take_affine(int64_t row) {
+    gain = args.gain == nullptr ? gain : args.gain + args.affine_of(row);
+    bias = args.bias == nullptr ? bias : args.bias + args.affine_of(row);
   }
 
   // The activation's derivatives at a block of a.
@@ -116,6 +122,7 @@ FASTVAE_INLINE void forward_rows(const NormActivation<T>& args, int64_t begin, i
     T squares[NormRows<T>::kLanes] = {};
     rows.each(rows.n, [&](int64_t i, int lane) FASTVAE_LAMBDA_INLINE { squares[lane] += (x[i] - m) * (x[i] - m); });
     const T s = args.s[row] = static_cast<T>(1.0 / std::sqrt(rows.mean_of(squares) + args.eps));
+    rows.take_affine(row);
     for (int64_t at = 0; at < rows.n; at += kBlock) {
       const int64_t count = std::min(kBlock, rows.n - at);
 #pragma GCC ivdep

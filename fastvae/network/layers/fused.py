@@ -20,7 +20,7 @@ from .pointwise import PointwiseLayer
 from .shapes import CHANNELS_LAST
 
 
-def _words(layer: PointwiseLayer) -> str | None:
+def words_of(layer: PointwiseLayer) -> str | None:
     """The activation as the kernels read it; None: they do not know it."""
     kind, numbers = layer.operation.kind, layer.others
     if kind in ("relu", "tanh", "sigmoid", "silu") and not numbers:
@@ -37,6 +37,18 @@ def _words(layer: PointwiseLayer) -> str | None:
         beta, threshold = [*(float(number) for number in numbers), *(1.0, 20.0)[len(numbers) :]]
         return f"softplus {beta!r} {threshold!r}" if beta > 0 else None
     return None
+
+
+def norm_rules(norm: NormLayer | BatchNorm | None, words: str, x: Tensor) -> Any:
+    """The kernels for x [rows, channels, ...], with an activation as they read it behind the norm."""
+    groups = (norm.num_groups or x.shape[1]) if isinstance(norm, ChannelNorm) else 1
+    statistics, eps = "none", 0.0
+    if isinstance(norm, BatchNorm):
+        statistics = "given"
+    elif norm is not None:
+        statistics = "groups" if norm.centred else "root_square"
+        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    return raw.NormActivationRules(statistics, groups, eps, words)
 
 
 class FusedLayer(Layer):
@@ -69,17 +81,9 @@ class FusedLayer(Layer):
         self._rules: dict[tuple[int, torch.dtype], Any] = {}
 
     def _rules_for(self, x: Tensor) -> Any:
-        norm = self.norm
-        groups = (norm.num_groups or x.shape[1]) if isinstance(norm, ChannelNorm) else 1
-        key = groups, x.dtype
+        key = x.shape[1] if isinstance(self.norm, ChannelNorm) else 1, x.dtype
         if key not in self._rules:
-            statistics, eps = "none", 0.0
-            if isinstance(norm, BatchNorm):
-                statistics = "given"
-            elif norm is not None:
-                statistics = "groups" if norm.centred else "root_square"
-                eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-            self._rules[key] = raw.NormActivationRules(statistics, groups, eps, self.words)
+            self._rules[key] = norm_rules(self.norm, self.words, x)
         return self._rules[key]
 
     def _last(self, x: Tensor) -> int:
@@ -218,7 +222,7 @@ def fuse(layers: Sequence[Layer], output: int, active: Sequence[bool]) -> list[L
             norms[layer.index] = layer
             places[layer.index] = len(found)
         elif isinstance(layer, PointwiseLayer):
-            words = _words(layer)
+            words = words_of(layer)
             norm = norms.get(layer.x)
             if words is not None and norm is not None and uses[layer.x] == 1:
                 found[places[layer.x]] = None
