@@ -168,7 +168,7 @@ def sources(*patterns: str) -> list[str]:
     return [os.path.relpath(path, ROOT) for path in found]
 
 
-FOLDERS = ("autograd", "common", "ops", "network", "kernels/cpu")
+FOLDERS = ("common", "ops", "network", "kernels/cpu")
 
 
 def extension():

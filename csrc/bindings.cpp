@@ -1,16 +1,15 @@
-// fastvae._C: what this build is, and the raw functions of the operators (no autograd, no autocast, no dispatcher),
-// bound with the GIL released.
+// fastvae._C: what this build is, every registered operator by its own schema, and the classes that keep something
+// between calls. All calls are made with the GIL released.
 #include <pybind11/stl.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "autograd/autograd.h"
 #include "common/recycling.h"
-#include "kernels/kernels.h"
 #include "network/copies.h"
 #include "network/copies_adam.h"
 #include "ops/copied_convolution.h"
+#include "ops/elbo_terms.h"
 #include "ops/norm_activation.h"
-#include "ops/ops.h"
 #include "straight_code.h"
 
 namespace {
@@ -50,17 +49,30 @@ pybind11::dict build_info() {
   return info;
 }
 
-// As (weight, bias, h, delta, hdot, delta_dot), the last two None without tangents.
-pybind11::list as_list(const std::vector<fastvae::StageFactors>& stages) {
-  const auto or_none = [](const at::Tensor& tensor) {
-    return tensor.defined() ? pybind11::cast(tensor) : pybind11::object(pybind11::none());
-  };
-  pybind11::list found;
-  for (const fastvae::StageFactors& stage : stages) {
-    found.append(pybind11::make_tuple(stage.weight, stage.bias, stage.h, stage.delta, or_none(stage.hdot),
-                                      or_none(stage.delta_dot)));
+// A registered operator with its autograd, or a function of fastvae_internal, called by its schema.
+void bind_operator(pybind11::module_& m, const c10::OperatorHandle& op) {
+  const c10::FunctionSchema& schema = op.schema();
+  m.def(
+      op.operator_name().name.substr(op.operator_name().name.rfind(':') + 1).c_str(),
+      [op](const pybind11::args& args, const pybind11::kwargs& kwargs) {
+        torch::jit::Stack stack =
+            torch::jit::createStackForSchema(op.schema(), torch::jit::tuple_slice(args), kwargs, std::nullopt);
+        {
+          const pybind11::gil_scoped_release unlocked;
+          op.callBoxed(&stack);
+        }
+        return torch::jit::createPyObjectForStack(std::move(stack));
+      },
+      c10::str(schema).c_str());
+}
+
+void bind_operators(pybind11::module_& m) {
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    const auto space = name.getNamespace();
+    if (space == "fastvae" || space == "fastvae_internal") {
+      bind_operator(m, c10::Dispatcher::singleton().findSchemaOrThrow(name.name.c_str(), name.overload_name.c_str()));
+    }
   }
-  return found;
 }
 
 // A function of Python's, from cotangents and to gradients as lists with None in the place of zero.
@@ -96,105 +108,10 @@ class GradientInPython final : public fastvae::DifferentiableGradient {
 PYBIND11_MODULE(_C, m) {
   using pybind11::arg;
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.doc() = "Raw kernels of fastvae; use fastvae.ops.";
+  m.doc() = "The operators of fastvae by their schemas; use fastvae.ops.";
   m.def("build_info", &build_info, "What this shared object was built with.");
   fastvae::bind_straight_code(m);
-  m.def("leapfrog_kick_drift", &fastvae::leapfrog_kick_drift, unlocked, arg("z"), arg("rho"), arg("force"),
-        arg("step_size"));
-  m.def("leapfrog_kick_drift_backward", &fastvae::leapfrog_kick_drift_backward, unlocked, arg("grad_z_next"),
-        arg("grad_rho_half"), arg("z"), arg("rho"), arg("force"), arg("step_size"));
-  m.def("leapfrog_kick_temper", &fastvae::leapfrog_kick_temper, unlocked, arg("rho_half"), arg("force"),
-        arg("step_size"), arg("alpha"));
-  m.def("leapfrog_kick_temper_backward", &fastvae::leapfrog_kick_temper_backward, unlocked, arg("grad_rho_next"),
-        arg("rho_half"), arg("force"), arg("step_size"), arg("alpha"));
-  m.def("gaussian_kl", &fastvae::gaussian_kl, unlocked, arg("mu_q"), arg("logvar_q"), arg("mu_p"), arg("logvar_p"));
-  m.def("gaussian_kl_backward", &fastvae::gaussian_kl_backward, unlocked, arg("grad"), arg("mu_q"), arg("logvar_q"),
-        arg("mu_p"), arg("logvar_p"));
-  m.def(
-      "hamiltonian_flow",
-      [](const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,
-         const at::Tensor& alpha, const std::vector<at::Tensor>& parameters, const std::string& network,
-         const std::string& likelihood, bool store, bool trajectory) {
-        return fastvae::hamiltonian_flow(z, rho, x, step_size, alpha, parameters, network, likelihood, store,
-                                         trajectory);
-      },
-      unlocked, arg("z"), arg("rho"), arg("x"), arg("step_size"), arg("alpha"), arg("parameters"), arg("network"),
-      arg("likelihood"), arg("store"), arg("trajectory"));
-  m.def(
-      "hamiltonian_flow_backward",
-      [](const std::optional<at::Tensor>& grad_z, const std::optional<at::Tensor>& grad_rho,
-         const std::optional<at::Tensor>& grad_log_px, const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
-         const at::Tensor& step_size, const at::Tensor& alpha, const std::vector<at::Tensor>& parameters,
-         const at::Tensor& z_steps, const at::Tensor& rho_steps, const at::Tensor& stash, const std::string& network,
-         const std::string& likelihood, bool store, const std::vector<int64_t>& needs) {
-        return fastvae::hamiltonian_flow_backward(grad_z, grad_rho, grad_log_px, z, rho, x, step_size, alpha,
-                                                  parameters, z_steps, rho_steps, stash, network, likelihood, store,
-                                                  needs);
-      },
-      unlocked, arg("grad_z"), arg("grad_rho"), arg("grad_log_px"), arg("z"), arg("rho"), arg("x"), arg("step_size"),
-      arg("alpha"), arg("parameters"), arg("z_steps"), arg("rho_steps"), arg("stash"), arg("network"),
-      arg("likelihood"), arg("store"), arg("needs"));
-  m.def(
-      "hamiltonian_flow_stash",
-      [](const std::string& network, const std::string& likelihood, const std::vector<std::vector<int64_t>>& shapes,
-         int64_t latent_dim, int64_t element_size, int64_t cuda_index) {
-        return fastvae::hamiltonian_flow_stash(network, likelihood, shapes, latent_dim, element_size, cuda_index);
-      },
-      arg("network"), arg("likelihood"), arg("shapes"), arg("latent_dim"), arg("element_size"), arg("cuda_index"),
-      "Numbers a sample and step that the flow stores, and what the number of samples is rounded up to.");
-  m.def(
-      "grad_dot",
-      [](const std::vector<at::Tensor>& inputs_a, const std::vector<at::Tensor>& output_grads_a,
-         const std::vector<at::Tensor>& inputs_b, const std::vector<at::Tensor>& output_grads_b,
-         const std::vector<int64_t>& bias) {
-        return fastvae::grad_dot(inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
-      },
-      unlocked, arg("inputs_a"), arg("output_grads_a"), arg("inputs_b"), arg("output_grads_b"), arg("bias"));
-  m.def(
-      "grad_dot_backward",
-      [](const at::Tensor& grad, const std::vector<at::Tensor>& inputs_a, const std::vector<at::Tensor>& output_grads_a,
-         const std::vector<at::Tensor>& inputs_b, const std::vector<at::Tensor>& output_grads_b,
-         const std::vector<int64_t>& bias, const std::vector<int64_t>& needs) {
-        return fastvae::grad_dot_backward(grad, inputs_a, output_grads_a, inputs_b, output_grads_b, bias, needs);
-      },
-      unlocked, arg("grad"), arg("inputs_a"), arg("output_grads_a"), arg("inputs_b"), arg("output_grads_b"),
-      arg("bias"), arg("needs"));
-  m.def(
-      "hamiltonian_flow_factors",
-      [](const std::optional<at::Tensor>& grad_z, const std::optional<at::Tensor>& grad_rho,
-         const std::optional<at::Tensor>& grad_log_px, const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
-         const at::Tensor& step_size, const at::Tensor& alpha, const std::vector<at::Tensor>& parameters,
-         const at::Tensor& z_steps, const at::Tensor& rho_steps, const std::string& network,
-         const std::string& likelihood) {
-        fastvae::FlowFactors found;
-        {
-          const pybind11::gil_scoped_release unlocked_here;
-          found = fastvae::hamiltonian_flow_factors(grad_z, grad_rho, grad_log_px, z, rho, x, step_size, alpha,
-                                                    parameters, z_steps, rho_steps, network, likelihood);
-        }
-        return pybind11::make_tuple(found.grad_z, found.grad_rho, found.step_terms, found.alpha_terms,
-                                    as_list(found.stages));
-      },
-      arg("grad_z"), arg("grad_rho"), arg("grad_log_px"), arg("z"), arg("rho"), arg("x"), arg("step_size"),
-      arg("alpha"), arg("parameters"), arg("z_steps"), arg("rho_steps"), arg("network"), arg("likelihood"));
-  m.def(
-      "decoder_factors",
-      [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,
-         const std::string& network, const std::string& likelihood) {
-        std::tuple<at::Tensor, at::Tensor, std::vector<fastvae::StageFactors>> found;
-        {
-          const pybind11::gil_scoped_release unlocked_here;
-          found = fastvae::decoder_factors(z, x, parameters, network, likelihood);
-        }
-        return pybind11::make_tuple(std::get<0>(found), std::get<1>(found), as_list(std::get<2>(found)));
-      },
-      arg("z"), arg("x"), arg("parameters"), arg("network"), arg("likelihood"));
-  m.def(
-      "decoder_gradient",
-      [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,
-         const std::string& network,
-         const std::string& likelihood) { return fastvae::decoder_gradient(z, x, parameters, network, likelihood); },
-      unlocked, arg("z"), arg("x"), arg("parameters"), arg("network"), arg("likelihood"));
+  bind_operators(m);
   pybind11::class_<fastvae::NetworkCopies>(m, "NetworkCopies", "A copy of a network for each sample, trained by Adam.")
       .def(pybind11::init([](const std::string& network, const std::vector<at::Tensor>& parameters, const at::Tensor& x,
                              double lr, double beta1, double beta2, double eps, double weight_decay, int64_t steps) {
@@ -222,21 +139,6 @@ PYBIND11_MODULE(_C, m) {
       .def("smaller", &Copied::smaller, unlocked, arg("larger"), arg("weight"), arg("bias"))
       .def("larger", &Copied::larger, unlocked, arg("smaller"), arg("weight"), arg("bias"), arg("sizes"))
       .def("weight", &Copied::weight, unlocked, arg("larger"), arg("smaller"), arg("samples"));
-  m.def(
-      "vae_factors",
-      [](const at::Tensor& x, const at::Tensor& noise, double beta, const std::vector<at::Tensor>& encoder_parameters,
-         const std::string& encoder, const std::vector<at::Tensor>& decoder_parameters, const std::string& decoder,
-         const std::string& likelihood) {
-        std::tuple<std::vector<fastvae::StageFactors>, std::vector<fastvae::StageFactors>> found;
-        {
-          const pybind11::gil_scoped_release unlocked_here;
-          found = fastvae::vae_factors(x, noise, beta, encoder_parameters, encoder, decoder_parameters, decoder,
-                                       likelihood);
-        }
-        return pybind11::make_tuple(as_list(std::get<0>(found)), as_list(std::get<1>(found)));
-      },
-      arg("x"), arg("noise"), arg("beta"), arg("encoder_parameters"), arg("encoder"), arg("decoder_parameters"),
-      arg("decoder"), arg("likelihood"));
   using Rules = fastvae::NormActivationRules;
   pybind11::class_<Rules>(m, "NormActivationRules", "The four rules of a norm and the activation behind it, on a CPU.")
       .def(pybind11::init<const std::string&, int64_t, double, const std::string&>(), arg("statistics"), arg("groups"),
@@ -257,19 +159,6 @@ PYBIND11_MODULE(_C, m) {
       .def("__enter__", &fastvae::Recycling::enter)
       .def("__exit__", [](fastvae::Recycling& self, const pybind11::args&) { self.leave(); });
   m.def(
-      "same_bits",
-      [](const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { return fastvae::same_bits(a, b); },
-      unlocked, arg("a"), arg("b"));
-  m.def("sample_keys", &fastvae::sample_keys, unlocked, arg("x"));
-  m.def("keyed_bits", &fastvae::keyed_bits, unlocked, arg("keys"), arg("first"), arg("count"));
-  m.def("keyed_normal", &fastvae::keyed_normal, unlocked, arg("keys"), arg("first"), arg("count"));
-  m.def(
-      "convolution_gradients",
-      [](const at::Tensor& larger, const at::Tensor& smaller, const std::vector<int64_t>& kernel,
-         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-         int64_t samples) { return fastvae::convolution_gradients(larger, smaller, kernel, stride, padding, samples); },
-      unlocked, arg("larger"), arg("smaller"), arg("kernel"), arg("stride"), arg("padding"), arg("samples"));
-  m.def(
       "differentiable_elbo_terms",
       [](const at::Tensor& x, const at::Tensor& noise, const std::vector<at::Tensor>& encoder_parameters,
          const std::vector<at::Tensor>& decoder_parameters, const std::string& encoder, const std::string& decoder,
@@ -282,44 +171,4 @@ PYBIND11_MODULE(_C, m) {
       arg("x"), arg("noise"), arg("encoder_parameters"), arg("decoder_parameters"), arg("encoder"), arg("decoder"),
       arg("likelihood"), arg("again"),
       "The operator elbo_terms with autograd; again: its gradient in operations that can be differentiated.");
-  m.def(
-      "elbo_terms_stash",
-      [](const std::string& encoder, const std::string& decoder, const std::string& likelihood,
-         const fastvae::TensorShapes& encoder_shapes, const fastvae::TensorShapes& decoder_shapes, int64_t elements,
-         int64_t latent_dim) {
-        return fastvae::elbo_terms_stash(encoder, decoder, likelihood, encoder_shapes, decoder_shapes, elements,
-                                         latent_dim);
-      },
-      arg("encoder"), arg("decoder"), arg("likelihood"), arg("encoder_shapes"), arg("decoder_shapes"), arg("elements"),
-      arg("latent_dim"), "Numbers that elbo_terms stores of the encoder for a sample, and of the decoder for a code.");
-  m.def(
-      "log_px_pullback",
-      [](const at::Tensor& z, const at::Tensor& x, const at::Tensor& cotangent,
-         const std::vector<at::Tensor>& parameters, const std::string& network, const std::string& likelihood,
-         const std::vector<int64_t>& needs) {
-        return fastvae::log_px_pullback(z, x, cotangent, parameters, network, likelihood, needs);
-      },
-      unlocked, arg("z"), arg("x"), arg("cotangent"), arg("parameters"), arg("network"), arg("likelihood"),
-      arg("needs"));
-  m.def(
-      "log_px",
-      [](const at::Tensor& z, const at::Tensor& x, const std::vector<at::Tensor>& parameters,
-         const std::string& network,
-         const std::string& likelihood) { return fastvae::log_px(z, x, parameters, network, likelihood); },
-      unlocked, arg("z"), arg("x"), arg("parameters"), arg("network"), arg("likelihood"));
-  m.def(
-      "jacobian_l1",
-      [](const at::Tensor& z, const std::vector<at::Tensor>& parameters, const std::string& network,
-         const std::vector<int64_t>& latents, int64_t p,
-         const std::string& reduction) { return fastvae::jacobian_l1(z, parameters, network, latents, p, reduction); },
-      unlocked, arg("z"), arg("parameters"), arg("network"), arg("latents"), arg("p"), arg("reduction"));
-  m.def(
-      "jacobian_l1_with_gradient",
-      [](const std::optional<at::Tensor>& cotangent, const at::Tensor& z, const std::vector<at::Tensor>& parameters,
-         const std::string& network, const std::vector<int64_t>& latents, int64_t p, const std::string& reduction,
-         const std::vector<int64_t>& needs) {
-        return fastvae::jacobian_l1_with_gradient(cotangent, z, parameters, network, latents, p, reduction, needs);
-      },
-      unlocked, arg("cotangent"), arg("z"), arg("parameters"), arg("network"), arg("latents"), arg("p"),
-      arg("reduction"), arg("needs"));
 }

@@ -183,8 +183,8 @@ def test_no_grad_and_inference_mode(device: torch.device) -> None:
 
 
 @each_memory
-def test_raw_functions(memory: str, device: torch.device) -> None:
-    """fastvae._C computes the same below autograd and autocast: no graph comes out of it."""
+def test_bound_operators(memory: str, device: torch.device) -> None:
+    """fastvae._C binds the operators themselves, with autograd and autocast, and their gradients."""
     store = memory == "store"
     p = problem(conv, "bernoulli").to(device).require()
     outputs = p.run(memory=memory)
@@ -192,7 +192,7 @@ def test_raw_functions(memory: str, device: torch.device) -> None:
     args = op_args(p, store)
     with torch.autocast(device.type, torch.bfloat16):
         results = raw.hamiltonian_flow(*args)
-        assert not any(r.requires_grad for r in results)
+        assert [r.requires_grad for r in results] == [True] * 3 + [False] * 4
         assert all(r.dtype == torch.float64 for r in results)
         _, _, _, z_steps, rho_steps, _, stash = results
         tensors = len(args[5])
@@ -207,9 +207,12 @@ def test_raw_functions(memory: str, device: torch.device) -> None:
             store,
             [1] * (5 + tensors),
         )
-    assert not any(g.requires_grad for g in (*found, *of_parameters))
     for result, output in zip(results, outputs, strict=False):
         assert torch.equal(result, output)
+    for name, gradient in gradients(p, results[:3]).items():
+        assert gradient is wanted[name] is None or torch.equal(gradient, wanted[name]), name
+    with pytest.raises(NotImplementedError, match="fastvae::hamiltonian_flow: differentiable once"):
+        found[0].sum().backward()
     for name, gradient in zip(("z", "rho", "x", "step_size", "alpha"), found, strict=True):
         assert torch.equal(gradient.view_as(wanted[name]), wanted[name]), name
     for name, gradient in zip(lower(p.decoder).names, of_parameters, strict=True):
@@ -217,7 +220,7 @@ def test_raw_functions(memory: str, device: torch.device) -> None:
             assert torch.equal(gradient, wanted[name]), name
 
 
-def test_raw_function_on_a_device_without_kernels() -> None:
+def test_a_device_without_kernels() -> None:
     """What a CUDA tensor meets on a CPU build, tried with the meta device that no build has kernels for."""
     meta = torch.zeros(2, 3, device="meta")
     build = raw.build_info()
@@ -227,7 +230,7 @@ def test_raw_function_on_a_device_without_kernels() -> None:
         else r"build of fastvae has no CUDA kernels .*FASTVAE_CUDA=1 pip"
     )
     with pytest.raises(ValueError, match=expected):
-        raw.leapfrog_kick_drift(meta, meta, meta, torch.zeros((), device="meta"))
+        raw.decoder_gradient(meta, meta, [], "relu", "bernoulli")
 
 
 @each_memory

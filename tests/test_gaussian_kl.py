@@ -228,19 +228,21 @@ def test_autocast(given: int, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @both_priors
-def test_modes_and_raw_functions(given: int, device: torch.device) -> None:
+def test_modes_and_bound_operators(given: int, device: torch.device) -> None:
     args = leaves(inputs(given), device)
     expected = ops.gaussian_kl(*args)
     assert expected.requires_grad
     padded = (*args, *[None] * (4 - given))
-    results = [raw.gaussian_kl(*padded)]
+    with torch.autocast(device.type, torch.bfloat16):
+        bound = [raw.gaussian_kl(*padded)]
+    bound.append(raw.gaussian_kl(*padded))
+    assert all(result.requires_grad for result in bound)
+    results = [result.detach() for result in bound]
     with torch.no_grad():
-        results.append(ops.gaussian_kl(*args))
+        results += [ops.gaussian_kl(*args), raw.gaussian_kl(*padded)]
     with torch.inference_mode():
         results.append(ops.gaussian_kl(*args))
         results.append(ops.gaussian_kl(*(a * 1 for a in args)))
-    with torch.autocast(device.type, torch.bfloat16):
-        results.append(raw.gaussian_kl(*padded))
     for result in results:
         assert not result.requires_grad and torch.equal(result, expected)
 

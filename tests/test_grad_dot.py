@@ -145,13 +145,14 @@ def test_autocast_computes_in_float32(device: torch.device) -> None:
     assert found.dtype == torch.float32 and torch.equal(found, ops.grad_dot(*full))
 
 
-def test_modes_and_raw_function(device: torch.device) -> None:
+def test_modes_and_bound_operator(device: torch.device) -> None:
     lists = factors(device=device)
     expected = ops.grad_dot(*lists)
     assert expected.requires_grad
-    results = [raw.grad_dot(*lists, [1, 1])]
+    bound = raw.grad_dot(*lists, [1, 1])
+    assert bound.requires_grad
     with torch.no_grad():
-        results.append(ops.grad_dot(*lists))
+        results = [bound.detach(), ops.grad_dot(*lists), raw.grad_dot(*lists, [1, 1])]
     with torch.inference_mode():
         results.append(ops.grad_dot(*([tensor * 1 for tensor in of] for of in lists)))
     for result in results:

@@ -162,20 +162,24 @@ def test_no_grad_and_inference_mode(reduction: str, device: torch.device) -> Non
 
 
 @each_reduction
-def test_raw_functions(reduction: str, device: torch.device) -> None:
-    """fastvae._C computes the same below autograd and autocast: no graph comes out of it."""
+def test_bound_operators(reduction: str, device: torch.device) -> None:
+    """fastvae._C binds the operators themselves, with autograd and autocast."""
     decoder, z = on(*problem("conv"), device)
     args = op_args(decoder, z, reduction)
     value = torch.ops.fastvae.jacobian_l1(*args)
     weights = torch.linspace(0.5, 1.5, value.numel(), dtype=torch.float64).to(device)
     wanted = gradients(value, decoder, z)
     with torch.autocast(device.type, torch.bfloat16):
-        assert_close(raw.jacobian_l1(*args), value, 1e-14)
+        bound = raw.jacobian_l1(*args)
+        assert_close(bound, value, 1e-14)
         cotangent = weights if reduction == "none" else None
         again, grad_z, of_parameters = raw.jacobian_l1_with_gradient(
             cotangent, *args, [1] * (1 + len(args[1]))
         )
-    assert not any(t.requires_grad for t in (again, grad_z, *of_parameters))
+    for name, gradient in gradients(bound, decoder, z).items():
+        assert torch.equal(gradient, wanted[name]), name
+    with pytest.raises(NotImplementedError, match="fastvae::jacobian_l1: differentiable once"):
+        grad_z.sum().backward()
     assert_close(again, value, 1e-14)
     factor = 1.0 if reduction == "none" else float(weights[0])
     assert_close(grad_z * factor, wanted["z"], 1e-13)

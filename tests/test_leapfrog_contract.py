@@ -105,18 +105,20 @@ def test_autocast_rounds_no_number(name: str, device: torch.device) -> None:
 
 
 @each_op
-def test_modes_and_raw_functions(name: str, device: torch.device) -> None:
+def test_modes_and_bound_operators(name: str, device: torch.device) -> None:
     args = leaves(inputs(name), device)
     expected = function(name)(*args)
     assert all(o.requires_grad for o in expected)
-    results = [function(name, raw)(*args)]
+    with torch.autocast(device.type, torch.bfloat16):
+        bound = [function(name, raw)(*args)]
+    bound.append(function(name, raw)(*args))
+    assert all(o.requires_grad for result in bound for o in result)
+    results = [tuple(o.detach() for o in result) for result in bound]
     with torch.no_grad():
-        results.append(function(name)(*args))
+        results += [function(name)(*args), function(name, raw)(*args)]
     with torch.inference_mode():
         results.append(function(name)(*args))
         results.append(function(name)(*(a * 1 for a in args)))
-    with torch.autocast(device.type, torch.bfloat16):
-        results.append(function(name, raw)(*args))
     for result in results:
         for r, e in zip(result, expected, strict=True):
             assert not r.requires_grad and torch.equal(r, e)

@@ -6,7 +6,6 @@ import copy
 import pickle
 import threading
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -57,29 +56,3 @@ def test_copies_begin_without_memory() -> None:
         assert kept.data_ptr() != place
     memory.__exit__()  # once too often
     assert torch.equal(kept, gradients(2.0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
-def test_tensors_are_the_same_to_the_last_bit(dtype: torch.dtype) -> None:
-    large, scalar = torch.ones(300, 257).to(dtype), torch.ones(()).to(dtype)
-    for wrong in range(3):
-        copies = [large.clone(), torch.empty(0, dtype=dtype), scalar.clone()]
-        assert raw.same_bits([large, torch.empty(0, dtype=dtype), scalar], copies)
-        changed = copies[wrong]
-        if changed.numel():
-            changed.view(-1)[-1] = 0
-            assert not raw.same_bits([large, torch.empty(0, dtype=dtype), scalar], copies)
-    loose = large.T.contiguous().T
-    assert raw.same_bits([large], [loose])
-    loose[299, 0] = 0
-    assert not raw.same_bits([large], [loose]) and not raw.same_bits([large], [large[1:]])
-    assert not raw.same_bits([large], [large.to(torch.complex64)]) and raw.same_bits([], [])
-    with pytest.raises(ValueError, match="fastvae::same_bits: b: expected 1 tensors as a, got 0"):
-        raw.same_bits([large], [])
-
-
-def test_a_weight_that_is_no_number_is_itself() -> None:
-    weight = torch.full((3,), float("nan"))
-    assert raw.same_bits([weight], [weight.clone()]) and not raw.same_bits(
-        [torch.zeros(1)], [-torch.zeros(1)]
-    )

@@ -5,10 +5,14 @@
 #include "../common/launch.h"
 #include "../common/recycling.h"
 #include "../network/geometry.h"
-#include "ops.h"
+
+#include <torch/library.h>
 
 namespace fastvae {
+namespace {
 
+// [samples, kh kw, C of larger, C of smaller]; `larger` is what the window moves over (a convolution's input, a
+// transposed one's output gradient).
 at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& smaller, at::IntArrayRef kernel,
                                  at::IntArrayRef stride, at::IntArrayRef padding, int64_t samples) {
   constexpr const char* op = "convolution_gradients";
@@ -53,6 +57,15 @@ at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& sma
                        smaller.numel() / smaller.size(0) * larger.size(1));
   });
   return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
+  m.def(
+      "convolution_gradients(Tensor larger, Tensor smaller, int[] kernel, int[] stride, int[] padding, int samples) "
+      "-> Tensor",
+      &convolution_gradients);
 }
 
 }  // namespace fastvae

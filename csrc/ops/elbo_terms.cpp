@@ -9,6 +9,10 @@
 //
 // FLOPs: one pass over the weights forward and two back, the gradient of each weight one product over all rows.
 
+#include "elbo_terms.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -16,7 +20,8 @@
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/recycling.h"
-#include "ops.h"
+#include "../network/network.h"
+#include "gaussian_kl.h"
 
 namespace fastvae {
 namespace {
@@ -83,8 +88,7 @@ std::vector<at::Tensor> where_needed(std::vector<at::Tensor> found, at::TensorLi
   return found;
 }
 
-}  // namespace
-
+// Numbers that are stored of the encoder for a sample, and of the decoder for a code.
 std::tuple<int64_t, int64_t> elbo_terms_stash(std::string_view encoder, std::string_view decoder,
                                               std::string_view likelihood, const TensorShapes& encoder_shapes,
                                               const TensorShapes& decoder_shapes, int64_t elements,
@@ -94,6 +98,10 @@ std::tuple<int64_t, int64_t> elbo_terms_stash(std::string_view encoder, std::str
           Program(op, decoder, decoder_shapes, latent_dim, parse_likelihood(op, likelihood)).forward_numel()};
 }
 
+// log p(x | z) [S, B], KL(q(z | x) || N(0, I)) [B], mu and logvar [B, d], z [S, B, d]; and what the reverse sweeps take
+// of encoder and decoder (empty unless `store`). x [B, n] is what the encoder reads and the likelihood observes; the
+// encoder gives [B, 2 d], mean before log variance; noise [S, B, d].
+using ElboTerms = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorList encoder_parameters,
                      at::TensorList decoder_parameters, std::string_view encoder, std::string_view decoder,
                      std::string_view likelihood, bool store) {
@@ -123,6 +131,8 @@ ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorLis
   return {log_px, kl, mu, logvar, z, kept(encoder_stash), kept(decoder_stash)};
 }
 
+// Gradients to the parameters of encoder and decoder, empty where not needed.
+using ElboGradients = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
 ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const OptionalTensor& grad_kl,
                                   const OptionalTensor& grad_mu, const OptionalTensor& grad_logvar,
                                   const OptionalTensor& grad_z, const at::Tensor& x, const at::Tensor& noise,
@@ -199,6 +209,123 @@ ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const Optio
   }
   return {where_needed(std::move(encoder_gradients), encoder_parameters, of_encoder, options),
           where_needed(std::move(decoder_gradients), decoder_parameters, of_decoder, options)};
+}
+
+// --- autograd: once in closed form, again by what the caller gave for that
+
+constexpr size_t kData = 2;   // x and noise, without a gradient
+constexpr size_t kSaved = 7;  // x, noise, mu, logvar, z and the stashes
+
+bool any_requires_grad(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
+}
+
+struct ElboFunction : Function<ElboFunction> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& noise,
+                               at::TensorList encoder_parameters, at::TensorList decoder_parameters,
+                               std::string_view encoder, std::string_view decoder, std::string_view likelihood,
+                               const OptionalGradient& again) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [log_px, kl, mu, logvar, z, encoder_stash, decoder_stash] = Op<&elbo_terms>::call(
+        x, noise, encoder_parameters, decoder_parameters, encoder, decoder, likelihood, /*store=*/true);
+    variable_list saved{x, noise, mu, logvar, z, encoder_stash, decoder_stash};
+    saved.insert(saved.end(), encoder_parameters.begin(), encoder_parameters.end());
+    saved.insert(saved.end(), decoder_parameters.begin(), decoder_parameters.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["encoder_size"] = static_cast<int64_t>(encoder_parameters.size());
+    ctx->saved_data["encoder"] = std::string(encoder);
+    ctx->saved_data["decoder"] = std::string(decoder);
+    ctx->saved_data["likelihood"] = std::string(likelihood);
+    if (again) {
+      ctx->saved_data["again"] = c10::IValue::make_capsule(again);
+    }
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({encoder_stash, decoder_stash});
+    return {log_px, kl, mu, logvar, z, encoder_stash, decoder_stash};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t parameters = saved.size() - kSaved;
+    variable_list found(kData);
+    const auto again = ctx->saved_data.find("again");
+    // Also where grads are many at once, under a transform.
+    const bool plain = !at::GradMode::is_enabled() && !at::areAnyTensorSubclassLike(grads);
+    if (!plain && again != ctx->saved_data.end()) {
+      const auto& gradient = static_cast<const DifferentiableGradient&>(*again->second.toCapsule());
+      const variable_list all = gradient(variable_list(grads.begin(), grads.begin() + 5), saved[0], saved[1]);
+      found.insert(found.end(), all.begin(), all.end());
+    } else {
+      const auto of_encoder = static_cast<size_t>(ctx->saved_data["encoder_size"].toInt());
+      std::vector<int64_t> needs(parameters);
+      for (size_t i = 0; i < parameters; ++i) {
+        needs[i] = ctx->needs_input_grad(kData + i) ? 1 : 0;
+      }
+      std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+      if (!at::GradMode::is_enabled()) {
+        below.emplace();
+      }
+      const at::TensorList tensors = at::TensorList(saved).slice(kSaved);
+      auto [encoder_gradients, decoder_gradients] = Op<&elbo_terms_backward>::call(
+          optional_of(grads[0]), optional_of(grads[1]), optional_of(grads[2]), optional_of(grads[3]),
+          optional_of(grads[4]), saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+          tensors.slice(0, of_encoder), tensors.slice(of_encoder), ctx->saved_data["encoder"].toStringRef(),
+          ctx->saved_data["decoder"].toStringRef(), ctx->saved_data["likelihood"].toStringRef(), needs);
+      variable_list gradients = std::move(encoder_gradients);
+      gradients.insert(gradients.end(), decoder_gradients.begin(), decoder_gradients.end());
+      drop_unneeded(gradients, needs);
+      found.insert(found.end(), gradients.begin(), gradients.end());
+    }
+    found.resize(kData + parameters + 4);  // encoder, decoder, likelihood, again
+    return found;
+  }
+};
+
+ElboTerms elbo_terms_autograd(const at::Tensor& x, const at::Tensor& noise, at::TensorList encoder_parameters,
+                              at::TensorList decoder_parameters, std::string_view encoder, std::string_view decoder,
+                              std::string_view likelihood, bool store) {
+  if (!at::GradMode::is_enabled() ||
+      (!any_requires_grad(encoder_parameters) && !any_requires_grad(decoder_parameters))) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return Op<&elbo_terms>::call(x, noise, encoder_parameters, decoder_parameters, encoder, decoder, likelihood, store);
+  }
+  const variable_list out =
+      ElboFunction::apply(x, noise, encoder_parameters, decoder_parameters, encoder, decoder, likelihood, nullptr);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+}
+
+}  // namespace
+
+variable_list differentiable_elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorList encoder_parameters,
+                                        at::TensorList decoder_parameters, std::string_view encoder,
+                                        std::string_view decoder, std::string_view likelihood,
+                                        const OptionalGradient& again) {
+  variable_list out =
+      ElboFunction::apply(x, noise, encoder_parameters, decoder_parameters, encoder, decoder, likelihood, again);
+  out.resize(5);
+  return out;
+}
+
+TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  define_operator<&elbo_terms>(
+      m,
+      "elbo_terms(Tensor x, Tensor noise, Tensor[] encoder_parameters, Tensor[] decoder_parameters, str encoder, "
+      "str decoder, str likelihood, bool store) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      torch::CppFunction(&elbo_terms_autograd));
+  define_operator<&elbo_terms_backward>(
+      m,
+      "elbo_terms_backward(Tensor? grad_log_px, Tensor? grad_kl, Tensor? grad_mu, Tensor? grad_logvar, "
+      "Tensor? grad_z, Tensor x, Tensor noise, Tensor mu, Tensor logvar, Tensor z, Tensor encoder_stash, "
+      "Tensor decoder_stash, Tensor[] encoder_parameters, Tensor[] decoder_parameters, str encoder, str decoder, "
+      "str likelihood, int[] needs) -> (Tensor[], Tensor[])",
+      differentiated_once("elbo_terms"));
+}
+
+TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
+  m.def(
+      "elbo_terms_stash(str encoder, str decoder, str likelihood, int[][] encoder_shapes, int[][] decoder_shapes, "
+      "int elements, int latent_dim) -> (int, int)",
+      &elbo_terms_stash);
 }
 
 }  // namespace fastvae

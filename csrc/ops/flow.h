@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "../network/program.h"
+#include "../network/network.h"
 
 namespace fastvae {
 
@@ -67,7 +67,11 @@ struct Flow {
   at::Tensor saved(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) const;
 };
 
-struct FlowFactors;  // ops.h
+// For TracIn: the factors of per-sample gradients to the decoder's parameters.
+struct FlowFactors {
+  at::Tensor step_terms, alpha_terms;  // [K, B, d]: gradients to each sample's own step sizes; the sum over d, to alpha
+  std::vector<StageFactors> stages;    // [K + 1, B, ...]
+};
 
 // Written by the backward pass; allocated where wanted, but for x, which a route allocates if wants_x. z and rho are
 // always there. The parameters' gradients start at zero and are added to: two layers may share a tensor.

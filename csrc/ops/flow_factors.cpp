@@ -1,19 +1,38 @@
 // What TracIn asks of a model: the factors of per-sample gradients to its parameters, from one sweep of a decoder with
-// its likelihood, from one of a whole VAE, or from a Hamiltonian flow. Not ops: nothing differentiates them.
+// its likelihood, from one of a whole VAE, or from a Hamiltonian flow.
+#include <torch/library.h>
 
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/recycling.h"
 #include "flow.h"
-#include "ops.h"
 
 namespace fastvae {
+namespace {
 
-FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const OptionalTensor& grad_rho,
-                                     const OptionalTensor& grad_log_px, const at::Tensor& z, const at::Tensor& rho,
-                                     const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
-                                     at::TensorList parameters, const at::Tensor& z_steps, const at::Tensor& rho_steps,
-                                     std::string_view network, std::string_view likelihood) {
+using OptionalTensor = std::optional<at::Tensor>;
+
+// StageFactors as Python takes them: weight, bias, h, delta, hdot, delta_dot, the last two None without tangents.
+using Stage = std::tuple<int64_t, int64_t, at::Tensor, at::Tensor, OptionalTensor, OptionalTensor>;
+#define FASTVAE_STAGES "(int, int, Tensor, Tensor, Tensor?, Tensor?)[]"
+
+std::vector<Stage> as_tuples(const std::vector<StageFactors>& stages) {
+  const auto or_none = [](const at::Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+  };
+  std::vector<Stage> found;
+  for (const StageFactors& stage : stages) {
+    found.emplace_back(stage.weight, stage.bias, stage.h, stage.delta, or_none(stage.hdot), or_none(stage.delta_dot));
+  }
+  return found;
+}
+
+// Gradients to z and rho, step_terms, alpha_terms and stages: FlowFactors.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<Stage>> hamiltonian_flow_factors(
+    const OptionalTensor& grad_z, const OptionalTensor& grad_rho, const OptionalTensor& grad_log_px,
+    const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,
+    const at::Tensor& alpha, at::TensorList parameters, const at::Tensor& z_steps, const at::Tensor& rho_steps,
+    std::string_view network, std::string_view likelihood) {
   constexpr const char* op = "hamiltonian_flow_factors";
   const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps});
   const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
@@ -28,12 +47,8 @@ FlowFactors hamiltonian_flow_factors(const OptionalTensor& grad_z, const Optiona
   out.parameters.resize(parameters.size());
   out.factors = &factors;
   sweep_flow_backward(flow, path, cotangents, out);
-  factors.grad_z = out.z;
-  factors.grad_rho = out.rho;
-  return factors;
+  return {out.z, out.rho, factors.step_terms, factors.alpha_terms, as_tuples(factors.stages)};
 }
-
-namespace {
 
 Tape one_point(const Network& network, int64_t samples) {
   const at::Tensor storage = recycled({samples * network.program().tape_numel()}, network.options());
@@ -64,20 +79,20 @@ class DecoderSweep {
   Tape tape_;
 };
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, std::vector<StageFactors>> decoder_factors(const at::Tensor& z, const at::Tensor& x,
-                                                                              at::TensorList parameters,
-                                                                              std::string_view network,
-                                                                              std::string_view likelihood) {
+// log p(x | z) [B], its gradient to z [B, d], and its factors.
+std::tuple<at::Tensor, at::Tensor, std::vector<Stage>> decoder_factors(const at::Tensor& z, const at::Tensor& x,
+                                                                       at::TensorList parameters,
+                                                                       std::string_view network,
+                                                                       std::string_view likelihood) {
   constexpr const char* op = "decoder_factors";
   const EntryGuard guard(op, {z, x});
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
   const at::Tensor log_px = aten::empty({z.size(0)}, z.options());
   at::Tensor grad_z = sweep.run(log_px);
-  return {log_px, std::move(grad_z), sweep.factors()};
+  return {log_px, std::move(grad_z), as_tuples(sweep.factors())};
 }
 
+// The first two alone.
 std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
                                                     std::string_view network, std::string_view likelihood) {
   constexpr const char* op = "decoder_gradient";
@@ -87,10 +102,14 @@ std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const a
   return {log_px, sweep.run(log_px)};
 }
 
-std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
-    const at::Tensor& x, const at::Tensor& noise, double beta, at::TensorList encoder_parameters,
-    std::string_view encoder_text, at::TensorList decoder_parameters, std::string_view decoder_text,
-    std::string_view likelihood) {
+// The factors of the encoder's and the decoder's gradients, of the loss beta KL - log p(x | z) of each of x [B, n],
+// averaged over the draws noise [B S, d] of z = mu + exp(logvar / 2) noise. The encoder reads x and gives [B, 2 d].
+std::tuple<std::vector<Stage>, std::vector<Stage>> vae_factors(const at::Tensor& x, const at::Tensor& noise,
+                                                               double beta, at::TensorList encoder_parameters,
+                                                               std::string_view encoder_text,
+                                                               at::TensorList decoder_parameters,
+                                                               std::string_view decoder_text,
+                                                               std::string_view likelihood) {
   constexpr const char* op = "vae_factors";
   const EntryGuard guard(op, {x, noise});
   check_floating(op, "x", x);
@@ -119,7 +138,27 @@ std::tuple<std::vector<StageFactors>, std::vector<StageFactors>> vae_factors(
   delta.select(1, 0).copy_(of_draws.sum(1).add_(mu, beta));
   delta.select(1, 1).copy_(of_draws.mul(spread).sum(1).add_(logvar.exp().sub_(1), beta).mul_(0.5));
   encoder.reverse(encoded);
-  return {encoder.factors(images, {}, encoded, {}, 0), decoder.factors()};
+  return {as_tuples(encoder.factors(images, {}, encoded, {}, 0)), as_tuples(decoder.factors())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
+  m.def(
+      "hamiltonian_flow_factors(Tensor? grad_z, Tensor? grad_rho, Tensor? grad_log_px, Tensor z, Tensor rho, Tensor x, "
+      "Tensor step_size, Tensor alpha, Tensor[] parameters, Tensor z_steps, Tensor rho_steps, str network, "
+      "str likelihood) -> (Tensor, Tensor, Tensor, Tensor, " FASTVAE_STAGES ")",
+      &hamiltonian_flow_factors);
+  m.def(
+      "decoder_factors(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) "
+      "-> (Tensor, Tensor, " FASTVAE_STAGES ")",
+      &decoder_factors);
+  m.def("decoder_gradient(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) -> (Tensor, Tensor)",
+        &decoder_gradient);
+  m.def(
+      "vae_factors(Tensor x, Tensor noise, float beta, Tensor[] encoder_parameters, str encoder, "
+      "Tensor[] decoder_parameters, str decoder, str likelihood) -> (" FASTVAE_STAGES ", " FASTVAE_STAGES ")",
+      &vae_factors);
 }
 
 }  // namespace fastvae

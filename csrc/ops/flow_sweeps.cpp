@@ -8,7 +8,6 @@
 #include "../common/recycling.h"
 #include "../network/network.h"
 #include "flow.h"
-#include "ops.h"
 
 namespace fastvae {
 namespace {

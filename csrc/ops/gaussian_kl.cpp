@@ -1,9 +1,10 @@
-// gaussian_kl: check, allocate, launch.
+// KL(q || p) between diagonal Gaussians: check, allocate, launch.
+#include "gaussian_kl.h"
 
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
-#include "ops.h"
+#include "../common/operator.h"
 
 namespace fastvae {
 namespace {
@@ -53,6 +54,9 @@ at::Tensor gaussian_kl(const at::Tensor& mu_q, const at::Tensor& logvar_q, const
   return kl;
 }
 
+namespace {
+
+// Gradients to the four (the last two empty where there is no p).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_backward(const at::Tensor& grad,
                                                                                 const at::Tensor& mu_q,
                                                                                 const at::Tensor& logvar_q,
@@ -88,6 +92,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_backward(
     FASTVAE_LAUNCH(gaussian_kl_backward, mu_q.device(), args, args.samples, args.dim);
   });
   return {grad_mu_q, grad_logvar_q, grad_mu_p, grad_logvar_p};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  define_operator<&gaussian_kl>(m,
+                                "gaussian_kl(Tensor mu_q, Tensor logvar_q, Tensor? mu_p, Tensor? logvar_p) -> Tensor",
+                                differentiable<&gaussian_kl, Calls<&gaussian_kl_backward>>());
+  define_operator<&gaussian_kl_backward>(
+      m,
+      "gaussian_kl_backward(Tensor grad, Tensor mu_q, Tensor logvar_q, Tensor? mu_p, Tensor? logvar_p) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
+      differentiated_once("gaussian_kl"));
 }
 
 }  // namespace fastvae

@@ -11,7 +11,7 @@
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
-#include "ops.h"
+#include "../common/operator.h"
 
 namespace fastvae {
 namespace {
@@ -170,8 +170,7 @@ at::Tensor spread(const at::Tensor& g, const at::Tensor& gram, int64_t t, int64_
   return pairs.mul(g.view({g.size(0), 1, g.size(1), 1})).view(gram.sizes());
 }
 
-}  // namespace
-
+// [N, M], summed over layers; factors [N or M, (T,) features], bias a flag a layer.
 at::Tensor grad_dot(at::TensorList inputs_a, at::TensorList output_grads_a, at::TensorList inputs_b,
                     at::TensorList output_grads_b, at::IntArrayRef bias) {
   constexpr const char* op = "grad_dot";
@@ -192,6 +191,7 @@ at::Tensor grad_dot(at::TensorList inputs_a, at::TensorList output_grads_a, at::
   return out;
 }
 
+// Gradients to the four lists, one after the other; empty where not needed.
 std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList inputs_a,
                                           at::TensorList output_grads_a, at::TensorList inputs_b,
                                           at::TensorList output_grads_b, at::IntArrayRef bias, at::IntArrayRef needs) {
@@ -248,6 +248,21 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
     }
   }
   return found;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  define_operator<&grad_dot>(
+      m,
+      "grad_dot(Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, Tensor[] output_grads_b, int[] bias) "
+      "-> Tensor",
+      differentiable<&grad_dot, Calls<&grad_dot_backward>>());
+  define_operator<&grad_dot_backward>(
+      m,
+      "grad_dot_backward(Tensor grad, Tensor[] inputs_a, Tensor[] output_grads_a, Tensor[] inputs_b, "
+      "Tensor[] output_grads_b, int[] bias, int[] needs) -> Tensor[]",
+      differentiated_once("grad_dot"));
 }
 
 }  // namespace fastvae

@@ -8,9 +8,9 @@
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/operator.h"
 #include "../common/recycling.h"
 #include "flow.h"
-#include "ops.h"
 
 namespace fastvae {
 namespace {
@@ -97,6 +97,10 @@ bool FlowResult::wants_parameters() const {
   return std::any_of(parameters.begin(), parameters.end(), [](const at::Tensor& g) { return g.defined(); });
 }
 
+namespace {
+
+// Numbers a sample and step that the flow stores, and what the number of samples is rounded up to. cuda_index: of the
+// GPU, or negative for the CPU.
 std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, std::string_view likelihood,
                                                     const std::vector<std::vector<int64_t>>& shapes, int64_t latent_dim,
                                                     int64_t element_size, int64_t cuda_index) {
@@ -113,6 +117,8 @@ std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, st
   return {shape.numel, shape.multiple};
 }
 
+// z_K, rho_K, log_px; every step's z, rho [K + 1, B, d] and, if asked, log_px [K + 1, B]; the stash.
+using FlowOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
                              const at::Tensor& step_size, const at::Tensor& alpha, at::TensorList parameters,
                              std::string_view network, std::string_view likelihood, bool store, bool trajectory) {
@@ -132,6 +138,8 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
           path.rho_steps,          path.log_px_steps,         path.stash};
 }
 
+// Gradients to z, rho, x, step_size, alpha (empty where not needed) and to the parameters.
+using FlowGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const OptionalTensor& grad_rho_in,
                                         const OptionalTensor& grad_log_px_in, const at::Tensor& z,
                                         const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,
@@ -186,6 +194,47 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
           needs[3] != 0 ? out.step_size.sum_to_size(step_size.sizes()) : aten::empty({0}, options),
           wanted(needs[4] != 0, out.alpha),
           std::move(out.parameters)};
+}
+
+struct FlowGradient {
+  static constexpr std::array<size_t, 3> kKept{3, 4, 6};  // z_steps, rho_steps and the stash
+  static constexpr size_t kDifferentiable = 3;
+  static constexpr bool kZeros = false;
+
+  static variable_list gradient(const Recorded<7>& recorded, const at::Tensor& z, const at::Tensor& rho,
+                                const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
+                                at::TensorList parameters, std::string_view network, std::string_view likelihood,
+                                bool store, bool /*trajectory*/) {
+    return flattened(Op<&hamiltonian_flow_backward>::call(
+        optional_of(recorded.grads[0]), optional_of(recorded.grads[1]), optional_of(recorded.grads[2]), z, rho, x,
+        step_size, alpha, parameters, recorded.kept[0], recorded.kept[1], recorded.kept[2], network, likelihood, store,
+        recorded.needs));
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  define_operator<&hamiltonian_flow>(
+      m,
+      "hamiltonian_flow(Tensor z, Tensor rho, Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, "
+      "str network, str likelihood, bool store, bool trajectory) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      differentiable<&hamiltonian_flow, FlowGradient>());
+  define_operator<&hamiltonian_flow_backward>(
+      m,
+      "hamiltonian_flow_backward(Tensor? grad_z, Tensor? grad_rho, Tensor? grad_log_px, Tensor z, Tensor rho, "
+      "Tensor x, Tensor step_size, Tensor alpha, Tensor[] parameters, Tensor z_steps, Tensor rho_steps, Tensor stash, "
+      "str network, str likelihood, bool store, int[] needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+      differentiated_once("hamiltonian_flow"));
+}
+
+TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
+  m.def(
+      "hamiltonian_flow_stash(str network, str likelihood, int[][] shapes, int latent_dim, int element_size, "
+      "int cuda_index) -> (int, int)",
+      &hamiltonian_flow_stash);
 }
 
 }  // namespace fastvae

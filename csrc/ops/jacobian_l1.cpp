@@ -4,13 +4,16 @@
 // with the gradient 2 n G more (adjoint and weight gradients), and 2 G where an activation is curved. The Jacobian is
 // never stored: tiles of (sample, latent) and, of a last Linear layer, blocks of columns.
 
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/graph_task.h>
+
 #include <algorithm>
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/operator.h"
 #include "../common/recycling.h"
 #include "../network/jacobian.h"
-#include "ops.h"
 
 namespace fastvae {
 namespace {
@@ -96,8 +99,7 @@ struct Jacobian {
   at::Tensor z;
 };
 
-}  // namespace
-
+// [] or [B].
 at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::string_view network,
                        at::IntArrayRef latents, int64_t p, std::string_view reduction) {
   constexpr const char* op = "jacobian_l1";
@@ -110,6 +112,9 @@ at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::stri
   return reduce(terms, jacobian.reduction);
 }
 
+// The same, and the gradient to z and the parameters (empty where not needed): of the reduced value or, with reduction
+// "none", of cotangent . value.
+using JacobianGradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent_in, const at::Tensor& z,
                                             at::TensorList parameters, std::string_view network,
                                             at::IntArrayRef latents, int64_t p, std::string_view reduction,
@@ -146,6 +151,98 @@ JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent_in, 
     gradient = gradient.defined() ? gradient : aten::empty({0}, options);
   }
   return {reduce(terms, jacobian.reduction), needs[0] ? grad_z : aten::empty({0}, options), gradients};
+}
+
+// Inputs: z and the parameters. A scalar's gradient is computed with its value and kept; that of "none" waits for the
+// cotangents of the samples.
+struct JacobianFunction : Function<JacobianFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& z, at::TensorList parameters,
+                            std::string_view network, at::IntArrayRef latents, int64_t p, std::string_view reduction,
+                            const std::vector<int64_t>& needs) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    variable_list saved{z};
+    saved.insert(saved.end(), parameters.begin(), parameters.end());
+    at::Tensor value;
+    if (reduction == "none") {
+      value = Op<&jacobian_l1>::call(z, parameters, network, latents, p, reduction);
+    } else {
+      auto [reduced, grad_z, grad_parameters] =
+          Op<&jacobian_l1_with_gradient>::call(std::nullopt, z, parameters, network, latents, p, reduction, needs);
+      value = reduced;
+      variable_list gradients{grad_z};
+      gradients.insert(gradients.end(), grad_parameters.begin(), grad_parameters.end());
+      ctx->saved_data["gradients"] = gradients;
+    }
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["needs"] = needs;
+    ctx->saved_data["network"] = std::string(network);
+    ctx->saved_data["latents"] = latents.vec();
+    ctx->saved_data["p"] = p;
+    return value;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const std::vector<int64_t> needs = ctx->saved_data["needs"].toIntVector();
+    const size_t inputs = needs.size();
+    variable_list found;
+    if (const auto kept = ctx->saved_data.find("gradients"); kept != ctx->saved_data.end()) {
+      variable_list gradients = kept->second.toTensorVector();
+      // Without retain_graph nobody asks again: the gradients become the result, instead of a copy of all parameters.
+      if (!torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
+          !at::isTensorSubclassLike(grads[0]) && !at::areAnyTensorSubclassLike(gradients)) {
+        ctx->saved_data.erase(kept);
+        for (const at::Tensor& gradient : gradients) {
+          found.push_back(gradient.mul_(grads[0]));
+        }
+      } else {
+        // It takes what they were computed from, to refuse to go through them.
+        found = differentiated_once("jacobian_l1", flattened(grads[0], gradients, saved), [&] {
+          variable_list scaled;
+          for (const at::Tensor& gradient : gradients) {
+            scaled.push_back(gradient.mul(grads[0]));
+          }
+          return scaled;
+        });
+      }
+    } else {
+      const std::vector<int64_t> latents = ctx->saved_data["latents"].toIntVector();
+      auto [value, grad_z, grad_parameters] = Op<&jacobian_l1_with_gradient>::call(
+          grads[0], saved[0], at::TensorList(saved).slice(1), ctx->saved_data["network"].toStringRef(), latents,
+          ctx->saved_data["p"].toInt(), "none", needs);
+      found.push_back(grad_z);
+      found.insert(found.end(), grad_parameters.begin(), grad_parameters.end());
+    }
+    drop_unneeded(found, needs);
+    found.resize(inputs + 5);  // network, latents, p, reduction, needs
+    return found;
+  }
+};
+
+at::Tensor jacobian_l1_autograd(const at::Tensor& z, at::TensorList parameters, std::string_view network,
+                                at::IntArrayRef latents, int64_t p, std::string_view reduction) {
+  std::vector<int64_t> needs{z.requires_grad()};
+  for (const at::Tensor& parameter : parameters) {
+    needs.push_back(parameter.requires_grad());
+  }
+  if (!at::GradMode::is_enabled() || std::none_of(needs.begin(), needs.end(), [](int64_t need) { return need != 0; })) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return Op<&jacobian_l1>::call(z, parameters, network, latents, p, reduction);
+  }
+  return JacobianFunction::apply(z, parameters, network, latents, p, reduction, needs);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  define_operator<&jacobian_l1>(
+      m, "jacobian_l1(Tensor z, Tensor[] parameters, str network, int[] latents, int p, str reduction) -> Tensor",
+      torch::CppFunction(&jacobian_l1_autograd));
+  define_operator<&jacobian_l1_with_gradient>(
+      m,
+      "jacobian_l1_with_gradient(Tensor? cotangent, Tensor z, Tensor[] parameters, str network, int[] latents, int p, "
+      "str reduction, int[] needs) -> (Tensor, Tensor, Tensor[])",
+      differentiated_once("jacobian_l1"));
 }
 
 }  // namespace fastvae

@@ -1,9 +1,9 @@
-// Noise keyed by sample: check, allocate, launch. Not ops: nothing differentiates them.
-
+// Noise keyed by sample (kernels/keyed_noise.h): check, allocate, launch.
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
-#include "ops.h"
+
+#include <torch/library.h>
 
 namespace fastvae {
 namespace {
@@ -36,8 +36,7 @@ at::Tensor keyed_numbers(const char* op, const at::Tensor& keys, int64_t first, 
   return out;
 }
 
-}  // namespace
-
+// int64 keys [B] of the bytes of x [B, ...].
 at::Tensor sample_keys(const at::Tensor& x) {
   constexpr const char* op = "sample_keys";
   const EntryGuard guard(op, {x});
@@ -62,12 +61,22 @@ at::Tensor sample_keys(const at::Tensor& x) {
   return keys;
 }
 
+// Numbers first .. first + count - 1 of each of int64 keys [rows], [rows, count], as bits (int64), and
 at::Tensor keyed_bits(const at::Tensor& keys, int64_t first, int64_t count) {
   return keyed_numbers("keyed_bits", keys, first, count, false);
 }
 
+// standard normal (float64).
 at::Tensor keyed_normal(const at::Tensor& keys, int64_t first, int64_t count) {
   return keyed_numbers("keyed_normal", keys, first, count, true);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
+  m.def("sample_keys(Tensor x) -> Tensor", &sample_keys);
+  m.def("keyed_bits(Tensor keys, int first, int count) -> Tensor", &keyed_bits);
+  m.def("keyed_normal(Tensor keys, int first, int count) -> Tensor", &keyed_normal);
 }
 
 }  // namespace fastvae

@@ -1,10 +1,11 @@
-// leapfrog_kick_drift and leapfrog_kick_temper for any potential: check, allocate, launch.
+// The two halves of a leapfrog step for any potential: check, allocate, launch. Their formulas:
+// kernels/math/leapfrog.h.
 #include <algorithm>
 
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
-#include "ops.h"
+#include "../common/operator.h"
 
 namespace fastvae {
 namespace {
@@ -43,8 +44,6 @@ at::Tensor rows_of_terms(const at::Tensor& first, int64_t share) {
 }
 
 int64_t stride_of(const at::Tensor& step_size) { return step_size.numel() == 1 ? 0 : 1; }
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> leapfrog_kick_drift(const at::Tensor& z, const at::Tensor& rho,
                                                        const at::Tensor& force, const at::Tensor& step_size) {
@@ -173,6 +172,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
     FASTVAE_LAUNCH(kick_temper_backward, rho_half.device(), args, step_terms.size(0), share * args.dim);
   });
   return {grad_rho, grad_force, sum_to_step(step_terms, step_size), alpha_terms.sum().view(alpha.sizes())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  define_operator<&leapfrog_kick_drift>(
+      m, "leapfrog_kick_drift(Tensor z, Tensor rho, Tensor force, Tensor step_size) -> (Tensor, Tensor)",
+      differentiable<&leapfrog_kick_drift, Calls<&leapfrog_kick_drift_backward>>());
+  define_operator<&leapfrog_kick_drift_backward>(
+      m,
+      "leapfrog_kick_drift_backward(Tensor grad_z_next, Tensor grad_rho_half, Tensor z, Tensor rho, Tensor force, "
+      "Tensor step_size) -> (Tensor, Tensor, Tensor, Tensor)",
+      differentiated_once("leapfrog_kick_drift"));
+  define_operator<&leapfrog_kick_temper>(
+      m, "leapfrog_kick_temper(Tensor rho_half, Tensor force, Tensor step_size, Tensor alpha) -> Tensor",
+      differentiable<&leapfrog_kick_temper, Calls<&leapfrog_kick_temper_backward>>());
+  define_operator<&leapfrog_kick_temper_backward>(
+      m,
+      "leapfrog_kick_temper_backward(Tensor grad_rho_next, Tensor rho_half, Tensor force, Tensor step_size, "
+      "Tensor alpha) -> (Tensor, Tensor, Tensor, Tensor)",
+      differentiated_once("leapfrog_kick_temper"));
 }
 
 }  // namespace fastvae

@@ -7,7 +7,8 @@
 
 #include "../common/aten.h"
 #include "../common/guard.h"
-#include "ops.h"
+#include "../common/operator.h"
+#include "../network/network.h"
 
 namespace fastvae {
 namespace {
@@ -25,8 +26,7 @@ int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, bool cpu) {
   return std::clamp<int64_t>((cpu ? kTileBytesOnCpu : kTileBytesOnCuda) / widest, 1, kTileRows);
 }
 
-}  // namespace
-
+// [S, B], for z [S, B, d] and x [B, elements].
 at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList parameters,
                   std::string_view network_text, std::string_view likelihood_text) {
   constexpr const char* op = "log_px";
@@ -60,6 +60,14 @@ at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList
     }
   }
   return log_prob;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae, m) {
+  define_operator<&log_px>(m, "log_px(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) -> Tensor",
+                           refuses_gradient("fastvae::log_px: forward only, it has no gradient; differentiate "
+                                            "likelihood.log_prob(decoder(z), x) instead"));
 }
 
 }  // namespace fastvae

@@ -3,11 +3,15 @@
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/operator.h"
 #include "../common/recycling.h"
-#include "ops.h"
+#include "../network/network.h"
 
 namespace fastvae {
+namespace {
 
+// The gradients of  cotangent . log p(x | z)  to z [N, d] and to the parameters (empty where not needed), for cotangent
+// [N] and x [N, n].
 std::tuple<at::Tensor, std::vector<at::Tensor>> log_px_pullback(const at::Tensor& z_in, const at::Tensor& x_in,
                                                                 const at::Tensor& cotangent, at::TensorList parameters,
                                                                 std::string_view network_text,
@@ -47,6 +51,15 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> log_px_pullback(const at::Tensor
     }
   }
   return {grad_z, std::move(gradients)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
+  m.def(
+      "log_px_pullback(Tensor z, Tensor x, Tensor cotangent, Tensor[] parameters, str network, str likelihood, "
+      "int[] needs) -> (Tensor, Tensor[])",
+      &log_px_pullback);
 }
 
 }  // namespace fastvae

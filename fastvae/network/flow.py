@@ -18,13 +18,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastvae._extension import raw
 from fastvae.network.flow_tape import FlowTape, Recording, form_with_head
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
 from fastvae.network.once import backward_pass, differentiable_once
 from fastvae.network.sweeps import Inputs, Sweeps
 from fastvae.network.tape import kernel
+
+_OPS = torch.ops.fastvae
 
 
 def rows(codes: Tensor) -> Tensor:
@@ -151,13 +152,13 @@ def walk(
     at = Evaluation(sweeps, passive, wanted, head, z, keep)
     points, kept = [(z, rho, at.log_px)], [at]
     for step, alpha_k in zip(rows(steps).contiguous().unbind(0), alpha.unbind(0), strict=True):
-        flat, half = kernel(raw.leapfrog_kick_drift, rows(z), rows(rho), at.force, step)
+        flat, half = kernel(_OPS.leapfrog_kick_drift.default, rows(z), rows(rho), at.force, step)
         z = flat.view_as(z)
         at = Evaluation(sweeps, passive, wanted, head, z, keep)
         if not keep:
             kept.clear()
         kept.append(at)
-        rho = kernel(raw.leapfrog_kick_temper, half, at.force, step, alpha_k).view_as(z)
+        rho = kernel(_OPS.leapfrog_kick_temper.default, half, at.force, step, alpha_k).view_as(z)
         points.append((z, rho, at.log_px))
     trajectory = [torch.stack(column) for column in zip(*points, strict=True)]
     return (z.clone(), rho.clone(), points[-1][2].clone(), *trajectory), kept
@@ -242,14 +243,14 @@ class _WayBack:
         for k in reversed(range(self.ctx.count)):
             step, here = steps[k], self.evaluation(k)
             z, rho = rows(self.z[k]), rows(self.rho[k])
-            _, half = kernel(raw.leapfrog_kick_drift, z, rho, here.force, step)
+            _, half = kernel(_OPS.leapfrog_kick_drift.default, z, rho, here.force, step)
             g_half, u, of_second, d_alpha[k] = kernel(
-                raw.leapfrog_kick_temper_backward, grho, half, after.force, step, self.alpha[k]
+                _OPS.leapfrog_kick_temper_backward.default, grho, half, after.force, step, self.alpha[k]
             )
             gz = gz + rows(self.through_force(after, (u + left).view(shape), of_log_px))
             of_log_px = None
             gz, grho, left, of_first = kernel(
-                raw.leapfrog_kick_drift_backward, gz, g_half, z, rho, here.force, step
+                _OPS.leapfrog_kick_drift_backward.default, gz, g_half, z, rho, here.force, step
             )
             torch.add(of_first, of_second, out=d_steps[k])
             after = here

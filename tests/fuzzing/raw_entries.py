@@ -1,6 +1,6 @@
 """Calls of every raw entry, generated from the registered schemas, with arguments that are good, nearly or not at all.
 
-``torch.ops.fastvae.*`` on real and on meta tensors, all that ``fastvae._C`` binds, and ``fastvae.ops``. A call may be
+``torch.ops.fastvae.*`` on real and on meta tensors, what else ``fastvae._C`` binds, and ``fastvae.ops``. A call may be
 refused with a documented error of ours or PyTorch's. One that is taken gives what the same call gives with dense copies
 of its tensors, what the fake kernel announces and, of a network's text, what PyTorch gives.
 """
@@ -67,17 +67,23 @@ def copies(*arguments: Any) -> list[Any]:
 
 @functools.cache
 def entries() -> list[Entry]:
-    """Every operator that is registered, everything that is bound, and every public operator."""
+    """Every operator that is registered, everything else that is bound, and every public operator."""
     found = []
+    registered = set()
     for schema in torch._C._jit_get_all_schemas():
         space, _, name = schema.name.partition("::")
-        if space == "fastvae":
-            function = getattr(torch.ops.fastvae, name).default
+        if space in ("fastvae", "fastvae_internal"):
+            registered.add(name)
+            function = getattr(getattr(torch.ops, space), name).default
             arguments = tuple(argument.name for argument in function._schema.arguments)
-            found += [Entry("torch.ops", name, function, arguments), Entry("meta", name, function, arguments)]
+            if space == "fastvae":
+                found += [Entry(place, name, function, arguments) for place in ("torch.ops", "meta")]
+            else:
+                found.append(Entry("_C", name, getattr(fastvae._C, name), arguments))
+    assert all(callable(getattr(fastvae._C, name)) for name in registered)
     for name in sorted(dir(fastvae._C)):
         bound = getattr(fastvae._C, name)
-        if name.startswith("__") or not callable(bound) or name in ELSEWHERE:
+        if name.startswith("__") or not callable(bound) or name in ELSEWHERE or name in registered:
             continue
         signature = (bound.__init__ if isinstance(bound, type) else bound).__doc__.split("\n")[0]
         arguments = tuple(re.findall(r"(?:\(|, )(\w+): ", signature.partition(") ->")[0]))
@@ -191,9 +197,8 @@ def _judge(entry: Entry, arguments: list[Any], changes: int) -> str:
     if entry.name == "build_info":
         return "taken"
     given = list(tensors_in(arguments))
-    if entry.name != "same_bits":  # to which tensors on two devices are simply not the same
-        meta = [t.is_meta for t in given]  # with nothing but such tensors it is a fake kernel that was called
-        assert not any(meta) or all(meta), "a tensor without numbers was taken"
+    meta = [t.is_meta for t in given]  # with nothing but such tensors it is a fake kernel that was called
+    assert not any(meta) or all(meta), "a tensor without numbers was taken"
     if all(map(can_be_copied, given)) and not any(t.is_meta for t in given):
         again = entry.function(*mapped(arguments, dense))
         assert same(result, again), "a tensor's layout changes the result"
