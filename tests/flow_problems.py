@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvae import ops, reference
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from fastvae.lowering import activations
 
 LIKELIHOODS: dict[str, Likelihood] = {
     "bernoulli": Bernoulli(),
@@ -27,17 +28,12 @@ FLOAT64 = 1e-10
 FLOAT32 = 1e-4
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
+    **{activation.operator: activation.module for activation in activations.ACTIVATIONS},
     "leaky_relu": lambda: nn.LeakyReLU(0.2),
     "elu": lambda: nn.ELU(0.7),
-    "softplus": nn.Softplus,
     "softplus_beta": lambda: nn.Softplus(beta=3.0),
     # Turns linear within the range of the activations.
     "softplus_threshold": lambda: nn.Softplus(beta=2.0, threshold=1.5),
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
 }
 

@@ -17,23 +17,13 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from . import activations
+from .activations import ACTIVATIONS, Words
 from .errors import NotADecoder, UnsupportedLayer, join
 from .reading import Reading, Shape, TensorRef, read_stock, render, stock_base
 from .tracing import line_of, trace
 
-_ACTIVATIONS: dict[Any, Callable[..., activations.Activation]] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), activations.relu),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activations.leaky_relu),
-    **dict.fromkeys((F.elu, F.elu_), activations.elu),
-    **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), activations.tanh),
-    **dict.fromkeys(
-        (F.sigmoid, torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_"),
-        activations.sigmoid,
-    ),
-    F.softplus: activations.softplus,
-    F.silu: activations.silu,
-    F.gelu: activations.gelu,
+_ACTIVATIONS: dict[Any, Callable[..., Words]] = {
+    function: activation.words for activation in ACTIVATIONS for function in activation.functions
 }
 
 

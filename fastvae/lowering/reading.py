@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import activations
+from .activations import ACTIVATIONS, Activation, Words
 from .checks import method
 from .errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, describe
 from .geometry import MOST, Convolution, Pair, pair
@@ -85,10 +85,10 @@ class Reading:
         self.shape = self.shape if shape is None else shape
         self.layers.append(Layer(self.path, kind, tuple(tensors), tuple(numbers), self.shape))
 
-    def activation(self, kind_and_args: activations.Activation) -> None:
+    def activation(self, words: Words) -> None:
         """Append an activation."""
-        kind, args = kind_and_args
-        self.emit(kind, args=[float(value) for value in args])
+        kind, numbers = words
+        self.emit(kind, args=[float(value) for value in numbers])
 
     def dropout(self, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
         """Append nothing for a dropout that is off; refuse one that is on."""
@@ -298,6 +298,10 @@ def _batch_norm(reading: Reading, module: nn.BatchNorm1d | nn.BatchNorm2d | nn.S
     reading.emit("batch_norm", tensors, (float(module.eps),), (module.num_features, *reading.shape[1:]))
 
 
+def _activation(known: Activation) -> Callable[[Reading, nn.Module], None]:
+    return lambda reading, module: reading.activation(known.of_module(module))
+
+
 _MODULES: dict[type[nn.Module], Callable[[Reading, Any], None]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv2d,
@@ -308,14 +312,7 @@ _MODULES: dict[type[nn.Module], Callable[[Reading, Any], None]] = {
     nn.Flatten: lambda reading, m: reading.flatten(m.start_dim, m.end_dim),
     nn.Unflatten: lambda reading, m: reading.unflatten(m.dim, m.unflattened_size),
     nn.Identity: lambda reading, m: reading.emit("identity"),
-    nn.ReLU: lambda reading, m: reading.activation(activations.relu()),
-    nn.LeakyReLU: lambda reading, m: reading.activation(activations.leaky_relu(m.negative_slope)),
-    nn.ELU: lambda reading, m: reading.activation(activations.elu(m.alpha)),
-    nn.Softplus: lambda reading, m: reading.activation(activations.softplus(m.beta, m.threshold)),
-    nn.Tanh: lambda reading, m: reading.activation(activations.tanh()),
-    nn.Sigmoid: lambda reading, m: reading.activation(activations.sigmoid()),
-    nn.SiLU: lambda reading, m: reading.activation(activations.silu()),
-    nn.GELU: lambda reading, m: reading.activation(activations.gelu(approximate=m.approximate)),
+    **{activation.module: _activation(activation) for activation in ACTIVATIONS},
 }
 for _dropout in (
     nn.Dropout,

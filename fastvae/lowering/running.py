@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from . import LoweredNetwork
@@ -15,15 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["output_of"]
 
 _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    name: function for activation in ACTIVATIONS for name, function in activation.run.items()
 }
 
 

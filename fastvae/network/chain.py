@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae.lowering import LoweredNetwork, UnsupportedLayer, activations
+from fastvae.lowering import LoweredNetwork, UnsupportedLayer
+from fastvae.lowering.activations import ACTIVATIONS, words_of_operator
 from fastvae.lowering.errors import join
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.program import Operation, Slot
@@ -22,15 +23,7 @@ from fastvae.network.sweeps import Sweeps
 
 __all__ = ["Chain", "chain_of", "lowered_chain"]
 
-_ACTIVATIONS: dict[str, Callable[..., activations.Activation]] = {
-    "relu": activations.relu,
-    "leaky_relu": activations.leaky_relu,
-    "softplus": activations.softplus,
-    "tanh": activations.tanh,
-    "sigmoid": activations.sigmoid,
-    "silu": activations.silu,
-    "gelu": activations.gelu,
-}
+_ACTIVATIONS = frozenset(activation.operator for activation in ACTIVATIONS)
 
 _MOVES = frozenset(
     {
@@ -167,7 +160,7 @@ class _Reader:
     def _follow(self, operation: Operation, at: int) -> bool:
         """Whether an operation is a layer of the chain."""
         kind = operation.kind
-        if kind in _ACTIVATIONS or kind == "elu":
+        if kind in _ACTIVATIONS:
             self.texts.append(_activation(operation))
             return True
         if kind == "batch_norm":
@@ -289,12 +282,8 @@ def _argument(operation: Operation, place: int, default: Any) -> Any:
 
 
 def _activation(operation: Operation) -> str:
-    _, *numbers = operation.args
-    if operation.kind == "elu":
-        alpha = numbers[0] if numbers else 1.0
-        if any(scale != 1 for scale in numbers[1:]):
-            raise UnsupportedLayer("lower: elu: no layer of a chain that kernels take")
-        kind, values = activations.elu(alpha)
-    else:
-        kind, values = _ACTIVATIONS[operation.kind](*numbers, **operation.kwargs)
-    return " ".join([kind, *(repr(float(value)) for value in values)])
+    words = words_of_operator(operation.kind, operation.args[1:], operation.kwargs)
+    if words is None:
+        raise UnsupportedLayer(f"lower: {operation.kind}: no layer of a chain that kernels take")
+    kind, numbers = words
+    return " ".join([kind, *(repr(float(value)) for value in numbers)])

@@ -269,8 +269,6 @@ _VALUES: dict[str, Any] = {
     "eps": lambda a: 1e-8,
     "weight_decay": lambda a: random.choice((0.0, 0.1)),
     "steps": lambda a: 2,
-    "a": Arguments.parameters,
-    "b": lambda a: [tensor.clone() for tensor in a.network.tensors],
     "keys": lambda a: torch.randint(-(2**63), 2**63 - 1, (B,)),
     "first": lambda a: random.choice((0, -1, 2**40)),
     "count": lambda a: random.randint(0, 9),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae._extension import raw
+from fastvae.lowering.activations import words_of_operator
 from fastvae.network.tape import kernel
 
 from .base import Gradients, Layer, Point, Products, Values
@@ -22,21 +23,8 @@ from .shapes import CHANNELS_LAST
 
 def words_of(layer: PointwiseLayer) -> str | None:
     """The activation as the kernels read it; None: they do not know it."""
-    kind, numbers = layer.operation.kind, layer.others
-    if kind in ("relu", "tanh", "sigmoid", "silu") and not numbers:
-        return kind
-    if kind == "gelu":
-        return "gelu_tanh" if "tanh" in numbers else "gelu"
-    if kind == "leaky_relu":
-        slope = float(numbers[0]) if numbers else 0.01
-        return f"leaky_relu {slope!r}" if slope >= 0 else None
-    if kind == "elu":
-        alpha, *scales = [float(number) for number in numbers] or [1.0]
-        return f"elu {alpha!r}" if alpha > 0 and all(scale == 1 for scale in scales) else None
-    if kind == "softplus":
-        beta, threshold = [*(float(number) for number in numbers), *(1.0, 20.0)[len(numbers) :]]
-        return f"softplus {beta!r} {threshold!r}" if beta > 0 else None
-    return None
+    words = words_of_operator(layer.operation.kind, layer.operation.args[1:], layer.operation.kwargs)
+    return None if words is None else " ".join([words[0], *(repr(float(number)) for number in words[1])])
 
 
 def norm_rules(norm: NormLayer | BatchNorm | None, words: str, x: Tensor) -> Any:
@@ -76,7 +64,7 @@ class FusedLayer(Layer):
         self.index, self.norm, self.words = last.index, norm, words
         self.gain = -1 if norm is None else norm.gain
         self.bias = -1 if norm is None else norm.bias
-        piecewise = words.split()[0] in ("identity", "relu", "leaky_relu")
+        piecewise = activation is None or activation.function.curve is None
         self.linear = piecewise and (norm is None or (isinstance(norm, BatchNorm) and norm.gain < 0))
         self._rules: dict[tuple[int, torch.dtype], Any] = {}
 

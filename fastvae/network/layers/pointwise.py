@@ -7,32 +7,21 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastvae.lowering.activations import ACTIVATIONS, Pointwise, elu_curve, elu_slope, of_x, of_y
 
 from .base import Gradients, Layer, Maker, Point, Products, Values, layer_of, over_latents
 
 aten = torch.ops.aten
 
 
-class Pointwise(NamedTuple):
-    """phi by its derivatives.
-
-    slope: (v, x, y, *args) -> v phi'(x), v of x's shape or with latents in front.
-    curve: (x, y, *args) -> phi''(x); None where it is zero.
-    of: what the two look at: "x", "y" or "xy".
-    """
-
-    slope: Callable[..., Tensor]
-    curve: Callable[..., Tensor] | None
-    of: str
-
-
 class PointwiseLayer(Layer):
-    """See above."""
+    """y = phi(x)."""
 
     def __init__(self, operation: Any, active: Sequence[bool], function: Pointwise) -> None:
         super().__init__(operation, active)
@@ -71,32 +60,6 @@ class PointwiseLayer(Layer):
             grads.add(self.x, along * self.function.curve(*self._of(point)))
 
 
-def _of_y(slope: Callable[..., Tensor], curve: Callable[..., Tensor] | None) -> Pointwise:
-    return Pointwise(
-        lambda v, x, y, *args: slope(v, y, *args),
-        None if curve is None else lambda x, y, *args: curve(y, *args),
-        "y",
-    )
-
-
-def _of_x(slope: Callable[..., Tensor], curve: Callable[..., Tensor] | None) -> Pointwise:
-    return Pointwise(
-        lambda v, x, y, *args: slope(v, x, *args),
-        None if curve is None else lambda x, y, *args: curve(x, *args),
-        "x",
-    )
-
-
-def _elu_slope(
-    v: Tensor, y: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
-) -> Tensor:
-    return torch.where(y > 0, v * (scale * input_scale), v * ((y + alpha * scale) * input_scale))
-
-
-def _elu_curve(y: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
-    return ((y + alpha * scale) * input_scale**2).masked_fill(y > 0, 0.0)
-
-
 def _celu_factors(alpha: float) -> tuple[float, float, float]:
     # As PyTorch's own derivative has it, which takes alpha in float32.
     return alpha, 1.0, 1 / struct.unpack("f", struct.pack("f", alpha))[0]
@@ -112,30 +75,6 @@ def _celu_curve(x: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
-
-
-def _softplus_slope(v: Tensor, x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return aten.softplus_backward(v, x.expand_as(v), beta, threshold)
-
-
-def _softplus_curve(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    s = torch.sigmoid(beta * x)
-    return (beta * s * (1 - s)).masked_fill(beta * x > threshold, 0.0)
-
-
-def _silu_curve(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 - s) * (2 + x * (1 - 2 * s))
-
-
-def _gelu_curve(x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate == "none":
-        return (2 - x * x) * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    c, k = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(c * (x + k * x**3))
-    inner = c * (1 + 3 * k * x * x)
-    s = 1 - t * t
-    return s * (inner + 0.5 * x * (6 * c * k * x) - x * t * inner * inner)
 
 
 def _mish_curve(x: Tensor) -> Tensor:
@@ -182,60 +121,46 @@ def _logit_curve(x: Tensor, eps: float | None = None) -> Tensor:
     return _logit_slope((2 * x - 1) / (x * (1 - x)), x, eps)
 
 
-_RELU = _of_y(lambda v, y: aten.threshold_backward(v, y.expand_as(v), 0), None)
-
 FUNCTIONS: dict[str, Pointwise] = {
-    "relu": _RELU,
-    "leaky_relu": _of_x(
-        lambda v, x, slope=0.01: aten.leaky_relu_backward(v, x.expand_as(v), slope, False), None
-    ),
-    "elu": _of_y(_elu_slope, _elu_curve),
-    "selu": _of_y(lambda v, y: _elu_slope(v, y, *_SELU), lambda y: _elu_curve(y, *_SELU)),
-    "celu": _of_x(_celu_slope, _celu_curve),
-    "tanh": _of_y(lambda v, y: v * (1 - y * y), lambda y: -2 * y * (1 - y * y)),
-    "sigmoid": _of_y(lambda v, y: v * (y * (1 - y)), lambda y: y * (1 - y) * (1 - 2 * y)),
-    "softplus": _of_x(_softplus_slope, _softplus_curve),
-    "silu": _of_x(lambda v, x: aten.silu_backward(v, x.expand_as(v)), _silu_curve),
-    "gelu": _of_x(
-        lambda v, x, approximate="none": aten.gelu_backward(v, x.expand_as(v), approximate=approximate),
-        _gelu_curve,
-    ),
-    "mish": _of_x(lambda v, x: aten.mish_backward(v, x.expand_as(v)), _mish_curve),
-    "hardtanh": _of_x(
+    **{each.operator: each.derivatives for each in ACTIVATIONS if each.derivatives is not None},
+    "selu": of_y(lambda v, y: elu_slope(v, y, *_SELU), lambda y: elu_curve(y, *_SELU)),
+    "celu": of_x(_celu_slope, _celu_curve),
+    "mish": of_x(lambda v, x: aten.mish_backward(v, x.expand_as(v)), _mish_curve),
+    "hardtanh": of_x(
         lambda v, x, low=-1.0, high=1.0: aten.hardtanh_backward(v, x.expand_as(v), low, high), None
     ),
-    "relu6": _of_x(lambda v, x: aten.hardtanh_backward(v, x.expand_as(v), 0.0, 6.0), None),
-    "hardsigmoid": _of_x(lambda v, x: aten.hardsigmoid_backward(v, x.expand_as(v)), None),
-    "clamp": _of_x(_clamp_slope, None),
-    "clamp_min": _of_x(lambda v, x, low: _clamp_slope(v, x, low), None),
-    "clamp_max": _of_x(lambda v, x, high: _clamp_slope(v, x, None, high), None),
-    "abs": _of_x(lambda v, x: v * x.sign(), None),
-    "neg": _of_x(lambda v, x: -v, None),
-    "exp": _of_y(lambda v, y: v * y, lambda y: y),
-    "log": _of_x(lambda v, x: v / x, lambda x: -1 / (x * x)),
-    "sqrt": _of_y(lambda v, y: v / (2 * y), lambda y: -1 / (4 * y**3)),
-    "rsqrt": _of_y(lambda v, y: v * (-0.5 * y**3), lambda y: 0.75 * y**5),
-    "reciprocal": _of_y(lambda v, y: -v * (y * y), lambda y: 2 * y**3),
-    "sin": _of_x(lambda v, x: v * x.cos(), lambda x: -x.sin()),
-    "cos": _of_x(lambda v, x: -v * x.sin(), lambda x: -x.cos()),
-    "square": _of_x(lambda v, x: v * (2 * x), lambda x: torch.full_like(x, 2.0)),
-    "log_sigmoid": _of_x(lambda v, x: v * torch.sigmoid(-x), lambda x: -torch.sigmoid(x) * torch.sigmoid(-x)),
-    "hardswish": _of_x(_hardswish_slope, lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 3),
-    "softsign": _of_x(lambda v, x: v / (1 + x.abs()).square(), lambda x: -2 * x.sign() / (1 + x.abs()) ** 3),
-    "pow": _of_x(_power_slope, _power_curve),
-    "exp2": _of_y(lambda v, y: v * (y * math.log(2)), lambda y: y * math.log(2) ** 2),
-    "log1p": _of_x(lambda v, x: v / (1 + x), lambda x: -1 / (1 + x).square()),
-    "log2": _of_x(lambda v, x: v / (x * math.log(2)), lambda x: -1 / (x * x * math.log(2))),
-    "log10": _of_x(lambda v, x: v / (x * math.log(10)), lambda x: -1 / (x * x * math.log(10))),
-    "lgamma": _of_x(lambda v, x: v * torch.digamma(x), lambda x: torch.polygamma(1, x)),
-    "digamma": _of_x(lambda v, x: v * torch.polygamma(1, x), lambda x: torch.polygamma(2, x)),
-    "erf": _of_x(lambda v, x: v * _erf_slope(x), lambda x: -2 * x * _erf_slope(x)),
-    "erfc": _of_x(lambda v, x: -v * _erf_slope(x), lambda x: 2 * x * _erf_slope(x)),
-    "atan": _of_x(lambda v, x: v / (1 + x * x), lambda x: -2 * x / (1 + x * x).square()),
-    "tan": _of_y(lambda v, y: v * (1 + y * y), lambda y: 2 * y * (1 + y * y)),
-    "sinh": _of_x(lambda v, x: v * x.cosh(), lambda x: x.sinh()),
-    "cosh": _of_x(lambda v, x: v * x.sinh(), lambda x: x.cosh()),
-    "logit": _of_x(_logit_slope, _logit_curve),
+    "relu6": of_x(lambda v, x: aten.hardtanh_backward(v, x.expand_as(v), 0.0, 6.0), None),
+    "hardsigmoid": of_x(lambda v, x: aten.hardsigmoid_backward(v, x.expand_as(v)), None),
+    "clamp": of_x(_clamp_slope, None),
+    "clamp_min": of_x(lambda v, x, low: _clamp_slope(v, x, low), None),
+    "clamp_max": of_x(lambda v, x, high: _clamp_slope(v, x, None, high), None),
+    "abs": of_x(lambda v, x: v * x.sign(), None),
+    "neg": of_x(lambda v, x: -v, None),
+    "exp": of_y(lambda v, y: v * y, lambda y: y),
+    "log": of_x(lambda v, x: v / x, lambda x: -1 / (x * x)),
+    "sqrt": of_y(lambda v, y: v / (2 * y), lambda y: -1 / (4 * y**3)),
+    "rsqrt": of_y(lambda v, y: v * (-0.5 * y**3), lambda y: 0.75 * y**5),
+    "reciprocal": of_y(lambda v, y: -v * (y * y), lambda y: 2 * y**3),
+    "sin": of_x(lambda v, x: v * x.cos(), lambda x: -x.sin()),
+    "cos": of_x(lambda v, x: -v * x.sin(), lambda x: -x.cos()),
+    "square": of_x(lambda v, x: v * (2 * x), lambda x: torch.full_like(x, 2.0)),
+    "log_sigmoid": of_x(lambda v, x: v * torch.sigmoid(-x), lambda x: -torch.sigmoid(x) * torch.sigmoid(-x)),
+    "hardswish": of_x(_hardswish_slope, lambda x: ((x > -3) & (x < 3)).to(x.dtype) / 3),
+    "softsign": of_x(lambda v, x: v / (1 + x.abs()).square(), lambda x: -2 * x.sign() / (1 + x.abs()) ** 3),
+    "pow": of_x(_power_slope, _power_curve),
+    "exp2": of_y(lambda v, y: v * (y * math.log(2)), lambda y: y * math.log(2) ** 2),
+    "log1p": of_x(lambda v, x: v / (1 + x), lambda x: -1 / (1 + x).square()),
+    "log2": of_x(lambda v, x: v / (x * math.log(2)), lambda x: -1 / (x * x * math.log(2))),
+    "log10": of_x(lambda v, x: v / (x * math.log(10)), lambda x: -1 / (x * x * math.log(10))),
+    "lgamma": of_x(lambda v, x: v * torch.digamma(x), lambda x: torch.polygamma(1, x)),
+    "digamma": of_x(lambda v, x: v * torch.polygamma(1, x), lambda x: torch.polygamma(2, x)),
+    "erf": of_x(lambda v, x: v * _erf_slope(x), lambda x: -2 * x * _erf_slope(x)),
+    "erfc": of_x(lambda v, x: -v * _erf_slope(x), lambda x: 2 * x * _erf_slope(x)),
+    "atan": of_x(lambda v, x: v / (1 + x * x), lambda x: -2 * x / (1 + x * x).square()),
+    "tan": of_y(lambda v, y: v * (1 + y * y), lambda y: 2 * y * (1 + y * y)),
+    "sinh": of_x(lambda v, x: v * x.cosh(), lambda x: x.sinh()),
+    "cosh": of_x(lambda v, x: v * x.sinh(), lambda x: x.cosh()),
+    "logit": of_x(_logit_slope, _logit_curve),
 }
 """By the name of the operator."""
 
