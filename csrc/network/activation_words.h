@@ -2,8 +2,6 @@
 #pragma once
 
 #include <string>
-#include <string_view>
-#include <utility>
 
 #include "../kernels/math/activations.h"
 
@@ -11,32 +9,25 @@ namespace fastvae {
 
 // Words: expect_numbers(count), number(index from 1), expect(condition, what) which raises.
 template <typename Words>
-ActivationSpec activation_of(const std::string& kind, const Words& words) {
-  static constexpr std::pair<std::string_view, Activation> kPlain[] = {
-      {"relu", Activation::kRelu}, {"tanh", Activation::kTanh}, {"sigmoid", Activation::kSigmoid},
-      {"silu", Activation::kSilu}, {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh}};
-  for (const auto& [name, plain] : kPlain) {
-    if (kind == name) {
-      words.expect_numbers(0);
-      return {plain, 0.0, 0.0};
-    }
+ActivationSpec activation_of(const std::string& name, const Words& words) {
+  const char* fault = "unknown kind of layer";
+#define FASTVAE_TRY(KIND, ...)                                       \
+  {                                                                  \
+    using Phi = math::Phi<Activation::KIND, double>;                 \
+    if (name == Phi::kName) {                                        \
+      words.expect_numbers(Phi::kNumbers);                           \
+      const double first = Phi::kNumbers > 0 ? words.number(1) : 0;  \
+      const double second = Phi::kNumbers > 1 ? words.number(2) : 0; \
+      if (Phi::takes(first, second)) {                               \
+        return {Activation::KIND, first, second};                    \
+      }                                                              \
+      fault = Phi::kExpected;                                        \
+    }                                                                \
   }
-  if (kind == "leaky_relu") {
-    words.expect_numbers(1);
-    // phi' is read off h, whose sign a negative slope would turn.
-    words.expect(words.number(1) >= 0.0, "expected a slope of at least 0");
-    return {Activation::kLeakyRelu, words.number(1), 0.0};
-  }
-  if (kind == "elu") {
-    words.expect_numbers(1);
-    words.expect(words.number(1) > 0.0, "expected alpha > 0");
-    return {Activation::kElu, words.number(1), 0.0};
-  }
-  words.expect(kind == "softplus", "unknown kind of layer");
-  words.expect_numbers(2);
-  words.expect(words.number(1) > 0.0, "expected beta > 0");
-  const bool meets = words.number(2) >= math::kSoftplusMeets;
-  return {meets ? Activation::kSoftplus : Activation::kSoftplusSharp, words.number(1), words.number(2)};
+  FASTVAE_ACTIVATION_KINDS(FASTVAE_TRY)
+#undef FASTVAE_TRY
+  words.expect(false, fault);
+  return {};
 }
 
 }  // namespace fastvae

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <map>
 #include <optional>
 #include <utility>
 
@@ -245,6 +244,7 @@ class Parser {
 
   void activation(const std::string& kind) {
     const ActivationSpec spec = activation_of(kind, *this);
+    expect(spec.kind != Activation::kIdentity, "unknown kind of layer");
     if (stages_.empty() || stages_.back().activation.kind != Activation::kIdentity) {
       begin(Affine::kIdentity);
     }
@@ -348,28 +348,29 @@ std::shared_ptr<const Program> find_program(const char* op, std::string_view tex
 
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text) {
   const std::vector<std::string> words = split(text, ' ');
-  static const std::map<std::string, Likelihood> kScaled = {{"gaussian", Likelihood::kGaussian},
-                                                            {"laplace", Likelihood::kLaplace},
-                                                            {"negative_binomial", Likelihood::kNegativeBinomial}};
+  const std::string name = words.empty() ? "" : words[0];
   LikelihoodSpec spec;
-  if (words.size() == 1 && words[0] == "bernoulli") {
-    spec.kind = Likelihood::kBernoulli;
-  } else if (words.size() == 1 && words[0] == "poisson") {
-    spec.kind = Likelihood::kPoisson;
-  } else if (words.size() == 2 && kScaled.count(words[0]) == 1) {
-    spec.kind = kScaled.at(words[0]);
-    spec.scale = to_number(op, "likelihood", words[1]);
-    FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a number > 0", spec.scale);
-  } else if (words.size() == 2 && words[0] == "categorical") {
-    spec.kind = Likelihood::kCategorical;
-    spec.classes = to_integer(op, "likelihood", words[1]);
-    FASTVAE_CHECK_VALUE(spec.classes > 1, op, "likelihood", "at least 2 classes", spec.classes);
-  } else {
-    FASTVAE_CHECK_VALUE(false, op, "likelihood",
-                        "'bernoulli', 'poisson', 'gaussian SCALE', 'laplace SCALE', 'negative_binomial DISPERSION' or "
-                        "'categorical CLASSES'",
-                        "'" + std::string(text) + "'");
+  std::string known;
+#define FASTVAE_TRY(KIND, Head)                                                              \
+  {                                                                                          \
+    const std::string number = Head<double>::kNumber;                                        \
+    if (name == Head<double>::kName && words.size() == (number.empty() ? 1 : 2)) {           \
+      spec.kind = Likelihood::KIND;                                                          \
+      if (!number.empty()) {                                                                 \
+        spec.scale = to_number(op, "likelihood", words[1]);                                  \
+        FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a number > 0", spec.scale); \
+      }                                                                                      \
+      return spec;                                                                           \
+    }                                                                                        \
+    known += c10::str("'", Head<double>::kName, number.empty() ? "" : " ", number, "', ");   \
   }
+  FASTVAE_INDEPENDENT_HEADS(FASTVAE_TRY)
+#undef FASTVAE_TRY
+  FASTVAE_CHECK_VALUE(words.size() == 2 && name == "categorical", op, "likelihood", known + "or 'categorical CLASSES'",
+                      "'" + std::string(text) + "'");
+  spec.kind = Likelihood::kCategorical;
+  spec.classes = to_integer(op, "likelihood", words[1]);
+  FASTVAE_CHECK_VALUE(spec.classes > 1, op, "likelihood", "at least 2 classes", spec.classes);
   return spec;
 }
 

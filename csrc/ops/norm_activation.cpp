@@ -31,7 +31,7 @@ struct Words {
 ActivationSpec read_activation(const std::string& text) {
   const Words words{split(text, ' ')};
   words.expect(!words.words.empty(), "an activation");
-  return text == "identity" ? ActivationSpec{} : activation_of(words.words.front(), words);
+  return activation_of(words.words.front(), words);
 }
 
 Statistics read_statistics(const std::string& text) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "check.h"
+#include "examples.h"
 #include "kernels.h"
 
 namespace cases {
@@ -88,21 +89,6 @@ bool same_bits(const Arena<T>& a, const Arena<T>& b) {
     }
   }
   return true;
-}
-
-inline const std::vector<ActivationSpec>& activations() {
-  static const std::vector<ActivationSpec> all = {{Activation::kIdentity},
-                                                  {Activation::kRelu},
-                                                  {Activation::kLeakyRelu, 0.125},
-                                                  {Activation::kElu, 1.5},
-                                                  {Activation::kSoftplus, 2.0, 3.0},
-                                                  {Activation::kTanh},
-                                                  {Activation::kSigmoid},
-                                                  {Activation::kSilu},
-                                                  {Activation::kGelu},
-                                                  {Activation::kGeluTanh},
-                                                  {Activation::kSoftplusSharp, 2.0, 3.0}};
-  return all;
 }
 
 // --- pointwise
@@ -485,7 +471,8 @@ void for_each_case(Visitor visit) {
   for (const ActivationSpec& activation : activations()) {
     for_each_pointwise<T>(5, 37, activation, visit);
   }
-  for (const ActivationSpec& activation : {activations()[1], activations()[4]}) {
+  for (const Activation kind : {Activation::kRelu, Activation::kSoftplus}) {
+    const ActivationSpec activation = examples(kind)[0];
     for_each_pointwise<T>(1, 1, activation, visit);
     for_each_pointwise<T>(7, 3, activation, visit);
     for_each_pointwise<T>(3, 400, activation, visit);
@@ -508,8 +495,8 @@ void for_each_case(Visitor visit) {
   for (const ActivationSpec& activation : activations()) {
     for_each_jacobian<T>(2, 3, 37, activation, visit);
   }
-  for_each_jacobian<T>(1, 1, 1, activations()[8], visit);
-  for_each_jacobian<T>(1, 2, kJacobianChunk + 130, activations()[6], visit);
+  for_each_jacobian<T>(1, 1, 1, examples(Activation::kGelu)[0], visit);
+  for_each_jacobian<T>(1, 2, kJacobianChunk + 130, examples(Activation::kSigmoid)[0], visit);
   for_each_gram_product<T>(visit);
   for_each_gaussian_kl<T>(1, 1, visit);
   for_each_gaussian_kl<T>(11, 67, visit);

@@ -43,7 +43,7 @@ inline std::vector<FlowCase> flow_cases() {
   all.push_back({"many latent variables", {67, 4, 3}, {silu, linear}, gaussian, 2, 2, 1});
   all.push_back({"eight layers",
                  {2, 3, 4, 3, 2, 3, 4, 3, 2},
-                 {tanh, silu, tanh, activations()[1], silu, activations()[3], tanh, linear},
+                 {tanh, silu, tanh, examples(Activation::kRelu)[0], silu, examples(Activation::kElu)[0], tanh, linear},
                  bernoulli,
                  19,
                  2,

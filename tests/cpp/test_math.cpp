@@ -7,8 +7,7 @@
 #include <vector>
 
 #include "check.h"
-#include "math/activations.h"
-#include "math/likelihoods.h"
+#include "examples.h"
 #include "math/splitmix.h"
 
 using fastvae::Activation;
@@ -234,18 +233,45 @@ void test_activation(const ActivationSpec& spec, const char* type) {
 
 template <typename T>
 void test_activations(const char* type) {
-  test_activation<Activation::kIdentity, T>({Activation::kIdentity}, type);
-  test_activation<Activation::kRelu, T>({Activation::kRelu}, type);
-  test_activation<Activation::kLeakyRelu, T>({Activation::kLeakyRelu, 0.125}, type);
-  test_activation<Activation::kElu, T>({Activation::kElu, 1.5}, type);
-  test_activation<Activation::kSoftplus, T>({Activation::kSoftplus, 1.0, 20.0}, type);
-  test_activation<Activation::kSoftplus, T>({Activation::kSoftplus, 2.5, 10.0}, type);
-  test_activation<Activation::kTanh, T>({Activation::kTanh}, type);
-  test_activation<Activation::kSigmoid, T>({Activation::kSigmoid}, type);
-  test_activation<Activation::kSilu, T>({Activation::kSilu}, type);
-  test_activation<Activation::kGelu, T>({Activation::kGelu}, type);
-  test_activation<Activation::kGeluTanh, T>({Activation::kGeluTanh}, type);
-  test_activation<Activation::kSoftplusSharp, T>({Activation::kSoftplusSharp, 2.5, 1.5}, type);
+#define CASE(KIND, ...)                                                  \
+  for (const ActivationSpec& spec : cases::examples(Activation::KIND)) { \
+    test_activation<Activation::KIND, T>(spec, type);                    \
+  }
+  FASTVAE_ACTIVATION_KINDS(CASE)
+#undef CASE
+}
+
+// --- heads
+// ------------------------------------------------------------------------------------------------------------
+
+// The three derivatives of a head, of its own density, against differences. The density itself is Python's to check.
+template <typename Head>
+void test_head(const Head& head) {
+  constexpr double h = 1e-5, tolerance = 1e-8;
+  for (const double x : {0.0, 1.0, 4.0, 0.3}) {
+    if (Head::kDiscrete && x != std::floor(x)) {
+      continue;
+    }
+    for (double a = -2.937; a < 3.0; a += 0.173) {
+      const double residual = head.residual(a, x);
+      const double slope = (head.both(a + h, x).log_prob - head.both(a - h, x).log_prob) / (2 * h);
+      const double bend = (head.residual(a + h, x) - head.residual(a - h, x)) / (2 * h);
+      const double cross = (head.residual(a, x + h) - head.residual(a, x - h)) / (2 * h);
+      CHECK(std::abs(head.both(a, x).residual - residual) <= 1e-14, "%s at %g, %g: two residuals", Head::kName, a, x);
+      CHECK(std::abs(residual - slope) <= tolerance * (1 + std::abs(slope)), "%s at %g, %g: residual %g, not %g",
+            Head::kName, a, x, residual, slope);
+      CHECK(std::abs(head.curvature(residual, x) - bend) <= tolerance * (1 + std::abs(bend)),
+            "%s at %g, %g: curvature %g, not %g", Head::kName, a, x, head.curvature(residual, x), bend);
+      CHECK(std::abs(head.cross(residual, x) - cross) <= tolerance * (1 + std::abs(cross)),
+            "%s at %g, %g: cross derivative %g, not %g", Head::kName, a, x, head.cross(residual, x), cross);
+    }
+  }
+}
+
+void test_heads() {
+#define CASE(KIND, Head) test_head(Head<double>(fastvae::LikelihoodSpec{fastvae::Likelihood::KIND, 0.7}));
+  FASTVAE_INDEPENDENT_HEADS(CASE)
+#undef CASE
 }
 
 // --- normal numbers
@@ -312,6 +338,7 @@ void test_classes(const char* type) {
   test_elementary<double>("double");
   test_activations<float>("float");
   test_activations<double>("double");
+  test_heads();
   test_normal();
   test_classes<float>("float");
   test_classes<double>("double");

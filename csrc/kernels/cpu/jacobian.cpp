@@ -33,11 +33,6 @@ FASTVAE_INLINE void fill_bends(const ActivationSpec& activation, const T* s, int
   }
 }
 
-#define FASTVAE_FILL_BENDS(KIND)                                       \
-  case Activation::KIND:                                               \
-    fill_bends<Activation::KIND>(activation, s + first, count, bends); \
-    break;
-
 // Calls body(first, count, bends) for the blocks of columns [begin, end) of one sample.
 template <typename T, typename Body>
 FASTVAE_INLINE void for_each_block(const ActivationSpec& activation, const T* s, int64_t begin, int64_t end,
@@ -51,24 +46,17 @@ FASTVAE_INLINE void for_each_block(const ActivationSpec& activation, const T* s,
     const int64_t count = std::min(kBlock, end - first);
     if (s != nullptr) {
       switch (activation.kind) {
-        FASTVAE_FILL_BENDS(kIdentity)
-        FASTVAE_FILL_BENDS(kRelu)
-        FASTVAE_FILL_BENDS(kLeakyRelu)
-        FASTVAE_FILL_BENDS(kElu)
-        FASTVAE_FILL_BENDS(kSoftplus)
-        FASTVAE_FILL_BENDS(kTanh)
-        FASTVAE_FILL_BENDS(kSigmoid)
-        FASTVAE_FILL_BENDS(kSilu)
-        FASTVAE_FILL_BENDS(kGelu)
-        FASTVAE_FILL_BENDS(kGeluTanh)
-        FASTVAE_FILL_BENDS(kSoftplusSharp)
+#define FASTVAE_FILL_BENDS(KIND, ...)                                  \
+  case Activation::KIND:                                               \
+    fill_bends<Activation::KIND>(activation, s + first, count, bends); \
+    break;
+        FASTVAE_ACTIVATION_KINDS(FASTVAE_FILL_BENDS)
+#undef FASTVAE_FILL_BENDS
       }
     }
     body(first, count, bends);
   }
 }
-
-#undef FASTVAE_FILL_BENDS
 
 template <typename T>
 FASTVAE_INLINE void jacobian_tangent_template(const JacobianTangent<T>& args, int64_t begin, int64_t end) {

@@ -89,23 +89,11 @@ __global__ void jacobian_adjoint_kernel(const JacobianAdjoint<T> args, const mat
            math::Phi<Activation::KIND, T>(args.activation));                \
     break;
 
-#define FASTVAE_DEFINE_BY_ACTIVATION(NAME, ARGS, BLOCKS)   \
-  template <typename T>                                    \
-  void NAME##_launch(const ARGS<T>& args, Stream stream) { \
-    switch (args.activation.kind) {                        \
-      FASTVAE_CUDA_CASE(kIdentity, NAME, BLOCKS)           \
-      FASTVAE_CUDA_CASE(kRelu, NAME, BLOCKS)               \
-      FASTVAE_CUDA_CASE(kLeakyRelu, NAME, BLOCKS)          \
-      FASTVAE_CUDA_CASE(kElu, NAME, BLOCKS)                \
-      FASTVAE_CUDA_CASE(kSoftplus, NAME, BLOCKS)           \
-      FASTVAE_CUDA_CASE(kTanh, NAME, BLOCKS)               \
-      FASTVAE_CUDA_CASE(kSigmoid, NAME, BLOCKS)            \
-      FASTVAE_CUDA_CASE(kSilu, NAME, BLOCKS)               \
-      FASTVAE_CUDA_CASE(kGelu, NAME, BLOCKS)               \
-      FASTVAE_CUDA_CASE(kGeluTanh, NAME, BLOCKS)           \
-      FASTVAE_CUDA_CASE(kSoftplusSharp, NAME, BLOCKS)      \
-    }                                                      \
-  }                                                        \
+#define FASTVAE_DEFINE_BY_ACTIVATION(NAME, ARGS, BLOCKS)                                        \
+  template <typename T>                                                                         \
+  void NAME##_launch(const ARGS<T>& args, Stream stream) {                                      \
+    switch (args.activation.kind) { FASTVAE_ACTIVATION_KINDS(FASTVAE_CUDA_CASE, NAME, BLOCKS) } \
+  }                                                                                             \
   FASTVAE_DEFINE_CUDA(NAME, ARGS)
 
 FASTVAE_DEFINE_BY_ACTIVATION(jacobian_tangent, JacobianTangent, grid_for_elements(args.samples* args.numel))

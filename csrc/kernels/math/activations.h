@@ -12,19 +12,24 @@
 
 namespace fastvae {
 
-enum class Activation : int {
-  kIdentity = 0,
-  kRelu,
-  kLeakyRelu,
-  kElu,
-  kSoftplus,
-  kTanh,
-  kSigmoid,
-  kSilu,
-  kGelu,
-  kGeluTanh,
-  kSoftplusSharp,
-};
+// All of them: CASE(kind, ...) for every kind. What is particular to one is its Phi, and nowhere else: names, kernels
+// of both compilers and tests follow from this list.
+#define FASTVAE_ACTIVATION_KINDS(CASE, ...) \
+  CASE(kIdentity, __VA_ARGS__)              \
+  CASE(kRelu, __VA_ARGS__)                  \
+  CASE(kLeakyRelu, __VA_ARGS__)             \
+  CASE(kElu, __VA_ARGS__)                   \
+  CASE(kSoftplus, __VA_ARGS__)              \
+  CASE(kTanh, __VA_ARGS__)                  \
+  CASE(kSigmoid, __VA_ARGS__)               \
+  CASE(kSilu, __VA_ARGS__)                  \
+  CASE(kGelu, __VA_ARGS__)                  \
+  CASE(kGeluTanh, __VA_ARGS__)              \
+  CASE(kSoftplusSharp, __VA_ARGS__)
+
+#define FASTVAE_ENUMERATOR(KIND, ...) KIND,
+enum class Activation : int { FASTVAE_ACTIVATION_KINDS(FASTVAE_ENUMERATOR) };
+#undef FASTVAE_ENUMERATOR
 
 struct ActivationSpec {
   Activation kind = Activation::kIdentity;
@@ -32,20 +37,20 @@ struct ActivationSpec {
   double second = 0.0;  // softplus: threshold
 };
 
-// Whether the sweeps must keep a and A^T delta of this activation besides h and delta.
-constexpr bool keeps_input(Activation kind) {
-  return kind == Activation::kSilu || kind == Activation::kGelu || kind == Activation::kGeluTanh ||
-         kind == Activation::kSoftplusSharp;
-}
-
-constexpr bool is_piecewise_linear(Activation kind) {
-  return kind == Activation::kIdentity || kind == Activation::kRelu || kind == Activation::kLeakyRelu;
-}
-
 namespace math {
 
 template <Activation kind, typename T>
 struct Phi;
+
+// What the Phi of an activation says besides its three functions and kName, its name in a network's text.
+struct PhiFacts {
+  static constexpr int kNumbers = 0;               // that follow the name: ActivationSpec's first, or both
+  static constexpr bool kKeepsInput = false;       // the sweeps must keep a and A^T delta besides h and delta
+  static constexpr bool kPiecewiseLinear = false;  // phi'' is zero
+  // Whether its formulas hold for these numbers; two kinds may share a name. And what to say where they do not.
+  static constexpr bool takes(double /*first*/, double /*second*/) { return true; }
+  static constexpr const char* kExpected = "";
+};
 
 // math::exp never returns less than e^kLowest. Times an a or a^2 of 1e16 and more, that is no longer next to nothing
 // where the true product is, so SiLU and GELU take an exact zero from there on.
@@ -55,7 +60,9 @@ FASTVAE_HOST_DEVICE T zero_beyond(T value, bool beyond) {
 }
 
 template <typename T>
-struct Phi<Activation::kIdentity, T> {
+struct Phi<Activation::kIdentity, T> : PhiFacts {
+  static constexpr const char* kName = "identity";
+  static constexpr bool kPiecewiseLinear = true;
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   FASTVAE_HOST_DEVICE T value(T a) const { return a; }
   FASTVAE_HOST_DEVICE T slope(T) const { return T(1); }
@@ -63,7 +70,9 @@ struct Phi<Activation::kIdentity, T> {
 };
 
 template <typename T>
-struct Phi<Activation::kRelu, T> {
+struct Phi<Activation::kRelu, T> : PhiFacts {
+  static constexpr const char* kName = "relu";
+  static constexpr bool kPiecewiseLinear = true;
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   FASTVAE_HOST_DEVICE T value(T a) const { return a < T(0) ? T(0) : a; }  // keeps a NaN
   FASTVAE_HOST_DEVICE T slope(T h) const { return h > T(0) ? T(1) : T(0); }
@@ -71,7 +80,13 @@ struct Phi<Activation::kRelu, T> {
 };
 
 template <typename T>
-struct Phi<Activation::kLeakyRelu, T> {
+struct Phi<Activation::kLeakyRelu, T> : PhiFacts {
+  static constexpr const char* kName = "leaky_relu";
+  static constexpr int kNumbers = 1;
+  static constexpr bool kPiecewiseLinear = true;
+  // phi' is read off h, whose sign a negative slope would turn.
+  static constexpr bool takes(double slope, double) { return slope >= 0.0; }
+  static constexpr const char* kExpected = "expected a slope of at least 0";
   T negative;
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec& spec) : negative(static_cast<T>(spec.first)) {}
   FASTVAE_HOST_DEVICE T value(T a) const { return a > T(0) ? a : negative * a; }
@@ -80,7 +95,11 @@ struct Phi<Activation::kLeakyRelu, T> {
 };
 
 template <typename T>
-struct Phi<Activation::kElu, T> {
+struct Phi<Activation::kElu, T> : PhiFacts {
+  static constexpr const char* kName = "elu";
+  static constexpr int kNumbers = 1;
+  static constexpr bool takes(double alpha, double) { return alpha > 0.0; }
+  static constexpr const char* kExpected = "expected alpha > 0";
   T alpha;
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec& spec) : alpha(static_cast<T>(spec.first)) {}
   FASTVAE_HOST_DEVICE T value(T a) const {
@@ -91,8 +110,15 @@ struct Phi<Activation::kElu, T> {
   FASTVAE_HOST_DEVICE T curvature(T h, T delta) const { return h > T(0) ? T(0) : delta; }
 };
 
+// The threshold from which on the two branches of softplus meet.
+constexpr double kSoftplusMeets = 20.0;
+
 template <typename T>
-struct Phi<Activation::kSoftplus, T> {
+struct Phi<Activation::kSoftplus, T> : PhiFacts {
+  static constexpr const char* kName = "softplus";
+  static constexpr int kNumbers = 2;
+  static constexpr bool takes(double beta, double threshold) { return beta > 0.0 && threshold >= kSoftplusMeets; }
+  static constexpr const char* kExpected = "expected beta > 0";
   T beta;
   T inverse;
   T threshold;
@@ -118,10 +144,13 @@ struct Phi<Activation::kSoftplus, T> {
 };
 
 // A softplus whose threshold is so low that the two branches do not meet: h no longer tells which one a took.
-constexpr double kSoftplusMeets = 20.0;
-
 template <typename T>
-struct Phi<Activation::kSoftplusSharp, T> {
+struct Phi<Activation::kSoftplusSharp, T> : PhiFacts {
+  static constexpr const char* kName = "softplus";
+  static constexpr int kNumbers = 2;
+  static constexpr bool kKeepsInput = true;
+  static constexpr bool takes(double beta, double threshold) { return beta > 0.0 && !(threshold >= kSoftplusMeets); }
+  static constexpr const char* kExpected = "expected beta > 0";
   T beta;
   T threshold;
   Phi<Activation::kSoftplus, T> smooth;
@@ -140,7 +169,8 @@ struct Phi<Activation::kSoftplusSharp, T> {
 };
 
 template <typename T>
-struct Phi<Activation::kTanh, T> {
+struct Phi<Activation::kTanh, T> : PhiFacts {
+  static constexpr const char* kName = "tanh";
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   FASTVAE_HOST_DEVICE T value(T a) const { return math::tanh(a); }
   FASTVAE_HOST_DEVICE T slope(T h) const { return T(1) - h * h; }
@@ -148,7 +178,8 @@ struct Phi<Activation::kTanh, T> {
 };
 
 template <typename T>
-struct Phi<Activation::kSigmoid, T> {
+struct Phi<Activation::kSigmoid, T> : PhiFacts {
+  static constexpr const char* kName = "sigmoid";
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   FASTVAE_HOST_DEVICE T value(T a) const { return math::sigmoid(a); }
   FASTVAE_HOST_DEVICE T slope(T h) const { return h * (T(1) - h); }
@@ -156,7 +187,9 @@ struct Phi<Activation::kSigmoid, T> {
 };
 
 template <typename T>
-struct Phi<Activation::kSilu, T> {
+struct Phi<Activation::kSilu, T> : PhiFacts {
+  static constexpr const char* kName = "silu";
+  static constexpr bool kKeepsInput = true;
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   FASTVAE_HOST_DEVICE static T sigmoid(T a) { return zero_beyond(math::sigmoid(a), a < Ieee<T>::kLowest); }
   FASTVAE_HOST_DEVICE T value(T a) const { return a * sigmoid(a); }
@@ -179,7 +212,9 @@ FASTVAE_HOST_DEVICE T cut_off(T a, T limit) {
 
 // a Phi(a) with the normal distribution function.
 template <typename T>
-struct Phi<Activation::kGelu, T> {
+struct Phi<Activation::kGelu, T> : PhiFacts {
+  static constexpr const char* kName = "gelu";
+  static constexpr bool kKeepsInput = true;
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   FASTVAE_HOST_DEVICE static T cumulative(T a) {
     return T(0.5) + T(0.5) * math::erf(a * static_cast<T>(0.70710678118654752440));
@@ -199,7 +234,9 @@ struct Phi<Activation::kGelu, T> {
 
 // a/2 (1 + t),  t = tanh(c (a + 0.044715 a^3)),  c = sqrt(2 / pi)
 template <typename T>
-struct Phi<Activation::kGeluTanh, T> {
+struct Phi<Activation::kGeluTanh, T> : PhiFacts {
+  static constexpr const char* kName = "gelu_tanh";
+  static constexpr bool kKeepsInput = true;
   FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
   static constexpr double kScale = 0.79788456080286535588;
   static constexpr double kCubic = 0.044715;
@@ -226,19 +263,19 @@ struct Phi<Activation::kGeluTanh, T> {
 
 }  // namespace math
 
-// CASE(kind, ...) for every kind.
-#define FASTVAE_ACTIVATION_KINDS(CASE, ...) \
-  CASE(kIdentity, __VA_ARGS__)              \
-  CASE(kRelu, __VA_ARGS__)                  \
-  CASE(kLeakyRelu, __VA_ARGS__)             \
-  CASE(kElu, __VA_ARGS__)                   \
-  CASE(kSoftplus, __VA_ARGS__)              \
-  CASE(kTanh, __VA_ARGS__)                  \
-  CASE(kSigmoid, __VA_ARGS__)               \
-  CASE(kSilu, __VA_ARGS__)                  \
-  CASE(kGelu, __VA_ARGS__)                  \
-  CASE(kGeluTanh, __VA_ARGS__)              \
-  CASE(kSoftplusSharp, __VA_ARGS__)
+// A fact of PhiFacts, by kind.
+#define FASTVAE_FACT_CASE(KIND, FACT) \
+  case Activation::KIND:              \
+    return math::Phi<Activation::KIND, double>::FACT;
+constexpr bool keeps_input(Activation kind) {
+  switch (kind) { FASTVAE_ACTIVATION_KINDS(FASTVAE_FACT_CASE, kKeepsInput) }
+  return false;
+}
+constexpr bool is_piecewise_linear(Activation kind) {
+  switch (kind) { FASTVAE_ACTIVATION_KINDS(FASTVAE_FACT_CASE, kPiecewiseLinear) }
+  return false;
+}
+#undef FASTVAE_FACT_CASE
 
 // The cases of a switch over Activation: each calls LOOP<kind>(args, ...), with the arguments in scope at the use.
 #define FASTVAE_ACTIVATION_CASE(KIND, LOOP)              \

@@ -17,22 +17,22 @@
 
 namespace fastvae {
 
-// Likelihoods whose outputs are independent: kind, head. Each is Head(spec), with the functions of those below.
+// Likelihoods whose outputs are independent: each(kind, head) for all of them. What is particular to one is its head,
+// and nowhere else: their text, kernels of both compilers and tests follow from this list.
 #define FASTVAE_INDEPENDENT_HEADS(each)                                                                       \
   each(kBernoulli, math::BernoulliHead) each(kGaussian, math::GaussianHead) each(kLaplace, math::LaplaceHead) \
       each(kPoisson, math::PoissonHead) each(kNegativeBinomial, math::NegativeBinomialHead)
 
-enum class Likelihood : int { kBernoulli = 0, kGaussian, kLaplace, kPoisson, kNegativeBinomial, kCategorical };
+#define FASTVAE_ENUMERATOR(KIND, Head) KIND,
+enum class Likelihood : int { FASTVAE_INDEPENDENT_HEADS(FASTVAE_ENUMERATOR) kCategorical };
+#undef FASTVAE_ENUMERATOR
 
 struct LikelihoodSpec {
   Likelihood kind = Likelihood::kBernoulli;
   double scale = 1.0;     // gaussian, laplace; of a negative binomial its dispersion
   int64_t classes = 256;  // categorical
 
-  // Whether x is a class or a count.
-  bool is_discrete() const {
-    return kind == Likelihood::kCategorical || kind == Likelihood::kPoisson || kind == Likelihood::kNegativeBinomial;
-  }
+  bool is_discrete() const;  // whether x is a class or a count
 };
 
 namespace math {
@@ -43,8 +43,15 @@ struct HeadValue {
   T residual;
 };
 
+// What a head says besides its functions and kName, its name in a likelihood's text.
+struct HeadFacts {
+  static constexpr const char* kNumber = "";  // what LikelihoodSpec::scale is, the number that follows the name
+  static constexpr bool kDiscrete = false;    // whether x is a count
+};
+
 template <typename T>
-struct BernoulliHead {
+struct BernoulliHead : HeadFacts {
+  static constexpr const char* kName = "bernoulli";
   FASTVAE_HOST_DEVICE explicit BernoulliHead(const LikelihoodSpec&) {}
   FASTVAE_HOST_DEVICE T residual(T a, T x) const { return x - math::sigmoid(a); }
   FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
@@ -59,7 +66,9 @@ struct BernoulliHead {
 };
 
 template <typename T>
-struct GaussianHead {
+struct GaussianHead : HeadFacts {
+  static constexpr const char* kName = "gaussian";
+  static constexpr const char* kNumber = "SCALE";
   T precision;
   T constant;
   FASTVAE_HOST_DEVICE explicit GaussianHead(const LikelihoodSpec& spec)
@@ -75,7 +84,9 @@ struct GaussianHead {
 };
 
 template <typename T>
-struct LaplaceHead {
+struct LaplaceHead : HeadFacts {
+  static constexpr const char* kName = "laplace";
+  static constexpr const char* kNumber = "SCALE";
   T slope;
   T constant;
   FASTVAE_HOST_DEVICE explicit LaplaceHead(const LikelihoodSpec& spec)
@@ -100,7 +111,9 @@ FASTVAE_HOST_DEVICE T log_of_count(T x) {
 }
 
 template <typename T>
-struct PoissonHead {
+struct PoissonHead : HeadFacts {
+  static constexpr const char* kName = "poisson";
+  static constexpr bool kDiscrete = true;
   FASTVAE_HOST_DEVICE explicit PoissonHead(const LikelihoodSpec&) {}
   FASTVAE_HOST_DEVICE T residual(T a, T x) const { return x - math::exp(a); }
   FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
@@ -112,7 +125,10 @@ struct PoissonHead {
 };
 
 template <typename T>
-struct NegativeBinomialHead {
+struct NegativeBinomialHead : HeadFacts {
+  static constexpr const char* kName = "negative_binomial";
+  static constexpr const char* kNumber = "DISPERSION";
+  static constexpr bool kDiscrete = true;
   T dispersion;
   T log_dispersion;
   FASTVAE_HOST_DEVICE explicit NegativeBinomialHead(const LikelihoodSpec& spec)
@@ -142,4 +158,17 @@ FASTVAE_HOST_DEVICE T class_defect(T x) {
 }
 
 }  // namespace math
+
+inline bool LikelihoodSpec::is_discrete() const {
+  switch (kind) {
+#define FASTVAE_DISCRETE_CASE(KIND, Head) \
+  case Likelihood::KIND:                  \
+    return Head<double>::kDiscrete;
+    FASTVAE_INDEPENDENT_HEADS(FASTVAE_DISCRETE_CASE)
+#undef FASTVAE_DISCRETE_CASE
+    case Likelihood::kCategorical:
+      break;
+  }
+  return true;
+}
 }  // namespace fastvae
