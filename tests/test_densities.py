@@ -14,7 +14,7 @@ import torch
 from model_problems import seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from weight_problems import LIKELIHOODS, PIXELS, is_of_counts
+from weight_problems import LIKELIHOODS, PIXELS, is_of_counts, scipy_log_prob
 
 from fastvae import HVAE, IWAE, VAE, fit, ood, ops, reference
 from fastvae.influence import TracIn
@@ -61,48 +61,6 @@ def elements(likelihood: Likelihood, params: Tensor, x: Tensor) -> Tensor:
     parts = params.reshape(len(params), likelihood.values_per_element, -1).transpose(1, 2)
     found = likelihood.log_prob(parts.reshape(-1, likelihood.values_per_element), x.reshape(-1, 1))
     return found.reshape(x.shape)
-
-
-def scipy_log_prob(likelihood: Likelihood, params: Tensor, x: Tensor) -> Any:
-    """Elements by scipy, and what it has no density of by the distribution it has one of."""
-    stats = pytest.importorskip("scipy.stats")
-    special = pytest.importorskip("scipy.special")
-    a, *rest = (part.numpy() for part in params.chunk(likelihood.values_per_element, 1))
-    y = x.numpy()
-
-    def of_counts(r: Any) -> Any:
-        return stats.nbinom.logpmf(y, r, r / (r + special.exp2(a / math.log(2))))
-
-    if isinstance(likelihood, Laplace):
-        return stats.laplace.logpdf(y, a, likelihood.scale)
-    if isinstance(likelihood, StudentT):
-        return stats.t.logpdf(y, likelihood.df, a, likelihood.scale)
-    if isinstance(likelihood, GaussianHead):
-        return stats.norm.logpdf(y, a, special.exp2(rest[0] / math.log(2)))
-    if isinstance(likelihood, Poisson):
-        return stats.poisson.logpmf(y, special.exp2(a / math.log(2)))
-    if isinstance(likelihood, NegativeBinomial):
-        return of_counts(special.exp2(rest[0] / math.log(2)) if rest else likelihood.dispersion)
-    if isinstance(likelihood, ZeroInflatedNegativeBinomial):
-        r = special.exp2(rest[1] / math.log(2)) if len(rest) > 1 else likelihood.dispersion
-        inside = special.log_expit(-rest[0]) + of_counts(r)
-        return special.logsumexp([inside, special.log_expit(rest[0]) + special.log1p(-1.0 * (y > 0))], 0)
-    if isinstance(likelihood, DiscretizedLogistic):
-        last, scale = likelihood.num_classes - 1, special.exp2(rest[0] / math.log(2))
-        k = (y * last).round()
-        ends = [(k + side) / last for side in (-0.5, 0.5)]
-        lower, upper = (stats.logistic.cdf(end, a, scale) for end in ends)
-        above, beyond = (stats.logistic.sf(end, a, scale) for end in ends)
-        upper[k == last], lower[k == 0], beyond[k == last], above[k == 0] = 1, 0, 0, 1
-        inside = upper - lower
-        inside[lower > 0.5] = (above - beyond)[lower > 0.5]
-        return special.xlogy(1, inside)
-    assert isinstance(likelihood, ContinuousBernoulli)
-    return (
-        torch.distributions.ContinuousBernoulli(logits=torch.as_tensor(a), lims=(0.5, 0.5))
-        .log_prob(x)
-        .numpy()
-    )
 
 
 @each

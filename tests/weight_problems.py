@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from model_problems import seeded
 from torch import Tensor
@@ -43,6 +46,48 @@ PIXELS = 6
 
 def is_of_counts(likelihood: Likelihood) -> bool:
     return isinstance(likelihood, (Poisson, NegativeBinomial, ZeroInflatedNegativeBinomial))
+
+
+def scipy_log_prob(likelihood: Likelihood, params: Tensor, x: Tensor) -> Any:
+    """Elements by scipy, and what it has no density of by the distribution it has one of."""
+    stats = pytest.importorskip("scipy.stats")
+    special = pytest.importorskip("scipy.special")
+    a, *rest = (part.numpy() for part in params.chunk(likelihood.values_per_element, 1))
+    y = x.numpy()
+
+    def of_counts(r: Any) -> Any:
+        return stats.nbinom.logpmf(y, r, r / (r + special.exp2(a / math.log(2))))
+
+    if isinstance(likelihood, Laplace):
+        return stats.laplace.logpdf(y, a, likelihood.scale)
+    if isinstance(likelihood, StudentT):
+        return stats.t.logpdf(y, likelihood.df, a, likelihood.scale)
+    if isinstance(likelihood, GaussianHead):
+        return stats.norm.logpdf(y, a, special.exp2(rest[0] / math.log(2)))
+    if isinstance(likelihood, Poisson):
+        return stats.poisson.logpmf(y, special.exp2(a / math.log(2)))
+    if isinstance(likelihood, NegativeBinomial):
+        return of_counts(special.exp2(rest[0] / math.log(2)) if rest else likelihood.dispersion)
+    if isinstance(likelihood, ZeroInflatedNegativeBinomial):
+        r = special.exp2(rest[1] / math.log(2)) if len(rest) > 1 else likelihood.dispersion
+        inside = special.log_expit(-rest[0]) + of_counts(r)
+        return special.logsumexp([inside, special.log_expit(rest[0]) + special.log1p(-1.0 * (y > 0))], 0)
+    if isinstance(likelihood, DiscretizedLogistic):
+        last, scale = likelihood.num_classes - 1, special.exp2(rest[0] / math.log(2))
+        k = (y * last).round()
+        ends = [(k + side) / last for side in (-0.5, 0.5)]
+        lower, upper = (stats.logistic.cdf(end, a, scale) for end in ends)
+        above, beyond = (stats.logistic.sf(end, a, scale) for end in ends)
+        upper[k == last], lower[k == 0], beyond[k == last], above[k == 0] = 1, 0, 0, 1
+        inside = upper - lower
+        inside[lower > 0.5] = (above - beyond)[lower > 0.5]
+        return special.xlogy(1, inside)
+    assert isinstance(likelihood, ContinuousBernoulli)
+    return (
+        torch.distributions.ContinuousBernoulli(logits=torch.as_tensor(a), lims=(0.5, 0.5))
+        .log_prob(x)
+        .numpy()
+    )
 
 
 def data(likelihood: Likelihood, rows: int, seed: int = 1) -> Tensor:
