@@ -5,21 +5,34 @@ python scripts/notebooks.py docs/notebooks/*.ipynb
 
 from __future__ import annotations
 
+import base64
+import io
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import nbclient
 import nbformat
+from PIL import Image
 
 LIMIT_BYTES = 300_000
 """of a notebook with its figures, which are committed"""
 
 
+def smaller(png: str) -> str:
+    """A picture, in base64, with 64 colours."""
+    buffer = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.quantize(64, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def renew(path: Path) -> int:
-    """Execute a notebook in its folder's place and write it; returns its size in bytes."""
+    """Execute a notebook in an empty folder and write it; returns its size in bytes."""
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(path.parent))
+    with tempfile.TemporaryDirectory() as folder:
+        nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=folder)
     notebook.metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{number}", {}
@@ -28,6 +41,8 @@ def renew(path: Path) -> int:
             for output in cell.outputs:
                 if output.output_type == "stream" and output.name == "stderr":
                     raise RuntimeError(f"{path}: cell {number} writes to stderr: {output.text[:500]}")
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = smaller(output.data["image/png"])
                 if "execution_count" in output:
                     output.execution_count = None
     nbformat.write(notebook, path)

@@ -125,6 +125,12 @@ def test_pngs_are_960_pixels_wide() -> None:
     assert data[:4] == b"\x89PNG" and int.from_bytes(data[16:20], "big") == 960
 
 
+def test_notebooks_show_a_figure_by_itself() -> None:
+    """Also where nothing has imported pyplot, whose figures alone they would know."""
+    picture, size = plot.image_blocks({"noise": torch.rand(3, 1, 4, 4)})._repr_png_()
+    assert picture.startswith(b"\x89PNG") and size == {"width": 480}
+
+
 def test_the_model_stays_as_it_was() -> None:
     for model in (vae(), hvae()):
         model.train()

@@ -9,6 +9,7 @@ MENU = {
     "docs/index": {
         "Start": ["docs/install", "docs/your-images", "docs/tour", "docs/which-method", "docs/notebooks/*"],
         "Guides": [
+            "docs/report",
             "docs/bring-your-model",
             "docs/compose",
             "docs/other-data",

@@ -39,9 +39,16 @@ COLOURS = (
 """Of the series of a figure; the first is what others are compared with."""
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows by itself; those that pyplot did not make it shows once pyplot was imported."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        return png(self), {"width": 480}  # CSS pixels, half of those in the picture
+
+
 def empty_figure(height: float, *, constrained: bool = True) -> Figure:
     """A white figure of that height in inches, with a canvas that needs no display."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained" if constrained else None, dpi=200)
+    figure = NotebookFigure(figsize=(WIDTH, height), layout="constrained" if constrained else None, dpi=200)
     FigureCanvasAgg(figure)
     return figure
 
