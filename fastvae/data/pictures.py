@@ -188,7 +188,7 @@ def _each(
     """``read`` of each item, by several threads; ValueError that names those whose files cannot be read."""
     found: list[Any] = []
     bad: list[tuple[Path, str]] = []
-    with bar_of(len(items), what, "image", progress) as bar:
+    with bar_of(len(items), what, "image", progress, delay=1) as bar:
         for item, future in _in_order(items, read):
             try:
                 found.append(future.result())

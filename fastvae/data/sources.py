@@ -82,7 +82,7 @@ def from_dataset(
     name = type(source).__name__
     images: list[Tensor] = []
     labels: list[int | None] = []
-    with bar_of(len(source), f"reading {name}", "image", progress) as bar:
+    with bar_of(len(source), f"reading {name}", "image", progress, delay=1) as bar:
         for index in range(len(source)):
             image, label = _sample(source[index], f"{name}[{index}]")
             images.append(_one(image, size, channels, f"{name}[{index}]"))
@@ -125,7 +125,7 @@ def fitted(
     wanted = (channels or dataset.images.shape[1], *(size or dataset.images.shape[2:]))
     if tuple(dataset.images.shape[1:]) == wanted:
         return dataset
-    with bar_of(len(dataset), "scaling images", "image", progress) as bar:
+    with bar_of(len(dataset), "scaling images", "image", progress, delay=1) as bar:
         changed = []
         for index, image in enumerate(dataset.images):
             changed.append(_one(image, size, channels, f"{dataset.name}[{index}]"))

@@ -99,8 +99,7 @@ def load(
     """
     folder = Path(folder)
     path = folder / _CONFIGURATION
-    config = _configuration(path)
-    weights = _weights(folder, config, path)
+    config, weights = _read(folder, path)
     given = {"encoder": encoder, "decoder": decoder, "likelihood": likelihood, "penalties": penalties}
     if model is None:
         model = _build(path, config, given, weights)
@@ -172,6 +171,18 @@ def _configuration(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     return config
+
+
+def _read(folder: Path, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of one moment, while others may save."""
+    config = _configuration(path)
+    try:
+        return config, _weights(folder, config, path)
+    except ValueError:
+        again = _configuration(path)
+        if again == config:
+            raise
+        return again, _weights(folder, again, path)
 
 
 def _weights(folder: Path, config: dict[str, Any], path: Path) -> dict[str, Tensor]:
