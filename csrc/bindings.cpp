@@ -126,8 +126,8 @@ PYBIND11_MODULE(_C, m) {
   pybind11::class_<fastvae::CopiesAdam>(m, "CopiesAdam", "Adam on the parameters of every sample, on a CPU.")
       .def(pybind11::init([](const std::vector<at::Tensor>& values, double lr, double beta1, double beta2, double eps,
                              double weight_decay) {
-             return std::make_unique<fastvae::CopiesAdam>(
-                 values, fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay});
+             return std::make_unique<fastvae::CopiesAdam>(values,
+                                                          fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay});
            }),
            unlocked, arg("values"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"))
       .def("step", &fastvae::CopiesAdam::step, unlocked, arg("gradients"), arg("inputs"));

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +18,7 @@ from fastvae.network.copied.rows import Axis, axis_of, rows_of, whole_of
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood import LikelihoodRegret
 from fastvae.ood.copies import Adam
+from fastvae.ood.encoding import read_encoder
 from fastvae.ood.read_copies import ReadCopies
 from fastvae.ood.sequential import refit_one
 
@@ -200,6 +203,7 @@ def compare(model: VAE, x: Tensor, condition: Tensor | None = None) -> None:
                 )
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("make", ENCODERS, ids=lambda make: make.__name__)
 def test_encoders(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
@@ -276,3 +280,17 @@ def test_values_without_an_axis_of_samples() -> None:
     assert axis_of(torch.ones(4, 4), [torch.ones(2, 2)] * 2) is None
     assert axis_of(torch.arange(4.0), [torch.tensor([0.0, 2.0]), torch.tensor([3.0, 1.0])]) is None
     assert axis_of(3, [3, 3]) is None
+
+
+def test_nothing_outlives_the_encoder() -> None:
+    torch.manual_seed(0)
+    encoder = gates()
+    model = model_of(encoder)
+    detector = LikelihoodRegret(model, num_steps=4, num_samples=2)
+    detector.refit(torch.rand(2, 24))
+    detector.refit(torch.rand(2, 24))
+    read = read_encoder(model, torch.rand(2, 24, dtype=torch.float64))
+    gone = [weakref.ref(encoder), weakref.ref(read.sweeps), weakref.ref(read.sweeps.program)]
+    del encoder, model, detector, read
+    gc.collect()
+    assert [each() for each in gone] == [None, None, None]

@@ -65,7 +65,8 @@ void CopiesAdam::step(const std::vector<std::optional<at::Tensor>>& gradients,
       const scalar_t* const of_value = gradient.const_data_ptr<scalar_t>();
       if (input.defined()) {
         const AdamOuter<scalar_t> args{
-            values, means, squares, of_value, input.const_data_ptr<scalar_t>(), value.size(1), value.size(2), adam, now};
+            values,        means,         squares, of_value, input.const_data_ptr<scalar_t>(),
+            value.size(1), value.size(2), adam,    now};
         FASTVAE_LAUNCH_CPU(adam_outer, args, value.size(0) * value.size(1), value.size(2));
       } else {
         const AdamUpdate<scalar_t> args{values, means, squares, of_value, value.numel(), adam, &now, &kFirst};

@@ -44,7 +44,8 @@ CopiedConvolutionRules::CopiedConvolutionRules(const std::vector<int64_t>& kerne
                                                const std::vector<int64_t>& padding,
                                                const std::vector<int64_t>& dilation, int64_t groups)
     : dims_(kernel.size()) {
-  FASTVAE_CHECK_VALUE(dims_ >= 1 && dims_ <= kCopiedAxes, kOp, "kernel", "one to three numbers", at::IntArrayRef(kernel));
+  FASTVAE_CHECK_VALUE(dims_ >= 1 && dims_ <= kCopiedAxes, kOp, "kernel", "one to three numbers",
+                      at::IntArrayRef(kernel));
   for (const auto& [name, sizes] : {std::pair("stride", &stride), {"padding", &padding}, {"dilation", &dilation}}) {
     FASTVAE_CHECK_VALUE(sizes->size() == dims_, kOp, name, c10::str(dims_, " numbers"), at::IntArrayRef(*sizes));
   }
@@ -118,7 +119,9 @@ at::Tensor CopiedConvolutionRules::smaller(const at::Tensor& larger, const at::T
     const CopiedConvolution<scalar_t> args{const_cast<scalar_t*>(big.const_data_ptr<scalar_t>()),
                                            out.mutable_data_ptr<scalar_t>(),
                                            const_cast<scalar_t*>(own.const_data_ptr<scalar_t>()),
-                                           data_or_null_of<scalar_t>(own_bias), larger.size(0) / weight.size(0), found};
+                                           data_or_null_of<scalar_t>(own_bias),
+                                           larger.size(0) / weight.size(0),
+                                           found};
     FASTVAE_LAUNCH_CPU(copied_convolution_small, args, weight.size(0), kGrain);
   });
   return channels_second(out);
@@ -142,10 +145,12 @@ at::Tensor CopiedConvolutionRules::larger(const at::Tensor& smaller, const at::T
   const at::Tensor small = channels_behind(smaller), own = weight.contiguous();
   at::Tensor out = recycled(behind, smaller.options());
   FASTVAE_DISPATCH(smaller, {
-    const CopiedConvolution<scalar_t> args{
-        out.mutable_data_ptr<scalar_t>(), const_cast<scalar_t*>(small.const_data_ptr<scalar_t>()),
-        const_cast<scalar_t*>(own.const_data_ptr<scalar_t>()), data_or_null_of<scalar_t>(own_bias),
-        smaller.size(0) / weight.size(0), found};
+    const CopiedConvolution<scalar_t> args{out.mutable_data_ptr<scalar_t>(),
+                                           const_cast<scalar_t*>(small.const_data_ptr<scalar_t>()),
+                                           const_cast<scalar_t*>(own.const_data_ptr<scalar_t>()),
+                                           data_or_null_of<scalar_t>(own_bias),
+                                           smaller.size(0) / weight.size(0),
+                                           found};
     FASTVAE_LAUNCH_CPU(copied_convolution_big, args, weight.size(0), kGrain);
   });
   return channels_second(out);
@@ -162,12 +167,14 @@ at::Tensor CopiedConvolutionRules::weight(const at::Tensor& larger, const at::Te
                       describe(smaller));
   const CopiedWindow found = window(larger.sizes(), smaller.sizes());
   const at::Tensor big = channels_behind(larger), small = channels_behind(smaller);
-  at::Tensor out =
-      recycled({samples, found.taps(), found.channels / found.groups, found.filters}, larger.options());
+  at::Tensor out = recycled({samples, found.taps(), found.channels / found.groups, found.filters}, larger.options());
   FASTVAE_DISPATCH(larger, {
     const CopiedConvolution<scalar_t> args{const_cast<scalar_t*>(big.const_data_ptr<scalar_t>()),
                                            const_cast<scalar_t*>(small.const_data_ptr<scalar_t>()),
-                                           out.mutable_data_ptr<scalar_t>(), nullptr, larger.size(0) / samples, found};
+                                           out.mutable_data_ptr<scalar_t>(),
+                                           nullptr,
+                                           larger.size(0) / samples,
+                                           found};
     FASTVAE_LAUNCH_CPU(copied_convolution_weight, args, samples, kGrain);
   });
   return out;

@@ -58,6 +58,8 @@ class Sweeps:
         """Numbers of a sample that a sweep keeps for the next ones, about."""
         self._with_sigmoid: Sweeps | None = None
         self.flow_tapes, self.tapes = FlowTapes(), Tapes()
+        self.copied: Any = None
+        """What likelihood regret made of it; see fastvae/ood/read_copies.py."""
         self._is_ours = all(type(layer).__module__.startswith("fastvae.") for layer in self.layers)
         self.dropped = [layer.index for layer in self.layers if layer.index not in kept]
         # Whose output's cotangent is needed once more, by bends.

@@ -22,19 +22,14 @@ class StraightPass:
     """What is known of straight code, there and back: shared by passes that make the same calls of other tensors."""
 
     def __init__(self) -> None:
-        self.code: tuple[Code, Code] | None = None
-        self.is_checked = False
+        self.known: tuple[tuple[Code, Code] | None, bool] = None, False
+        """There and back, and whether it was compared: together, as other threads may look."""
         self.failure = ""
         """Why there is none."""
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether it may be run alone."""
-        return self.code is not None and self.is_checked
-
     def give_up(self, reason: str) -> None:
         """There is none, and will be none."""
-        self.code, self.is_checked, self.failure = None, False, reason
+        self.known, self.failure = (None, False), reason
 
 
 class RepeatedPass(ABC):
@@ -58,6 +53,7 @@ class RepeatedPass(ABC):
         self._comparing: tuple[tuple[Code, Code], Tensor] | None = None
         """Code, and what it gave, while a run is made both ways."""
         self._running: Code | None = None
+        self._output: Tensor | None = None
 
     @abstractmethod
     def there(self) -> Tensor:
@@ -75,12 +71,12 @@ class RepeatedPass(ABC):
     @property
     def is_straight(self) -> bool:
         """Whether the calls that matter alone are made by now."""
-        return self._straight.is_ready
+        return self._straight.known[1]
 
     def is_straight_on(self, device: torch.device) -> bool:
         """Whether that is so and no tensor of another device takes part."""
-        code = self._straight.code
-        if code is None or not self._straight.is_checked:
+        code, is_checked = self._straight.known
+        if code is None or not is_checked:
             return False
         return all(tensor.device == device for part in code for tensor in part.constants)
 
@@ -88,9 +84,8 @@ class RepeatedPass(ABC):
         """y, detached."""
         self._runs += 1
         self._running = self._comparing = None
-        straight, code = self._straight, self._straight.code
+        straight, (code, is_checked) = self._straight, self._straight.known
         if code is not None:
-            is_checked = straight.is_checked
             try:
                 (output,), self._left = code[0](self._given)
             except RuntimeError as error:  # what was written down does not fit these numbers
@@ -114,13 +109,12 @@ class RepeatedPass(ABC):
             self._left = None
             return list(found)
         if self._comparing is not None:
-            (there, back), output = self._comparing
+            code, output = self._comparing
             wanted = self.back(dy, retain_graph)
             try:
-                again = back([dy], self._left)[0]
+                again = code[1]([dy], self._left)[0]
                 check_same((output, *again), (self._output, *wanted))
-                if self._straight.code == (there, back):
-                    self._straight.is_checked = True
+                self._straight.known = code, True
             except (Unrecordable, RuntimeError) as reason:
                 self._straight.give_up(str(reason))
             self._left = self._comparing = None
@@ -137,16 +131,17 @@ class RepeatedPass(ABC):
             if recorder.failure:
                 raise Unrecordable(recorder.failure)
             results = recorder.numbers_of(wanted)
-            self._straight.code = recorder.there_and_back(middle, self._named, self._y, [number], results)
+            made = recorder.there_and_back(middle, self._named, self._y, [number], results)
+            self._straight.known = made, False
         except Unrecordable as reason:
             self._straight.give_up(str(reason))
         return wanted
 
     def _record(self) -> Tensor:
+        if not is_plain(self._given[0]):  # something else looks on
+            return self.there()
         recorder = Recorder(with_graphs=True)
         try:
-            if not is_plain(self._inputs[0].detach()):
-                raise Unrecordable("something else looks on")
             self._named = recorder.name_inputs(self._inputs)
         except Unrecordable as reason:
             self._straight.give_up(str(reason))

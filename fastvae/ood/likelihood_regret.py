@@ -75,11 +75,15 @@ class LikelihoodRegret(Detector):
     objective (with beta = 1, without penalties) and its own importance-sampled likelihood.
 
     An encoder that is a chain of Linear, Conv2d, BatchNorm and activations, with one last layer or a head each for mean
-    and log variance, is trained by fused kernels; any other by ``torch.vmap`` and autograd (recurrent layers and
-    attention by products), and what that cannot run one image after the other, with the same result, after one warning
-    that names the way. A private copy
-    of the model is worked on, in eval mode (BatchNorm's statistics stay, its weight and bias are trained): the
-    model itself is not touched. All parameters of the encoder are trained, frozen ones too.
+    and log variance, is trained by fused kernels. Any other is read as a graph of operations, each of which runs for
+    all copies at once: dense layers by batched products; convolutions, norms and Adam by kernels (on a GPU by PyTorch's
+    batched operators); everything else with parameters by batched operators; what has none as one batch of images.
+    What cannot be read is trained by ``torch.vmap`` and autograd, or one image after the other, with the same result,
+    after one warning that names the way. One also names operations on parameters that have no rule, such as those of
+    ``weight_norm``, which go through ``torch.vmap`` and autograd by themselves.
+
+    A private copy of the model is worked on, in eval mode (BatchNorm's statistics stay, its weight and bias are
+    trained): the model itself is not touched. All parameters of the encoder are trained, frozen ones too.
 
     Args:
         model: a fastvae model in float32 or float64.

@@ -18,7 +18,6 @@ from fastvae.lowering import UnsupportedLayer
 from fastvae.models.base import BaseVAE
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.copied import CopiedNetwork, Start, in_full
-from fastvae.network.program import Program
 from fastvae.network.reading import rows_of
 from fastvae.network.tape import form_of, tensors_in
 from fastvae.network.vjp_tape import RepeatedPass, StraightPass
@@ -61,6 +60,7 @@ class ReadCopies(Copies):
         self._values = self._network.copies_of(network.tensors, len(x))
         start = self._network.start(data, network.tensors)
         self._pass = _Pass(known, start, self._values)
+        self._memory = raw.Recycling()
         self._adam = (
             raw.CopiesAdam(self._values, adam.lr, *adam.betas, adam.eps, adam.weight_decay)
             if (x.device.type == "cpu")
@@ -81,11 +81,13 @@ class ReadCopies(Copies):
 
     def forward(self) -> Tensor:
         """See ``Copies``."""
-        return self._pass.forward()
+        with self._memory:
+            return self._pass.forward()
 
     def update(self, grad: Tensor) -> None:
         """See ``Copies``."""
-        gradients, inputs = self._pass.gradients(grad)
+        with self._memory:
+            gradients, inputs = self._pass.gradients(grad)
         if self._adam is not None:
             self._adam.step(gradients, inputs)
         elif self._fused is not None:
@@ -136,12 +138,10 @@ class _Known:
         return found
 
 
-_known: weakref.WeakKeyDictionary[Program, _Known] = weakref.WeakKeyDictionary()
-
-
 def _known_of(model: BaseVAE, x: Tensor, network: ReadNetwork, condition: Tensor | None) -> _Known:
     program = network.sweeps.program
-    known = _known.get(program)
+    # Kept with what was read, and as long.
+    known: _Known | None = network.sweeps.copied
     if known is None:
         sources: dict[int, list[int]] = {}
         for index, tensor in enumerate(network.tensors, 1):
@@ -165,7 +165,7 @@ def _known_of(model: BaseVAE, x: Tensor, network: ReadNetwork, condition: Tensor
             if isinstance(error, UnsupportedLayer):
                 raise
             raise UnsupportedLayer(f"lower: what was read of it does not run: {error}") from error
-        known = _known[program] = _Known(copied, names)
+        known = network.sweeps.copied = _Known(copied, names)
     return known
 
 

@@ -40,13 +40,13 @@ class Columns {
     if (is_image_) {
       return image + first * width_;
     }
-    each_run(first, count, [&](T* columns, int64_t place, int64_t before, int64_t inside, int64_t all)
-                               FASTVAE_LAMBDA_INLINE {
-                                 const int64_t c = window_.channels;
-                                 std::fill_n(columns, before * c, T(0));
-                                 std::copy_n(image + place * c, inside * c, columns + before * c);
-                                 std::fill_n(columns + (before + inside) * c, (all - before - inside) * c, T(0));
-                               });
+    each_run(first, count,
+             [&](T* columns, int64_t place, int64_t before, int64_t inside, int64_t all) FASTVAE_LAMBDA_INLINE {
+               const int64_t c = window_.channels;
+               std::fill_n(columns, before * c, T(0));
+               std::copy_n(image + place * c, inside * c, columns + before * c);
+               std::fill_n(columns + (before + inside) * c, (all - before - inside) * c, T(0));
+             });
     return data_.data();
   }
 
@@ -208,10 +208,9 @@ FASTVAE_INLINE void copied_convolution_weight_template(const CopiedConvolution<T
       const int64_t parts = w.groups == 1 ? 1 : w.taps(), each = w.taps() / parts * inputs;
       for (int64_t g = 0; g < w.groups; ++g) {
         for (int64_t part = 0; part < parts; ++part) {
-          strided_product(StridedProduct<T>{patches + part * w.channels + g * inputs, 1, columns.width(), 0,
-                                            small + g * outputs, w.filters, 0,
-                                            weight + part * inputs * w.filters + g * outputs, w.filters, each, outputs,
-                                            count, 1, accumulate});
+          strided_product(StridedProduct<T>{
+              patches + part * w.channels + g * inputs, 1, columns.width(), 0, small + g * outputs, w.filters, 0,
+              weight + part * inputs * w.filters + g * outputs, w.filters, each, outputs, count, 1, accumulate});
         }
       }
       accumulate = true;
