@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ _Item = TypeVar("_Item")
 def with_bar(owner: str, items: Iterable[_Item], unit: str, total: int | None = None) -> Iterable[_Item]:
     """The items, ``total`` of them, with a bar. ImportError without tqdm, in the owner's name."""
     try:
-        bar, _ = _kinds()
+        bar = _kind()
     except ImportError as error:
         raise ImportError(f"{owner}: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}") from error
     found: Iterable[_Item] = bar(items, total=total, desc=owner, unit=unit)
@@ -28,29 +29,34 @@ def bar_of(total: int | None, what: str, unit: str, wanted: bool = True, **optio
     if not wanted:
         return _NoBar()
     try:
-        bar, is_notebook = _kinds()
+        bar = _kind()
     except ImportError:
         return _NoBar()
     # None: on a terminal only, which a notebook's output does not take itself for.
+    disable = False if _is_notebook() else None
     return bar(
         total=total,
         desc=what,
         unit=unit,
-        disable=False if is_notebook else None,
+        disable=disable,
         dynamic_ncols=True,
         **options,
     )
 
 
-def _kinds() -> tuple[Any, bool]:
-    """tqdm's bar for where this runs, and whether that is a notebook."""
+def _kind() -> Any:
+    """tqdm's bar for where this runs: with widgets in a notebook that has them."""
     with warnings.catch_warnings():
-        # A notebook without widgets has a bar in text, and tqdm advises on widgets.
+        # Where it has none, tqdm advises on them.
         warnings.simplefilter("ignore")
-        from tqdm import std
         from tqdm.auto import tqdm
-        from tqdm.autonotebook import tqdm as found
-    return tqdm, found is not std.tqdm
+    return tqdm
+
+
+def _is_notebook() -> bool:
+    """As tqdm finds out."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 class _NoBar:
