@@ -92,7 +92,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         warnings.simplefilter("error", RuntimeWarning)
         return write_report(
             trained(), data(120), data(40, seed=1), folder / "deep" / "er",
-            foreign=foreign, history=history, command="report <RUN>", effort=EFFORT, progress=False,
+            foreign=foreign, history={"training": history, "not begun": fastvae.History()},
+            command="report <RUN>", effort=EFFORT, progress=False,
         )  # fmt: skip
 
 
@@ -353,6 +354,22 @@ def test_what_does_not_fit_is_said(
     with pytest.raises(error, match=message):
         write_report(folder=tmp_path, progress=False, **given)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    model = trained()
+    nn.init.constant_(model.decoder[0].weight, torch.nan)
+    with pytest.raises(ValueError, match="write_report: model: expected finite parameters"):
+        write_report(model, data(3), data(3), tmp_path, progress=False)
+
+
+def test_a_frozen_model_costs_what_asks_for_gradients() -> None:
+    subject = Subject.of(trained().requires_grad_(False), data(20), data(9, seed=1), effort=1e-9)
+    found, failed = timed(subject)
+    assert (
+        "log p(x | z) of 20 codes" in [each.name for each in found]
+        and "self-influence of 16 images" in failed
+    )
 
 
 def test_a_conditional_model_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -178,9 +179,12 @@ def _pairs(subject: Subject) -> Iterator[tuple[str, Job, Job, bool]]:
 
     yield f"log p(x | z) of {_CODES} codes", importance(ops.log_px), importance(reference.log_px), True
     few = x[:16]
-    tracin = TracIn(
-        model, None, [None], lambda model, checkpoint: 1.0, num_samples=1, uncovered="materialise"
-    )
+
+    @functools.cache  # made at the first call, where what it refuses costs this comparison alone
+    def tracin() -> TracIn:
+        return TracIn(
+            model, None, [None], lambda model, checkpoint: 1.0, num_samples=1, uncovered="materialise"
+        )
 
     def norms() -> tuple[Tensor, ...]:
         noise = model.draw_noise(model.encode(few)[0].detach(), subject.generator())
@@ -188,7 +192,7 @@ def _pairs(subject: Subject) -> Iterator[tuple[str, Job, Job, bool]]:
         flat = (torch.cat([part.flatten() for part in gradients(loss, parameters)]) for loss in losses)
         return tuple(gradient.square().sum() for gradient in flat)
 
-    yield "self-influence of 16 images", lambda: tracin.self_influence(few).unbind(), norms, False
+    yield "self-influence of 16 images", lambda: tracin().self_influence(few).unbind(), norms, False
 
 
 def _measured(name: str, ours: Job, plain: Job, is_comparable: bool, seconds: float) -> Timing:

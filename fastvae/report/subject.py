@@ -79,6 +79,8 @@ class Subject:
         private = private_model("write_report", model)
         if any(needs_condition(part) for part in (private.encoder, private.decoder)):
             raise ValueError("write_report: model: expected one without a condition, got a conditional model")
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in private.parameters()):
+            raise ValueError("write_report: model: expected finite parameters, got NaN or infinite ones")
         generator = torch.Generator().manual_seed(seed)
         parts = {name: _chosen(name, part, generator) for name, part in (("train", train), ("test", test))}
         shapes = [images.shape[1:] for images, _, _ in parts.values()]

@@ -72,13 +72,14 @@ def write_report(
         The path of the page.
 
     Raises:
-        ValueError: images of different shapes, a conditional model, an effort that is not above 0.
+        ValueError: images of different shapes, a conditional model, parameters that are not finite, an effort of 0.
         TypeError: not a fastvae model.
         ImportError: matplotlib, Jinja2 or tqdm is not installed.
     """
     named = (
         {} if history is None else {"training": history} if isinstance(history, History) else dict(history)
     )
+    named = {name: each for name, each in named.items() if each.steps}
     subject = Subject.of(
         model,
         train,
