@@ -12,6 +12,7 @@ MENU = {
             "docs/report",
             "docs/bring-your-model",
             "docs/compose",
+            "docs/report",
             "docs/other-data",
             "docs/evidence",
             "docs/samplers",

@@ -106,7 +106,7 @@ def sections_of(subject: Subject, *, wrong: Tensor | None = None, progress: bool
 
     Args:
         subject: the model and its images.
-        wrong: see :func:`fastvae.report.influence.suspicious`.
+        wrong: bool [all training images] whose labels were made wrong on purpose; says whether they are found.
         progress: show a bar.
     """
     known: list[Influences] = []
