@@ -12,7 +12,7 @@ figures of theirs:
 2. strongest proponents of test images that have the test image's label;
 3. images of another kind (--foreign) hidden in the training set of a second run, found by their self-influence.
 
-A run that was stopped goes on with --resume: training from its last checkpoint, and each score that was done is kept.
+A run that was stopped goes on with --resume: training from its last checkpoint, proponents from the last 50 queries.
 Tables and figure are also written as each of the two runs ends, as retrieval.json, .md and .png (or another --name).
 """
 

@@ -17,6 +17,9 @@ from fastvae.influence import TracIn
 
 from ..shared import Row, stored
 
+QUERIES_AT_ONCE = 50
+"""Each time all training images are gone through for every checkpoint, and what was found is kept."""
+
 QUERY_SEED = 1
 """Of the queries' noise, other than that of the training images: common noise flatters an image's own gradient."""
 
@@ -49,6 +52,19 @@ def tracin_of(
     return TracIn(model, x, history.checkpoints, num_samples=arguments.num_samples, query_seed=query_seed)
 
 
+def strongest(tracin: TracIn, queries: Tensor, k: int, file: Path, key: Row) -> Tensor:
+    """Indices of the k strongest proponents, [M, k]; what a run that was stopped had found is read again."""
+    found = []
+    for index, part in enumerate(queries.split(QUERIES_AT_ONCE)):
+
+        def compute(part: Tensor = part) -> Row:
+            return {"indices": tracin.influence(part, k=k, show_progress=True)[0].tolist()}
+
+        kept = file.with_name(f"{file.stem}-{index}.json")
+        found.append(torch.tensor(stored(kept, key | {"part": len(part)}, compute)["indices"]))
+    return torch.cat(found)
+
+
 def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Namespace) -> Row:
     """Strongest proponents of training images and of test images."""
     folder = arguments.checkpoint / "plain"
@@ -61,14 +77,13 @@ def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Names
     def with_common_noise() -> Row:
         """How much of what is missing is the error of S draws: here an image's own is left out."""
         same_noise = tracin_of(model, x, history, arguments, query_seed=None)
-        common, _ = same_noise.influence(x[own], k=1, show_progress=True)
+        common = strongest(same_noise, x[own], 1, folder / "common.json", key)
         return {"own_strongest_common_noise": float((common[:, 0] == own).double().mean())}
 
     def compute() -> Row:
-        queries = torch.cat([x[own], test.tensors()[0][others]])
         tracin = tracin_of(model, x, history, arguments)
-        indices, _ = tracin.influence(queries, k=10, show_progress=True)
-        mine, theirs = indices.split([len(own), len(others)])
+        mine = strongest(tracin, x[own], 10, folder / "own.json", key)
+        theirs = strongest(tracin, test.tensors()[0][others], 10, folder / "others.json", key)
         scores: Row = {
             "queries": len(own),
             "own_strongest": float((mine[:, 0] == own).double().mean()),
