@@ -48,7 +48,9 @@ add_module_names = False
 # No other project's index is asked for, so that a build needs no network; what is torch's or Python's stays text, and Run,
 # which only a private field of callbacks' Training has.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(Tensor|Run|(abc|nn|torch|numpy|collections|lightning|pytorch_ood)\..*)")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(Tensor|Run|(abc|nn|torch|numpy|collections|lightning|pytorch_ood)\..*)")
+]
 
 html_theme = "furo"
 html_title = f"fastvae {release}"

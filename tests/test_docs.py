@@ -77,6 +77,16 @@ def test_notebooks_are_committed_as_they_ran(notebook: Path) -> None:
     assert not re.search(r"/(home|root|tmp|work)/", str(outputs))
 
 
+def test_the_folders_that_contributors_are_shown_are_there() -> None:
+    """The first column of CONTRIBUTING's list."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("## ")[0]
+    for line in re.findall(r"^    (\S.*)$", text, re.MULTILINE):
+        first, *others = re.split(r"\s{2,}", line)[0].split(", ")
+        parent = first.rsplit("/", 1)[0]
+        for path in (first, *(other if "/" in other else f"{parent}/{other}" for other in others)):
+            assert (ROOT / path).exists(), path
+
+
 @pytest.mark.parametrize("page", [ROOT / "docs" / "kernels.md"], ids=["kernels.md"])
 def test_the_files_and_names_of_the_extension_authors_page_exist(page: Path) -> None:
     """The sources that the page walks through hold the names it gives."""
