@@ -8,7 +8,7 @@
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
 #   make bench       every operator at every size, JAX among the rivals    (ARGS=--quick: under 5 minutes)
-#   make bench-flow  one thing in depth: flow, models, jacobian, consistency, log_likelihood, ais, regret, tracin, scale
+#   make bench-flow  one thing in depth: flow, models, jacobian, operators, consistency, log_likelihood, ais, regret, ...
 #   make zoo         the operators on other people's decoders, PyPI's installed        (ARGS="-k disent")
 #   make bench-zoo   and how quick they are on each, an hour               (ARGS=--quick, ARGS="--only mlp,disent-fc")
 #   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
@@ -24,7 +24,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-BENCHMARKS := $(addprefix bench-,flow models jacobian consistency likelihoods log_likelihood ais regret tracin scale zoo encoders)
+BENCHMARKS := $(addprefix bench-,flow models jacobian consistency likelihoods log_likelihood ais operators regret tracin scale zoo \
+  encoders)
 .PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs notebooks wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3

@@ -86,7 +86,7 @@ import importlib.metadata, os, pathlib, platform, sys, sysconfig
 print("Python", platform.python_version(), sys.executable)
 print("Python.h", (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file())
 print("CUDA_HOME", os.environ.get("CUDA_HOME", "none"))
-for name in ("torch", "setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "pytest-benchmark", "jax", "tqdm",
+for name in ("torch", "setuptools", "ninja", "pybind11", "numpy", "pytest", "pytest-xdist", "jax", "tqdm",
              "triton", "captum", "matplotlib", "scikit-learn", "safetensors"):
     try:
         print(name, importlib.metadata.version(name))
@@ -171,30 +171,24 @@ case $call in
     ;;
   second)
     share=(--share "${SHARE:-1}")
-    bench 90 flow flow --no-jax --compile none "${share[@]}"
+    bench 90 flow flow --no-jax --no-compile "${share[@]}"
     bench 100 tracin tracin "${share[@]}"
     bench 80 regret regret "${share[@]}"
     bench 80 log_likelihood log_likelihood --no-compile "${share[@]}"
-    bench 80 jacobian jacobian --no-compile "${share[@]}"
+    bench 60 jacobian jacobian --no-compile --no-jax "${share[@]}"
+    bench 30 jacobian-memory jacobian --memory
     # What the README promises somebody with much data, then where the time of each operator goes.
     stage 60 profile-large "$PYTHON" scripts/gpu_profile.py ${dry:+--device cpu} tracin-60000 regret-500
     stage 120 profile "$PYTHON" scripts/gpu_profile.py ${dry:+--device cpu} ${dry:+jacobian-small}
     bench 200 zoo zoo --batches 64 "${share[@]}" ${dry:+--only mlp}
     bench 40 flow-memory flow --memory
-    if has pytest_benchmark; then
-      for operator in grad_dot log_px hamiltonian_flow jacobian_l1 gaussian_kl leapfrog_kick_drift leapfrog_kick_temper; do
-        bench 60 "suite-$operator" suite --ops "$operator" --no-jax --no-compile --seconds 0.2
-        [ -z "$dry" ] || break
-      done
-    else
-      note "pytest-benchmark is not installed: the operators' suite was not run"
-    fi
+    bench 90 operators operators --no-jax --no-compile --share 0.2
     # Without triton there is no torch.compile to compare with.
     if has triton || [ -n "$dry" ]; then
       results="$work/$call/results-compile"
-      bench 120 jacobian-compile jacobian
+      bench 120 jacobian-compile jacobian --no-jax
       bench 120 log_likelihood-compile log_likelihood
-      bench 200 flow-compile flow --no-jax --compile dense
+      bench 200 flow-compile flow --no-jax
     fi
     ;;
   third)
@@ -205,8 +199,8 @@ case $call in
       note "ncu is not installed: no counters"
     fi
     if has jax || [ -n "$dry" ]; then
-      bench 200 flow-jax flow --compile none
-      bench 100 suite-jax suite --ops gaussian_kl,grad_dot,leapfrog_kick_drift --no-compile --seconds 0.2
+      bench 200 flow-jax flow --no-compile
+      bench 100 operators-jax operators --no-compile --share 0.2
     else
       note "JAX is not installed"
     fi

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fastvae  # noqa: E402
-from benchmarks.speed import common, flow  # noqa: E402
-from benchmarks.speed.networks import mlp, softplus_mlp  # noqa: E402
+from benchmarks.networks import mlp, softplus_mlp  # noqa: E402
+from benchmarks.speed import flow, harness, timing  # noqa: E402
 from fastvae import architectures, ops, reference  # noqa: E402
 from fastvae.training import fit  # noqa: E402
 
@@ -38,12 +38,12 @@ def flow_case(key: str, batch: int | None = None) -> Callable[[torch.device, boo
     """A flow of benchmarks/speed/flow.py, forward and backward."""
 
     def build(device: torch.device, small: bool) -> dict[str, Work]:
-        case = next(case for case in flow.cases(quick=False) if case.key == key)
-        problem = flow.Problem(case, device, batch=2 if small else batch, num_steps=1 if small else None)
+        size = next(size for size in flow.sizes(quick=False) if size.key == key)
+        problem = flow.Problem(size, device, batch=2 if small else batch, num_steps=1 if small else None)
         ours, eager = (problem.contestant(f) for f in (ops.hamiltonian_flow, reference.hamiltonian_flow))
         works: dict[str, Work] = {"ours": ours, "eager": eager}
         if device.type == "cuda":
-            works |= {"ours, captured": common.captured(ours), "eager, captured": common.captured(eager)}
+            works |= {"ours, captured": timing.captured(ours), "eager, captured": timing.captured(eager)}
         return works
 
     return build
@@ -249,18 +249,19 @@ def main() -> None:
     device = torch.device(options.device)
     small = device.type == "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for name, value in common.environment(device).items():
+    for name, value in harness.environment_of(device).items():
         print(f"{name}: {value}")
-    side = common.square_side(device, quick=small)
-    rate = next(iter(common.gemm_rate([(side, side, side)], device).values()))
-    print(
-        f"copy {common.copy_rate(device, 1 if small else 1024):.0f} GB/s, float32 product {rate:.0f} GFLOP/s"
-    )
+    probes = {
+        "copy, GB/s": timing.large_copy(device, quick=small),
+        "float32 product, GFLOP/s": timing.square_product(device, quick=small),
+    }
+    found = timing.interleave({name: probe.run for name, probe in probes.items()}, seconds=0.5)
+    print(", ".join(f"{name}: {probe.giga_per_second(found[name]):.0f}" for name, probe in probes.items()))
     for name in options.case or CASES:
         try:
             works = known[name](device, small)
         except Exception as error:
-            print(f"{name}: {common.why(error)}", flush=True)
+            print(f"{name}: {harness.why(error)}", flush=True)
             continue
         for contestant, work in works.items():
             try:
@@ -275,7 +276,7 @@ def main() -> None:
                 print(f", device {busy:.3f} ms ({busy / elapsed:.0%}), {launches} launches", flush=True)
                 print("\n".join(lines), flush=True)
             except Exception as error:
-                print(f"{name}, {contestant}: {common.why(error)}", flush=True)
+                print(f"{name}, {contestant}: {harness.why(error)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,32 +15,34 @@ from zoo import table
 def test_quick_run_times_what_runs_and_says_why_not(tmp_path: Path) -> None:
     names = ["mlp", "layernorm-mlp", "pythae-mlp"]
     printed = run_quick(tmp_path, "--only", ",".join(names), script="zoo")
-    record = read(tmp_path / "zoo-cpu-quick.json")
+    stem = f"zoo-{'-'.join(names)}-cpu-quick"
+    cases = read(tmp_path / f"{stem}.json")["cases"]
     installed = [name for name in names if zoo.is_installed(zoo.ZOO[name])]
-    assert [entry["name"] for entry in record["entries"]] == installed
-    for entry in record["entries"]:
-        assert not entry["notes"]
-        for result, task in zip(entry["results"], ("flow", "jacobian"), strict=True):
-            assert (result["task"], result["batch"], result["threads"]) == (task, 4, 1)
-            ours, eager = (result["timings_ms"][name]["median"] for name in ("ours", "careful eager"))
-            assert result["speed_up"] == eager / ours
-            assert max(result["relative_error"].values()) < 1e-4
+    tasks = [f"{task}, batch 4, threads 1" for task in ("flow", "jacobian")]
+    assert [(case["decoder"], case["task"]) for case in cases] == [(n, t) for n in installed for t in tasks]
+    for case in cases:
+        ours, eager = (timing["median"] for timing in case["timings_ms"].values())
+        assert case["ratio_to_ours"]["careful eager"] == eager / ours
+        assert max(case["relative_error"].values()) < 1e-4
     # Reverse over forward of LayerNorm is wrong in PyTorch.
-    ways = {entry["name"]: entry["results"][1]["eager"] for entry in record["entries"]}
-    assert ways["mlp"] == "jvp" and ways["layernorm-mlp"] == "reverse over reverse"
-    median = statistics.median(entry["results"][0]["speed_up"] for entry in record["entries"])
-    assert f"| {median:.2f} " in printed
-    assert (tmp_path / "zoo-cpu-quick.png").stat().st_size > 0
-    assert (tmp_path / "zoo-cpu-quick.md").read_text().strip() == printed.strip()
+    reversed_by = {case["decoder"]: case["notes"] for case in cases if case["task"] == tasks[1]}
+    assert reversed_by["mlp"] == {}
+    assert reversed_by["layernorm-mlp"] == {"careful eager": "reverse over reverse"}
+    median = statistics.median(
+        case["ratio_to_ours"]["careful eager"] for case in cases if case["task"] == tasks[0]
+    )
+    assert f"| {median:.2f} (" in printed
+    assert (tmp_path / f"{stem}.png").stat().st_size > 0
+    assert (tmp_path / f"{stem}.md").read_text().strip() == printed.strip()
 
 
 @pytest.mark.slow
 def test_quick_run_of_the_encoders_times_regret_and_tracin(tmp_path: Path) -> None:
     printed = run_quick(tmp_path, "--only", "mlp", "--width", "1", script="encoders")
-    (entry,) = read(tmp_path / "encoders-cpu-quick.json")["entries"]
-    assert [result["task"] for result in entry["results"]] == ["regret", "tracin"] and entry["kernels"]
-    assert all(result["speed_up"] > 0 for result in entry["results"])
-    assert (tmp_path / "encoders-cpu-quick.md").read_text().strip() == printed.strip()
+    cases = read(tmp_path / "encoders-mlp-cpu-quick.json")["cases"]
+    assert [(case["task"], case["kernels"]) for case in cases] == [("regret", "yes"), ("tracin", "yes")]
+    assert all(len(case["timings_ms"]) == 2 for case in cases)
+    assert (tmp_path / "encoders-mlp-cpu-quick.md").read_text().strip() == printed.strip()
 
 
 def test_the_table_says_what_is_lowered_and_why_not() -> None:

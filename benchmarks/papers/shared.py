@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -11,14 +10,10 @@ from typing import Any
 
 import fastvae
 
+from .. import writing
+from ..writing import write
+
 Row = dict[str, Any]
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file by a whole one or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def claim_folder(folder: Path, settings: Row, resume: bool) -> None:
@@ -68,7 +63,14 @@ def training_seconds(history: fastvae.History) -> float:
 
 def table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> str:
     """Markdown; a column is (key, heading, format), None is printed as "-"."""
-    lines = [[heading for _, heading, _ in columns], ["---"] * len(columns)]
-    for row in rows:
-        lines.append(["-" if row[key] is None else format(row[key], spec) for key, _, spec in columns])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cells = [
+        ["-" if row[key] is None else format(row[key], spec) for key, _, spec in columns] for row in rows
+    ]
+    return writing.table([heading for _, heading, _ in columns], cells)
+
+
+def write_results(folder: Path, name: str, results: Row, text: str) -> None:
+    """``name``.json and .md, in a folder that is made where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writing.write_json(folder / f"{name}.json", results, allow_nan=True)
+    write(folder / f"{name}.md", text)

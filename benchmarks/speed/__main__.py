@@ -15,9 +15,9 @@ NAMES = (
         "likelihoods",
         "log_likelihood",
         "models",
-        "regret",
+        "operators",
     ),
-    *("scale", "suite", "targets", "tracin", "zoo"),
+    *("regret", "scale", "suite", "targets", "tracin", "zoo"),
 )
 
 

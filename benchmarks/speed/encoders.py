@@ -7,19 +7,15 @@
 A model has the encoder, a small decoder and a Bernoulli likelihood, float32. "regret": Adam on a private encoder for
 each of 16 images, beside the careful loop (fastvae/ood/sequential.py). "tracin": scores of 16 queries and 512 training
 images, one draw, beside vmap(grad), 64 at a time, and one product or, where torch.vmap cannot run the encoder, a
-backward pass a sample. Both must agree with the rival before they are timed. Written are encoders-<device>.json, .md
-and .png.
+backward pass a sample. Ours must agree with the rival before both are timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +26,14 @@ from fastvae.models.inputs import JoinedEncoder
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood.sequential import refit_one
 
-from . import command, common, report
-from . import tracin_rivals as rivals
+from ..rivals import tracin as rivals
+from . import harness, report
+from .zoo import origin_of
 
 OURS = "ours"
 IMAGES, STEPS = 16, 50
 TOLERANCE = {"regret": 2e-2, "tracin": 1e-3}
-"""|difference| / |rival's|: Adam's first steps are signs of gradients, of which one near zero may have either."""
+"""Adam's first steps are signs of gradients, of which one near zero may have either."""
 
 
 def networks(entry: EncoderEntry, width: int) -> tuple[nn.Module, nn.Module]:
@@ -49,7 +46,7 @@ def networks(entry: EncoderEntry, width: int) -> tuple[nn.Module, nn.Module]:
     return encoder, decoder
 
 
-def regret(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+def regret(entry: EncoderEntry, options: harness.Options) -> dict[str, Callable[[], Tensor]]:
     """Both train for the same steps, with the same noise."""
     model = fastvae.VAE(*networks(entry, options.width)).eval().to(options.device)
     x = torch.rand(IMAGES, *entry.shape, generator=torch.Generator().manual_seed(2)).to(options.device)
@@ -67,7 +64,7 @@ def regret(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, Callab
     return {OURS: lambda: torch.cat(detector.refit(x)[:2], 1), "one image after the other": sequential}
 
 
-def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+def tracin(entry: EncoderEntry, options: harness.Options) -> dict[str, Callable[[], Tensor]]:
     """One checkpoint, one draw of noise."""
     encoder, decoder = networks(entry, options.width)
     model = fastvae.VAE(encoder, decoder, latent_dim=entry.latents).eval().to(options.device)
@@ -99,141 +96,48 @@ def tracin(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, Callab
     return {OURS: scores, name: lambda: way(losses, train, queries, noise)}
 
 
-TASKS: dict[str, Callable[[EncoderEntry, argparse.Namespace], dict[str, Callable[[], Tensor]]]] = {
+TASKS: dict[str, Callable[[EncoderEntry, harness.Options], dict[str, Callable[[], Tensor]]]] = {
     "regret": regret,
     "tracin": tracin,
 }
 
 
-def run_entry(entry: EncoderEntry, options: argparse.Namespace) -> dict[str, Any]:
-    results: list[dict[str, Any]] = []
-    notes: list[str] = []
-    by_kernels = True
-    for task, make in TASKS.items():
-        command.progress(f"{entry.name}: {task}")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                contestants = make(entry, options)
-                found = {name: contestant() for name, contestant in contestants.items()}
-                ours, theirs = (value.detach() for value in found.values())
-                error = float((ours - theirs).norm() / theirs.norm())
-                if not error <= TOLERANCE[task]:
-                    raise ArithmeticError(
-                        f"differs from the rival by {error:.1e}, over {TOLERANCE[task]:.0e}"
-                    )
-            except Exception as failure:
-                notes.append(f"{task}: {common.why(failure)}")
-                continue
-            by_kernels &= not any("copies are trained" in str(warning.message) for warning in caught)
-            clock = common.wall_clock if options.device == "cpu" else common.cuda_clock
-            timings = common.interleave(
-                contestants,
-                dict.fromkeys(contestants, clock),
-                seconds=0.2 if options.quick else 2 * options.share,
-                min_rounds=2 if options.quick else 5,
-            )
-        _, rival = timings
-        results.append(
-            {
-                "task": task,
-                "rival": rival,
-                "timings_ms": timings,
-                "speed_up": timings[rival].median / timings[OURS].median,
-                "difference": error,
-            }
-        )
-    return {
-        "name": entry.name,
-        "origin": entry.origin,
-        "kernels": by_kernels,
-        "results": results,
-        "notes": notes,
-    }
+def build(options: harness.Options, entry: EncoderEntry, task: str, labels: dict[str, str]) -> harness.Trial:
+    contestants = TASKS[task](entry, options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, theirs = (run().detach() for run in contestants.values())
+    if any("copies are trained" in str(warning.message) for warning in caught):
+        labels["kernels"] = "no"
+    return harness.Trial(harness.ready(contestants), [theirs], TOLERANCE[task])
 
 
-def speed_ups(records: Sequence[dict[str, Any]], task: str) -> list[float]:
-    return [
-        result["speed_up"] for record in records for result in record["results"] if result["task"] == task
-    ]
+def cases(entries: Sequence[EncoderEntry], quick: bool) -> Iterator[harness.Case]:
+    for entry in entries:
+        for task in TASKS:
+            labels = {"encoder": entry.name, "origin": origin_of(entry), "kernels": "yes", "task": task}
+            key, arguments = f"{entry.name}, {task}", (entry, task, labels)
+            yield harness.Case(key, entry.name, build, arguments, 0.2 if quick else 2, labels, entry.name)
 
 
-def sections(records: Sequence[dict[str, Any]]) -> list[str]:
-    groups = {
-        "all": records,
-        "PyPI's": [record for record in records if record["origin"] != "own"],
-        "copies by kernels": [record for record in records if record["kernels"]],
-        "copies by autograd": [record for record in records if not record["kernels"]],
-    }
-
-    def cell(found: list[float], summary: Callable[[list[float]], float]) -> str:
-        return f"{summary(found):.2f}" if found else "-"
-
-    medians = [
-        [
-            name,
-            str(len(some)),
-            *(cell(speed_ups(some, task), f) for task in TASKS for f in (statistics.median, min)),
-        ]
-        for name, some in groups.items()
-    ]
-    rows = [
-        [
-            record["name"],
-            record["origin"],
-            "yes" if record["kernels"] else "no",
-            *(cell(speed_ups([record], task), min) for task in TASKS),
-            ", ".join(result["rival"] for result in record["results"] if result["task"] == "tracin"),
-        ]
-        for record in records
-    ]
-    header = ["", "entries", *(f"{task}, {what}" for task in TASKS for what in ("median", "least"))]
-    notes = [f"- {record['name']}, {note}" for record in records for note in record["notes"]]
-    return [
-        "# Encoders of the zoo",
-        "The rival's time over ours, medians.",
-        common.markdown_table(header, medians),
-        common.markdown_table(["encoder", "origin", "kernels", *TASKS, "rival of tracin"], rows),
-        *(["\n".join(notes)] if notes else []),
-    ]
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    options_of = command.parser(__doc__, "20 steps, few rounds")
-    options_of.add_argument("--only", default="", help="names of entries, by commas (default: all)")
-    options_of.add_argument(
-        "--width", type=int, default=4, help="of networks that have one (default 4; tests: 1)"
-    )
-    options = command.parse(options_of, arguments)
-    options.only = command.names_of(options_of, options.only, ENCODERS)
-    return options
+def summary(records: Sequence[report.Record]) -> list[str]:
+    return report.grid(records, "encoder", "task", ["origin", "kernels"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    device, path = command.begin(options, "encoders")
-    environment = common.environment(device)
-    settings = {"threads": options.threads, "images": IMAGES, "width": options.width, "precision": "float32"}
-    chosen = [entry for entry in ENCODERS.values() if not options.only or entry.name in options.only]
-    installed = [entry for entry in chosen if entry.is_installed]
-    records: list[dict[str, Any]] = []
-    for entry in installed:
-        records.append(run_entry(entry, options))
-        record = {
-            "benchmark": "encoders",
-            "environment": environment,
-            "settings": settings,
-            "entries": records,
-            "not installed": [entry.name for entry in chosen if entry not in installed],
-            "targets": [],
-        }
-        panels = {
-            task: {r["name"]: value for r in records for value in speed_ups([r], task)} for task in TASKS
-        }
-        if last := entry is installed[-1]:
-            command.draw(
-                path, {task: bars for task, bars in panels.items() if bars}, "the rival's time / ours"
-            )
-        common.publish(
-            path, record, [*sections(records), report.environment_table(environment, settings)], last=last
-        )
+    options_of = harness.parser(__doc__, "20 steps, few rounds")
+    options_of.add_argument(
+        "--width", type=int, default=4, help="of networks that have one (default 4; tests: 1)"
+    )
+    options = harness.parse(options_of, arguments)
+    installed = [entry for entry in ENCODERS.values() if entry.is_installed]
+    missing = ", ".join(entry.name for entry in ENCODERS.values() if not entry.is_installed)
+    harness.Benchmark(
+        "encoders",
+        "Encoders of the zoo",
+        cases(installed, options.quick),
+        settings={"images": IMAGES, "width": options.width, "not installed": missing or "none"},
+        summary=summary,
+        panel="task",
+        ours_may_fail=True,
+    ).run(options)

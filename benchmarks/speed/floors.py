@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .common import Contestant
+from .timing import Contestant
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,6 @@ class Product:
     columns: int
     operations: int
     """fewest floating-point operations: those that a convolution's padding cuts off are not counted"""
-    stackable: bool
-    """weight gradients of several passes are one product, because inputs need not be unfolded"""
 
 
 def products(network: nn.Sequential, inputs: Tensor) -> list[Product]:
@@ -37,13 +35,13 @@ def products(network: nn.Sequential, inputs: Tensor) -> list[Product]:
             out = layer(h)
         if isinstance(layer, nn.Linear):
             rows, inner, columns = len(h), layer.in_features, layer.out_features
-            found.append(Product(rows, inner, columns, 2 * rows * inner * columns, True))
+            found.append(Product(rows, inner, columns, 2 * rows * inner * columns))
         elif isinstance(layer, nn.ConvTranspose2d):
             height, width = layer.kernel_size
             taps = _taps(layer, 0, h.shape[2], out.shape[2]) * _taps(layer, 1, h.shape[3], out.shape[3])
             rows, inner = len(h) * h.shape[2] * h.shape[3], layer.in_channels
             operations = 2 * len(h) * inner * layer.out_channels * taps
-            found.append(Product(rows, inner, layer.out_channels * height * width, operations, False))
+            found.append(Product(rows, inner, layer.out_channels * height * width, operations))
         h = out
     return found
 
@@ -55,52 +53,14 @@ def _taps(layer: nn.ConvTranspose2d, axis: int, size_in: int, size_out: int) -> 
     return sum(0 <= position < size_out for position in positions)
 
 
-def second_order_floor(
-    layers: Sequence[Product], forces: int, device: torch.device, *, stacked: bool
-) -> Contestant:
-    """The products of ``forces`` gradients to the input and of differentiating through each, in float32.
+def gemm_floor(layers: Sequence[Product], sweeps: int, device: torch.device) -> Contestant:
+    """Forward, reverse and weight gradient of every layer, as often, by float32 torch.mm into results that exist.
 
-    A layer and force: forward, reverse, tangent, adjoint, and two weight gradients, by torch.mm into results that
-    exist. With ``stacked`` the weight gradients of all forces are one product where the layer allows it.
+    A gradient to the input that is differentiated through takes two such sweeps: forward, reverse, tangent, adjoint,
+    and two weight gradients.
     """
     each: list[Callable[[], object]] = []
-    once: list[Callable[[], object]] = []
     for layer in layers:
-        h = torch.randn(layer.rows, layer.inner, device=device)
-        delta = torch.randn(layer.rows, layer.columns, device=device)
-        weight = torch.randn(layer.columns, layer.inner, device=device)
-        h_out, delta_out, weight_out = torch.empty_like(h), torch.empty_like(delta), torch.empty_like(weight)
-        forward = functools.partial(torch.mm, h, weight.t(), out=delta_out)
-        reverse = functools.partial(torch.mm, delta, weight, out=h_out)
-        each += [forward, forward, reverse, reverse]
-        if stacked and layer.stackable:
-            all_h, all_delta = h.repeat(2 * forces, 1), delta.repeat(2 * forces, 1)
-            once.append(functools.partial(torch.mm, all_delta.t(), all_h, out=weight_out))
-        else:
-            each += [functools.partial(torch.mm, delta.t(), h, out=weight_out)] * 2
-
-    def run() -> None:
-        for _ in range(forces):
-            for product in each:
-                product()
-        for product in once:
-            product()
-
-    return run
-
-
-def second_order_operations(layers: Sequence[Product], forces: int) -> int:
-    """Floating-point operations of :func:`second_order_floor`, less those that padding cuts off."""
-    return 6 * forces * sum(layer.operations for layer in layers)
-
-
-def tangent_floor(layers: Sequence[Product], device: torch.device) -> Contestant:
-    """A tangent and an adjoint sweep in float32: forward, reverse and weight gradient of each layer but the first.
-
-    The first layer's tangents are its columns, whatever the sample.
-    """
-    each: list[Callable[[], object]] = []
-    for layer in layers[1:]:
         h = torch.randn(layer.rows, layer.inner, device=device)
         delta = torch.randn(layer.rows, layer.columns, device=device)
         weight = torch.randn(layer.columns, layer.inner, device=device)
@@ -112,15 +72,16 @@ def tangent_floor(layers: Sequence[Product], device: torch.device) -> Contestant
         ]
 
     def run() -> None:
-        for product in each:
-            product()
+        for _ in range(sweeps):
+            for product in each:
+                product()
 
     return run
 
 
-def tangent_operations(layers: Sequence[Product]) -> int:
-    """Floating-point operations of :func:`tangent_floor`, less those that padding cuts off."""
-    return 3 * sum(layer.operations for layer in layers[1:])
+def gemm_operations(layers: Sequence[Product], sweeps: int) -> int:
+    """Floating-point operations of :func:`gemm_floor`, less those that padding cuts off."""
+    return 3 * sweeps * sum(layer.operations for layer in layers)
 
 
 @dataclass(frozen=True)

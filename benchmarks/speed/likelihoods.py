@@ -4,25 +4,24 @@
     python -m benchmarks.speed likelihoods --quick     tiny sizes: does everything run?
 
 "flow": K = 3 leapfrog steps, forward and backward, beside the same by K + 1 forces of autograd (``fastvae.reference``).
-"log_px": of 10 codes for each sample, beside the decoder and the density in PyTorch. float32; both must agree with the
-rival before they are timed. Written are likelihoods-<device>.json, .md and .png.
+"log_px": of 10 codes for each sample, beside the decoder and the density in PyTorch. float32; ours must agree with the
+rival before both are timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvae import likelihoods as L
 from fastvae import ops, reference
 
-from . import command, common, report
+from ..networks import softplus_mlp
+from . import harness, report
 
 OURS, EAGER = "ours", "eager"
 TASKS = "flow", "log_px"
@@ -44,29 +43,23 @@ LIKELIHOODS: dict[str, tuple[L.Likelihood, bool]] = {
 }
 """With whether its data are counts; those with kernels come first."""
 
-SIZES: dict[str, tuple[tuple[int, ...], int]] = {
-    "64-500-784, B 100": ((64, 500, 784), 100),
-    "10-128-2000, B 128": ((10, 128, 2000), 128),
-    "32-512-512-784, B 128": ((32, 512, 512, 784), 128),
-}
-QUICK: dict[str, tuple[tuple[int, ...], int]] = {"2-8-6, B 3": ((2, 8, 6), 3)}
+SIZES: tuple[dict[str, tuple[tuple[int, ...], int]], ...] = (
+    {
+        "64-500-784, B 100": ((64, 500, 784), 100),
+        "10-128-2000, B 128": ((10, 128, 2000), 128),
+        "32-512-512-784, B 128": ((32, 512, 512, 784), 128),
+    },
+    {"2-8-6, B 3": ((2, 8, 6), 3)},
+)
+"""Widths and batch; then those of --quick."""
 
 
-def decoder_of(widths: Sequence[int], outputs: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise([*widths[:-1], outputs]):
-        layers += [nn.Linear(a, b), nn.Softplus()]
-    return nn.Sequential(*layers[:-1])
-
-
-def contestants_of(
-    name: str, size: str, options: argparse.Namespace
-) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
-    """By task, ours and the rival."""
+def build(
+    options: harness.Options, name: str, widths: tuple[int, ...], batch: int, task: str
+) -> harness.Trial:
     likelihood, counts = LIKELIHOODS[name]
-    widths, batch = (QUICK if options.quick else SIZES)[size]
     torch.manual_seed(0)
-    decoder = decoder_of(widths, widths[-1] * likelihood.values_per_element).to(options.device)
+    decoder = softplus_mlp(*widths[:-1], widths[-1] * likelihood.values_per_element).to(options.device)
     z, rho = (torch.randn(batch, widths[0], device=options.device) for _ in range(2))
     x = torch.rand(batch, widths[-1])
     x = (torch.poisson(2 * x) if counts else x).to(options.device)
@@ -85,78 +78,38 @@ def contestants_of(
         every = likelihood.log_prob(decoder(codes.flatten(0, 1)), x.repeat(CODES, 1))
         return [every.reshape(CODES, batch)]
 
-    return {
-        "flow": {
-            OURS: lambda: flow(ops.hamiltonian_flow),
-            EAGER: lambda: flow(reference.hamiltonian_flow),
-        },
-        "log_px": {OURS: lambda: [ops.log_px(decoder, codes, x, likelihood)], EAGER: log_px},
-    }
+    ours: Callable[[], list[Tensor]]
+    if task == "flow":
+        ours, eager = lambda: flow(ops.hamiltonian_flow), lambda: flow(reference.hamiltonian_flow)
+    else:
+        ours, eager = lambda: [ops.log_px(decoder, codes, x, likelihood)], log_px
+    for _ in range(4):  # straight code is made and compared
+        ours()
+    return harness.Trial(harness.ready({OURS: ours, EAGER: eager}), eager(), TOLERANCE)
 
 
-def run_case(name: str, size: str, options: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {"likelihood": name, "size": size}
-    clock = common.clock_of(torch.device(options.device))
-    for task, contestants in contestants_of(name, size, options).items():
-        command.progress(f"{name}, {size}: {task}")
-        for _ in range(4):  # straight code is made and compared
-            contestants[OURS]()
-        error = common.relative_error(contestants[OURS](), contestants[EAGER]())
-        if not error <= TOLERANCE:
-            raise ArithmeticError(f"{name}, {size}, {task}: differs from eager by {error:.1e}")
-        timings = common.interleave(
-            contestants,
-            dict.fromkeys(contestants, clock),
-            seconds=0.05 if options.quick else 2 * options.share,
-            min_rounds=2 if options.quick else 5,
-        )
-        found[task] = {
-            "timings_ms": timings,
-            "speed_up": timings[EAGER].median / timings[OURS].median,
-            "difference": error,
-        }
+def cases(quick: bool) -> list[harness.Case]:
+    found = []
+    for name, (size, (widths, batch)), task in itertools.product(LIKELIHOODS, SIZES[quick].items(), TASKS):
+        labels = {"likelihood": name, "size": size, "task": task}
+        title, arguments = f"{name}, {size}", (name, widths, batch, task)
+        key = f"{title}, {task}"
+        found.append(harness.Case(key, title, build, arguments, 0.05 if quick else 2, labels, name))
     return found
 
 
-def sections(records: Sequence[dict[str, Any]]) -> list[str]:
-    sizes = list(dict.fromkeys(record["size"] for record in records))
-    by_case = {(record["likelihood"], record["size"]): record for record in records}
-    names = list(dict.fromkeys(record["likelihood"] for record in records))
-
-    def row(name: str, task: str) -> list[str]:
-        found = [by_case.get((name, size)) for size in sizes]
-        return [name, *("-" if each is None else f"{each[task]['speed_up']:.2f}" for each in found)]
-
-    parts = ["# Likelihoods", "Eager's time over ours, medians."]
+def summary(records: Sequence[report.Record]) -> list[str]:
+    parts = []
     for task in TASKS:
-        every = [record[task]["speed_up"] for record in records]
-        parts.append(f"## {task}: median {statistics.median(every):.2f}, least {min(every):.2f}")
-        parts.append(common.markdown_table(["likelihood", *sizes], [row(name, task) for name in names]))
+        some = [record for record in records if record["task"] == task]
+        parts += [f"## {task}", *report.grid(some, "likelihood", "size")] if some else []
     return parts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = command.parse(command.parser(__doc__), arguments)
-    device, path = command.begin(options, "likelihoods")
-    environment = common.environment(device)
-    settings = {"threads": options.threads, "steps": STEPS, "codes": CODES, "precision": "float32"}
-    cases = list(itertools.product(LIKELIHOODS, QUICK if options.quick else SIZES))
-    records: list[dict[str, Any]] = []
-    for case in cases:
-        records.append(run_case(*case, options))
-        record = {
-            "benchmark": "likelihoods",
-            "environment": environment,
-            "settings": settings,
-            "cases": records,
-            "targets": [],
-        }
-        if last := case is cases[-1]:
-            bars = {
-                task: {f"{r['likelihood']}, {r['size']}": r[task]["speed_up"] for r in records}
-                for task in TASKS
-            }
-            command.draw(path, bars, "eager's time / ours")
-        common.publish(
-            path, record, [*sections(records), report.environment_table(environment, settings)], last=last
-        )
+    options = harness.parse(harness.parser(__doc__), arguments)
+    of = cases(options.quick)
+    settings = {"steps": STEPS, "codes": CODES}
+    harness.Benchmark("likelihoods", "Likelihoods", of, settings=settings, summary=summary, panel="task").run(
+        options
+    )

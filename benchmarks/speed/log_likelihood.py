@@ -7,176 +7,71 @@ Every contestant computes log p(x) of the same images from the same noise, in fl
 "eager, copies", as code around likelihood regret does it (Xiao, Yan, Amit, NeurIPS 2020): the image repeated for every
 sample, encoder and decoder on all copies, F.cross_entropy on the decoder's output; "eager, careful": the encoder once,
 the decoder in channels_last in tiles of 64 codes, F.cross_entropy on its rows, in inference mode, and the same through
-torch.compile. Errors are against float64. Written are log_likelihood-<device>.json, .md and .png.
-
-Floor: "FLOP floor", the decoder's floating-point operations at the rate of a large square product.
+torch.compile. Floor: "FLOP floor", the decoder's operations at the rate of a large square product.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import math
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 import fastvae
 from fastvae.architectures import dcgan_decoder, dcgan_encoder
 
-from . import command, common, floors, report
+from ..rivals.log_likelihood import careful, copies
+from . import floors, harness, timing
 
 OURS, COPIES, CAREFUL = "ours", "eager, copies", "eager, careful"
-COMPILED = ", torch.compile"
-TILE = 64
-"""codes that the careful rival decodes at once"""
 
 
-@dataclass(frozen=True)
-class Case:
-    key: str
-    title: str
-    channels: int
-    width: int
-    images: int
-    samples: int
-    seconds: float
-    """how long its contestants are timed"""
-
-
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool) -> list[harness.Case]:
     if quick:
-        return [Case("dcgan", "DCGAN of width 2, 1 image, 3 samples", 1, 2, 1, 3, 0.1)]
+        return [harness.Case("dcgan", "DCGAN of width 2, 1 image, 3 samples", build, (1, 2, 1, 3), 0.1)]
+    grey, color = "1x32x32, 256 classes, 1 image, 200 samples", "3x32x32, 256 classes, 4 images, 25 samples"
     return [
-        Case("dcgan", "DCGAN 1x32x32, 256 classes, 1 image, 200 samples", 1, 32, 1, 200, 12),
-        Case("color", "DCGAN 3x32x32, 256 classes, 4 images, 25 samples", 3, 32, 4, 25, 12),
+        harness.Case("dcgan", f"DCGAN {grey}", build, (1, 32, 1, 200), 12),
+        harness.Case("color", f"DCGAN {color}", build, (3, 32, 4, 25), 12),
     ]
 
 
-Noise = Callable[[int, int, Tensor], Tensor]
-
-
-def log_px(logits: Tensor, classes: Tensor) -> Tensor:
-    """log p(x | z), [N], of logits [N, C 256, H, W] and classes [N, C, H, W], as F.cross_entropy takes them."""
-    rows = logits.unflatten(1, (-1, 256)).movedim(2, -1)
-    losses = F.cross_entropy(rows.reshape(-1, 256), classes.flatten(), reduction="none")
-    return -losses.reshape(len(logits), -1).sum(1)
-
-
-def tiled_log_px(decode: Callable[[Tensor], Tensor], codes: Tensor, classes: Tensor) -> Tensor:
-    """The same for a few codes at a time; the image of code i is i modulo the number of images."""
-    rows = torch.arange(len(codes)) % len(classes)
-    parts = torch.arange(len(codes)).split(TILE)
-    return torch.cat([log_px(decode(codes[part]), classes[rows[part]]) for part in parts])
-
-
-def log_prior_ratio(z: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """log p(z) - log q(z | x) of codes [..., d]."""
-    return 0.5 * (noise.square() + logvar - z.square()).sum(-1)
-
-
-def copies(model: fastvae.VAE, x: Tensor, noise: Tensor) -> Tensor:
-    """One image at a time, as published code does it."""
-    found = []
-    for image, drawn in zip(x, noise.unbind(1), strict=True):
-        repeated = image.expand(len(drawn), *image.shape)
-        mu, logvar = model.encoder(repeated).chunk(2, 1)
-        z = mu + torch.exp(logvar / 2) * drawn
-        classes = (repeated * 255).round().long()
-        weights = log_px(model.decoder(z), classes) + log_prior_ratio(z, logvar, drawn)
-        found.append(weights.logsumexp(0) - math.log(len(drawn)))
-    return torch.stack(found)
-
-
-def careful(model: fastvae.VAE, decode: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor) -> Tensor:
-    mu, logvar = model.encoder(x).chunk(2, 1)
-    z = mu + torch.exp(logvar / 2) * noise
-    weights = tiled_log_px(decode, z.flatten(0, 1), (x * 255).round().long()).reshape(z.shape[:2])
-    return (weights + log_prior_ratio(z, logvar, noise)).logsumexp(0) - math.log(len(noise))
-
-
-def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Errors against float64 of every contestant, then their times and the floor."""
-    device = torch.device(options.device)
+def build(options: harness.Options, channels: int, width: int, images: int, samples: int) -> harness.Trial:
+    device = options.device
     torch.manual_seed(0)
-    model = fastvae.VAE(
-        dcgan_encoder(case.channels, case.width), dcgan_decoder(case.channels, case.width), "categorical"
-    )
+    decoder = dcgan_decoder(channels, width)
+    model = fastvae.VAE(dcgan_encoder(channels, width), decoder, "categorical")
     model = model.to(device).eval().requires_grad_(False)
     fast = copy.deepcopy(model)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = (torch.randint(256, (case.images, case.channels, 32, 32)) / 255).to(device)
-    noise = torch.randn(case.samples, case.images, 100, device=device)
+    x = (torch.randint(256, (images, channels, 32, 32)) / 255).to(device)
+    noise = torch.randn(samples, images, 100, device=device)
 
     def ours() -> Tensor:
-        return model.log_likelihood(
-            x, case.samples, noise=lambda first, count, _: noise[None, first : first + count]
-        )
+        drawn = noise[None]
+        return model.log_likelihood(x, samples, noise=lambda first, count, _: drawn[:, first : first + count])
 
-    def inference(work: Callable[[], Tensor]) -> common.Contestant:
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return work()
+    def inference(work: Callable[[], Tensor]) -> timing.Contestant:
+        return torch.inference_mode()(work)
 
-        return run
-
-    contestants: dict[str, common.Contestant] = {
-        OURS: ours,
-        COPIES: inference(lambda: copies(model, x, noise)),
-        CAREFUL: inference(lambda: careful(fast, fast.decoder, x, noise)),
+    contestants: dict[str, Callable[[], timing.Contestant]] = {
+        OURS: lambda: ours,
+        COPIES: lambda: inference(lambda: copies(model, x, noise)),
+        CAREFUL: lambda: inference(lambda: careful(fast, fast.decoder, x, noise)),
     }
     if options.compile:
-        compiled = torch.compile(fast.decoder)
-        contestants[CAREFUL + COMPILED] = inference(lambda: careful(fast, compiled, x, noise))
-    exact = careful(
-        copy.deepcopy(model).double(), copy.deepcopy(model.decoder).double(), x.double(), noise.double()
-    )
-    results, notes = command.those_that_run(contestants, OURS, case.title)
-    errors = {name: common.relative_error([result], [exact]) for name, result in results.items()}
-    contestants = {name: contestants[name] for name in results}
-    if not errors[OURS] < 1e-5:
-        raise ArithmeticError(f"ours is off by {errors[OURS]:.1e}")
-
-    decoder = model.decoder
-    assert isinstance(decoder, nn.Sequential)
-    layers = floors.products(decoder, torch.randn(case.images * case.samples, 100, device=device))
+        decode = functools.cache(lambda: timing.compiled(fast.decoder))
+        contestants[CAREFUL + harness.COMPILED] = lambda: inference(lambda: careful(fast, decode(), x, noise))
+    wide = copy.deepcopy(model).double()
+    exact = careful(wide, wide.decoder, x.double(), noise.double())
+    layers = floors.products(decoder, torch.randn(images * samples, 100, device=device))
     operations = sum(layer.operations for layer in layers)
-    command.progress(f"{case.title}: timing")
-    timings, gflops = common.interleave_with_gemm(
-        contestants, device, seconds=case.seconds * options.share, quick=options.quick
-    )
-    floor_ms = {report.FLOPS: operations / gflops / 1e6}
-    return report.case_record(
-        case, OURS, timings, floor_ms, operations=operations, gflops=gflops, errors=errors, notes=notes
-    )
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    return command.parse_with_compilers(__doc__, arguments)
+    return harness.Trial(contestants, [exact], {OURS: 1e-5}, operations=operations)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    device, path = command.begin(options, "log_likelihood")
-    environment = common.environment(device)
-    settings = {"threads": options.threads, "precision": "float32, TF32 off"}
-    records: list[dict[str, Any]] = []
-    chosen = cases(options.quick)
-    for case in chosen:
-        records.append(run_case(case, options))
-        sections = ["# Importance-sampled log-likelihood"]
-        for found in records:
-            sections += [report.case_section(found, OURS), report.error_table(found)]
-        sections.append(report.environment_table(environment, settings))
-        command.draw(path, report.panels(records, OURS), "time / ours, medians")
-        record = {
-            "benchmark": "log_likelihood",
-            "environment": environment,
-            "settings": settings,
-            "cases": records,
-        }
-        common.publish(path, record, sections, last=case is chosen[-1])
+    options = harness.parse(harness.parser(__doc__), arguments)
+    of_cases = cases(options.quick)
+    harness.Benchmark("log_likelihood", "Importance-sampled log-likelihood", of_cases).run(options)

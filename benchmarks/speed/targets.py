@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import common, report
+from .. import writing
+from . import harness, report
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def draw(folder: Path, slug: str) -> bool:
                 rivals = [name for name in ratios if name in same and "ours" not in name]
                 best = min(rivals, key=ratios.__getitem__)
                 rows.append((headline.label, headline.usual, ratios[headline.usual], best, ratios[best]))
-    pyplot = common.plotter()
+    pyplot = writing.plotter()
     if pyplot is None or not rows:
         return False
     figure, axis = pyplot.subplots(figsize=(9, 0.62 * len(rows) + 0.9), layout="constrained")
@@ -111,7 +112,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=common.RESULTS, help="folder of the results")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder of the results")
     folder = parser.parse_args(arguments).output
     records = read(folder)
     if not records:

@@ -9,20 +9,15 @@ Every contestant computes the same losses with the same noise, one draw a sample
 scores agree with those of materialised gradients in float64. Rivals: the loop of the paper's authors, timed on a part
 of the training images and with none, from which the time with all follows; vmap(grad); per-sample gradients
 from hooks and one product; Gram matrices of the factors from hooks; captum's TracInCP; kronfluence with its identity
-strategy. captum's fast mode, which knows only the last layer, computes less than the others. Written are
-tracin-<device>.json, .md and .png.
+strategy.
 
 FLOP floor: forward, reverse and the cheaper exact contraction of every layer, at the rate of a large square product.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import time
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +25,9 @@ from torch import Tensor, nn
 import fastvae
 from fastvae import architectures
 
-from . import command, common, floors, networks, report
-from . import tracin_rivals as rivals
+from .. import networks
+from ..rivals import tracin as rivals
+from . import floors, harness, report, timing
 
 TOLERANCE = 1e-4
 """|difference| / |scores|: float32 round-off against float64."""
@@ -39,7 +35,6 @@ TOLERANCE = 1e-4
 OURS, LOOP, VMAP = "ours", "loop, one backward a sample", "vmap(grad), one product"
 GRAM, DENSE = "Gram matrices from hooks", "gradients from hooks, one product"
 CAPTUM, KRONFLUENCE = "captum TracInCP", "kronfluence, identity"
-FAST = "captum TracInCPFast, last layer only"
 LOOPED = 16
 """Training images that the loop is timed on; it does the same for each of them."""
 BEFORE_LOOP = "loop, its queries alone"
@@ -50,152 +45,100 @@ TARGETS = [
     report.Target("cpu", "mlp", GRAM, 1.2, OURS),
     report.Target("cpu", "conv", VMAP, 5, OURS),
     report.Target("cpu", "conv", DENSE, 1.5, OURS),
+    report.Target("cpu", "memory", "2 GiB", 1, OURS, at_most=True),
 ]
-MEMORY_BOUND = 2 * 2**30
-"""bytes beyond model and images, at most"""
+
+Pair = tuple[nn.Module, nn.Module]
 
 
-@dataclass(frozen=True)
-class Case:
-    key: str
-    title: str
-    networks: Callable[[], tuple[nn.Module, nn.Module]]
-    shape: tuple[int, ...]
-    latent_dim: int
-    train: int
-    queries: int
-    seconds: float
-    """how long its contestants are timed"""
-
-
-def mlp(size: int, hidden: int, latent: int) -> tuple[nn.Module, nn.Module]:
+def mlp(size: int, hidden: int, latent: int) -> Pair:
     return networks.mlp(size, hidden, 2 * latent), networks.mlp(latent, hidden, size)
 
 
-def convolutional(width: int) -> tuple[nn.Module, nn.Module]:
+def convolutional(width: int) -> Pair:
     return architectures.jacobian_l1_encoder(), architectures.jacobian_l1_decoder(width=width)
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool) -> list[harness.Case]:
+    image = (1, 64, 64)
     if quick:
+        tiny = functools.partial(mlp, 12, 8, 2), (12,), 2, 6, 3
+        conv = functools.partial(convolutional, 4), image, 10, 3, 2
         return [
-            Case("mlp", "12-8-4 / 2-8-12, 6 x 3", lambda: mlp(12, 8, 2), (12,), 2, 6, 3, 0.1),
-            Case("conv", "convolutional, 3 x 2", lambda: convolutional(4), (1, 64, 64), 10, 3, 2, 0.1),
+            harness.Case("mlp", "12-8-4 / 2-8-12, 6 x 3", build, tiny, 0.1),
+            harness.Case("conv", "convolutional, 3 x 2", build, conv, 0.1),
         ]
+    dense = functools.partial(mlp, 784, 400, 20), (784,), 20, 512, 128
+    conv = functools.partial(convolutional, 32), image, 10, 256, 64
     return [
-        Case(
-            "mlp", "784-400-40 / 20-400-784, 512 x 128", lambda: mlp(784, 400, 20), (784,), 20, 512, 128, 15
-        ),
-        Case(
-            "conv",
-            "convolutional beta-VAE 1x64x64, 256 x 64",
-            lambda: convolutional(32),
-            (1, 64, 64),
-            10,
-            256,
-            64,
-            12,
-        ),
+        harness.Case("mlp", "784-400-40 / 20-400-784, 512 x 128", build, dense, 15),
+        harness.Case("conv", "convolutional beta-VAE 1x64x64, 256 x 64", build, conv, 12),
     ]
 
 
-class Problem:
-    """A case's model and images on a device."""
+def build(
+    options: harness.Options,
+    pair: Callable[[], Pair],
+    shape: tuple[int, ...],
+    latent_dim: int,
+    count: int,
+    num_queries: int,
+) -> harness.Trial:
+    torch.manual_seed(0)
+    encoder, decoder = pair()
+    model = fastvae.VAE(encoder, decoder, beta=4.0).to(options.device)
+    losses = rivals.Losses(encoder, decoder, 4.0).to(options.device)
+    train, queries = (torch.rand(n, *shape).round().to(options.device) for n in (count, num_queries))
+    noise = [rivals.noise_of(model, x, latent_dim) for x in (train, queries)]
+    tracin = fastvae.influence.TracIn(model, train, [None], lambda *_: 1.0, num_samples=1)
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        torch.manual_seed(0)
-        encoder, decoder = case.networks()
-        self.model = fastvae.VAE(encoder, decoder, beta=4.0).to(device)
-        self.losses = rivals.Losses(encoder, decoder, 4.0).to(device)
-        self.train, self.queries = (
-            torch.rand(count, *case.shape).round().to(device) for count in (case.train, case.queries)
-        )
-        self.noise = [rivals.noise_of(self.model, x, case.latent_dim) for x in (self.train, self.queries)]
-        self.tracin = fastvae.influence.TracIn(
-            self.model, self.train, [None], lambda model, checkpoint: 1.0, num_samples=1
-        )
+    def rival(function: Callable[..., Tensor], part: int | None = None) -> Callable[[], timing.Contestant]:
+        return lambda: lambda: function(losses, train[:part], queries, [noise[0][:part], noise[1]])
 
-    def rival(self, function: Callable[..., Tensor], part: int | None = None) -> Callable[[], Tensor]:
-        noise = [self.noise[0][:part], self.noise[1]]
-        return lambda: function(self.losses, self.train[:part], self.queries, noise)
-
-    def expected(self) -> Tensor:
-        """From materialised gradients in float64."""
-        self.losses.double()
-        noise = [eps.double() for eps in self.noise]
-        scores = rivals.dense(self.losses, self.train.double(), self.queries.double(), noise)
-        self.losses.float()
-        return scores
-
-
-def run_case(case: Case, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Errors against float64 of every contestant, then their times and the floor."""
-    problem = Problem(case, device)
-    expected = problem.expected()
-    part = min(LOOPED, case.train)
-    makers: dict[str, Callable[[], common.Contestant]] = {
-        OURS: lambda: lambda: problem.tracin.influence(problem.queries),
-        DENSE: lambda: problem.rival(rivals.dense),
-        VMAP: lambda: problem.rival(rivals.vmap_grad),
-        LOOP: lambda: problem.rival(rivals.loop, part),
-        BEFORE_LOOP: lambda: problem.rival(rivals.loop, 0),
+    losses.double()
+    expected = rivals.dense(losses, train.double(), queries.double(), [eps.double() for eps in noise])
+    losses.float()
+    part = min(LOOPED, count)
+    loop = rival(rivals.loop, part)()
+    loop_error = timing.relative_error([loop()], [expected[:, :part]])  # type: ignore[list-item]
+    if not loop_error <= TOLERANCE:
+        raise ArithmeticError(f"{LOOP}: off by {loop_error:.1e}")
+    contestants: dict[str, Callable[[], timing.Contestant]] = {
+        OURS: lambda: lambda: tracin.influence(queries),
+        DENSE: rival(rivals.dense),
+        VMAP: rival(rivals.vmap_grad),
+        LOOP: lambda: loop,
+        BEFORE_LOOP: rival(rivals.loop, 0),
     }
-    if case.key == "mlp":
+    if len(shape) == 1:
         # These leave out transposed convolutions.
-        arguments = (problem.losses, problem.train, problem.queries, problem.noise)
-        makers |= {
-            GRAM: lambda: problem.rival(rivals.gram),
-            CAPTUM: lambda: rivals.captum(*arguments),
-            KRONFLUENCE: lambda: rivals.kronfluence(*arguments),
-            FAST: lambda: rivals.captum_last_layer(*arguments),
+        contestants |= {
+            GRAM: rival(rivals.gram),
+            CAPTUM: lambda: rivals.captum(losses, train, queries, noise),
+            KRONFLUENCE: lambda: rivals.kronfluence(losses, train, queries, noise),
         }
-    contestants: dict[str, common.Contestant] = {}
-    errors: dict[str, float] = {}
-    notes: dict[str, str] = {}
-    for name, make in makers.items():
-        command.progress(f"{case.title}: {name}")
-        try:
-            contestant = make()
-            scores = contestant()
-            if name not in (FAST, BEFORE_LOOP):
-                wanted = expected[:, :part] if name == LOOP else expected
-                errors[name] = common.relative_error([scores], [wanted])  # type: ignore[list-item]
-                if not errors[name] <= TOLERANCE:
-                    raise ArithmeticError(f"off by {errors[name]:.1e}, over {TOLERANCE:.0e}")
-        except Exception as error:
-            if name == OURS:
-                raise
-            notes[name] = f"not timed: {common.why(error)}"
-            continue
-        contestants[name] = contestant
-    command.progress(f"{case.title}: timing")
-    timings, gflops = common.interleave_with_gemm(
-        contestants, device, seconds=case.seconds * options.share, quick=options.quick
-    )
-    if LOOP in timings:
-        timings[LOOP] = extrapolated(timings[LOOP], timings.pop(BEFORE_LOOP).median, case.train / part)
-        notes[LOOP] = (
-            f"from the time for {part} training images, each of which costs the same, and that without any"
-        )
-    layers = floors.influence_layers(
-        (problem.losses.encoder, problem.losses.decoder),
-        (problem.queries[:1], problem.queries.new_zeros(1, case.latent_dim)),
-    )
-    operations = floors.influence_operations(layers, case.train, case.queries)
-    floor_ms = {report.FLOPS: operations / gflops / 1e6}
-    return report.case_record(
-        case, OURS, timings, floor_ms, operations=operations, gflops=gflops, errors=errors, notes=notes
+
+    def whole_loop(timings: dict[str, timing.Timing]) -> dict[str, timing.Timing]:
+        """All of the loop's time but that of its queries grows with the part it was timed on."""
+        before = timings.pop(BEFORE_LOOP, None)
+        if before is not None and LOOP in timings:
+            factor = count / part
+            timings[LOOP] = timings[LOOP].scaled(factor, (1 - factor) * before.median)
+        return timings
+
+    layers = floors.influence_layers((encoder, decoder), (queries[:1], queries.new_zeros(1, latent_dim)))
+    return harness.Trial(
+        contestants,
+        [expected],
+        TOLERANCE,
+        [LOOP, BEFORE_LOOP],
+        operations=floors.influence_operations(layers, count, num_queries),
+        adjust=whole_loop,
+        notes={LOOP: f"from the time for {part} training images, each of which costs the same, and for none"},
     )
 
 
-def extrapolated(timing: common.Timing, fixed: float, factor: float) -> common.Timing:
-    """Of a contestant all of whose time but ``fixed`` grows with the part it was timed on, as if on the whole."""
-    quantiles = ("median", "lower_quartile", "upper_quartile")
-    whole = {name: fixed + factor * (getattr(timing, name) - fixed) for name in quantiles}
-    return dataclasses.replace(timing, **whole)
-
-
-def memory_probe(train: int, queries: int, draws: int, device: str) -> Callable[[], object]:
+def memory_probe(train: int, queries: int, draws: int, device: str) -> timing.Contestant:
     """Top 20 of every query by the paper's MNIST model, warmed up with a few images."""
     torch.manual_seed(0)
     model = fastvae.VAE(architectures.tracin_encoder(), architectures.tracin_decoder(), beta=4.0).to(device)
@@ -208,68 +151,11 @@ def memory_probe(train: int, queries: int, draws: int, device: str) -> Callable[
     return lambda: tracin(x).influence(q, k=min(20, train))
 
 
-def run_memory(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak extra memory in a fresh process, and the time of one call in this one."""
-    train, queries, draws = (40, 4, 2) if options.quick else (9000, 100, 16)
-    arguments = (train, queries, draws, device.type)
-    if device.type == "cuda":
-        size = common.peak_extra_cuda_memory(memory_probe(*arguments))
-    else:
-        size = common.peak_extra_memory(__name__, "memory_probe", *arguments, threads=options.threads)
-    work = memory_probe(*arguments)
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    return {
-        "title": f"784-1024-512-256-256 / 128-256-512-1024-784, S = {draws}, {train} x {queries}, top 20",
-        "bytes": size,
-        "seconds": seconds,
-        "microseconds_a_pair": 1e6 * seconds / (train * queries),
-    }
-
-
-def memory_section(row: dict[str, Any]) -> str:
-    return (
-        f"{row['title']}: peak extra memory {row['bytes'] / 2**20:.0f} MiB; {row['seconds']:.1f} s, "
-        f"{row['microseconds_a_pair']:.1f} us a pair."
-    )
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__)
-    parser.add_argument(
-        "--memory", action="store_true", help="the paper's model instead: peak memory and time"
-    )
-    return command.parse(parser, arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    kind = "tracin-memory" if options.memory else "tracin"
-    device, path = command.begin(options, kind)
-    environment = common.environment(device)
-    environment |= {name: common.version_of(name) for name in ("captum", "kronfluence")}
-    settings: dict[str, Any] = {"threads": options.threads, "precision": "float32, TF32 off"}
-    record: dict[str, Any] = {"benchmark": kind, "environment": environment, "settings": settings}
-
-    def write(sections: list[str], last: bool = True) -> None:
-        if record["targets"]:
-            sections.insert(0, report.target_table(record["targets"]))
-        title = "# TracIn: memory" if options.memory else "# TracIn"
-        sections = [title, *sections, report.environment_table(environment, settings)]
-        common.publish(path, record, sections, last=last)
-
-    if options.memory:
-        record["memory"] = run_memory(device, options)
-        title, share = record["memory"]["title"], record["memory"]["bytes"] / MEMORY_BOUND
-        verdict = report.verdict(title, "ours, peak memory", "2 GiB", 1, share, at_most=True)
-        record["targets"] = [] if options.quick else [verdict]
-        write([memory_section(record["memory"])])
-        return
-    record["cases"] = []
-    chosen = cases(options.quick)
-    for case in chosen:
-        record["cases"].append(run_case(case, device, options))
-        record["targets"] = [] if options.quick else report.judge(record["cases"], device.type, TARGETS)
-        command.draw(path, report.panels(record["cases"], OURS), "time / ours, medians")
-        write([report.case_section(found, OURS) for found in record["cases"]], last=case is chosen[-1])
+    options = harness.parse(harness.parser(__doc__), arguments)
+    train, queries, draws = sizes = (40, 4, 2) if options.quick else (9000, 100, 16)
+    title = f"784-1024-512-256-256 / 128-256-512-1024-784, S = {draws}, {train} x {queries}, top 20"
+    memory = harness.MemoryCase("memory", title, {OURS: (memory_probe, *sizes)}, {"2 GiB": 2**31})
+    packages = ("captum", "kronfluence")
+    all_cases = cases(options.quick)
+    harness.Benchmark("tracin", "TracIn", all_cases, [memory], TARGETS, packages=packages).run(options)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from fastvae.data import Compose, RandomAffine, binarize, load
 from fastvae.models import BaseVAE
 from fastvae.penalties import Consistency
 
-from ..shared import Row, claim_folder, stored, table, write
+from ..shared import Row, claim_folder, stored, table, write_results
 
 LATENTS = 16
 MODELS: dict[str, tuple[type[BaseVAE], dict[str, Any]]] = {
@@ -257,15 +256,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for consistent in (False, True)
     ]
     rows: list[Row] = []
-    arguments.out.mkdir(parents=True, exist_ok=True)
     settings |= {"torch": torch.__version__, "fastvae": fastvae.__version__}
     for index, (network, seed, kind, consistent) in enumerate(tqdm(jobs, unit="model", disable=None), 1):
         rows.append(train_and_measure(network, kind, consistent, seed, grey, binary, test, arguments))
         if index % (2 * len(MODELS)) == 0:
             lines = summary(rows)
             results = {"settings": settings, "summary": lines, "runs": rows}
-            write(arguments.out / "consistency.json", json.dumps(results, indent=1) + "\n")
-            write(arguments.out / "consistency.md", as_text(lines, settings))
+            write_results(arguments.out, "consistency", results, as_text(lines, settings))
             draw(lines, arguments.out / "consistency.png")
     print(as_text(summary(rows), settings))
     print(f"Written: {arguments.out}/consistency.json, .md and .png")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shared import Row, table, write
+from ..shared import Row, table, write_results
 from .training import MODELS
 
 PUBLISHED = "VAE 83.20, HVAE with K = 10 82.62 on 50,000 MNIST images"
@@ -116,10 +115,8 @@ def as_text(rows: Sequence[Row], settings: Row) -> str:
 
 def write_all(rows: Sequence[Row], settings: Row, path: Path) -> None:
     """What there is so far, at ``path`` with .json, .md and .png behind it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     results = {"settings": settings, "runs": rows, "differences": paired(rows)}
-    write(path.with_name(f"{path.name}.json"), json.dumps(results) + "\n")
-    write(path.with_name(f"{path.name}.md"), as_text(rows, settings))
+    write_results(path.parent, path.name, results, as_text(rows, settings))
     draw(rows, path.with_name(f"{path.name}.png"))
 
 

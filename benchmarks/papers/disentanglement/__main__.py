@@ -16,7 +16,6 @@ dense networks: they are for trials, not for comparison with the paper.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 
 import fastvae
 
-from ..shared import Row, claim_folder, write
+from ..shared import Row, claim_folder, write_results
 from . import comparison, report
 
 
@@ -51,10 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = comparison.summaries(rows, arguments.rho)
     text = report.as_text(rows, summary, settings)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     results = {"settings": settings, "summary": summary, "runs": rows}
-    write(arguments.out / "disentanglement.json", json.dumps(results, indent=1) + "\n")
-    write(arguments.out / "disentanglement.md", text)
+    write_results(arguments.out, "disentanglement", results, text)
     report.draw(rows, arguments.rho, arguments.out / "disentanglement.png")
     print(f"Written: {arguments.out}/disentanglement.json, .md and .png")
 

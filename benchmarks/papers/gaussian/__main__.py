@@ -5,7 +5,7 @@
 
 Caterini, Doucet, Sejdinovic, Hamiltonian Variational Auto-Encoder, NeurIPS 2018. It is also the example of
 ``fastvae.ops.leapfrog_kick_drift`` and ``leapfrog_kick_temper`` with a force of one's own
-(``methods.py`` beside this file). Planar flows here have the ELBO of the paper, not that of the authors' code, which
+(methods.py beside this file). Planar flows here have the ELBO of the paper, not that of the authors' code, which
 misses the 1/2 of the squared residual (its sigma comes out sqrt(2) too large): the published curve of planar flows is
 no baseline to compare ours with. Prints three tables and writes them as gaussian.json, with the figure gaussian.png:
 
@@ -17,7 +17,6 @@ no baseline to compare ours with. Prints three tables and writes them as gaussia
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 
 import fastvae
 
+from ...writing import write_json
 from . import measures, report, training
 
 NUM_DATA = 10_000
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "fastvae": fastvae.__version__,
     }
-    written = json.dumps({"settings": settings, "verdicts": verdicts, **rounded(results)}, indent=1)
-    (arguments.out / "gaussian.json").write_text(written + "\n")
+    written = {"settings": settings, "verdicts": verdicts, **results}
+    write_json(arguments.out / "gaussian.json", written, allow_nan=True)
     report.draw(results["errors"], results["variances"], arguments.out / "gaussian.png")
     print(f"\nWritten: {arguments.out / 'gaussian.json'}, {arguments.out / 'gaussian.png'}")
 
@@ -120,15 +120,6 @@ def show(results: dict[str, list[measures.Row]], verdicts: list[str], wanted: in
     )
     print("   root of the variance summed over dimensions\n")
     print(report.variance_table([row for row in variances if row["d"] in shown]))
-
-
-def rounded(value: Any) -> Any:
-    """JSON with five digits of every number, enough for any table made from it."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return [rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

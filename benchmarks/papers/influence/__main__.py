@@ -18,7 +18,6 @@ Tables and figure are also written, as influence.json, .md and .png.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch
 import fastvae
 from fastvae.data import load
 
-from ..shared import Row, write
+from ..shared import Row, write_results
 from . import measures, report
 
 
@@ -54,10 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     text = report.as_text(classical, sampling, noise, settings)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     results = {"settings": settings, "classical": classical, "sampling": sampling, "noise": noise}
-    write(arguments.out / "influence.json", json.dumps(results, indent=1) + "\n")
-    write(arguments.out / "influence.md", text)
+    write_results(arguments.out, "influence", results, text)
     report.draw(classical, sampling, noise, arguments.out / "influence.png")
     print(f"Written: {arguments.out}/influence.json, .md and .png")
 

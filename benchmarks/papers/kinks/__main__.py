@@ -15,7 +15,6 @@ Tables and figure are also written, as kinks.json, .md and .png.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 import fastvae
 from fastvae.data import load
 
-from ..shared import Row, write
+from ..shared import Row, write_results
 from . import gradients, report, training
 
 
@@ -56,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = report.summaries(rows)
     text = report.as_text(found, summary, settings)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     results = {"settings": settings, "gradients": found, "summary": summary, "runs": rows}
-    write(arguments.out / "kinks.json", json.dumps(results, indent=1) + "\n")
-    write(arguments.out / "kinks.md", text)
+    write_results(arguments.out, "kinks", results, text)
     report.draw(found, summary, arguments.out / "kinks.png")
     print(f"Written: {arguments.out}/kinks.json, .md and .png")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvae.ops import jacobian_l1
 
+from ...networks import mlp
 from ..shared import Row
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -27,13 +27,6 @@ SHARE = 0.02
 """By which weights are moved for the derivative of the mean, of their own root mean square."""
 CHUNK = 4096
 BATCH = 64
-
-
-def mlp(widths: tuple[int, ...], activation: Callable[[], nn.Module]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), activation()]
-    return nn.Sequential(*layers[:-1])
 
 
 def codes(count: int, seed: int) -> Iterator[Tensor]:
@@ -77,7 +70,7 @@ def rms(values: Tensor) -> float:
 def compared(activation: str, arguments: argparse.Namespace) -> list[Row]:
     """Bias over directions, and noise of a batch of 64, as shares of the derivative of the mean."""
     torch.manual_seed(arguments.seed)
-    decoder = mlp(WIDTHS, ACTIVATIONS[activation]).double()
+    decoder = mlp(*WIDTHS, activation=ACTIVATIONS[activation]).double()
     directions = [
         [torch.randn_like(parameter) * rms(parameter.detach()) for parameter in decoder.parameters()]
         for _ in range(arguments.directions)

@@ -14,8 +14,9 @@ import fastvae
 from fastvae.data import load
 from fastvae.ops import gaussian_kl, jacobian_l1
 
+from ...networks import mlp
 from ..shared import Row
-from .gradients import ACTIVATIONS, ESTIMATORS, WIDTHS, mlp
+from .gradients import ACTIVATIONS, ESTIMATORS, WIDTHS
 
 TOLD = ("network", "activation", "gamma", "seed", "estimator")
 TRAINED = ("exact", "difference, step 0.01")
@@ -45,8 +46,10 @@ def reached(
     torch.manual_seed(seed)
     latents, *hidden, outputs = widths
     act = ACTIVATIONS[activation]
-    encoder = torch.nn.Sequential(torch.nn.Flatten(), *mlp((outputs, *reversed(hidden), 2 * latents), act))
-    model = fastvae.JacobianL1VAE(encoder, mlp(widths, act), gamma=gamma, **ESTIMATORS[estimator])
+    encoder = torch.nn.Sequential(
+        torch.nn.Flatten(), *mlp(outputs, *reversed(hidden), 2 * latents, activation=act)
+    )
+    model = fastvae.JacobianL1VAE(encoder, mlp(*widths, activation=act), gamma=gamma, **ESTIMATORS[estimator])
     loader = DataLoader(TensorDataset(train.flatten(1)), arguments.batch_size, shuffle=True, drop_last=True)
     begun = time.perf_counter()
     history = fastvae.fit(

@@ -17,7 +17,6 @@ likelihood_regret.json, .md and .png.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import fastvae
 from fastvae import plot
 from fastvae.data import load
 
-from ..shared import Row, claim_folder, write
+from ..shared import Row, claim_folder, write_results
 from .report import as_text, measures
 from .scores import OPTIONAL, all_scores
 from .training import resized, trained
@@ -67,14 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "fastvae": fastvae.__version__,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for scores in all_scores(model, background, chosen, arguments):
         rows = measures(scores, "held out", "foreign")
         text = as_text(rows, settings)
         values = {name: {key: value.tolist() for key, value in by.items()} for name, by in scores.items()}
         results = {"settings": settings, "measures": rows, "scores": values}
-        write(arguments.out / "likelihood_regret.json", json.dumps(results, indent=1) + "\n")
-        write(arguments.out / "likelihood_regret.md", text)
+        write_results(arguments.out, "likelihood_regret", results, text)
         (arguments.out / "likelihood_regret.png").write_bytes(plot.png(plot.score_histograms(scores)))
     print(text)
     print(f"Written: {arguments.out}/likelihood_regret.json, .md and .png")

@@ -20,7 +20,6 @@ comparison says little: ``benchmarks.papers.converged`` trains both until they s
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import torch
 import fastvae
 from fastvae.data import binarize, load
 
-from ..shared import Row, claim_folder, write
+from ..shared import Row, claim_folder, write_results
 from . import report
 from .comparison import HVAE, compare, differences, summaries
 
@@ -53,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "fastvae": fastvae.__version__,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     seeds: list[dict[str, Row]] = []
     for seed in range(arguments.seeds):
         seeds.append(compare(seed, train.tensors()[0], test.to(arguments.device), arguments))
@@ -67,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if "curve" in row
         ]
         results = {"settings": settings, "models": models, "differences": paired, "curves": curves}
-        write(arguments.out / "mnist_hvae.json", json.dumps(results, indent=1) + "\n")
-        write(arguments.out / "mnist_hvae.md", text)
+        write_results(arguments.out, "mnist_hvae", results, text)
         report.draw(seeds, paired, arguments.out / "mnist_hvae.png")
     print(text)
     print(f"Written: {arguments.out}/mnist_hvae.json, .md and .png")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ..shared import Row, table, write
+from ..shared import Row, table, write_results
 
 PUBLISHED = {"own_strongest": "over 99%", "same_label": "about 80%"}
 """Of the paper, on MNIST."""
@@ -73,9 +72,7 @@ def as_text(results: Row, settings: Row) -> str:
 
 def write_all(results: Row, settings: Row, path: Path) -> None:
     """What there is so far, at ``path`` with .json, .md and .png behind it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path.with_name(f"{path.name}.json"), json.dumps({"settings": settings, **results}, indent=1) + "\n")
-    write(path.with_name(f"{path.name}.md"), as_text(results, settings))
+    write_results(path.parent, path.name, {"settings": settings, **results}, as_text(results, settings))
     draw(results, path.with_name(f"{path.name}.png"))
 
 

@@ -199,34 +199,3 @@ def kronfluence(
         return analyzer.load_pairwise_scores("scores")["all_modules"]
 
     return scores
-
-
-def captum_last_layer(
-    losses: Losses, train: Tensor, queries: Tensor, noise: Sequence[Tensor]
-) -> Callable[[], object]:
-    """captum's TracInCPFast, which takes one Linear layer at the end of a model: here the decoder's last one.
-
-    Raises:
-        ImportError: captum is not installed.
-    """
-    from captum.influence import TracInCPFast
-
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.losses, self.last = losses, losses.decoder[-1]  # type: ignore[index]
-
-        def forward(self, x: Tensor, eps: Tensor) -> Tensor:
-            mu, logvar = self.losses.encoder(x).chunk(2, 1)
-            return self.losses.decoder(mu + torch.exp(logvar / 2) * eps)
-
-    tracin = TracInCPFast(
-        Logits(),
-        "last",
-        torch.utils.data.TensorDataset(train, noise[0], train),
-        ["none"],
-        lambda model, checkpoint: 1.0,
-        nn.BCEWithLogitsLoss(reduction="sum"),
-        len(train),
-    )
-    return lambda: tracin.influence((queries, noise[1], queries))

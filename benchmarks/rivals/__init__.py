@@ -1,0 +1,1 @@
+"""What the benchmarks time ours against: the same computed as users, authors and other libraries do it."""
