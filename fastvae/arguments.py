@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 from torch import Tensor
 
-__all__ = ["expect_numbers", "expect_positive", "given", "is_integer"]
+__all__ = [
+    "expect",
+    "expect_at_least",
+    "expect_choice",
+    "expect_integers",
+    "expect_not_negative",
+    "expect_numbers",
+    "expect_positive",
+    "given",
+    "is_integer",
+]
+
+
+def expect(holds: bool, wanted: str, got: object, error: type[Exception] = ValueError) -> None:
+    """Raise an error that says what was expected and what came, unless the condition holds.
+
+    Not for what torch.compile traces: a text of symbolic sizes would fix them.
+
+    Args:
+        wanted: owner, argument and what is expected of it, as in "HVAE: num_steps: expected at least 1".
+    """
+    if not holds:
+        raise error(f"{wanted}, got {got}")
 
 
 def expect_numbers(owner: str, *, hint: str = "", **arguments: object) -> None:
@@ -44,5 +67,36 @@ def expect_positive(owner: str, *, hint: str = "", **arguments: Any) -> None:
     """TypeError as of ``expect_numbers``, ValueError for a number that is not finite or not above 0."""
     expect_numbers(owner, hint=hint, **arguments)
     for name, value in arguments.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{owner}: {name}: expected a finite number above 0, got {value}")
+        expect(
+            math.isfinite(value) and value > 0, f"{owner}: {name}: expected a finite number above 0", value
+        )
+
+
+def expect_not_negative(owner: str, **arguments: Any) -> None:
+    """TypeError as of ``expect_numbers``, ValueError for a number that is not finite or below 0."""
+    expect_numbers(owner, **arguments)
+    for name, value in arguments.items():
+        wanted = f"{owner}: {name}: expected a finite number of at least 0"
+        expect(math.isfinite(value) and value >= 0, wanted, value)
+
+
+def expect_at_least(owner: str, least: int, *, optional: bool = False, **arguments: Any) -> None:
+    """TypeError as of ``expect_numbers``, ValueError for a number below ``least``, or None unless it is optional."""
+    expect_numbers(owner, **arguments)
+    for name, value in arguments.items():
+        holds = optional if value is None else value >= least
+        expect(holds, f"{owner}: {name}: expected at least {least}", value)
+
+
+def expect_integers(owner: str, least: int, *, optional: bool = False, **arguments: Any) -> None:
+    """As ``expect_at_least``; ValueError also for what is no integer."""
+    expect_numbers(owner, **arguments)
+    for name, value in arguments.items():
+        holds = optional if value is None else is_integer(value) and value >= least
+        expect(holds, f"{owner}: {name}: expected an int of at least {least}", repr(value))
+
+
+def expect_choice(owner: str, choices: Collection[Any], **arguments: object) -> None:
+    """ValueError for what is none of the choices."""
+    for name, value in arguments.items():
+        expect(value in choices, f"{owner}: {name}: expected one of {choices}", repr(value))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._extension import raw
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_at_least, expect_numbers
 from fastvae.influence.audit import AUDITED
 from fastvae.influence.batches import (
     Take,
@@ -137,9 +137,7 @@ class TracIn:
         expect_numbers(
             "TracIn", num_samples=num_samples, batch_size=batch_size, seed=seed, query_seed=query_seed
         )
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"TracIn: {name}: expected at least 1, got {value}")
+        expect_at_least("TracIn", 1, num_samples=num_samples, batch_size=batch_size)
         self.model = unwrap(model)
         self.train_dataset = train_dataset
         self.batch_size = batch_size
@@ -191,8 +189,7 @@ class TracIn:
         Returns:
             [n_test, n_train] on the CPU, or :class:`KMostInfluentialResults` of [n_test, k].
         """
-        if k is not None and k < 1:
-            raise ValueError(f"TracIn: influence: k: expected at least 1, got {k}")
+        expect_at_least("TracIn: influence", 1, optional=True, k=k)
         with self._borrowed():
             queries = self._queries(inputs)
             if k is None or aggregate:

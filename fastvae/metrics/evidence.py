@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_at_least, expect_numbers
 from fastvae.likelihoods.weights import expanded, filled
 from fastvae.metrics.annealing import Bridge, adapted_steps, annealed, temperatures
 from fastvae.metrics.posteriors import Estimate, Images, estimate_of, observations, private_model
@@ -185,9 +185,7 @@ def bidirectional_ais(
         NotImplementedError: a likelihood that cannot be sampled.
     """
     name = "bidirectional_ais"
-    expect_numbers(name, num_images=num_images)
-    if num_images < 1:
-        raise ValueError(f"{name}: num_images: expected at least 1, got {num_images}")
+    expect_at_least(name, 1, num_images=num_images)
     options = _Options(
         name,
         *(num_temperatures, num_chains, num_leapfrog_steps, schedule, initial, step_size, target_acceptance),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_at_least, expect_numbers
 from fastvae.data import FactorSpace
 from fastvae.metrics.disentanglement import mig, modularity
 from fastvae.models import BaseVAE
@@ -119,15 +119,9 @@ def local_codes(
     Raises:
         ValueError: numbers out of range, a rho or a cutoff that lets no factor vary, or codes that do not fit.
     """
-    expect_numbers("local_codes", rho=rho, num_points=num_points, num_clusters=num_clusters, seed=seed)
-    expect_numbers("local_codes", continuity_cutoff=continuity_cutoff)
-    for name, count, least in (
-        ("num_points", num_points, 1),
-        ("num_clusters", num_clusters, 1),
-        ("continuity_cutoff", continuity_cutoff, 0),
-    ):
-        if count < least:
-            raise ValueError(f"local_codes: {name}: expected at least {least}, got {count}")
+    expect_numbers("local_codes", rho=rho, seed=seed)
+    expect_at_least("local_codes", 1, num_points=num_points, num_clusters=num_clusters)
+    expect_at_least("local_codes", 0, continuity_cutoff=continuity_cutoff)
     sizes = torch.tensor(space.sizes)
     reach = (sizes.double() * rho).floor().long()
     if not 0 < rho <= 1 or not bool(((reach > 0) & (sizes > 1)).any()):

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fastvae._distribution import to_mend
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_at_least, expect_numbers
 
 __all__ = ["OODMetrics", "ood_metrics"]
 
@@ -45,10 +45,8 @@ def ood_metrics(
     """
     inside, outside = _scores("scores_in", scores_in), _scores("scores_out", scores_out)
     expect_numbers("ood_metrics", confidence=confidence, resamples=resamples, seed=seed)
-    if not 0 < confidence < 1:
-        raise ValueError(f"ood_metrics: confidence: expected a number between 0 and 1, got {confidence}")
-    if resamples < 1:
-        raise ValueError(f"ood_metrics: resamples: expected at least 1, got {resamples}")
+    expect(0 < confidence < 1, "ood_metrics: confidence: expected a number between 0 and 1", confidence)
+    expect_at_least("ood_metrics", 1, resamples=resamples)
     try:
         sklearn, stats = importlib.import_module("sklearn.metrics"), importlib.import_module("scipy.stats")
     except ModuleNotFoundError as error:

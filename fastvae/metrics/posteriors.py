@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_at_least, expect_numbers
 from fastvae.models import BaseVAE
 from fastvae.models.observation import Observation
 from fastvae.private import private_copy
@@ -119,10 +119,9 @@ def mutual_information(
     Raises:
         ValueError: no images, num_samples or chunk_size below 1.
     """
-    expect_numbers("mutual_information", num_samples=num_samples, chunk_size=chunk_size, seed=seed)
-    for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
-        if count is not None and count < 1:
-            raise ValueError(f"mutual_information: {name}: expected at least 1, got {count}")
+    expect_numbers("mutual_information", seed=seed)
+    expect_at_least("mutual_information", 1, num_samples=num_samples)
+    expect_at_least("mutual_information", 1, optional=True, chunk_size=chunk_size)
     mu, logvar = (part.double() for part in posteriors(model, images))
     generator = torch.Generator().manual_seed(int(seed))
     noise = torch.randn(num_samples, *mu.shape, generator=generator, dtype=torch.float64)
@@ -155,8 +154,7 @@ def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int
     """
     expect_numbers("active_units", threshold=threshold)
     means = posteriors(model, images)[0].double()
-    if len(means) < 2:
-        raise ValueError(f"active_units: images: expected at least 2, got {len(means)}")
+    expect(len(means) >= 2, "active_units: images: expected at least 2", len(means))
     return int((means.var(0) > threshold).sum())
 
 
@@ -178,8 +176,7 @@ def divergence_by_latent(model: BaseVAE, images: Images) -> Tensor:
 
 def estimate_of(name: str, values: Tensor) -> Estimate:
     """The mean over images, of a value for each: float64 [N], N at least 2."""
-    if len(values) < 2:
-        raise ValueError(f"{name}: images: expected at least 2, got {len(values)}")
+    expect(len(values) >= 2, f"{name}: images: expected at least 2", len(values))
     return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))))
 
 

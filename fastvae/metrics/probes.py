@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae._distribution import to_mend
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_numbers
 
 __all__ = ["knn_accuracy", "linear_probe"]
 
@@ -34,8 +34,7 @@ def knn_accuracy(
     """
     _check("knn_accuracy", codes, labels, test_codes, test_labels)
     expect_numbers("knn_accuracy", k=k)
-    if not 1 <= k <= len(codes):
-        raise ValueError(f"knn_accuracy: k: expected 1 to {len(codes)}, got {k}")
+    expect(1 <= k <= len(codes), f"knn_accuracy: k: expected 1 to {len(codes)}", k)
     neighbors = _part_of_sklearn("knn_accuracy", "neighbors")
     return _score(neighbors.KNeighborsClassifier(n_neighbors=k), codes, labels, test_codes, test_labels)
 
@@ -64,8 +63,7 @@ def linear_probe(
     """
     _check("linear_probe", codes, labels, test_codes, test_labels)
     expect_numbers("linear_probe", penalty=penalty, max_iter=max_iter)
-    if not penalty > 0:
-        raise ValueError(f"linear_probe: penalty: expected a number above 0, got {penalty}")
+    expect(penalty > 0, "linear_probe: penalty: expected a number above 0", penalty)
     linear_model, pipeline, preprocessing = (
         _part_of_sklearn("linear_probe", part) for part in ("linear_model", "pipeline", "preprocessing")
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvae._compiling import is_compiling
 from fastvae._elbo_reference import reparameterize
-from fastvae.arguments import expect_numbers, given
+from fastvae.arguments import expect_at_least, expect_not_negative, expect_numbers, given
 from fastvae.likelihoods import Likelihood
 from fastvae.models.evidence import codes_by_outputs, importance_sampled
 from fastvae.models.imputation import imputed
@@ -98,11 +98,9 @@ class BaseVAE(EncoderDecoder, ABC):
         max_logvar: float | None = None,
     ) -> None:
         name = type(self).__name__
-        expect_numbers(name, beta=beta, latent_dim=latent_dim, max_logvar=max_logvar)
-        if not (math.isfinite(beta) and beta >= 0):
-            raise ValueError(f"{name}: beta: expected a finite number of at least 0, got {beta}")
-        if latent_dim is not None and latent_dim < 1:
-            raise ValueError(f"{name}: latent_dim: expected at least 1, got {latent_dim}")
+        expect_numbers(name, max_logvar=max_logvar)
+        expect_not_negative(name, beta=beta)
+        expect_at_least(name, 1, optional=True, latent_dim=latent_dim)
         if max_logvar is not None and not math.isfinite(max_logvar):
             raise ValueError(f"{name}: max_logvar: expected a finite number or None, got {max_logvar}")
         penalties = list(penalties)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae._compiling import is_captured, is_compiling
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_at_least, expect_numbers
 from fastvae.decoding import transformed
 from fastvae.models.inputs import check_condition, check_is_tensor
 from fastvae.models.observation import Observation
@@ -63,9 +63,8 @@ def check_request(
     """Raise, as of ``owner``, for numbers below 1, no tensor, or a condition that does not fit x."""
     expect_numbers(owner, num_samples=num_samples, chunk_size=chunk_size)
     check_is_tensor(model, seen.x)
-    for name, count in (("num_samples", num_samples), ("chunk_size", chunk_size)):
-        if count is not None and count < 1:
-            raise ValueError(f"{owner}: {name}: expected at least 1, got {count}")
+    expect_at_least(owner, 1, num_samples=num_samples)
+    expect_at_least(owner, 1, optional=True, chunk_size=chunk_size)
     if seen.condition is not None:
         check_condition(model, seen.condition, len(seen.x))
 

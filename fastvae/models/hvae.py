@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_captured
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_at_least, expect_choice
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import needs_condition
@@ -135,11 +135,8 @@ class HVAE(BaseVAE):
             check_finite=check_finite,
             max_logvar=max_logvar,
         )
-        expect_numbers("HVAE", num_steps=num_steps)
-        if num_steps < 1:
-            raise ValueError(f"HVAE: num_steps: expected at least 1, got {num_steps}")
-        if on_divergence not in ON_DIVERGENCE:
-            raise ValueError(f"HVAE: on_divergence: expected one of {ON_DIVERGENCE}, got {on_divergence!r}")
+        expect_at_least("HVAE", 1, num_steps=num_steps)
+        expect_choice("HVAE", ON_DIVERGENCE, on_divergence=on_divergence)
         num_steps = int(num_steps)
         self.num_steps = num_steps
         self.tempering = Tempering(tempering, num_steps, beta_0, learn_tempering)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvae._compiling import is_compiling
 from fastvae._elbo_reference import IWAE_ESTIMATORS, bound_of, reparameterize
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect_choice, expect_integers
 from fastvae.likelihoods import Likelihood
 from fastvae.models.base import Noise, TrainingStep
 from fastvae.models.observation import Observation
@@ -75,11 +75,8 @@ class IWAE(VAE):
             check_finite=check_finite,
             max_logvar=max_logvar,
         )
-        expect_numbers("IWAE", num_samples=num_samples)
-        if not is_integer(num_samples) or num_samples < 1:
-            raise ValueError(f"IWAE: num_samples: expected an int of at least 1, got {num_samples!r}")
-        if estimator not in IWAE_ESTIMATORS:
-            raise ValueError(f"IWAE: estimator: expected one of {IWAE_ESTIMATORS}, got {estimator!r}")
+        expect_integers("IWAE", 1, num_samples=num_samples)
+        expect_choice("IWAE", IWAE_ESTIMATORS, estimator=estimator)
         self.noise_draws = int(num_samples)
         self.estimator = estimator
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae._distribution import to_mend
+from fastvae.arguments import expect_choice
 from fastvae.data import images_of
 from fastvae.likelihoods import Bernoulli, Categorical
 from fastvae.models.base import BaseVAE
@@ -61,10 +62,7 @@ class InputComplexity(LikelihoodScore):
         seed: int = 0,
     ) -> None:
         super().__init__(model, num_samples=num_samples, seed=seed)
-        if compressor not in _FORMATS:
-            raise ValueError(
-                f"InputComplexity: compressor: expected one of {sorted(_FORMATS)}, got {compressor!r}"
-            )
+        expect_choice("InputComplexity", sorted(_FORMATS), compressor=compressor)
         likelihood = self.model.likelihood
         if not isinstance(likelihood, (Bernoulli, Categorical)) or likelihood.values_per_element > 256:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_at_least, expect_numbers
 from fastvae.data import images_of
 from fastvae.likelihoods import Categorical
 from fastvae.models.base import BaseVAE
@@ -39,10 +39,8 @@ def mutate(
     expect_numbers("mutate", probability=probability, levels=levels)
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"mutate: x: expected uint8 or a floating dtype, got {x.dtype}")
-    if not 0 <= probability <= 1:
-        raise ValueError(f"mutate: probability: expected a number in [0, 1], got {probability}")
-    if not 2 <= levels <= 256:
-        raise ValueError(f"mutate: levels: expected 2 to 256, got {levels}")
+    expect(0 <= probability <= 1, "mutate: probability: expected a number in [0, 1]", probability)
+    expect(2 <= levels <= 256, "mutate: levels: expected 2 to 256", levels)
     values = torch.randint(levels, x.shape, device=x.device, generator=generator)
     drawn = values.to(x.dtype) if x.dtype == torch.uint8 else values.to(x.dtype) / (levels - 1)
     chosen = torch.rand(x.shape, device=x.device, generator=generator) < probability
@@ -111,10 +109,8 @@ class LikelihoodRatio(LikelihoodScore):
         if background is not None:
             background = self._checked_model("background", background)
         expect_numbers("LikelihoodRatio", mutation=mutation, levels=levels, epochs=epochs)
-        if not 0 <= mutation <= 1:
-            raise ValueError(f"LikelihoodRatio: mutation: expected a number in [0, 1], got {mutation}")
-        if epochs < 1:
-            raise ValueError(f"LikelihoodRatio: epochs: expected at least 1, got {epochs}")
+        expect(0 <= mutation <= 1, "LikelihoodRatio: mutation: expected a number in [0, 1]", mutation)
+        expect_at_least("LikelihoodRatio", 1, epochs=epochs)
         self.background, self.mutation, self.epochs = background, mutation, epochs
         self._background_copies = PrivateCopies()
         likelihood = self.model.likelihood

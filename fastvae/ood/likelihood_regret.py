@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_at_least, expect_choice, expect_not_negative, expect_numbers
 from fastvae.cuda_graphs import run_steps
 from fastvae.influence.noise import draws_noise
 from fastvae.likelihoods.weights import expanded, filled
@@ -125,25 +125,15 @@ class LikelihoodRegret(Detector):
         inner = unwrap(model)
         if not isinstance(inner, BaseVAE):
             raise TypeError(f"LikelihoodRegret: model: expected a fastvae model, got {type(inner).__name__}")
-        if target not in TARGETS:
-            raise ValueError(f"LikelihoodRegret: target: expected one of {TARGETS}, got {target!r}")
-        expect_numbers("LikelihoodRegret", num_steps=num_steps, lr=lr, num_samples=num_samples, seed=seed)
-        expect_numbers("LikelihoodRegret", weight_decay=weight_decay, memory_budget=memory_budget)
+        owner = "LikelihoodRegret"
+        expect_choice(owner, TARGETS, target=target)
+        expect_numbers(owner, seed=seed)
         for beta in betas:
-            expect_numbers("LikelihoodRegret", betas=beta)
-        for name, count in (
-            ("num_steps", num_steps),
-            ("num_samples", num_samples),
-            ("memory_budget", memory_budget),
-        ):
-            if count is not None and count < 1:
-                raise ValueError(f"LikelihoodRegret: {name}: expected at least 1, got {count}")
+            expect_numbers(owner, betas=beta)
+        expect_at_least(owner, 1, num_steps=num_steps, num_samples=num_samples)
+        expect_at_least(owner, 1, optional=True, memory_budget=memory_budget)
         lr = _LEARNING_RATES[target] if lr is None else lr
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"LikelihoodRegret: {name}: expected a finite number of at least 0, got {value}"
-                )
+        expect_not_negative(owner, lr=lr, weight_decay=weight_decay)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"LikelihoodRegret: betas: expected two numbers in [0, 1), got {betas}")
         super().__init__(inner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_at_least, expect_numbers
 from fastvae.models.base import BaseVAE
 from fastvae.models.inputs import check_is_tensor
 from fastvae.noise import SampleNoise, keys_of
@@ -32,9 +32,8 @@ class LikelihoodScore(Detector):
 
     def __init__(self, model: BaseVAE, *, num_samples: int = 1000, seed: int = 0) -> None:
         model = self._checked_model("model", model)
-        expect_numbers(type(self).__name__, num_samples=num_samples, seed=seed)
-        if num_samples < 1:
-            raise ValueError(f"{type(self).__name__}: num_samples: expected at least 1, got {num_samples}")
+        expect_numbers(type(self).__name__, seed=seed)
+        expect_at_least(type(self).__name__, 1, num_samples=num_samples)
         super().__init__(model)
         self.num_samples, self.seed = num_samples, seed
         self._copies = PrivateCopies()

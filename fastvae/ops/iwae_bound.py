@@ -13,7 +13,7 @@ from fastvae import reference
 from fastvae._compiling import is_compiling
 from fastvae._elbo_reference import IWAE_ESTIMATORS, bound_at, log_px_of_codes, posterior_of
 from fastvae._extension import raw
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect_choice, expect_integers
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
@@ -80,15 +80,8 @@ def iwae_bound(
     """
     check_bound("iwae_bound", encoder, decoder, beta)
     check_tensors("iwae_bound", x=x, **({} if noise is None else {"noise": noise}))
-    expect_numbers("fastvae::iwae_bound", num_samples=num_samples)
-    if not is_integer(num_samples) or num_samples < 1:
-        raise ValueError(
-            f"fastvae::iwae_bound: num_samples: expected an int of at least 1, got {num_samples!r}"
-        )
-    if estimator not in IWAE_ESTIMATORS:
-        raise ValueError(
-            f"fastvae::iwae_bound: estimator: expected one of {IWAE_ESTIMATORS}, got {estimator!r}"
-        )
+    expect_integers("fastvae::iwae_bound", 1, num_samples=num_samples)
+    expect_choice("fastvae::iwae_bound", IWAE_ESTIMATORS, estimator=estimator)
     if x.dim() == 0:
         raise ValueError("fastvae::iwae_bound: x: expected shape [B, ...], got []")
     check_condition("iwae_bound", condition, len(x))

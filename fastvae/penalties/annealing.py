@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect_integers, expect_numbers, is_integer
 from fastvae.models.base import Penalty, TrainingStep
 
 __all__ = ["AnnealedPenalty", "BetaAnnealing"]
@@ -26,11 +26,7 @@ class AnnealedPenalty(Penalty):
 
     def __init__(self, anneal_steps: int = 0) -> None:
         super().__init__()
-        expect_numbers(type(self).__name__, anneal_steps=anneal_steps)
-        if not is_integer(anneal_steps) or anneal_steps < 0:
-            raise ValueError(
-                f"{type(self).__name__}: anneal_steps: expected an int of at least 0, got {anneal_steps!r}"
-            )
+        expect_integers(type(self).__name__, 0, anneal_steps=anneal_steps)
         self.anneal_steps = int(anneal_steps)
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
 

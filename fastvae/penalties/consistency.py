@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_choice, expect_not_negative
 from fastvae.data import accepts_generator
 from fastvae.models.base import Penalty, TrainingStep
 from fastvae.ops.gaussian_kl import gaussian_kl
@@ -49,11 +48,8 @@ class Consistency(Penalty):
         super().__init__()
         if not callable(augment):
             raise TypeError(f"Consistency: augment: expected a callable, got {type(augment).__name__}")
-        expect_numbers("Consistency", weight=weight)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"Consistency: weight: expected a finite number of at least 0, got {weight}")
-        if noise not in NOISE:
-            raise ValueError(f"Consistency: noise: expected one of {NOISE}, got {noise!r}")
+        expect_not_negative("Consistency", weight=weight)
+        expect_choice("Consistency", NOISE, noise=noise)
         self.augment = augment
         self.weight = float(weight)
         self.common_noise = noise == "common"

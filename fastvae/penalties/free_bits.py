@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_choice, expect_not_negative
 from fastvae.models.base import Penalty, TrainingStep
 from fastvae.penalties.annealing import BetaAnnealing
 
@@ -37,11 +35,8 @@ class FreeBits(Penalty):
 
     def __init__(self, nats: float, *, per: str = "batch") -> None:
         super().__init__()
-        expect_numbers("FreeBits", nats=nats)
-        if not (math.isfinite(nats) and nats >= 0):
-            raise ValueError(f"FreeBits: nats: expected a finite number of at least 0, got {nats}")
-        if per not in PER:
-            raise ValueError(f"FreeBits: per: expected one of {PER}, got {per!r}")
+        expect_not_negative("FreeBits", nats=nats)
+        expect_choice("FreeBits", PER, per=per)
         self.nats, self.per = float(nats), per
 
     @property

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from fastvae._jacobian_reference import check_estimator
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect_not_negative, expect_numbers
 from fastvae.likelihoods import Bernoulli
 from fastvae.models.base import TrainingStep
 from fastvae.ops.jacobian_l1 import jacobian_l1
@@ -48,8 +46,7 @@ class JacobianL1(AnnealedPenalty):
         super().__init__(anneal_steps)
         expect_numbers("JacobianL1", gamma=gamma)
         check_estimator("JacobianL1", estimator, step)
-        if not (math.isfinite(gamma) and gamma >= 0):
-            raise ValueError(f"JacobianL1: gamma: expected a finite number of at least 0, got {gamma}")
+        expect_not_negative("JacobianL1", gamma=gamma)
         self.gamma = float(gamma)
         self.estimator, self.difference_step = estimator, float(step)
 

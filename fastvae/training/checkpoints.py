@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastvae.arguments import expect
 from fastvae.atomic import write_atomically
 from fastvae.training.archive import DamagedFileError, read_archive
 from fastvae.wrappers import unwrap
@@ -60,8 +61,7 @@ def save_checkpoint(
         ValueError: a weight that is not finite.
         TypeError: a state that ``torch.load(weights_only=True)`` would refuse; the message names the types.
     """
-    if not math.isfinite(weight):
-        raise ValueError(f"save_checkpoint: weight: expected a finite number, got {weight}")
+    expect(math.isfinite(weight), "save_checkpoint: weight: expected a finite number", weight)
     content = {
         "format": _FORMAT,
         "model": unwrap(model).state_dict(),

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect_choice, expect_integers, expect_numbers, is_integer
 from fastvae.modes import modes_kept
 from fastvae.training.batches import Place
 from fastvae.training.callbacks import Callback, EarlyStopping
@@ -146,19 +146,12 @@ def fit(
         BlockingIOError: another run writes to ``run_dir``; says which process, on which host, since when.
         OSError: a checkpoint cannot be written, because the disk is full, say; names the file. The one before stays.
     """
-    expect_numbers("fit", epochs=epochs, patience=patience, max_steps=max_steps, seed=seed)
-    expect_numbers("fit", clip_grad_norm=clip_grad_norm, batch_size=batch_size)
+    expect_numbers("fit", seed=seed, clip_grad_norm=clip_grad_norm)
     counts = {"epochs": epochs, "patience": patience, "max_steps": max_steps, "batch_size": batch_size}
-    for name, count in counts.items():
-        if count is not None and not (is_integer(count) and count >= 1):
-            raise ValueError(f"fit: {name}: expected an int of at least 1, got {count!r}")
-    for name, choice, choices in (
-        ("schedule_by", schedule_by, ("epoch", "step")),
-        ("on_nonfinite", on_nonfinite, ("raise", "skip")),
-        ("on_difference", on_difference, ("raise", "warn")),
-    ):
-        if choice not in choices:
-            raise ValueError(f"fit: {name}: expected one of {choices}, got {choice!r}")
+    expect_integers("fit", 1, optional=True, **counts)
+    expect_choice("fit", ("epoch", "step"), schedule_by=schedule_by)
+    expect_choice("fit", ("raise", "skip"), on_nonfinite=on_nonfinite)
+    expect_choice("fit", ("raise", "warn"), on_difference=on_difference)
     if batch_size is not None and not any(isinstance(given, Dataset) for given in (loader, val_loader)):
         raise ValueError(
             f"fit: batch_size: expected a Dataset to make batches of, got {type(loader).__name__}, which has its own"
