@@ -45,8 +45,8 @@ napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 add_module_names = False
 
-# No other project's index is asked for, so that a build needs no network; what is torch's or Python's stays text, and Run,
-# which only a private field of callbacks' Training has.
+# No other project's index is asked for, so that a build needs no network: torch's and Python's names stay text, and
+# so does Run, which only a private field of callbacks' Training has.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(Tensor|Run|(abc|nn|torch|numpy|collections|lightning|pytorch_ood)\..*)")
