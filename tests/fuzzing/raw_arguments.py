@@ -183,10 +183,11 @@ _VALUES: dict[str, Any] = {
     "x": lambda a: torch.rand(B, a.elements, dtype=a.dtype),
     "step_size": lambda a: torch.rand(random.choice(((), (1,), (D,))), dtype=a.dtype),
     "alpha": lambda a: torch.rand((), dtype=a.dtype),
-    "hamiltonian_flow.step_size": lambda a: torch.rand(
-        random.choice(((), (D,), (K, 1), (K, D))), dtype=a.dtype
+    **dict.fromkeys(
+        ("hamiltonian_flow.step_size", "trajectory.step_size"),
+        lambda a: torch.rand(random.choice(((), (D,), (K, 1), (K, D))), dtype=a.dtype),
     ),
-    "hamiltonian_flow.alpha": lambda a: torch.rand(K, dtype=a.dtype),
+    **dict.fromkeys(("hamiltonian_flow.alpha", "trajectory.alpha"), lambda a: torch.rand(K, dtype=a.dtype)),
     "gaussian_kl_backward.grad": lambda a: a.normal(B),
     "grad_log_px": lambda a: a.normal(B),
     "parameters": Arguments.parameters,
