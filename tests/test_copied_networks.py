@@ -259,6 +259,16 @@ def test_an_encoder_that_changes_is_read_again() -> None:
     compare(model, torch.rand(2, 24))
 
 
+def test_parameters_that_become_one() -> None:
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(24, 24), "b": nn.Linear(24, 24), "scale": weight(24)}
+    encoder = Encoder(lambda m, x: m.scale * torch.tanh(m.b(torch.tanh(m.a(x)))), **parts)
+    model = model_of(encoder)
+    compare(model, torch.rand(2, 24))
+    encoder.b.weight = encoder.a.weight
+    compare(model, torch.rand(2, 24))
+
+
 def test_samples_that_depend_on_each_other_are_refused() -> None:
     torch.manual_seed(0)
     model = model_of(Encoder(lambda m, x: m.dense(x - x.mean(0)), dense=nn.Linear(24, 8)))

@@ -139,33 +139,34 @@ class _Known:
 
 
 def _known_of(model: BaseVAE, x: Tensor, network: ReadNetwork, condition: Tensor | None) -> _Known:
-    program = network.sweeps.program
-    # Kept with what was read, and as long.
+    sources: dict[int, list[int]] = {}
+    for index, tensor in enumerate(network.tensors, 1):
+        if tensor is not None:
+            sources.setdefault(id(tensor), []).append(index)
+    owned = {name: own for name, own in model.encoder.named_parameters() if id(own) in sources}
+    trained = tuple(tuple(sources[id(own)]) for own in owned.values())
+    # Kept with what was read, and as long; parameters may have become one since.
     known: _Known | None = network.sweeps.copied
-    if known is None:
-        sources: dict[int, list[int]] = {}
-        for index, tensor in enumerate(network.tensors, 1):
-            if tensor is not None:
-                sources.setdefault(id(tensor), []).append(index)
-        names = [name for name, own in model.encoder.named_parameters() if id(own) in sources]
-        trained = [sources[id(model.encoder.get_parameter(name))] for name in names]
-        two, given = rows_of(x, 2), None if condition is None else rows_of(condition, 2)
-        tensors = [
-            rows_of(tensor, 2) if source.is_condition and tensor is not None else tensor
-            for source, tensor in zip(program.sources, network.tensors, strict=True)
-        ]
-        dtypes = {model.encoder.get_parameter(name).dtype for name in names}
-        if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-            raise UnsupportedLayer("lower: parameters of several dtypes, or of none that kernels have")
-        data = given_to_encoder(model, two)
-        try:
-            copied = CopiedNetwork(program, trained, data, tensors)
-            _verify(copied, names, model, two, given, data, tensors)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if isinstance(error, UnsupportedLayer):
-                raise
-            raise UnsupportedLayer(f"lower: what was read of it does not run: {error}") from error
-        known = network.sweeps.copied = _Known(copied, names)
+    if known is not None and known.names == list(owned) and known.network.trained == trained:
+        return known
+    dtypes = {own.dtype for own in owned.values()}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise UnsupportedLayer("lower: parameters of several dtypes, or of none that kernels have")
+    two, given = rows_of(x, 2), None if condition is None else rows_of(condition, 2)
+    program = network.sweeps.program
+    tensors = [
+        rows_of(tensor, 2) if source.is_condition and tensor is not None else tensor
+        for source, tensor in zip(program.sources, network.tensors, strict=True)
+    ]
+    data = given_to_encoder(model, two)
+    try:
+        copied = CopiedNetwork(program, trained, data, tensors)
+        _verify(copied, list(owned), model, two, given, data, tensors)
+    except UnsupportedLayer:
+        raise
+    except Exception as error:
+        raise UnsupportedLayer(f"lower: what was read of it does not run: {error}") from error
+    known = network.sweeps.copied = _Known(copied, list(owned))
     return known
 
 
