@@ -160,7 +160,10 @@ def test_going_on(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     capsys.readouterr()
     assert main(["train", "--out", str(twice), "--resume", "--learning-rate", "1"]) == 2
-    assert "expected a run with the same optimizer.lr (1.0), found 0.001" in capsys.readouterr().err
+    assert (
+        "expected a run with the same optimizer.lr (1.0), found 0.001; --out FOLDER begins another"
+        in capsys.readouterr().err
+    )
     assert RunSettings.load(twice).learning_rate == 1e-3, "a change that was refused is not kept"
     assert main(["train", "--out", str(twice), "--resume", "--size", "16"]) == 2
     assert "--size: the run in" in capsys.readouterr().err
@@ -208,6 +211,7 @@ def test_ctrl_c(pictures: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["train"], r"DATA: expected a folder of pictures, .* got nothing"),
+        (["train", ""], "DATA: expected a folder of pictures"),
         (["train", "nowhere"], "load: source: expected .* got 'nowhere'"),
         (["train", "{tmp}/empty"], "empty: expected pictures .* found nothing"),
         (["train", "{tmp}/bad"], r"bad/a\.png: expected a picture that Pillow can read"),

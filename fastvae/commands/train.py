@@ -106,6 +106,10 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\n{_interrupted(folder, settings)}", file=sys.stderr)
         return 130
+    except CommandError as error:
+        # What fit says to whoever calls it from Python is not for here.
+        found, differs, _ = str(error).partition(". Choose another run_dir")
+        raise CommandError(f"{found}; --out FOLDER begins another run" if differs else found) from error
     except FloatingPointError as error:
         print(f"fastvae train: {error}", file=sys.stderr)
         return 1
@@ -117,7 +121,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> RunSettings:
     """Of a new run, or of one that goes on with what was given changed."""
     names = set(asdict(RunSettings()))
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    if "data" in given and Path(given["data"]).exists():
+    if given.get("data") and Path(given["data"]).exists():
         # The run may be looked at from elsewhere.
         given["data"] = str(Path(given["data"]).resolve())
     is_there = (folder / "run.json").exists()
@@ -137,7 +141,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> RunSettings:
         raise CommandError(
             f"{folder} holds a run already; --resume goes on with it, --out FOLDER begins another"
         )
-    if "data" not in given:
+    if not given.get("data"):
         raise CommandError(
             'DATA: expected a folder of pictures, IDX files, an .npz file or "digits", got nothing'
         )
