@@ -27,7 +27,8 @@ from fastvae.data import ImageDataset
 from fastvae.models import HVAE, IWAE, VAE, BaseVAE
 from fastvae.report import Picture, Section, Subject, Table, as_text, sections_of, write_page, write_report
 from fastvae.report.foreign import outlier_scores
-from fastvae.report.influence import Influences, auroc, influences_of, suspicious
+from fastvae.report.influence import Influences, influences_of
+from fastvae.report.labels import auroc, suspicious_labels
 from fastvae.report.pictures import neighbour_accuracy
 from fastvae.report.speed import timed
 from fastvae.report.wording import estimated, nats
@@ -249,13 +250,13 @@ def test_wrong_labels_are_found() -> None:
     order = subject.train_indices
     assert torch.equal(subject.train_labels, given[order])
     found = Influences(40, scores[order][:, order], scores[:5], 0)
-    section = suspicious(subject, found, wrong=wrong)
+    section = suspicious_labels(subject, found, wrong=wrong)
     assert section is not None
     assert (
         "Of 2 labels that were made wrong on purpose 2 are among the 2 most suspicious: AUROC 1.000"
         in section.verdict
     )
-    plain = suspicious(subject, found)
+    plain = suspicious_labels(subject, found)
     assert plain is not None and plain.verdict.startswith("2 of 40 labels look wrong")
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--foreign", nargs="+", default=[], help="images of other kinds, in the same forms", metavar="DATA"
     )
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder for index.html")
-    parser.add_argument("--minutes", type=positive(float), default=2.0, help="all training stops by then")
+    parser.add_argument("--minutes", type=positive(float), default=2.5, help="all training stops by then")
     parser.add_argument(
         "--steps", type=positive(int), default=6000, help="and each model's after so many steps"
     )

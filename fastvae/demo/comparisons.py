@@ -24,6 +24,8 @@ from fastvae.training import History
 __all__ = ["Budget", "consistency", "hamiltonian", "jacobian", "train_hamiltonian"]
 
 LATENTS = 10
+# Three times the paper's: a hundredth of its steps have to show what the penalty does.
+GAMMA = 0.3
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,6 @@ def jacobian(budget: Budget, *, count: int = 5000, clusters: int = 20) -> Sectio
             for name in ("VAE", "JL1-VAE")
         ],
     )
-
-
-GAMMA = 0.1
 
 
 @torch.no_grad()

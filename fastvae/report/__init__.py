@@ -3,7 +3,8 @@
 subject.py     the model and the images that the page looks at, and how many each section can afford
 page.py        sections as one HTML file (page.html) and as text
 pictures.py    samples and reconstructions; evidence.py: bounds and likelihoods; latents.py: codes and traversals
-trajectory.py  the flow of a Hamiltonian VAE; foreign.py: outlier scores; influence.py: training images and labels
+trajectory.py  the flow of a Hamiltonian VAE; foreign.py: outlier scores; influence.py: training images
+labels.py      training images whose labels look wrong
 speed.py       what runs in kernels, and how fast; setting.py: training, data, versions; wording.py: numbers in words
 writing.py     write_report, which puts them together
 """

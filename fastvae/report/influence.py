@@ -1,4 +1,4 @@
-"""Training images that shaped test images, and those whose labels do not fit what shaped them."""
+"""Training images that shaped test images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from torch import Tensor
 
 from fastvae import plot
 from fastvae.influence import TracIn
-from fastvae.metrics import posteriors
 from fastvae.report.page import Picture, Section, Table
 from fastvae.report.subject import Subject
-from fastvae.report.wording import listed
 
-__all__ = ["Influences", "influence", "influences_of", "suspicious"]
+__all__ = ["Influences", "influence", "influences_of"]
 
 _DRAWS, _PROPONENTS = 16, 10
 _QUERIES, _SHOWN = 5, 4
@@ -135,92 +133,3 @@ def influence(subject: Subject, found: Influences) -> Section:
             Picture(plot.png(strongest), "The training images that pull hardest at the model."),
         ],
     )
-
-
-def suspicious(subject: Subject, found: Influences, *, wrong: Tensor | None = None) -> Section | None:
-    """Training images whose label few of the images nearest by gradient share; None without labels.
-
-    Args:
-        subject: of the page.
-        found: influences among its training images.
-        wrong: bool [all training images] whose labels were made wrong on purpose, to see whether they are found.
-    """
-    if subject.train_labels is None or found.count < 3:
-        return None
-    labels = subject.train_labels[: found.count]
-    near = labels[found.proponents()]
-    agreement = (near == labels[:, None]).double().mean(1)
-    majority = near.mode(1).values
-    # Of as little agreement the one whose neighbours agree most with one another.
-    unity = (near == majority[:, None]).double().mean(1)
-    doubt = unity - agreement
-    order = doubt.argsort(descending=True, stable=True)[:16]
-    alone = int((doubt > 0.5).sum())
-    verdict = (
-        f"{alone} of {found.count:,} labels look wrong: the images nearest by gradient agree on another one."
-        if alone
-        else f"No label of {found.count:,} stands against what the images nearest by gradient agree on."
-    )
-    worked: bool | None = None
-    rows: list[list[str]] = []
-    planted = None if wrong is None else wrong[subject.train_indices[: found.count]]
-    if planted is not None and bool(planted.any()):
-        verdict, worked, rows = _as_planted(subject, doubt, labels, planted)
-    name = "given label>that of the images nearest by gradient"
-    figure = plot.image_blocks(
-        {name: subject.train[order]},
-        columns=8 if subject.classes is None else 4,  # names take more room than numbers
-        captions={
-            name: [f"{subject.label(labels[index])}>{subject.label(majority[index])}" for index in order]
-        },
-    )
-    return Section(
-        "Suspicious labels",
-        verdict,
-        worked,
-        [
-            f"""The model never sees labels. For each training image the {min(_PROPONENTS, found.count - 1)} others
-            whose loss gradients point most the same way (cosine) vote for theirs; suspicious is an image whose label
-            they do not share, most of all where they agree on another."""
-        ],
-        Table(["way to look", "AUROC"], rows) if rows else None,
-        [Picture(plot.png(figure), "The labels that are most suspicious, first the most.")],
-    )
-
-
-def _as_planted(
-    subject: Subject, doubt: Tensor, labels: Tensor, wrong: Tensor
-) -> tuple[str, bool | None, list[list[str]]]:
-    """How well doubt finds labels that are known to be wrong, beside the nearest codes and pixels."""
-    train = subject.train[: len(doubt)]
-    ways = {"nearest by gradient (TracIn)": doubt}
-    for name, points in (
-        ("nearest codes", posteriors(subject.model, train)[0]),
-        ("nearest pixels", train.flatten(1)),
-    ):
-        near = labels[
-            torch.cdist(points, points).fill_diagonal_(math.inf).topk(_PROPONENTS, largest=False).indices
-        ]
-        unity = (near == near.mode(1).values[:, None]).double().mean(1)
-        ways[name] = unity - (near == labels[:, None]).double().mean(1)
-    areas = {name: auroc(each[~wrong], each[wrong]) for name, each in ways.items()}
-    (_, own), *others = areas.items()
-    rivals = listed([f"{name} {area:.3f}" for name, area in others])
-    is_best = all(own > area for _, area in others)
-    count = int(wrong.sum())
-    hits = int(wrong[doubt.argsort(descending=True, stable=True)[:count]].sum())
-    verdict = (
-        f"Of {count} labels that were made wrong on purpose {hits} are among the {count} most suspicious: AUROC "
-        f"{own:.3f}; without a gradient {rivals}" + ("." if is_best else ", so gradients gain nothing here.")
-    )
-    return (
-        verdict,
-        True if is_best else None if own > 0.9 else False,
-        [[name, f"{area:.3f}"] for name, area in areas.items()],
-    )
-
-
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    """The probability that one of ``outside`` is larger than one of ``inside``; ties count half."""
-    greater = (outside[:, None] > inside[None]).double() + 0.5 * (outside[:, None] == inside[None]).double()
-    return float(greater.mean())

@@ -16,7 +16,8 @@ from fastvae.models import BaseVAE
 from fastvae.progress import with_bar
 from fastvae.report.evidence import evidence
 from fastvae.report.foreign import foreign_images
-from fastvae.report.influence import Influences, influence, influences_of, suspicious
+from fastvae.report.influence import Influences, influence, influences_of
+from fastvae.report.labels import suspicious_labels
 from fastvae.report.latents import latents
 from fastvae.report.page import Section, write_page
 from fastvae.report.pictures import reconstructions, samples
@@ -116,7 +117,7 @@ def sections_of(subject: Subject, *, wrong: Tensor | None = None, progress: bool
         return influence(subject, known[0])
 
     def labels() -> Section | None:
-        return suspicious(subject, known[0], wrong=wrong) if known else None
+        return suspicious_labels(subject, known[0], wrong=wrong) if known else None
 
     parts: dict[str, Callable[[], Section | None]] = {
         "Samples": partial(samples, subject),
