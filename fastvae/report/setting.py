@@ -6,6 +6,7 @@ from fastvae import info, plot
 from fastvae.report.page import Picture, Section, Table
 from fastvae.report.subject import Subject
 from fastvae.report.wording import article
+from fastvae.training import History
 
 __all__ = ["setting", "training"]
 
@@ -24,21 +25,27 @@ def training(subject: Subject) -> Section | None:
         ]
         for name, history in subject.histories.items()
     ]
-    falling = []
-    for name, history in subject.histories.items():
-        losses = [value for value in history.val_loss if value is not None] or history.train_loss
-        quarter = max(1, len(losses) // 4)
-        falling.append((name, losses[-quarter - 1] - losses[-1] if len(losses) > quarter else 0.0))
-    said = ", ".join(f"{name + ': ' if len(falling) > 1 else ''}{loss:.2f} nats" for name, loss in falling)
+    changes = {name: _late_change(history) for name, history in subject.histories.items()}
+    said = ", ".join(
+        f"{name + ': ' if len(changes) > 1 else ''}{change:+.2f}".replace("-", "−")
+        for name, change in changes.items()
+    )
     return Section(
         "Training",
-        f"Over the last quarter of the epochs the loss fell by {said}"
-        + (": longer training would help." if max(loss for _, loss in falling) > 0.5 else "."),
+        f"Over the last quarter of the epochs the loss changed by {said} nats"
+        + (": longer training would help." if min(changes.values()) < -0.5 else "."),
         None,
         ["The loss is that of the objective, penalties and β included."],
         Table(["", "epochs", "steps", "time", "last loss"], rows),
         [Picture(plot.png(plot.training_curves(subject.histories)), "Thick: held out; thin: training.")],
     )
+
+
+def _late_change(history: History) -> float:
+    """Of the loss, held out if it was measured, over the last quarter of the epochs."""
+    losses = [value for value in history.val_loss if value is not None] or history.train_loss
+    quarter = max(1, len(losses) // 4)
+    return losses[-1] - losses[-quarter - 1] if len(losses) > quarter else 0.0
 
 
 def setting(subject: Subject, seconds: float) -> Section:
