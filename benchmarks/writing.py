@@ -30,19 +30,16 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, record: Mapping[str, Any], *, allow_nan: bool = False) -> None:
-    """With six digits of a number, and on a line what fits there; dataclasses are mappings.
+def write_json(path: Path, record: Mapping[str, Any], *, digits: int = 6, allow_nan: bool = False) -> None:
+    """With so many digits of a number, and on a line what fits there; dataclasses are mappings.
 
     Raises:
         TypeError: neither plain data nor a dataclass.
         ValueError: a number that is not finite, unless ``allow_nan``.
     """
-    plain = json.loads(json.dumps(record, allow_nan=allow_nan, default=_plain), parse_float=_rounded)
+    text = json.dumps(record, allow_nan=allow_nan, default=_plain)
+    plain = json.loads(text, parse_float=lambda number: float(f"{float(number):.{digits}g}"))
     write(path, _json(plain) + "\n")
-
-
-def _rounded(number: str) -> float:
-    return float(f"{float(number):.6g}")
 
 
 def _plain(value: object) -> Any:
@@ -56,11 +53,11 @@ def _json(value: Any, indent: str = "", key: str = "") -> str:
     if len(line) <= WIDTH or not isinstance(value, (dict, list)):
         return line
     opening, closing = "{}" if isinstance(value, dict) else "[]"
-    entries = value.items() if isinstance(value, dict) else (("", entry) for entry in value)
+    entries = value.items() if isinstance(value, dict) else ((None, entry) for entry in value)
     lines: list[str] = []
     shared = False
     for name, entry in entries:
-        text = _json(entry, indent + " ", f"{json.dumps(name)}: " if name else "")
+        text = _json(entry, indent + " ", "" if name is None else f"{json.dumps(name)}: ")
         # Numbers and texts share lines, and so do the short parts of a mapping; rows of a table do not.
         single = "\n" not in text and (isinstance(value, dict) or not isinstance(entry, (dict, list)))
         if shared and single and len(lines[-1]) + len(text.strip()) + 2 <= WIDTH:

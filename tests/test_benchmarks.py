@@ -494,14 +494,15 @@ def test_jax_twins_of_the_operators_agree_with_float64(operator: str, tmp_path: 
 
 
 def test_what_fits_on_a_line_stands_on_one(tmp_path: Path) -> None:
-    record = {
-        "short": {"a": [1, 2.5, None]},
-        "long": [{"text": "x" * 60, "n": n} for n in range(3)],
-        "none": {},
-    }
+    rows = [{"text": "x" * 60, "n": n, "": None} for n in range(3)]
+    record = {"short": {"a": [1, 2.5, None]}, "": rows, "none": {}, "many": list(range(99))}
     writing.write_json(tmp_path / "it.json", record)
     text = (tmp_path / "it.json").read_text()
-    assert json.loads(text) == record and len(text.splitlines()) == 9
-    assert ' "short": {"a": [1, 2.5, null]},' in text.splitlines()
+    assert json.loads(text) == record and max(map(len, text.splitlines())) <= writing.WIDTH + 1
+    assert ' "short": {"a": [1, 2.5, null]},' in text.splitlines() and len(text.splitlines()) < 16
+    writing.write_json(tmp_path / "it.json", {"third": 1 / 3}, digits=3)
+    assert json.loads((tmp_path / "it.json").read_text()) == {"third": 0.333}
     with pytest.raises(TypeError, match="expected plain data or dataclasses, got object"):
         writing.write_json(tmp_path / "it.json", {"a": object()})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        writing.write_json(tmp_path / "it.json", {"a": float("nan")})

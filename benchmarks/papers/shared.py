@@ -72,5 +72,5 @@ def table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> str:
 def write_results(folder: Path, name: str, results: Row, text: str) -> None:
     """``name``.json and .md, in a folder that is made where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
-    writing.write_json(folder / f"{name}.json", results, allow_nan=True)
+    writing.write_json(folder / f"{name}.json", results, digits=17, allow_nan=True)
     write(folder / f"{name}.md", text)
