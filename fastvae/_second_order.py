@@ -214,11 +214,11 @@ def batchable() -> contextlib.AbstractContextManager[Any]:
 def _nodes(tensor: Tensor, until: Any) -> Iterator[Any]:
     """The nodes of a tensor's graph down to its leaves, or to the node ``until``."""
     stack: list[Any] = [tensor.grad_fn]
-    seen = {None, until}
+    visited = {None, until}
     while stack:
         node = stack.pop()
-        if node not in seen:
-            seen.add(node)
+        if node not in visited:
+            visited.add(node)
             yield node
             stack += [below for below, _ in node.next_functions]
 

@@ -81,9 +81,9 @@ def natural_parameters(
         output = decoder(*given)
         _look_at(output, decoder, likelihood)
         return likelihood.params_of_output(output)
-    with SigmoidInputs() as seen:
+    with SigmoidInputs() as inputs:
         output = decoder(*given)
-    logits = seen.logits_of(output)
+    logits = inputs.logits_of(output)
     if logits is not None:
         return logits
     _look_at(output, decoder, likelihood)

@@ -49,8 +49,8 @@ def key_of_weights(model: nn.Module) -> int:
 
 def draws_of(keys: Tensor, seed: int, draws: int, first: int = 0) -> Tensor:
     """The key of each draw from ``first`` on of each sample, a sample's side by side: int64 [B * draws]."""
-    mine = raw.keyed_bits(keys ^ _of_seed(seed, keys.device), -1, 1).flatten()
-    return raw.keyed_bits(mine, first, draws).flatten()
+    seeds = raw.keyed_bits(keys ^ _of_seed(seed, keys.device), -1, 1).flatten()
+    return raw.keyed_bits(seeds, first, draws).flatten()
 
 
 class Stream:

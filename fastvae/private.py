@@ -75,9 +75,9 @@ def private_copy(model: _Module) -> _Module:
                 f"fastvae: model: expected a module that copy.deepcopy can copy, because scores work on a copy of "
                 f"it; {type(model).__name__} raised {type(error).__name__}: {error}"
             ) from error
-    mine = {id(part) for part in (*model.modules(), *_tensors(model).values())}
+    own_ids = {id(part) for part in (*model.modules(), *_tensors(model).values())}
     for name, part in (*made.named_modules(), *_tensors(made).items()):
-        if id(part) in mine:
+        if id(part) in own_ids:
             raise TypeError(
                 f"fastvae: model: expected a module that copy.deepcopy can copy, because scores work on a copy of "
                 f"it; the copy of {type(model).__name__} has the same {name or 'object'} as the module itself"
@@ -147,11 +147,11 @@ class PrivateCopies:
     def borrowed(self, model: _Module) -> Iterator[_Module]:
         """A copy of the module as it is now, for the caller alone."""
         facts = _facts(model)
-        mine = self._kept(facts, model) or private_copy(model)
-        yield mine
+        copied = self._kept(facts, model) or private_copy(model)
+        yield copied
         # What a forward changed in the copy must not reach the next call.
-        if facts is not None and _facts(mine) == facts:
-            self._idle.append((facts, mine))
+        if facts is not None and _facts(copied) == facts:
+            self._idle.append((facts, copied))
 
     def _kept(self, facts: Any, model: _Module) -> _Module | None:
         """A copy that is still right, with the tensors' values of now; those that are not are let go."""
@@ -260,15 +260,15 @@ def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
         except ValueError:  # not yet assigned
             cells.append(cell)
             continue
-        mine = content
+        rebound = content
         if isinstance(content, FunctionType) and content is not function:
-            mine = _rebound(content, memo)
+            rebound = _rebound(content, memo)
         elif isinstance(content, (nn.Module, Tensor, MethodType)):
             of = content.__self__ if isinstance(content, MethodType) else content
             if id(of) in memo:
-                mine = copy.deepcopy(content, dict(memo))
-        changed = changed or mine is not content
-        cells.append(cell if mine is content else CellType(mine))
+                rebound = copy.deepcopy(content, dict(memo))
+        changed = changed or rebound is not content
+        cells.append(cell if rebound is content else CellType(rebound))
     if not changed:
         return function
     made = FunctionType(

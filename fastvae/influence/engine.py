@@ -224,18 +224,18 @@ class Engine:
         sweep = evaluation.sweep()
         samples = len(batch[0]) * (1 if fold else evaluation.draws_of(batch))
         hooked = [layer for layer in self._layers if sweep is None or not _in_decoder(layer.name)]
-        seen: dict[str, list[SeenCall]] = {layer.name: [] for layer in hooked}
+        layer_calls: dict[str, list[SeenCall]] = {layer.name: [] for layer in hooked}
         of_modules: dict[str, list[ModuleCall]] = {name: [] for name in self._modules}
-        with torch.enable_grad(), watched(hooked, list(self._modules.values()), seen, of_modules):
+        with torch.enable_grad(), watched(hooked, list(self._modules.values()), layer_calls, of_modules):
             total = evaluation.losses(batch, fold, sweep).sum()
-        flat = [(name, call) for name, calls in seen.items() for call in calls]
+        flat = [(name, call) for name, calls in layer_calls.items() for call in calls]
         outputs = [(call, place) for calls in of_modules.values() for call in calls for place in call.outputs]
         changed = [name for name, call in flat if call.input._version != call.version]
         changed += [name for name, calls in of_modules.items() if any(call.was_changed for call in calls)]
         if changed:
             raise ValueError(f"TracIn: {changed[0]}: its input was changed in place after the layer read it")
         if fold:
-            self._check_rows(evaluation, seen, samples)
+            self._check_rows(evaluation, layer_calls, samples)
         edges = [call.edge for _, call in flat] + [call.outputs[place] for call, place in outputs]
         edges += [] if sweep is None else sweep.edges
         grads = (
@@ -260,10 +260,12 @@ class Engine:
         modules = [(whole, used[name]) for name, whole in self._modules.items() if used[name]]
         return Captured(layers, modules, own)
 
-    def _check_rows(self, evaluation: Evaluation, seen: dict[str, list[SeenCall]], samples: int) -> None:
+    def _check_rows(
+        self, evaluation: Evaluation, layer_calls: dict[str, list[SeenCall]], samples: int
+    ) -> None:
         """Rows that a mask chooses, or that are sent to one of several layers, cannot be told apart by sample."""
         known = self._rows.setdefault(evaluation.loss_fn, {})
-        for name, calls in seen.items():
+        for name, calls in layer_calls.items():
             found = [len(call.input) / samples for call in calls if call.input.dim()]
             if not self.audited(evaluation):
                 known.setdefault(name, found)

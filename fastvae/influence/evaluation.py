@@ -106,16 +106,16 @@ class Evaluation:
         """
         return Stream(draws_of(keys_of(x) ^ self.snapshot.noise_key(), self.seed, self.draws))
 
-    def _of_vae(self, model: BaseVAE, seen: Observation, fold: bool) -> Tensor:
-        each = seen.interleaved(self.draws)
-        own = seen if fold else each
+    def _of_vae(self, model: BaseVAE, observation: Observation, fold: bool) -> Tensor:
+        each = observation.interleaved(self.draws)
+        own = observation if fold else each
         encoded = model.encode(own.x, **own.given)
         if fold and self.draws > 1:
             encoded = (
                 encoded[0].repeat_interleave(self.draws, 0),
                 encoded[1].repeat_interleave(self.draws, 0),
             )
-        drawn = self._stream(seen.x).normal((model.noise_draws, *encoded[0].shape[1:]))
+        drawn = self._stream(observation.x).normal((model.noise_draws, *encoded[0].shape[1:]))
         noise = drawn.to(encoded[0]).transpose(0, 1)
         losses: Tensor = encoded_already(model, each.x, encoded)(each.x, noise=noise, **each.given)
         return losses

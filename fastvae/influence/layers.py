@@ -91,7 +91,7 @@ class Captured(NamedTuple):
 def watched(
     layers: Sequence[Layer],
     modules: Sequence[WholeModule],
-    seen: dict[str, list[SeenCall]],
+    layer_calls: dict[str, list[SeenCall]],
     calls: dict[str, list[ModuleCall]],
 ) -> Iterator[None]:
     """Note every call of the layers and modules while inside."""
@@ -101,13 +101,13 @@ def watched(
             if output.requires_grad:
                 x = (args[0] if args else kwargs["input"]).detach()
                 # The edge stays that of this output if an activation then works in place.
-                seen[name].append(SeenCall(x, x._version, get_gradient_edge(output)))
+                layer_calls[name].append(SeenCall(x, x._version, get_gradient_edge(output)))
 
         return hook
 
     def of_module(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if (call := ModuleCall.seen(args, kwargs, output)) is not None:
+            if (call := ModuleCall.of_output(args, kwargs, output)) is not None:
                 calls[name].append(call)
 
         return hook

@@ -39,7 +39,7 @@ class ModuleCall:
     """The gradients of the losses to them."""
 
     @classmethod
-    def seen(cls, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ModuleCall | None:
+    def of_output(cls, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ModuleCall | None:
         """What a hook is given; None where nothing of it can be differentiated."""
         edges = {
             place: get_gradient_edge(each)

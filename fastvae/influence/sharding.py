@@ -53,12 +53,12 @@ class Share:
                 total.add(indices, scores)
         return total
 
-    def _gathered(self, mine: Any) -> list[Any]:
+    def _gathered(self, part: Any) -> list[Any]:
         if self._group is None:
-            return [mine]
+            return [part]
         group = self._group()
         if group is None:
             raise RuntimeError("TracIn: its process_group has been destroyed; make a TracIn of a living one")
         everyone: list[Any] = [None] * self._size
-        dist.all_gather_object(everyone, mine, group=group)
+        dist.all_gather_object(everyone, part, group=group)
         return everyone

@@ -157,8 +157,10 @@ class Sweep:
             eps = expand_step_size(model.step_size.to(rho.dtype), model.num_steps, rho.shape[1], rho)
             flat = torch.cat([eps.reshape(-1), alpha.reshape(-1), beta_0.reshape(1)])
         # rho_0 = gamma_0 / sqrt(beta_0)
-        of_beta = -0.5 * (grad_rho * rho).sum(1) / beta_0.detach()
-        each = torch.cat([step_terms.transpose(0, 1).flatten(1), alpha_terms.sum(2).T, of_beta[:, None]], 1)
+        beta_terms = -0.5 * (grad_rho * rho).sum(1) / beta_0.detach()
+        each = torch.cat(
+            [step_terms.transpose(0, 1).flatten(1), alpha_terms.sum(2).T, beta_terms[:, None]], 1
+        )
         each = each.reshape(samples, -1, each.shape[1]).sum(1)
         wanted = [parameters[name] for name in names]
         if not flat.requires_grad:

@@ -89,8 +89,8 @@ class LitVAE(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The mean loss of a batch: []."""
         given = batch_of(batch, self._places, binarize=False)
-        loss = given.mean(self(*given.seen))
-        self.log("train_loss", loss, batch_size=len(given.seen.x))
+        loss = given.mean(self(*given.observation))
+        self.log("train_loss", loss, batch_size=len(given.observation.x))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -103,9 +103,9 @@ class LitVAE(lightning.LightningModule):
 
     def _log_batch(self, name: str, batch: Any) -> None:
         given = batch_of(batch, self._places, binarize=False)
-        x = given.seen.x
-        self.log(f"{name}_loss", given.mean(self(*given.seen)), batch_size=len(x))
-        self.log(f"{name}_elbo", given.mean(self.model.elbo(x, **given.seen.given)), batch_size=len(x))
+        x = given.observation.x
+        self.log(f"{name}_loss", given.mean(self(*given.observation)), batch_size=len(x))
+        self.log(f"{name}_elbo", given.mean(self.model.elbo(x, **given.observation.given)), batch_size=len(x))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, then the penalties' step; not called for batches that are only accumulated."""

@@ -60,8 +60,8 @@ class Node:
         self.configs = tuple((key, fields) for key, value in held.items() if (fields := _config(value)))
 
         parameters, buffers = module._parameters, module._buffers
-        mine = {name for at, name in wanted if at == path}
-        takes = sorted(mine, key=[*parameters, *buffers, *sorted(mine)].index)
+        names = {name for at, name in wanted if at == path}
+        takes = sorted(names, key=[*parameters, *buffers, *sorted(names)].index)
         direct = [name for name in takes if not hasattr(self.type, name)]
         self.count = len(parameters)
         self.take_parameters = tuple(name for name in direct if name in parameters)

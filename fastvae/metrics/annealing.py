@@ -59,7 +59,7 @@ class Bridge:
     Args:
         model: a private copy.
         start: u [rows, d].
-        seen: of the rows.
+        observation: of the rows.
         initial: mean and scale, [rows, d] each.
     """
 
@@ -67,12 +67,12 @@ class Bridge:
         self,
         model: BaseVAE,
         start: Tensor,
-        seen: Observation,
+        observation: Observation,
         initial: tuple[Tensor, Tensor] | None,
     ) -> None:
         self.start, self.initial = start, initial
         self._log_px_and_force = function_of_codes(
-            model.decoder, start, seen.x, model.likelihood, **seen.given
+            model.decoder, start, observation.x, model.likelihood, **observation.given
         )
 
     def at(self, code: Tensor) -> State:

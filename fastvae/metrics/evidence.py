@@ -256,31 +256,33 @@ class _Options:
 class _Chains:
     """The chains of all images, in tiles of rows (image x chain)."""
 
-    def __init__(self, options: _Options, model: BaseVAE, seen: Observation) -> None:
+    def __init__(self, options: _Options, model: BaseVAE, observation: Observation) -> None:
         self.options, self.model = options, model
-        images = len(seen.x)
+        images = len(observation.x)
         if not images:
             raise ValueError(f"{options.name}: x: expected some images, got none")
         self.device, self.dtype = _place(model)
-        if seen.condition is not None:
-            check_condition(model, seen.condition, images)
+        if observation.condition is not None:
+            check_condition(model, observation.condition, images)
             model._check_takes_condition()
         elif needs_condition(model.decoder):
             raise TypeError(
                 f"{options.name}: the decoder takes a condition, and none was given; pass condition="
             )
-        if seen.weight is not None:
-            seen = seen._replace(weight=expanded(options.name, seen.weight, seen.x))
-        self.seen = seen.each(lambda tensor: tensor.to(self.device))
-        check_observed(model, self.seen.x, self.seen.weight)
+        if observation.weight is not None:
+            observation = observation._replace(
+                weight=expanded(options.name, observation.weight, observation.x)
+            )
+        self.observation = observation.each(lambda tensor: tensor.to(self.device))
+        check_observed(model, self.observation.x, self.observation.weight)
         self.initial: tuple[Tensor, Tensor] | None = None
         if options.initial == "posterior":
             self.initial = self._posterior(images)
         self.dim = model.latent_dim if model.latent_dim is not None else self._posterior(1)[0].shape[1]
-        weight = self.seen.weight
-        self.keys = keys_of(self.seen.x if weight is None else filled(self.seen.x, weight))
+        weight = self.observation.weight
+        self.keys = keys_of(self.observation.x if weight is None else filled(self.observation.x, weight))
         self.ladder = temperatures(int(options.num_temperatures), options.schedule).to(self.device)
-        outputs = math.prod(seen.x.shape[1:]) * model.likelihood.values_per_element
+        outputs = math.prod(observation.x.shape[1:]) * model.likelihood.values_per_element
         at_once = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)
         rows = images * int(options.num_chains)
         most = int(options.chunk_size or max(1, at_once // max(1, outputs)))
@@ -292,7 +294,7 @@ class _Chains:
         """Mean and scale of the encoder's posterior of the first images."""
         parts = []
         for rows in torch.arange(images, device=self.device).split(_BATCH):
-            own = self.seen.at(rows)
+            own = self.observation.at(rows)
             parts.append(self.model.encode(own.x, **own.given))
         means, logvars = zip(*parts, strict=True)
         return torch.cat(means), torch.exp(torch.cat(logvars) / 2)
@@ -301,10 +303,10 @@ class _Chains:
         """One for each transition of all tiles."""
         if not self.options.show_progress:
             return itertools.repeat(None)
-        chains = len(self.seen.x) * int(self.options.num_chains)
+        chains = len(self.observation.x) * int(self.options.num_chains)
         total = runs * (len(self.ladder) - 2) * -(-chains // self.rows)
         if self.steps is None:
-            tiles = -(-len(self.seen.x) * _PILOTS // self._pilot_rows())
+            tiles = -(-len(self.observation.x) * _PILOTS // self._pilot_rows())
             total += (self._pilot_temperatures() - 2) * tiles
         return iter(with_bar(self.options.name, range(total), "transition"))
 
@@ -369,7 +371,7 @@ class _Chains:
 
     def _bridge(self, images: Tensor, start: Tensor) -> Bridge:
         initial = None if self.initial is None else (self.initial[0][images], self.initial[1][images])
-        return Bridge(self.model, start, self.seen.at(images), initial)
+        return Bridge(self.model, start, self.observation.at(images), initial)
 
 
 def _observed(x: Images, condition: Tensor | Place | None, weight: Tensor | Place | None) -> Observation:

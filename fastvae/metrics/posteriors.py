@@ -56,7 +56,11 @@ def posteriors(
     """
     places = {"condition": condition, "weight": weight}
     found = _of_batches(
-        "posteriors", model, images, lambda private, seen: private.encode(seen.x, **seen.given), places
+        "posteriors",
+        model,
+        images,
+        lambda private, observation: private.encode(observation.x, **observation.given),
+        places,
     )
     return torch.cat([mu.cpu() for mu, _ in found]), torch.cat([logvar.cpu() for _, logvar in found])
 
@@ -93,7 +97,9 @@ def negative_log_likelihood(
         "negative_log_likelihood",
         model,
         images,
-        lambda private, seen: private.log_likelihood(seen.x, num_samples, generator=generator, **seen.given),
+        lambda private, observation: private.log_likelihood(
+            observation.x, num_samples, generator=generator, **observation.given
+        ),
         {"condition": condition, "weight": weight},
     )
     return estimate_of("negative_log_likelihood", -torch.cat([value.double().cpu() for value in found]))
@@ -190,8 +196,8 @@ def private_model(name: str, model: BaseVAE) -> BaseVAE:
 
 def observations(batches: Iterable[object], places: Mapping[str, Place | None]) -> Iterator[Observation]:
     """Batches such as ``fit`` takes, but for empty ones."""
-    given = (batch_of(batch, places, binarize=False).seen for batch in batches)
-    return (seen for seen in given if len(seen.x))
+    given = (batch_of(batch, places, binarize=False).observation for batch in batches)
+    return (observation for observation in given if len(observation.x))
 
 
 def _of_batches(
@@ -209,7 +215,10 @@ def _of_batches(
     batches = images.split(_BATCH) if isinstance(images, Tensor) else images
     private = private_model(name, model)
     device = next(private.parameters()).device
-    found = [call(private, seen.each(lambda t: t.to(device))) for seen in observations(batches, places)]
+    found = [
+        call(private, observation.each(lambda t: t.to(device)))
+        for observation in observations(batches, places)
+    ]
     if not found:
         raise ValueError(f"{name}: images: expected some, got none")
     return found

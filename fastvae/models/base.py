@@ -159,9 +159,9 @@ class BaseVAE(EncoderDecoder, ABC):
         [weight_draws, S, B, d]. Not for training: it may come without a gradient.
         """
         draws, batch = noise.shape[1:3]
-        seen = Observation(x, condition, weight).repeated(draws)
+        observation = Observation(x, condition, weight).repeated(draws)
         codes = mu.repeat(draws, 1), logvar.repeat(draws, 1), noise.flatten(1, 2)
-        weights = self.log_weight(seen.x, *codes, **seen.given)
+        weights = self.log_weight(observation.x, *codes, **observation.given)
         return weights.reshape(draws, batch)
 
     @abstractmethod
@@ -199,10 +199,10 @@ class BaseVAE(EncoderDecoder, ABC):
         Returns:
             [B]
         """
-        seen = Observation(x, condition, weight)
+        observation = Observation(x, condition, weight)
         # Dynamo knows no context variables.
         with nullcontext() if is_compiling() else loss_alone(self.penalties):
-            step, steps = steps_for(self.penalties, self, seen, noise, generator)
+            step, steps = steps_for(self.penalties, self, observation, noise, generator)
         loss = step.loss
         for penalty, its_step in zip(self.penalties, steps, strict=True):
             term = penalty(its_step)
@@ -235,8 +235,8 @@ class BaseVAE(EncoderDecoder, ABC):
         weight: Tensor | None = None,
     ) -> Tensor:
         """One-sample estimate of the evidence lower bound in nats, beta = 1, without penalties: [B]."""
-        seen = Observation(x, condition, weight)
-        return -self.objective(x, beta=1.0, generator=generator, **seen.given).loss
+        observation = Observation(x, condition, weight)
+        return -self.objective(x, beta=1.0, generator=generator, **observation.given).loss
 
     def draw_noise(
         self, mu: Tensor, generator: torch.Generator | None = None, draws: int | None = None
@@ -324,8 +324,8 @@ class BaseVAE(EncoderDecoder, ABC):
         weight: Tensor | None = None,
     ) -> Tensor:
         """Mean of p(x | z) for one code of the approximate posterior of each x, of x's shape, detached."""
-        seen = Observation(x, condition, weight)
-        z = self.sample_posterior(x, generator=generator, **seen.given)
+        observation = Observation(x, condition, weight)
+        z = self.sample_posterior(x, generator=generator, **observation.given)
         return self.likelihood.mean(self.decode(z, **given(condition=condition))).reshape(x.shape)
 
     @torch.no_grad()
@@ -372,7 +372,7 @@ class BaseVAE(EncoderDecoder, ABC):
         return imputed(self, Observation(x, condition, weight), num_samples, draw, chunk_size, generator)
 
     def weighted_codes(
-        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+        self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Codes [N, d], as a decoder is given them, and the log of each one's importance weight; see ``log_weight``."""
         raise NotImplementedError(f"{type(self).__name__}: impute: this model has no weighted_codes")

@@ -27,7 +27,7 @@ _OUTPUTS_AT_ONCE = 2**22
 
 def importance_sampled(
     model: BaseVAE,
-    seen: Observation,
+    observation: Observation,
     num_samples: int,
     chunk_size: int | None,
     generator: torch.Generator | None,
@@ -35,9 +35,9 @@ def importance_sampled(
     posterior: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """See ``BaseVAE.log_likelihood``, which calls it without gradients: [B]."""
-    check_request("log_likelihood", model, seen, num_samples, chunk_size)
-    x = seen.x
-    mu, logvar = model.encode(x, **seen.given) if posterior is None else posterior
+    check_request("log_likelihood", model, observation, num_samples, chunk_size)
+    x = observation.x
+    mu, logvar = model.encode(x, **observation.given) if posterior is None else posterior
     batch = mu.shape[0]
     if mu.shape != logvar.shape or batch != len(x):
         raise ValueError(
@@ -49,7 +49,7 @@ def importance_sampled(
     rows = chunk_size if chunk_size is not None else model._codes_at_once(x, mu)
     total = mu.new_full((batch,), -math.inf)
     for part, drawn in draws_in_parts(model, mu, num_samples, rows, generator, noise):
-        own = seen.at(part)
+        own = observation.at(part)
         weights = model.log_weights(own.x, mu[part], logvar[part], drawn, **own.given)
         total[part] = torch.logaddexp(total[part], weights.logsumexp(0))
     found = total - math.log(num_samples)
@@ -58,15 +58,15 @@ def importance_sampled(
 
 
 def check_request(
-    owner: str, model: BaseVAE, seen: Observation, num_samples: int, chunk_size: int | None
+    owner: str, model: BaseVAE, observation: Observation, num_samples: int, chunk_size: int | None
 ) -> None:
     """Raise, as of ``owner``, for numbers below 1, no tensor, or a condition that does not fit x."""
     expect_numbers(owner, num_samples=num_samples, chunk_size=chunk_size)
-    check_is_tensor(model, seen.x)
+    check_is_tensor(model, observation.x)
     expect_at_least(owner, 1, num_samples=num_samples)
     expect_at_least(owner, 1, optional=True, chunk_size=chunk_size)
-    if seen.condition is not None:
-        check_condition(model, seen.condition, len(seen.x))
+    if observation.condition is not None:
+        check_condition(model, observation.condition, len(observation.x))
 
 
 def draws_in_parts(

@@ -173,10 +173,10 @@ class HVAE(BaseVAE):
         weight: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise)."""
-        seen = Observation(x, condition, weight)
-        mu, logvar = self.encode(x, **seen.given)
+        observation = Observation(x, condition, weight)
+        mu, logvar = self.encode(x, **observation.given)
         noise = self._noise(mu, noise, generator)
-        start = seen, mu, logvar, noise
+        start = observation, mu, logvar, noise
         path = self._follow(*start)
         bad = self._diverged(path)
         if bad is not None:
@@ -185,7 +185,17 @@ class HVAE(BaseVAE):
             path = self._give_up(*start, bad)
         loss = -path.log_px - self._kl_weight(beta) * path.log_ratio
         return TrainingStep(
-            self, x, mu, logvar, path.z_0, path.z, path.log_px, loss, generator, -path.log_ratio, *seen[1:]
+            self,
+            x,
+            mu,
+            logvar,
+            path.z_0,
+            path.z,
+            path.log_px,
+            loss,
+            generator,
+            -path.log_ratio,
+            *observation[1:],
         )
 
     def log_weight(
@@ -201,10 +211,10 @@ class HVAE(BaseVAE):
         return self.weighted_codes(Observation(x, condition, weight), mu, logvar, noise)[1]
 
     def weighted_codes(
-        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+        self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """z_K, and its ``log_weight``."""
-        start = seen, mu, logvar, noise
+        start = observation, mu, logvar, noise
         path = self._follow(*start)
         bad = self._diverged(path)
         if bad is None:
@@ -282,18 +292,18 @@ class HVAE(BaseVAE):
             alpha.to(mu.dtype),
         )
 
-    def _follow(self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
+    def _follow(self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
         z_0, rho_0, alpha = self._start(mu, logvar, noise)
         eps = self.step_size.to(mu.dtype)
-        z, rho, log_px = self.flow(z_0, rho_0, seen.x, eps, alpha, **seen.given)
+        z, rho, log_px = self.flow(z_0, rho_0, observation.x, eps, alpha, **observation.given)
         # The constants of the four normal densities cancel, and so does the volume: prod alpha^2 = beta_0.
         log_ratio = 0.5 * (logvar + noise.square().sum(0) - z.square() - rho.square()).sum(1)
         return _Path(z_0, z, log_px, log_ratio)
 
-    def _stay(self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
+    def _stay(self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
         """The trajectory of no steps and no tempering: the VAE's sample ELBO."""
         z_0 = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z_0, seen.x, **seen.given)
+        log_px = self.log_px(z_0, observation.x, **observation.given)
         return _Path(z_0, z_0, log_px, 0.5 * (logvar + noise[0].square() - z_0.square()).sum(1))
 
     def _diverged(self, path: _Path) -> Tensor | None:
@@ -310,7 +320,9 @@ class HVAE(BaseVAE):
         bad = ~torch.isfinite(path.weight().detach())
         return bad if bool(bad.any()) else None
 
-    def _give_up(self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor) -> _Path:
+    def _give_up(
+        self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor
+    ) -> _Path:
         """The batch again, diverged samples without their trajectory.
 
         Masking alone would not do: a cotangent of zero times an infinite derivative is NaN in every
@@ -320,11 +332,11 @@ class HVAE(BaseVAE):
         kept, given_up = order.split([len(order) - int(bad.sum()), int(bad.sum())])
 
         def those(rows: Tensor) -> tuple[Any, ...]:
-            return seen.at(rows), mu[rows], logvar[rows], noise[:, rows]
+            return observation.at(rows), mu[rows], logvar[rows], noise[:, rows]
 
         still = self._stay(*those(given_up))
         if not bool(torch.isfinite(still.weight()).all()):
-            raise self._report(seen, mu, logvar, noise, bad)
+            raise self._report(observation, mu, logvar, noise, bad)
         moved = self._follow(*those(kept))
         self.divergences += len(given_up)
         back = torch.argsort(order)
@@ -337,11 +349,11 @@ class HVAE(BaseVAE):
 
     @torch.no_grad()
     def _report(
-        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor
+        self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor
     ) -> DivergenceError:
         """Run the diverged samples again, step by step, to say where it went wrong."""
         z_0, rho_0, alpha = self._start(mu[bad], logvar[bad], noise[:, bad])
-        eps, of_bad = self.step_size.to(mu.dtype), seen.at(bad)
+        eps, of_bad = self.step_size.to(mu.dtype), observation.at(bad)
         energy = trajectory(
             self.decoder, z_0, rho_0, of_bad.x, eps, alpha, self.likelihood, **of_bad.given
         ).energy()

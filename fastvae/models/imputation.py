@@ -21,23 +21,23 @@ __all__ = ["imputed"]
 
 def imputed(
     model: BaseVAE,
-    seen: Observation,
+    observation: Observation,
     num_samples: int,
     draw: bool,
     chunk_size: int | None,
     generator: torch.Generator | None,
 ) -> Tensor:
     """See ``BaseVAE.impute``, which calls it without gradients."""
-    check_request("impute", model, seen, num_samples, chunk_size)
-    x = seen.x
-    weight = expanded("impute", seen.weight, x)
-    mu, logvar = model.encode(x, **seen.given)
+    check_request("impute", model, observation, num_samples, chunk_size)
+    x = observation.x
+    weight = expanded("impute", observation.weight, x)
+    mu, logvar = model.encode(x, **observation.given)
     observed = model.likelihood.as_float(x, mu.dtype)
     rows = codes_by_outputs(model, x) if chunk_size is None else chunk_size
     guess = mu.new_full(x.shape, math.nan)
     total = mu.new_full((len(x),), -math.inf)  # the logarithm of the sum of weights so far
     for part, noise in draws_in_parts(model, mu, num_samples, rows, generator) if len(x) else ():
-        own, count = seen.at(part), noise.shape[1]
+        own, count = observation.at(part), noise.shape[1]
         codes, log_weights = model.weighted_codes(
             own.repeated(count), mu[part].repeat(count, 1), logvar[part].repeat(count, 1), noise.flatten(1, 2)
         )
@@ -58,10 +58,10 @@ def imputed(
 
 
 def _averaged(
-    model: BaseVAE, seen: Observation, codes: Tensor, guess: Tensor, shares: Tensor, of_before: Tensor
+    model: BaseVAE, observation: Observation, codes: Tensor, guess: Tensor, shares: Tensor, of_before: Tensor
 ) -> Tensor:
     """The mean of the decoder's means at ``codes`` [draws * samples, d] and of the guess before, by their shares."""
-    means = model.likelihood.mean(model.decode(codes, **_condition_of(seen.repeated(len(shares)))))
+    means = model.likelihood.mean(model.decode(codes, **_condition_of(observation.repeated(len(shares)))))
     means = means.reshape(*shares.shape, -1).to(guess.dtype)
     new = torch.einsum("sb,sbn->bn", shares, means).reshape(guess.shape)
     old, known = (_as_rows(each, guess) for each in (of_before, shares.sum(0) + of_before))
@@ -70,7 +70,7 @@ def _averaged(
 
 def _redrawn(
     model: BaseVAE,
-    seen: Observation,
+    observation: Observation,
     codes: Tensor,
     guess: Tensor,
     shares: Tensor,
@@ -85,7 +85,7 @@ def _redrawn(
     choices = torch.where(known, choices, torch.eye(draws + 1, 1).flip(0).to(choices))
     chosen = torch.multinomial(choices.T, 1, generator=generator)[:, 0]
     rows = (chosen % draws) * samples + torch.arange(samples, device=codes.device)
-    params = model.decode(codes[rows], **_condition_of(seen))
+    params = model.decode(codes[rows], **_condition_of(observation))
     new = model.likelihood.sample(params, generator=generator).reshape(guess.shape).to(guess.dtype)
     return torch.where(_as_rows(chosen, guess) < draws, new, guess)
 
@@ -95,5 +95,5 @@ def _as_rows(numbers: Tensor, like: Tensor) -> Tensor:
     return numbers.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _condition_of(seen: Observation) -> dict[str, Tensor]:
-    return given(condition=seen.condition)
+def _condition_of(observation: Observation) -> dict[str, Tensor]:
+    return given(condition=observation.condition)

@@ -105,18 +105,18 @@ class IWAE(VAE):
         weight: Tensor | None = None,
     ) -> TrainingStep:
         """Minus the bound above and its parts; see ``BaseVAE.objective`` (K draws of noise)."""
-        seen = Observation(x, condition, weight)
+        observation = Observation(x, condition, weight)
         beta = self._kl_weight(beta)
         if not callable(noise) and self._is_large(x) and is_tileable(self.decoder, x):
-            return self._in_tiles(seen, noise, generator, beta)
+            return self._in_tiles(observation, noise, generator, beta)
         # The operator's z has no gradient of the decoder's, which dreg weighs.
         found = None
         if self.estimator != "dreg":
-            found, noise = self.fused_terms(seen, noise, generator)
+            found, noise = self.fused_terms(observation, noise, generator)
         if found is None:
-            mu, logvar = self.encode(x, **seen.given)
+            mu, logvar = self.encode(x, **observation.given)
             noise = self._noise(mu, noise, generator)
-            z, each = reparameterize(mu, logvar, noise), seen.interleaved(len(noise))
+            z, each = reparameterize(mu, logvar, noise), observation.interleaved(len(noise))
             rows = z.transpose(0, 1)
             log_px = self.log_px(rows.flatten(0, 1), each.x, **each.given).reshape(rows.shape[:2]).t()
         else:
@@ -124,27 +124,31 @@ class IWAE(VAE):
         assert isinstance(noise, Tensor)
         loss = -bound_of(log_px, z, mu, logvar, noise, estimator=self.estimator, beta=beta)
         first = z[0]
-        return TrainingStep(self, x, mu, logvar, first, first, log_px[0], loss, generator, None, *seen[1:])
+        return TrainingStep(
+            self, x, mu, logvar, first, first, log_px[0], loss, generator, None, *observation[1:]
+        )
 
     def _in_tiles(
         self,
-        seen: Observation,
+        observation: Observation,
         noise: Tensor | None,
         generator: torch.Generator | None,
         beta: float,
     ) -> TrainingStep:
         """The step in the memory of a few draws, of which the first is decoded once more to be looked at."""
-        mu, logvar = self.encode(seen.x, **seen.given)
+        mu, logvar = self.encode(observation.x, **observation.given)
         if noise is not None:
             noise = self._noise(mu, noise, generator)
         draws = noise_of(mu, noise, generator)
         bound = tiled_bound(
-            self.decoder, seen.x, mu, logvar, draws, self.num_samples, self.likelihood,
-            estimator=self.estimator, beta=beta, **seen.given,
+            self.decoder, observation.x, mu, logvar, draws, self.num_samples, self.likelihood,
+            estimator=self.estimator, beta=beta, **observation.given,
         )  # fmt: skip
         z = reparameterize(mu, logvar, draws(0, 1)[0].to(mu))
-        log_px = self.log_px(z, seen.x, **seen.given)
-        return TrainingStep(self, seen.x, mu, logvar, z, z, log_px, -bound, generator, None, *seen[1:])
+        log_px = self.log_px(z, observation.x, **observation.given)
+        return TrainingStep(
+            self, observation.x, mu, logvar, z, z, log_px, -bound, generator, None, *observation[1:]
+        )
 
     def _is_large(self, x: Tensor) -> bool:
         """Whether the outputs of all draws at once are many, and decoding them is this model's own."""

@@ -109,19 +109,19 @@ class EncoderDecoder(nn.Module):
             name in own or getattr(kind, name) is not getattr(EncoderDecoder, name) for name in methods
         )
 
-    def fused(self, seen: Observation) -> FusedObjective | None:
+    def fused(self, observation: Observation) -> FusedObjective | None:
         """This model's ``encode`` and ``log_px`` as one operator; None where they are a subclass's, or no operator's.
 
         See :func:`fastvae.ops.elbo`.
         """
-        if any(part is not None for part in (seen.condition, seen.weight, self.max_logvar)):
+        if any(part is not None for part in (observation.condition, observation.weight, self.max_logvar)):
             return None
         if self.latent_dim is None or self.overrides("encode", "decode", "log_px", "_split"):
             return None
-        check_is_tensor(self, seen.x)
-        found = fused(self.encoder, self.decoder, seen.x, self.likelihood, self.latent_dim)
+        check_is_tensor(self, observation.x)
+        found = fused(self.encoder, self.decoder, observation.x, self.likelihood, self.latent_dim)
         if found is not None:
-            self.check_data(seen.x)
+            self.check_data(observation.x)
         return found
 
     def check_data(self, x: Tensor, weight: Tensor | None = None) -> None:

@@ -21,9 +21,9 @@ _PRODUCTS = 12
 """Of Lanczos' iteration: the largest eigenvalue is known to some percent long before."""
 
 
-def stable_step_size(model: HVAE, seen: Observation, generator: torch.Generator | None) -> float:
+def stable_step_size(model: HVAE, observation: Observation, generator: torch.Generator | None) -> float:
     """See ``HVAE.stable_step_size``."""
-    x = seen.x
+    x = observation.x
     if not len(x):
         raise ValueError("HVAE: stable_step_size: x: expected at least one sample")
     with modes_kept(model), torch.inference_mode(False):
@@ -31,7 +31,7 @@ def stable_step_size(model: HVAE, seen: Observation, generator: torch.Generator 
         for module in model.modules():
             module.training = False
         with torch.no_grad():
-            mu, logvar = model.encode(x, **seen.given)
+            mu, logvar = model.encode(x, **observation.given)
             z = mu + torch.exp(logvar / 2) * model.draw_noise(mu, generator, 1)[0]
             start = model.draw_noise(mu, generator, 1)[0]
 
@@ -39,7 +39,7 @@ def stable_step_size(model: HVAE, seen: Observation, generator: torch.Generator 
             """-d^2 log p(x, z) / dz^2 times a direction; the prior's part is the identity."""
             with torch.enable_grad():
                 at = z.detach().clone().requires_grad_()
-                _, force = log_px_and_force(model.decoder, at, x, model.likelihood, **seen.given)
+                _, force = log_px_and_force(model.decoder, at, x, model.likelihood, **observation.given)
                 (found,) = torch.autograd.grad((force * direction).sum(), at)
             return direction - found
 

@@ -39,22 +39,22 @@ class VAE(BaseVAE):
         weight: Tensor | None = None,
     ) -> TrainingStep:
         """beta KL(q(z | x) || N(0, I)) - log p(x | z) and its parts; see ``BaseVAE.objective``."""
-        seen = Observation(x, condition, weight)
-        found, noise = self.fused_terms(seen, noise, generator)
+        observation = Observation(x, condition, weight)
+        found, noise = self.fused_terms(observation, noise, generator)
         if found is None:
-            mu, logvar = self.encode(x, **seen.given)
+            mu, logvar = self.encode(x, **observation.given)
             z = reparameterize(mu, logvar, self._noise(mu, noise, generator)[0])
-            log_px = self.log_px(z, x, **seen.given)
+            log_px = self.log_px(z, x, **observation.given)
             # Not ops.gaussian_kl, which is differentiable once: this loss is differentiable as often as the networks
             # are, and under torch.func, which users' per-sample gradients and Hessians need.
             kl = gaussian_kl(mu, logvar)
         else:
             z, log_px, kl, mu, logvar = found.z[0], found.log_px[0], found.kl, found.mu, found.logvar
         loss = self._kl_weight(beta) * kl - log_px
-        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl, *seen[1:])
+        return TrainingStep(self, x, mu, logvar, z, z, log_px, loss, generator, kl, *observation[1:])
 
     def fused_terms(
-        self, seen: Observation, noise: Noise | None, generator: torch.Generator | None
+        self, observation: Observation, noise: Noise | None, generator: torch.Generator | None
     ) -> tuple[ElboTerms | None, Noise | None]:
         """The terms of the objective by one operator, and their noise; None where it does not take them.
 
@@ -62,7 +62,7 @@ class VAE(BaseVAE):
         """
         if not is_loss_alone() or callable(noise):
             return None, noise
-        by_kernels = self.fused(seen)
+        by_kernels = self.fused(observation)
         if by_kernels is None:
             return None, noise
         noise = self._noise(by_kernels.means, noise, generator)
@@ -81,11 +81,11 @@ class VAE(BaseVAE):
         return self.weighted_codes(Observation(x, condition, weight), mu, logvar, noise)[1]
 
     def weighted_codes(
-        self, seen: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+        self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """z = mu + sigma noise[0], and its ``log_weight``."""
         z = reparameterize(mu, logvar, noise[0])
-        log_px = self.log_px(z, seen.x, **seen.given)
+        log_px = self.log_px(z, observation.x, **observation.given)
         return z, log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(1)
 
     @torch.no_grad()
@@ -99,11 +99,11 @@ class VAE(BaseVAE):
         weight: Tensor | None = None,
     ) -> Tensor:
         """``log_weight`` of several draws, [S, B], without a gradient; see :func:`fastvae.ops.log_px`."""
-        seen = Observation(x, condition, weight)
+        observation = Observation(x, condition, weight)
         if half_dtype_of(self.decoder) is not None:
-            return super().log_weights(x, mu, logvar, noise, **seen.given)
+            return super().log_weights(x, mu, logvar, noise, **observation.given)
         z = reparameterize(mu, logvar, noise[0])
-        log_px = ops.log_px(self.decoder, z, x, self.likelihood, **seen.given)
+        log_px = ops.log_px(self.decoder, z, x, self.likelihood, **observation.given)
         return log_px + 0.5 * (noise[0].square() + logvar - z.square()).sum(2)
 
     def _codes_at_once(self, x: Tensor, mu: Tensor) -> int:

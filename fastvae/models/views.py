@@ -22,18 +22,18 @@ __all__ = ["steps_for"]
 def steps_for(
     penalties: nn.ModuleList,
     model: BaseVAE,
-    seen: Observation,
+    observation: Observation,
     noise: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[TrainingStep, list[TrainingStep]]:
     """The step of x alone, and what each penalty is handed: that, with the step of its own view of x."""
-    views = [p.view(seen.x, generator) if isinstance(p, Penalty) else None for p in penalties]
+    views = [p.view(observation.x, generator) if isinstance(p, Penalty) else None for p in penalties]
     asked = [
         (view, getattr(penalty, "common_noise", False))
         for penalty, view in zip(penalties, views, strict=True)
         if view is not None
     ]
-    step, *steps = _evaluated(model, seen, asked, noise, generator)
+    step, *steps = _evaluated(model, observation, asked, noise, generator)
     note_step(step)
     # Each of the view as it was: a penalty that reads its loss must not find another penalty's in it.
     on_views = [penalty for penalty in penalties if isinstance(penalty, Penalty) and penalty.on_views]
@@ -48,7 +48,7 @@ def steps_for(
 
 def _evaluated(
     model: BaseVAE,
-    seen: Observation,
+    observation: Observation,
     asked: Sequence[tuple[Tensor, bool]],
     noise: Tensor | None,
     generator: torch.Generator | None,
@@ -58,10 +58,10 @@ def _evaluated(
     The views of a sample stand side by side, which is how TracIn tells samples apart. With each view comes whether
     it shares the noise of x.
     """
-    x = seen.x
+    x = observation.x
     if not asked:
-        return [model.objective(x, noise=noise, generator=generator, **seen.given)]
-    if seen.weight is not None:
+        return [model.objective(x, noise=noise, generator=generator, **observation.given)]
+    if observation.weight is not None:
         raise ValueError(
             f"{type(model).__name__}: weight: expected none where a penalty asks for views of x, since the weights of "
             "a view's elements are not known"
@@ -81,5 +81,5 @@ def _evaluated(
         return torch.stack([each[draw] for draw in draws], 2).flatten(1, 2)
 
     together = torch.stack(batch, 1).reshape(samples * count, *x.shape[1:])
-    besides = seen.interleaved(count).given
+    besides = observation.interleaved(count).given
     return model.objective(together, noise=of_views, generator=generator, **besides).parts(batch)

@@ -43,10 +43,10 @@ class _Known:
         try:
             for path, inner in named(module):
                 check_module(path, inner, hooked=True)
-            mine = copy_with_modes(module)
-            program = read_program(mine, z, condition)
+            copied = copy_with_modes(module)
+            program = read_program(copied, z, condition)
             try:
-                self.sweeps[False] = _verified(mine, program, z, condition, of_data)
+                self.sweeps[False] = _verified(copied, program, z, condition, of_data)
             except CoupledSamples:
                 raise
             except UnsupportedLayer as first:
@@ -54,8 +54,8 @@ class _Known:
                     raise
                 # Its forward may have taken the size of the batch for a constant.
                 try:
-                    program = read_program(mine, z, condition, apart=True)
-                    self.sweeps[False] = _verified(mine, program, z, condition, of_data)
+                    program = read_program(copied, z, condition, apart=True)
+                    self.sweeps[False] = _verified(copied, program, z, condition, of_data)
                 except CoupledSamples:
                     raise
                 except UnsupportedLayer:
@@ -119,10 +119,10 @@ class _Known:
 
 
 def _verified(
-    mine: nn.Module, program: Program, z: Tensor, condition: Tensor | None, of_data: bool
+    copied: nn.Module, program: Program, z: Tensor, condition: Tensor | None, of_data: bool
 ) -> Sweeps:
     sweeps = Sweeps(program, z.device.type)
-    verify_program(mine, sweeps, z, condition, of_data=of_data)
+    verify_program(copied, sweeps, z, condition, of_data=of_data)
     return sweeps
 
 

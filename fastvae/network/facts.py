@@ -37,13 +37,13 @@ def key_of(likelihood: Likelihood) -> Any:
         except _Unknown:
             return None
     found: list[Any] = [kind]
-    seen: set[Any] = {kind}
+    visited: set[Any] = {kind}
     try:
         found += [(name, _plain(value)) for name, value in vars(likelihood).items()]
         for each in kind.__mro__:
             if not _is_ours(each.__module__):
-                seen.add(each)
-                found += _of_class(each, seen)
+                visited.add(each)
+                found += _of_class(each, visited)
     except (_Unknown, TypeError, ValueError):  # what has no hash, and a variable without a value
         return None
     return tuple(found)
@@ -59,43 +59,43 @@ def _plain(value: Any) -> Any:
     raise _Unknown
 
 
-def _of_class(kind: type, seen: set[Any]) -> Iterator[Any]:
+def _of_class(kind: type, visited: set[Any]) -> Iterator[Any]:
     for name, value in vars(kind).items():
         if name.startswith("__") and name not in _ASKED:
             continue
         if isinstance(value, (staticmethod, classmethod)):
-            yield from _of_function(value.__func__, seen)
+            yield from _of_function(value.__func__, visited)
         elif isinstance(value, property):
-            yield from _of_function(value.fget, seen)
+            yield from _of_function(value.fget, visited)
         elif isinstance(value, FunctionType):
-            yield from _of_function(value, seen)
+            yield from _of_function(value, visited)
         elif name != "_abc_impl":
             yield name, _plain(value)
 
 
-def _of_function(function: Any, seen: set[Any]) -> Iterator[Any]:
+def _of_function(function: Any, visited: set[Any]) -> Iterator[Any]:
     if not isinstance(function, FunctionType):
         raise _Unknown
-    if function in seen:
+    if function in visited:
         return
-    seen.add(function)
+    visited.add(function)
     yield function
     for name in _names_in(function.__code__):
         if name in function.__globals__:
-            yield from _of_value(name, function.__globals__[name], seen)
+            yield from _of_value(name, function.__globals__[name], visited)
     for cell in function.__closure__ or ():
-        yield from _of_value("", cell.cell_contents, seen)
+        yield from _of_value("", cell.cell_contents, visited)
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield _plain(value)
 
 
-def _of_value(name: str, value: Any, seen: set[Any]) -> Iterator[Any]:
+def _of_value(name: str, value: Any, visited: set[Any]) -> Iterator[Any]:
     if isinstance(value, (BuiltinFunctionType, FunctionType, ModuleType, type)):
         module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "?")
         if _is_ours(module):
             yield value
-        elif value not in seen:
-            yield from _of_function(value, seen)
+        elif value not in visited:
+            yield from _of_function(value, visited)
     else:
         yield name, _plain(value)
 

@@ -25,8 +25,8 @@ cache; on a GPU launches cost more."""
 
 def at_once(sweeps: Sweeps, z: Tensor, latents: int) -> int:
     """How many of so many latents go through the network together, in parts that are about equal."""
-    room = NUMBERS_AT_ONCE.get(z.device.type, NUMBERS_AT_ONCE["cuda"])
-    parts = -(-latents * len(z) * sweeps.widest // room)
+    most_numbers = NUMBERS_AT_ONCE.get(z.device.type, NUMBERS_AT_ONCE["cuda"])
+    parts = -(-latents * len(z) * sweeps.widest // most_numbers)
     return -(-latents // max(1, min(parts, latents)))
 
 

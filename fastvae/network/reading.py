@@ -40,8 +40,8 @@ BATCH = 2
 def copy_with_modes(module: nn.Module) -> nn.Module:
     """A private copy in the module's own training modes, whose hooks compute no weights: the forward does."""
     made = private_copy(module)
-    for mine, own in zip(made.modules(), module.modules(), strict=True):
-        mine.training = own.training
+    for copied, own in zip(made.modules(), module.modules(), strict=True):
+        copied.training = own.training
     write_out(made)
     return made
 

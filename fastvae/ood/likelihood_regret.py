@@ -215,12 +215,12 @@ class LikelihoodRegret(Detector):
             {name: torch.cat([part[name] for part in copies]) for name in copies[0]},
         )
 
-    def _refit(self, model: BaseVAE, seen: Observation, parameters: bool) -> Refit:
+    def _refit(self, model: BaseVAE, observation: Observation, parameters: bool) -> Refit:
         """Of one group."""
-        mu, logvar = model.encode(seen.x, **seen.given)
-        copies = self._encoders(model, seen, mu, logvar)
-        objective = PosteriorObjective(model, seen, mu)
-        noise = SampleNoise(keys_of(seen.x), self.seed, model.noise_draws)(0, self.num_steps, mu)
+        mu, logvar = model.encode(observation.x, **observation.given)
+        copies = self._encoders(model, observation, mu, logvar)
+        objective = PosteriorObjective(model, observation, mu)
+        noise = SampleNoise(keys_of(observation.x), self.seed, model.noise_draws)(0, self.num_steps, mu)
 
         def take(noise_of_step: Tensor) -> Tensor:
             loss, grad = objective(copies.forward().to(mu), noise_of_step)
@@ -235,10 +235,10 @@ class LikelihoodRegret(Detector):
         mu, logvar = copies.forward().to(mu).chunk(2, 1)
         return Refit(mu, logvar, losses.T, copies.parameters() if parameters else {})
 
-    def _encoders(self, model: BaseVAE, seen: Observation, mu: Tensor, logvar: Tensor) -> Copies:
+    def _encoders(self, model: BaseVAE, observation: Observation, mu: Tensor, logvar: Tensor) -> Copies:
         if self.target == "posterior":
             return PosteriorCopies(mu, logvar, self.adam)
-        x, condition, weight = seen
+        x, condition, weight = observation
         x = x if weight is None else filled(x, weight)
         of_encoder = condition if condition is not None and takes_condition(model.encoder) else None
         try:
@@ -288,9 +288,9 @@ class LikelihoodRegret(Detector):
         ):
             yield model.requires_grad_(False)
 
-    def _checked(self, model: BaseVAE, seen: Observation) -> Observation:
+    def _checked(self, model: BaseVAE, observation: Observation) -> Observation:
         """The samples on the model's device, of a shape and with values that the model takes."""
-        x = seen.x
+        x = observation.x
         if not isinstance(x, Tensor) or x.dim() < 2:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"LikelihoodRegret: x: expected a batch of images [B, ...], got {got}")
@@ -300,14 +300,16 @@ class LikelihoodRegret(Detector):
                 f"LikelihoodRegret: model: expected parameters in float32 or float64, got {like.dtype}"
             )
         _check_independence(model.encoder, tuple(x.shape[1:]))
-        if seen.condition is not None:
-            check_condition(self, seen.condition, len(x))
-        if seen.weight is not None:
-            seen = seen._replace(weight=expanded("LikelihoodRegret", seen.weight, x))
+        if observation.condition is not None:
+            check_condition(self, observation.condition, len(x))
+        if observation.weight is not None:
+            observation = observation._replace(weight=expanded("LikelihoodRegret", observation.weight, x))
         # A tensor made under inference_mode cannot take part in a backward pass.
-        seen = seen.each(lambda t: (t.clone() if t.is_inference() else t.detach()).to(like.device))
-        check_observed(model, seen.x, seen.weight)
-        first = seen.at(slice(1))
+        observation = observation.each(
+            lambda t: (t.clone() if t.is_inference() else t.detach()).to(like.device)
+        )
+        check_observed(model, observation.x, observation.weight)
+        first = observation.at(slice(1))
         if len(x):
             try:
                 if self.target == "encoder" and draws_noise(partial(model.encode, **first.given), first.x):
@@ -321,16 +323,16 @@ class LikelihoodRegret(Detector):
                 raise ValueError(
                     f"LikelihoodRegret: x: the model does not take images of shape {list(x.shape[1:])}: {error}"
                 ) from error
-        return seen
+        return observation
 
-    def _groups(self, model: BaseVAE, seen: Observation, show_progress: bool) -> Iterator[Observation]:
+    def _groups(self, model: BaseVAE, observation: Observation, show_progress: bool) -> Iterator[Observation]:
         """The images and what goes with them, so many at a time as their copies fit into the budget."""
-        size = self._group_size(model, seen.x)
-        starts: Iterable[int] = range(0, len(seen.x), size)
+        size = self._group_size(model, observation.x)
+        starts: Iterable[int] = range(0, len(observation.x), size)
         if show_progress:
             starts = with_bar("LikelihoodRegret", starts, "group")
         for start in starts:
-            yield seen.at(slice(start, start + size))
+            yield observation.at(slice(start, start + size))
 
     def _group_size(self, model: BaseVAE, x: Tensor) -> int:
         outputs = math.prod(x.shape[1:]) * model.likelihood.values_per_element

@@ -32,16 +32,16 @@ class PosteriorObjective:
 
     Args:
         model: a private copy in eval mode, its parameters frozen.
-        seen: x [B, ...] and what goes with it, on the model's device.
+        observation: x [B, ...] and what goes with it, on the model's device.
         codes: [B, d], at the first two of which the decoder is compared with what was read of it.
     """
 
-    def __init__(self, model: BaseVAE, seen: Observation, codes: Tensor) -> None:
-        self._model, self._seen = model, seen
-        self._sweep = None if seen.given else _by_kernels(model, seen.x, codes)
+    def __init__(self, model: BaseVAE, observation: Observation, codes: Tensor) -> None:
+        self._model, self._seen = model, observation
+        self._sweep = None if observation.given else _by_kernels(model, observation.x, codes)
         self.can_be_captured = self._sweep is not None
         """Whether a CUDA graph may hold it: nothing but kernels runs."""
-        self._sweep = self._sweep or _by_reading(model, seen, codes)
+        self._sweep = self._sweep or _by_reading(model, observation, codes)
 
     def __call__(self, posterior: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [B] and its gradient [B, 2 d].
@@ -101,13 +101,13 @@ def _by_kernels(model: Any, x: Tensor, codes: Tensor) -> _Sweep | None:
     return sweep
 
 
-def _by_reading(model: Any, seen: Observation, codes: Tensor) -> _Sweep | None:
+def _by_reading(model: Any, observation: Observation, codes: Tensor) -> _Sweep | None:
     """Of a decoder that is read as a graph."""
     if not _is_stock(model):
         return None
     decoder, like = without_parameters(model.decoder, model.likelihood)
     try:
-        read = read_decoder("log_px_and_force", decoder, codes, "autograd", like, seen.condition)
+        read = read_decoder("log_px_and_force", decoder, codes, "autograd", like, observation.condition)
     except CoupledSamples:
         raise
     except (UnsupportedLayer, TypeError, ValueError):
@@ -115,5 +115,7 @@ def _by_reading(model: Any, seen: Observation, codes: Tensor) -> _Sweep | None:
     if read is None:
         return None
     sweeps, inputs = read.sweeps, Inputs(read.sweeps, codes, read.tensors)
-    head = make_head(weighted("LikelihoodRegret", like, seen.weight, seen.x), seen.x, codes)
+    head = make_head(
+        weighted("LikelihoodRegret", like, observation.weight, observation.x), observation.x, codes
+    )
     return lambda z: log_px_and_force(sweeps, inputs, head, z)

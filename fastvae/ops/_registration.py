@@ -303,9 +303,9 @@ def _warn_of_decoder(name: str, decoder: nn.Module, text: str, stacklevel: int =
     origin = origin_of(decoder)
     if origin is not None and has_hooks(decoder) and not has_hooks(origin):
         return  # The hooks are ours, on a private copy, for TracIn.
-    seen = _warned.setdefault(name, weakref.WeakSet())
-    if decoder not in seen:
-        seen.add(decoder)
+    warned = _warned.setdefault(name, weakref.WeakSet())
+    if decoder not in warned:
+        warned.add(decoder)
         warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=stacklevel)
 
 

@@ -24,7 +24,7 @@ Place = int | str | Callable[[Any], Tensor]
 class Batch(NamedTuple):
     """Samples, and what their losses count."""
 
-    seen: Observation
+    observation: Observation
     sample_weight: Tensor | None
     """[B], or None where all count the same."""
     amount: float
@@ -33,12 +33,12 @@ class Batch(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         """Those that are there."""
-        return self.seen.tensors + ([] if self.sample_weight is None else [self.sample_weight])
+        return self.observation.tensors + ([] if self.sample_weight is None else [self.sample_weight])
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """With a function of every tensor in its place."""
         own = None if self.sample_weight is None else function(self.sample_weight)
-        return Batch(self.seen.each(function), own, self.amount)
+        return Batch(self.observation.each(function), own, self.amount)
 
     def total(self, losses: Tensor) -> Tensor:
         """The weighted sum of losses [B], in float64: []."""

@@ -107,7 +107,7 @@ class CapturedPasses:
     def _capture(self, batch: Batch) -> _Graph:
         given = batch.each(Tensor.clone)
         try:
-            graph, made = capture(lambda: self._run(given), batch.seen.x.device)
+            graph, made = capture(lambda: self._run(given), batch.observation.x.device)
         except RuntimeError as error:
             raise RuntimeError(
                 f"fit: cuda_graph: expected a training step of {type(self._model).__name__} that never waits for the "

@@ -207,8 +207,8 @@ def fingerprint_of_data(loader: Any) -> str | None:
     from files, and of large tensors what lies between the rows looked at, is not seen.
     """
     digest = hashlib.sha256()
-    seen = [_feed(digest, entry) for entry in _pieces(loader, 5)]
-    return digest.hexdigest()[:16] if any(seen) else None
+    fed = [_feed(digest, entry) for entry in _pieces(loader, 5)]
+    return digest.hexdigest()[:16] if any(fed) else None
 
 
 def _pieces(data: Any, depth: int) -> Iterator[Any]:

@@ -39,12 +39,12 @@ class Team:
         result: list[float] = total.tolist()
         return result
 
-    def gathered(self, mine: Any) -> list[Any]:
+    def gathered(self, part: Any) -> list[Any]:
         """What each process has, in the order of their ranks."""
         if self.size == 1:
-            return [mine]
+            return [part]
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, mine, group=self._group)
+        dist.all_gather_object(everyone, part, group=self._group)
         return everyone
 
     def by_first(self, action: Callable[[], object]) -> None:

@@ -81,9 +81,9 @@ class Stepper:
 
     def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """model(x): [B], or ValueError."""
-        x = batch.seen.x
+        x = batch.observation.x
         with recorded_terms() as self.terms:
-            losses: Tensor = (self.model if model is None else model)(x, **batch.seen.given)
+            losses: Tensor = (self.model if model is None else model)(x, **batch.observation.given)
         if not isinstance(losses, Tensor) or losses.shape != x.shape[:1]:
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"fit: model(x): expected the loss of each sample, [{x.shape[0]}], got {found}")
@@ -168,11 +168,11 @@ class Stepper:
         """As ``_backward``, which runs again where a graph's numbers are not finite: it has more to say of them."""
         assert self._passes is not None
         if isinstance(self.model, BaseVAE):
-            self.model.check_data(batch.seen.x, **given(weight=batch.seen.weight))
-        noise = torch.cuda.get_rng_state(batch.seen.x.device)
+            self.model.check_data(batch.observation.x, **given(weight=batch.observation.weight))
+        noise = torch.cuda.get_rng_state(batch.observation.x.device)
         found = self._passes(batch)
         if found.replayed and not all(map(math.isfinite, found.numbers())):
-            torch.cuda.set_rng_state(noise, batch.seen.x.device)
+            torch.cuda.set_rng_state(noise, batch.observation.x.device)
             return self._backward(batch)
         return found._replace(amount=batch.amount)
 

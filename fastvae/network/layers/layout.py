@@ -34,13 +34,13 @@ def choose_layout(layers: Sequence[Layer]) -> None:
         return
     made = {layer.index: layer for layer in layers}
     waiting = [layer.x for layer in layers if isinstance(layer, ConvolutionLayer)]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while waiting:
         index = waiting.pop()
         layer = made.get(index)
-        if layer is None or index in seen:
+        if layer is None or index in visited:
             continue
-        seen.add(index)
+        visited.add(index)
         if isinstance(layer, Reshape):
             layer.makes_images = True
         elif isinstance(layer, _KEEPERS):
