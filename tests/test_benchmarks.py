@@ -306,6 +306,8 @@ def test_quick_run_of_the_jacobian_times_every_contestant(tmp_path: Path) -> Non
     names = list(jacobian.PENALTIES)
     for case in read(tmp_path / "jacobian-cpu-quick.json")["cases"]:
         assert list(case["timings_ms"]) == list(case["relative_error"]) == names, case["notes"]
+        exact = (jacobian.OURS, jacobian.JACFWD, jacobian.JVP)  # of some gradients, differences are far off
+        assert max(case["relative_error"][name] for name in exact) < 1e-4
         assert case["title"] in printed
     assert (tmp_path / "jacobian-cpu-quick.md").read_text().strip() == printed.strip()
     run_quick(tmp_path, "--memory", script="jacobian")
