@@ -346,28 +346,36 @@ std::shared_ptr<const Program> find_program(const char* op, std::string_view tex
   return entries.front().program;
 }
 
+namespace {
+
+// "'bernoulli', 'gaussian SCALE', ..."
+std::string known_likelihoods() {
+  std::string known;
+#define FASTVAE_NAME(KIND, Head) \
+  known += c10::str("'", Head<double>::kName, *Head<double>::kNumber == '\0' ? "" : " ", Head<double>::kNumber, "', ");
+  FASTVAE_INDEPENDENT_HEADS(FASTVAE_NAME)
+#undef FASTVAE_NAME
+  return known + "or 'categorical CLASSES'";
+}
+
+}  // namespace
+
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text) {
   const std::vector<std::string> words = split(text, ' ');
-  const std::string name = words.empty() ? "" : words[0];
+  const auto is = [&](const char* name, size_t numbers) { return words.size() == numbers + 1 && words[0] == name; };
   LikelihoodSpec spec;
-  std::string known;
-#define FASTVAE_TRY(KIND, Head)                                                              \
-  {                                                                                          \
-    const std::string number = Head<double>::kNumber;                                        \
-    if (name == Head<double>::kName && words.size() == (number.empty() ? 1 : 2)) {           \
-      spec.kind = Likelihood::KIND;                                                          \
-      if (!number.empty()) {                                                                 \
-        spec.scale = to_number(op, "likelihood", words[1]);                                  \
-        FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a number > 0", spec.scale); \
-      }                                                                                      \
-      return spec;                                                                           \
-    }                                                                                        \
-    known += c10::str("'", Head<double>::kName, number.empty() ? "" : " ", number, "', ");   \
+#define FASTVAE_TRY(KIND, Head)                                                                  \
+  if (constexpr bool scaled = *Head<double>::kNumber != '\0'; is(Head<double>::kName, scaled)) { \
+    spec.kind = Likelihood::KIND;                                                                \
+    if (scaled) {                                                                                \
+      spec.scale = to_number(op, "likelihood", words[1]);                                        \
+      FASTVAE_CHECK_VALUE(spec.scale > 0.0, op, "likelihood", "a number > 0", spec.scale);       \
+    }                                                                                            \
+    return spec;                                                                                 \
   }
   FASTVAE_INDEPENDENT_HEADS(FASTVAE_TRY)
 #undef FASTVAE_TRY
-  FASTVAE_CHECK_VALUE(words.size() == 2 && name == "categorical", op, "likelihood", known + "or 'categorical CLASSES'",
-                      "'" + std::string(text) + "'");
+  FASTVAE_CHECK_VALUE(is("categorical", 1), op, "likelihood", known_likelihoods(), "'" + std::string(text) + "'");
   spec.kind = Likelihood::kCategorical;
   spec.classes = to_integer(op, "likelihood", words[1]);
   FASTVAE_CHECK_VALUE(spec.classes > 1, op, "likelihood", "at least 2 classes", spec.classes);
