@@ -170,6 +170,10 @@ def _gelu_curve(x: Tensor, approximate: str = "none") -> Tensor:
     return s * (inner + 0.5 * x * (6 * c * k * x) - x * t * inner * inner)
 
 
+def _mish(inplace: bool = False) -> Words:
+    return "mish", ()
+
+
 ACTIVATIONS = (
     Activation(
         "relu",
@@ -249,5 +253,6 @@ ACTIVATIONS = (
             _gelu_curve,
         ),
     ),
+    Activation("mish", _mish, nn.Mish, (), (F.mish,), {"mish": F.mish}),
 )
 _BY_OPERATOR = {activation.operator: activation for activation in ACTIVATIONS}

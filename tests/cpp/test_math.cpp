@@ -187,6 +187,8 @@ long double exact_phi(const ActivationSpec& spec, long double a) {
       return a * exact_sigmoid(a);
     case Activation::kGelu:
       return 0.5L * a * (1 + erfl(a * sqrtl(0.5L)));
+    case Activation::kMish:
+      return a * tanhl(exact_softplus(a));
     case Activation::kGeluTanh:
       return 0.5L * a * (1 + tanhl(0.79788456080286535588L * (a + 0.044715L * a * a * a)));
   }

@@ -25,7 +25,8 @@ namespace fastvae {
   CASE(kSilu, __VA_ARGS__)                  \
   CASE(kGelu, __VA_ARGS__)                  \
   CASE(kGeluTanh, __VA_ARGS__)              \
-  CASE(kSoftplusSharp, __VA_ARGS__)
+  CASE(kSoftplusSharp, __VA_ARGS__)         \
+  CASE(kMish, __VA_ARGS__)
 
 #define FASTVAE_ENUMERATOR(KIND, ...) KIND,
 enum class Activation : int { FASTVAE_ACTIVATION_KINDS(FASTVAE_ENUMERATOR) };
@@ -200,6 +201,33 @@ struct Phi<Activation::kSilu, T> : PhiFacts {
   FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
     const T s = sigmoid(a);
     return s * (T(1) - s) * (T(2) + a * (T(1) - T(2) * s)) * g;
+  }
+};
+
+// a t,  t = tanh(softplus(a)),  whose derivative is d = (1 - t^2) sigmoid(a).
+template <typename T>
+struct Phi<Activation::kMish, T> : PhiFacts {
+  static constexpr const char* kName = "mish";
+  static constexpr bool kKeepsInput = true;
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  struct Parts {
+    T t, s, d;
+  };
+  FASTVAE_HOST_DEVICE static Parts parts(T a) {
+    const SigmoidSoftplus<T> both = math::sigmoid_softplus(a);
+    const bool beyond = a < Ieee<T>::kLowest;
+    const T t = zero_beyond(math::tanh(both.softplus), beyond);
+    const T s = zero_beyond(both.sigmoid, beyond);
+    return {t, s, (T(1) - t * t) * s};
+  }
+  FASTVAE_HOST_DEVICE T value(T a) const { return a * parts(a).t; }
+  FASTVAE_HOST_DEVICE T slope(T a) const {
+    const Parts p = parts(a);
+    return p.t + a * p.d;
+  }
+  FASTVAE_HOST_DEVICE T curvature(T a, T g) const {
+    const Parts p = parts(a);
+    return p.d * (T(2) + a * (T(1) - p.s - T(2) * p.t * p.s)) * g;
   }
 };
 
