@@ -309,7 +309,20 @@ TABLES: dict[str, Case] = {
     ),
 }
 
+LENGTHS: dict[str, Case] = {
+    "normalize": call(lambda h: F.normalize(h.sin() + 0.1, dim=1), VECTOR, "linalg_vector_norm"),
+    "normalize channels": call(lambda h: F.normalize(h.sin() + 0.1, dim=-3), IMAGE, "linalg_vector_norm"),
+    "length of an image": call(
+        lambda h: (
+            torch.linalg.vector_norm(h.cos(), dim=(2, 3))
+            * torch.linalg.vector_norm(h, 2, 1).mean((1, 2))[:, None]
+        ),
+        IMAGE,
+        "linalg_vector_norm",
+    ),
+}
+
 FILES = {
-    "affine": AFFINE, "choices": CHOICES, "joins": JOINS, "maps": MAPS, "norms": NORMS, "pointwise": POINTWISE,
-    "shapes": SHAPES, "softmax": SOFTMAX, "tables": TABLES,
+    "affine": AFFINE, "choices": CHOICES, "joins": JOINS, "lengths": LENGTHS, "maps": MAPS, "norms": NORMS,
+    "pointwise": POINTWISE, "shapes": SHAPES, "softmax": SOFTMAX, "tables": TABLES,
 }  # fmt: skip
