@@ -59,8 +59,9 @@ class Length(Layer):
 @layer_of("linalg_vector_norm")
 def length(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.linalg_vector_norm(x, ord=2, dim, keepdim=False) along given dimensions."""
-    given = operation.args[1:]
-    order, dims, keepdim = (*given, *(2, None, False)[len(given) :])
+    given: list[Any] = list(operation.args[1:])
+    defaults: list[Any] = [2, None, False]
+    order, dims, keepdim = given + defaults[len(given) :]
     if operation.kwargs or order != 2 or not dims:
         return None
     return Length(operation, active, dims, bool(keepdim))
