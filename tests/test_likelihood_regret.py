@@ -420,9 +420,7 @@ def test_encoders_whose_parameters_are_not_a_layers_own(encoder: Callable[[], nn
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         refit = regret(model).refit(x, parameters=True)
-    in_part = ["in part by torch.vmap and autograd (linalg_vector_norm)"] if encoder is parametrised else []
-    assert [text for text in in_part if text in str(caught[0].message)] == in_part
-    assert len(caught) == len(in_part)
+    assert not caught
     private, _ = refit_one(model, x[:1], SampleNoise(keys_of(x[:1]), 0), num_steps=40, lr=1e-2)
     for name, parameter in private.encoder.named_parameters():
         assert off(refit.parameters[name][0], parameter) < 1e-8
