@@ -24,7 +24,7 @@ QUICK = {
 }  # fmt: skip
 """The others are trained by the slow tests alone."""
 
-IN_PART_BY_AUTOGRAD = {"weight-norm", "spectral-norm"}
+IN_PART_BY_AUTOGRAD = {"spectral-norm"}
 """Encoders that compute weights of parameters by operations without rules, which a warning names; of all others every
 operation with parameters has a rule."""
 
