@@ -1,8 +1,12 @@
 // fastvae._C: what this build is, every registered operator by its own schema, and the classes that keep something
 // between calls. All calls are made with the GIL released.
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <deque>
+#include <string>
 
 #include "common/recycling.h"
 #include "network/copies.h"
@@ -50,28 +54,70 @@ pybind11::dict build_info() {
 }
 
 // A registered operator with its autograd, or a function of fastvae_internal, called by its schema.
-void bind_operator(pybind11::module_& m, const c10::OperatorHandle& op) {
-  const c10::FunctionSchema& schema = op.schema();
-  m.def(
-      op.operator_name().name.substr(op.operator_name().name.rfind(':') + 1).c_str(),
-      [op](const pybind11::args& args, const pybind11::kwargs& kwargs) {
-        torch::jit::Stack stack =
-            torch::jit::createStackForSchema(op.schema(), torch::jit::tuple_slice(args), kwargs, std::nullopt);
-        {
-          const pybind11::gil_scoped_release unlocked;
-          op.callBoxed(&stack);
-        }
-        return torch::jit::createPyObjectForStack(std::move(stack));
-      },
-      c10::str(schema).c_str());
+struct BoundOperator {
+  explicit BoundOperator(const c10::OperatorHandle& handle)
+      : op(handle), name(handle.operator_name().name), doc(c10::str(handle.schema())) {
+    name.erase(0, name.rfind(':') + 1);
+  }
+  c10::OperatorHandle op;
+  std::string name, doc;
+  PyMethodDef method{};
+};
+
+// The value of the argument at a place beyond the `given` ones: by its name, `used` up then, or the default.
+c10::IValue named_or_default(const c10::FunctionSchema& schema, size_t place, PyObject* const* values, PyObject* names,
+                             size_t& used) {
+  const c10::Argument& argument = schema.arguments()[place];
+  for (Py_ssize_t k = 0; names != nullptr && k < PyTuple_GET_SIZE(names); ++k) {
+    if (PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, k), argument.name().c_str()) == 0) {
+      ++used;
+      return torch::jit::argumentToIValue(schema, place, values[k]);
+    }
+  }
+  TORCH_CHECK_TYPE(argument.default_value().has_value(), schema.name(), ": missing argument '", argument.name(),
+                   "' of ", schema);
+  return *argument.default_value();
+}
+
+// Without pybind11, which makes a tuple and a dictionary of every call's arguments.
+PyObject* call_operator(PyObject* self, PyObject* const* values, Py_ssize_t count, PyObject* names) {
+  HANDLE_TH_ERRORS
+  const auto* bound = static_cast<const BoundOperator*>(PyCapsule_GetPointer(self, nullptr));
+  const c10::FunctionSchema& schema = bound->op.schema();
+  const auto given = static_cast<size_t>(count);
+  const size_t named = names == nullptr ? 0 : static_cast<size_t>(PyTuple_GET_SIZE(names));
+  torch::jit::Stack stack;
+  stack.reserve(schema.arguments().size());
+  size_t used = 0;
+  for (size_t place = 0; place < schema.arguments().size(); ++place) {
+    stack.push_back(place < given ? torch::jit::argumentToIValue(schema, place, values[place])
+                                  : named_or_default(schema, place, values + count, names, used));
+  }
+  TORCH_CHECK_TYPE(given <= schema.arguments().size() && used == named, schema.name(),
+                   ": too many arguments, or one of an unknown name or given twice, for ", schema);
+  {
+    const pybind11::gil_scoped_release unlocked;
+    bound->op.callBoxed(&stack);
+  }
+  return torch::jit::createPyObjectForStack(std::move(stack)).release().ptr();
+  END_HANDLE_TH_ERRORS
 }
 
 void bind_operators(pybind11::module_& m) {
+  static std::deque<BoundOperator> all;  // as long as their functions may live
   for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
     const auto space = name.getNamespace();
-    if (space == "fastvae" || space == "fastvae_internal") {
-      bind_operator(m, c10::Dispatcher::singleton().findSchemaOrThrow(name.name.c_str(), name.overload_name.c_str()));
+    if (space != "fastvae" && space != "fastvae_internal") {
+      continue;
     }
+    BoundOperator& bound =
+        all.emplace_back(c10::Dispatcher::singleton().findSchemaOrThrow(name.name.c_str(), name.overload_name.c_str()));
+    // The compiler allows no cast from a function of four arguments to one of two by itself.
+    bound.method = {bound.name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_operator)),
+                    METH_FASTCALL | METH_KEYWORDS, bound.doc.c_str()};
+    const pybind11::capsule self(&bound);
+    m.attr(bound.name.c_str()) = pybind11::reinterpret_steal<pybind11::object>(
+        PyCFunction_NewEx(&bound.method, self.ptr(), m.attr("__name__").ptr()));
   }
 }
 
