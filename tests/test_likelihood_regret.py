@@ -409,6 +409,10 @@ def test_encoders_that_cannot_be_trained_for_each_image() -> None:
         ValueError, match=r"LikelihoodRegret: encoder: expected one whose output .* \(RuntimeError"
     ):
         quiet(regret(VAE(Undifferentiable(), mlp(4, 12, 20)).double()).predict, x)
+    without = VAE(nn.Flatten(), mlp(10, 12, 20)).double()
+    with pytest.raises(ValueError, match="LikelihoodRegret: encoder: expected parameters to optimise"):
+        regret(without).predict(x)
+    assert torch.isfinite(regret(without, target="posterior", num_steps=2).predict(x)).all()
     torch.set_rng_state(state)
 
 

@@ -161,8 +161,8 @@ class LikelihoodRegret(Detector):
 
         Raises:
             ValueError: x that is not finite, out of the likelihood's range, or of a shape that the model does
-                not take; an encoder whose samples depend on each other, that draws random numbers in eval mode, or
-                that autograd cannot differentiate.
+                not take; an encoder without parameters, whose samples depend on each other, that draws random
+                numbers in eval mode, or that autograd cannot differentiate.
         """
         with self._borrowed() as model:
             scores = []
@@ -238,6 +238,11 @@ class LikelihoodRegret(Detector):
     def _encoders(self, model: BaseVAE, observation: Observation, mu: Tensor, logvar: Tensor) -> Copies:
         if self.target == "posterior":
             return PosteriorCopies(mu, logvar, self.adam)
+        if next(model.encoder.parameters(), None) is None:
+            raise ValueError(
+                "LikelihoodRegret: encoder: expected parameters to optimise for each image, got none; "
+                "target='posterior' optimises its mean and log variance alone"
+            )
         x, condition, weight = observation
         x = x if weight is None else filled(x, weight)
         of_encoder = condition if condition is not None and takes_condition(model.encoder) else None
