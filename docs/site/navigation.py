@@ -9,7 +9,6 @@ MENU = {
     "docs/index": {
         "Start": ["docs/install", "docs/your-images", "docs/tour", "docs/which-method", "docs/notebooks/*"],
         "Guides": [
-            "docs/report",
             "docs/bring-your-model",
             "docs/compose",
             "docs/report",
