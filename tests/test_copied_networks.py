@@ -154,6 +154,24 @@ def straight_through() -> nn.Module:
     return Encoder(lambda m, x: Step.apply(m.dense(x)), dense=nn.Linear(24, 8))
 
 
+def with_a_buffer() -> nn.Module:
+    """A chain of layers, one of whose weights is a buffer."""
+
+    def forward(m: Encoder, x: Tensor) -> Tensor:
+        return torch.tanh(nn.functional.linear(x, m.fixed, m.shift))
+
+    encoder = Encoder(forward, shift=weight(8))
+    encoder.register_buffer("fixed", torch.randn(8, 24))
+    return encoder
+
+
+def one_weight_of_two_names() -> nn.Module:
+    """A chain of layers, two of which are tied."""
+    parts = {"a": nn.Linear(24, 24), "b": nn.Linear(24, 24), "c": nn.Linear(24, 8)}
+    parts["b"].weight = parts["a"].weight
+    return Encoder(lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x.view(len(x), -1)))))), **parts)
+
+
 def partly_unused() -> nn.Module:
     parts = {"dense": nn.Linear(24, 8), "unused": nn.Linear(3, 3), "stopped": nn.Linear(24, 8)}
     return Encoder(lambda m, x: torch.relu(m.dense(x)) + m.stopped(x).detach(), **parts)
@@ -161,7 +179,7 @@ def partly_unused() -> nn.Module:
 
 ENCODERS: list[Callable[[], nn.Module]] = [
     *(with_token, frames, frames_outside, there_and_back, upwards, lines, tokens, gates),
-    *(straight_through, partly_unused),
+    *(straight_through, partly_unused, with_a_buffer, one_weight_of_two_names),
 ]
 
 
@@ -267,6 +285,19 @@ def test_parameters_that_become_one() -> None:
     compare(model, torch.rand(2, 24))
     encoder.b.weight = encoder.a.weight
     compare(model, torch.rand(2, 24))
+
+
+def test_images_in_another_order_of_memory() -> None:
+    def forward(m: Encoder, x: Tensor) -> Tensor:
+        return nn.functional.normalize(m.dense(x.flatten(1)), dim=1) * m.scale
+
+    torch.manual_seed(0)
+    encoder = Encoder(forward, dense=nn.Linear(24, 8), scale=weight(8))
+    with torch.no_grad():
+        encoder.eval()(torch.rand(2, 24))
+    decoder = nn.Sequential(mlp(3, 8, 24), nn.Unflatten(1, (2, 3, 4)))
+    model = VAE(encoder, decoder, "gaussian", latent_dim=3).double().eval()
+    compare(model, torch.rand(4, 3, 2, 3).permute(3, 2, 1, 0))
 
 
 def test_samples_that_depend_on_each_other_are_refused() -> None:

@@ -158,6 +158,7 @@ def _read_encoder(model: BaseVAE, x: Tensor) -> tuple[str, list[list[tuple[str, 
             if tensor is None or source.constant is not None or source.steps:
                 raise UnsupportedLayer("lower: a layer's tensor is no parameter of the encoder")
             parts[-1].append((join(source.path, source.name).removeprefix("encoder."), tensor))
+    _check_trained(model.encoder, chain.spec, parts)
     return chain.spec, parts
 
 
@@ -223,27 +224,35 @@ def lower_encoder(
     if len(shape) > 3:
         raise UnsupportedLayer(f"lower: a sample of more than three dimensions, {list(shape)}")
     network = lower(encoder, shape=shape, compare_at=compare_at)
+    parts = [[named] for named in zip(network.names, network.tensors, strict=True)]
+    if _check_trained(encoder, network.spec, parts) != len(list(encoder.parameters())):
+        raise UnsupportedLayer("lower: a parameter is shared by two layers, or used by none")
+    return network
+
+
+def _check_trained(encoder: nn.Module, spec: str, parts: Sequence[Sequence[tuple[str, Tensor]]]) -> int:
+    """How many parameters are trained: those of the encoder itself, each in one place, and all that layers train.
+
+    Args:
+        parts: by tensor of the spec, names and values of what lies in it one below the other.
+    """
     own = {id(parameter) for parameter in encoder.parameters()}
-    used: set[str] = set()
-    for layer in network.spec.split(";"):
+    used: set[int] = set()
+    for layer in spec.split(";"):
         kind, *words = layer.split()
         if kind == "conv_transpose2d" or (kind == "conv2d" and words[-1] != "1"):
             raise UnsupportedLayer(f"lower: a {kind} of this kind is not trained for each sample by kernels")
         tensors = {"linear": 2, "conv2d": 2, "batch_norm": 2}.get(kind, 0)
-        for word in words[:tensors]:
-            if word == "-1":
-                continue
-            name = network.names[int(word)]
-            if id(network.tensors[int(word)]) not in own:
+        for name, tensor in (part for word in words[:tensors] if word != "-1" for part in parts[int(word)]):
+            if id(tensor) not in own:
                 raise UnsupportedLayer(
-                    f"lower: tensor '{name}' is computed by a parametrisation, whose own parameters are trained"
+                    f"lower: tensor '{name}' is no parameter of the encoder: a buffer, or computed by a "
+                    "parametrisation, whose own parameters are trained"
                 )
-            if word in used:
+            if id(tensor) in used:
                 raise UnsupportedLayer(f"lower: parameter '{name}' is shared by two layers")
-            used.add(word)
-    if len(used) != len(own):
-        raise UnsupportedLayer("lower: a parameter is shared by two layers, or used by none")
-    return network
+            used.add(id(tensor))
+    return len(used)
 
 
 def numel_of(encoder: nn.Module) -> int:

@@ -309,9 +309,10 @@ class LikelihoodRegret(Detector):
             check_condition(self, observation.condition, len(x))
         if observation.weight is not None:
             observation = observation._replace(weight=expanded("LikelihoodRegret", observation.weight, x))
-        # A tensor made under inference_mode cannot take part in a backward pass.
+        # A tensor made under inference_mode cannot take part in a backward pass; and a network that was read takes its
+        # data in the order of memory in which it was read.
         observation = observation.each(
-            lambda t: (t.clone() if t.is_inference() else t.detach()).to(like.device)
+            lambda t: (t.clone() if t.is_inference() else t.detach()).to(like.device).contiguous()
         )
         check_observed(model, observation.x, observation.weight)
         first = observation.at(slice(1))
