@@ -34,10 +34,13 @@ def _steady_cudnn() -> Iterator[None]:
     cudnn.allow_tf32, cudnn.deterministic = before
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+def _on_one_thread() -> Iterator[None]:
     """For what must repeat to the bit, or is too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+one_thread = pytest.fixture(_on_one_thread)
+one_thread_for_a_module = pytest.fixture(_on_one_thread, scope="module")

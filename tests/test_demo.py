@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +42,8 @@ TITLES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Other tests may be running beside these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Other tests may be running beside these.
+pytestmark = pytest.mark.usefixtures("one_thread_for_a_module")
 
 
 def noise(count: int, shape: tuple[int, ...] = (1, 8, 8)) -> torch.Tensor:

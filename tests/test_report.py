@@ -6,7 +6,6 @@ import base64
 import copy
 import re
 import warnings
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -48,13 +47,8 @@ TITLES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Other tests may be running beside these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Other tests may be running beside these.
+pytestmark = pytest.mark.usefixtures("one_thread_for_a_module")
 
 
 def data(

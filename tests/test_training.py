@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
-from training_problems import TinyVAE, batches, images, make, one_thread, quiet_fit, weights
+from training_problems import TinyVAE, batches, images, make, quiet_fit, weights
 
 from fastvae.models import DivergenceError
 from fastvae.training import History, fit, load_checkpoint
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_training_lowers_the_loss_and_fills_the_history(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from training_problems import batches, images, make, one_thread, quiet_fit, weights
+from training_problems import batches, images, make, quiet_fit, weights
 
 import fastvae
 from fastvae.penalties import JacobianL1
 from fastvae.training import load_checkpoint
 from fastvae.training.definition import fingerprint_of_data
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vae(activation: nn.Module | None = None, width: int = 8, **options: Any) -> fastvae.VAE:

@@ -25,15 +25,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training_problems import Annealed, batches, images, make, one_thread, quiet_fit, weights
+from training_problems import Annealed, batches, images, make, quiet_fit, weights
 
 from fastvae.atomic import write_atomically
 from fastvae.training import History, load_checkpoint, save_checkpoint
 from fastvae.training.locking import FolderLock
 
-__all__ = ["one_thread"]
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
+]
 
 
 def names(folder: Path) -> list[str]:

@@ -22,11 +22,11 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from training_problems import batches, make, one_thread, quiet_fit, weights
+from training_problems import batches, make, quiet_fit, weights
 
 from fastvae.training import History
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIM: Any = torch.optim

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR, StepLR
 from torch.utils.data import DataLoader
-from training_problems import Annealed, batches, images, make, one_thread, quiet_fit, weights
+from training_problems import Annealed, batches, images, make, quiet_fit, weights
 
 from fastvae.training import History, load_checkpoint, save_checkpoint
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_history_moves_with_its_folder(tmp_path: Path) -> None:
