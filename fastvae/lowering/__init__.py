@@ -43,19 +43,17 @@ class LoweredNetwork(NamedTuple):
         tensors: the module's own parameters and buffers, and what its parametrisations compute from theirs;
             gradients flow to both.
         names: where in the module each tensor is, for example ``"2.weight"``.
-        ends_in_sigmoid: whether the output is a sigmoid's, reshaped or not: probabilities and not natural
-            parameters.
     """
 
     spec: str
     tensors: list[Tensor]
     names: tuple[str, ...]
-    ends_in_sigmoid: bool
 
-
-def _network(spec: str, tensors: list[Tensor], names: tuple[str, ...]) -> LoweredNetwork:
-    layers = [layer for layer in spec.split(";") if not layer.startswith("reshape")]
-    return LoweredNetwork(spec, tensors, names, len(layers) > 0 and layers[-1] == "sigmoid")
+    @property
+    def ends_in_sigmoid(self) -> bool:
+        """Whether the output is a sigmoid's, reshaped or not: probabilities and not natural parameters."""
+        layers = [layer for layer in self.spec.split(";") if not layer.startswith("reshape")]
+        return len(layers) > 0 and layers[-1] == "sigmoid"
 
 
 def lower(
@@ -109,7 +107,7 @@ def lower(
             raise UnsupportedLayer(
                 "lower: shape, two_heads and without_effects are not for code under torch.compile"
             )
-        return _network(*lower_traced(module, strip_sigmoid))
+        return LoweredNetwork(*lower_traced(module, strip_sigmoid))
     check_is_module("lower: module", module)
     check_global_hooks()
     known, collected = current(module, form)
@@ -117,4 +115,4 @@ def lower(
     if compare_at is not None and not known.checked:
         codes = compare_at if isinstance(compare_at, Tensor) else compare_at()
         known, tensors = checked(module, known, tensors, codes)
-    return _network(known.spec_for(strip_sigmoid), tensors, known.names)
+    return LoweredNetwork(known.spec_for(strip_sigmoid), tensors, known.names)

@@ -18,7 +18,7 @@ from fastvae.lowering import LoweredNetwork, UnsupportedLayer
 from fastvae.lowering.activations import ACTIVATIONS, words_of_operator
 from fastvae.lowering.errors import join
 from fastvae.network.cache import ReadNetwork
-from fastvae.network.program import Operation, Slot
+from fastvae.network.program import Operation, Program, Slot
 from fastvae.network.sweeps import Sweeps
 
 __all__ = ["Chain", "chain_of", "lowered_chain"]
@@ -73,29 +73,39 @@ def lowered_chain(network: ReadNetwork, z: Tensor) -> LoweredNetwork | None:
         z: codes [B, d], like those that it was read for.
     """
     sweeps = network.sweeps
-    if sweeps not in _chains:
-        chain: Chain | None = None
+    if sweeps not in _kept:
+        found: _Kept | None = None
         if z.dim() == 2 and z.dtype in (torch.float32, torch.float64):
             with contextlib.suppress(UnsupportedLayer), torch.no_grad():
-                chain = chain_of(network, z.new_zeros(2, z.shape[1]))
-        _chains[sweeps] = chain
-    chain = _chains[sweeps]
-    if chain is None:
+                found = _Kept.of(chain_of(network, z.new_zeros(2, z.shape[1])), sweeps.program)
+        _kept[sweeps] = found
+    kept = _kept[sweeps]
+    if kept is None:
         return None
-    program = sweeps.program
-    places = [place for (place,) in chain.sources]
-    if max(places, default=0) > len(program.sources):
-        values: Sequence[Any] = program.start(z, network.tensors)
-    else:
-        values = [None, *network.tensors]
-    named = [program.sources[place - 1] if place <= len(program.sources) else None for place in places]
-    names = tuple("(computed)" if source is None else join(source.path, source.name) for source in named)
-    layers = [layer for layer in chain.spec.split(";") if not layer.startswith("reshape")]
-    ends_in_sigmoid = bool(layers) and layers[-1] == "sigmoid"
-    return LoweredNetwork(chain.spec, [values[place] for place in places], names, ends_in_sigmoid)
+    values: Sequence[Any] = (
+        sweeps.program.start(z, network.tensors) if kept.computes else [None, *network.tensors]
+    )
+    return LoweredNetwork(kept.spec, [values[place] for place in kept.places], kept.names)
 
 
-_chains: weakref.WeakKeyDictionary[Sweeps, Chain | None] = weakref.WeakKeyDictionary()
+class _Kept(NamedTuple):
+    """A chain as it is asked for at every call."""
+
+    spec: str
+    places: list[int]
+    names: tuple[str, ...]
+    computes: bool
+    """Whether some of its tensors are computed from others."""
+
+    @classmethod
+    def of(cls, chain: Chain, program: Program) -> _Kept:
+        places = [place for (place,) in chain.sources]
+        sources = [program.sources[at - 1] if at <= len(program.sources) else None for at in places]
+        names = tuple("(computed)" if each is None else join(each.path, each.name) for each in sources)
+        return cls(chain.spec, places, names, None in sources)
+
+
+_kept: weakref.WeakKeyDictionary[Sweeps, _Kept | None] = weakref.WeakKeyDictionary()
 """What was read, as chains; None: it is none."""
 
 
