@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 import fastvae
 
@@ -14,6 +18,27 @@ from .. import writing
 from ..writing import write
 
 Row = dict[str, Any]
+
+
+def build_model(
+    kind: str, networks: Callable[[], tuple[nn.Module, nn.Module]], seed: int, arguments: argparse.Namespace
+) -> fastvae.HVAE | fastvae.VAE:
+    """An untrained "HVAE" or "VAE" of an encoder and a decoder; for one seed both have the same networks."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder, decoder = networks()
+    if kind == "VAE":
+        return fastvae.VAE(encoder, decoder)
+    steps = arguments.leapfrog_steps
+    # "drop": one trajectory that diverges should not end a run of hours; they are counted and reported.
+    return fastvae.HVAE(
+        encoder,
+        decoder,
+        num_steps=steps,
+        tempering="free",
+        step_size=torch.full((steps, 1), arguments.step_size),
+        on_divergence="drop",
+    )
 
 
 def claim_folder(folder: Path, settings: Row, resume: bool) -> None:

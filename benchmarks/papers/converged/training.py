@@ -19,7 +19,7 @@ import fastvae
 from fastvae.architectures import hvae_decoder, hvae_encoder
 from fastvae.metrics import ais
 
-from ..shared import Row, keep_epochs, last_epoch, stored, training_seconds, write
+from ..shared import Row, build_model, keep_epochs, last_epoch, stored, training_seconds, write
 
 MODELS = ("VAE", "HVAE")
 LATENTS = 20
@@ -43,27 +43,6 @@ def networks(shape: Sequence[int], arguments: argparse.Namespace) -> tuple[nn.Mo
     return encoder, nn.Sequential(*dense(LATENTS, 200, 200, size), nn.Unflatten(1, tuple(shape)))
 
 
-def build(
-    kind: str, shape: Sequence[int], seed: int, arguments: argparse.Namespace
-) -> fastvae.HVAE | fastvae.VAE:
-    """An untrained model; for one seed both have the same networks."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        encoder, decoder = networks(shape, arguments)
-    if kind == "VAE":
-        return fastvae.VAE(encoder, decoder)
-    steps = arguments.leapfrog_steps
-    # "drop": one trajectory that diverges should not end a run of hours; they are counted and reported.
-    return fastvae.HVAE(
-        encoder,
-        decoder,
-        num_steps=steps,
-        tempering="free",
-        step_size=torch.full((steps, 1), arguments.step_size),
-        on_divergence="drop",
-    )
-
-
 class Unit:
     """A model in training. Its folder holds the states after its best and after its last epoch."""
 
@@ -71,7 +50,7 @@ class Unit:
         self, kind: str, seed: int, images: Tensor, validation: Tensor, arguments: argparse.Namespace
     ) -> None:
         self.kind, self.seed, self.arguments = kind, seed, arguments
-        self.model = build(kind, images.shape[1:], seed, arguments)
+        self.model = build_model(kind, lambda: networks(images.shape[1:], arguments), seed, arguments)
         self.folder = arguments.checkpoint / f"seed-{seed}" / kind.lower()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.loader: DataLoader[Any] = DataLoader(

@@ -6,10 +6,11 @@ import argparse
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 import fastvae
+
+from ..shared import build_model
 
 Model = fastvae.HVAE | fastvae.VAE
 
@@ -27,19 +28,5 @@ def networks(shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
 
 
 def build(kind: str, shape: Sequence[int], seed: int, arguments: argparse.Namespace) -> Model:
-    """An untrained "HVAE" or "VAE"; for one seed both have the same networks."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        encoder, decoder = networks(shape)
-    if kind == "VAE":
-        return fastvae.VAE(encoder, decoder).to(arguments.device)
-    steps = arguments.leapfrog_steps
-    # "drop": one trajectory that diverges should not end a run of hours; they are counted and reported.
-    return fastvae.HVAE(
-        encoder,
-        decoder,
-        num_steps=steps,
-        tempering="free",
-        step_size=torch.full((steps, 1), arguments.step_size),
-        on_divergence="drop",
-    ).to(arguments.device)
+    """See :func:`build_model`; on the device of the run."""
+    return build_model(kind, lambda: networks(shape), seed, arguments).to(arguments.device)
