@@ -1,31 +1,21 @@
-"""Encoders and decoders, untrained: for images of any size, and those of the papers.
-
-Initial weights are PyTorch's where nothing else is said.
-"""
+"""The papers' encoders and decoders, with PyTorch's initial weights where nothing else is said."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import is_integer
+from fastvae.architectures.naming import named
 
 __all__ = [
-    "BY_NAME",
     "dcgan_decoder",
     "dcgan_encoder",
     "dcgan_states",
     "hvae_decoder",
     "hvae_encoder",
-    "image_decoder",
-    "image_encoder",
-    "image_networks",
     "jacobian_l1_decoder",
     "jacobian_l1_encoder",
     "tracin_decoder",
@@ -33,112 +23,7 @@ __all__ = [
 ]
 
 
-_Arguments = ParamSpec("_Arguments")
-
-BY_NAME: dict[str, Callable[..., nn.Sequential]] = {}
-"""Every function of this module that makes one network: what ``model.save`` may name in place of code.
-
-What such a function makes says so in its attribute ``made_by``: the name and the arguments.
-"""
-
-
-def _named(build: Callable[_Arguments, nn.Sequential]) -> Callable[_Arguments, nn.Sequential]:
-    @functools.wraps(build)
-    def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> nn.Sequential:
-        network = build(*args, **kwargs)
-        bound = inspect.signature(build).bind(*args, **kwargs)
-        bound.apply_defaults()
-        network.made_by = {"name": build.__name__, "arguments": dict(bound.arguments)}  # type: ignore[assignment]
-        return network
-
-    BY_NAME[build.__name__] = make
-    return make
-
-
-_SMALLEST = 7
-"""Images are halved until a side is at most this, or odd."""
-_LARGEST = 8
-"""So long may both sides be then."""
-
-
-def image_networks(
-    shape: Sequence[int], latent_dim: int = 32, *, width: int = 32, values_per_element: int = 1
-) -> tuple[nn.Sequential, nn.Sequential]:
-    """An encoder and a decoder for images of 8, 16, 28, 32, 48, 64, ... pixels, grey or colour.
-
-    Plain convolutions of stride 2 and ELU between them, without norms: every model and penalty of the package trains
-    with them, kernels take both, and the decoder is smooth enough for exact gradients of ``JacobianL1``.
-
-    Args:
-        shape: (C, H, W) of an image.
-        latent_dim: d.
-        width: channels of the outermost convolution; twice and four times that further in. 256 hidden units.
-        values_per_element: outputs of the decoder for one element of an image, as its likelihood wants them: 1, 2 for
-            ``GaussianHead``, 256 for ``Categorical``.
-
-    Returns:
-        (encoder, decoder): a module from [B, C, H, W] to [B, 2 d], mean and log variance; a module from [B, d] to
-        [B, C * values_per_element, H, W].
-
-    Raises:
-        ValueError: a size that cannot be halved until it is at most 8; sizes that are not integers above 0.
-    """
-    encoder = image_encoder(shape, latent_dim, width=width)
-    return encoder, image_decoder(shape, latent_dim, width=width, values_per_element=values_per_element)
-
-
-@_named
-def image_encoder(shape: Sequence[int], latent_dim: int = 32, *, width: int = 32) -> nn.Sequential:
-    """The encoder of :func:`image_networks`."""
-    channels, height, width_left = _plan("image_encoder", shape, latent_dim, width)
-    layers: list[nn.Module] = []
-    for inner, outer in zip(channels[1:], channels[:-1], strict=True):
-        layers += [nn.Conv2d(outer, inner, 4, stride=2, padding=1), nn.ELU()]
-    hidden = channels[-1] * height * width_left
-    layers += [nn.Flatten(), nn.Linear(hidden, 256), nn.ELU(), nn.Linear(256, 2 * latent_dim)]
-    return nn.Sequential(*layers)
-
-
-@_named
-def image_decoder(
-    shape: Sequence[int], latent_dim: int = 32, *, width: int = 32, values_per_element: int = 1
-) -> nn.Sequential:
-    """The decoder of :func:`image_networks`."""
-    channels, height, width_left = _plan("image_decoder", shape, latent_dim, width, values_per_element)
-    hidden = channels[-1] * height * width_left
-    layers: list[nn.Module] = [nn.Linear(latent_dim, 256), nn.ELU(), nn.Linear(256, hidden), nn.ELU()]
-    layers.append(nn.Unflatten(1, (channels[-1], height, width_left)))
-    outputs = [channels[0] * values_per_element, *channels[1:-1]]
-    for inner, outer in zip(channels[:0:-1], outputs[::-1], strict=True):
-        layers += [nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1), nn.ELU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _plan(owner: str, shape: Sequence[int], *sizes: int) -> tuple[list[int], int, int]:
-    """Channels from the image inwards, and height and width there; ``sizes`` are latent_dim, width, ..."""
-    named = {
-        "latent_dim": sizes[0],
-        "width": sizes[1],
-        "values_per_element": sizes[2] if len(sizes) > 2 else 1,
-    }
-    for name, value in named.items():
-        if not (is_integer(value) and value >= 1):
-            raise ValueError(f"{owner}: {name}: expected an int of at least 1, got {value!r}")
-    if len(shape) != 3 or not all(is_integer(size) and size >= 1 for size in shape):
-        raise ValueError(f"{owner}: shape: expected (channels, height, width), got {tuple(shape)}")
-    found, height, width = [int(shape[0])], int(shape[1]), int(shape[2])
-    while height % 2 == width % 2 == 0 and min(height, width) > _SMALLEST:
-        height, width = height // 2, width // 2
-        found.append(min(2 ** (len(found) - 1), 4) * sizes[1])
-    if len(found) == 1 or height * width > _LARGEST**2:
-        raise ValueError(
-            f"{owner}: shape: expected sides that can be halved to at most {_LARGEST}, such as 28, 32, 48 or 64, got "
-            f"{shape[1]}x{shape[2]}; fastvae.data.load(..., size=32) scales images"
-        )
-    return found, height, width
-
-
-@_named
+@named
 def hvae_encoder(
     width: int = 16, *, padding: str = "centred", initialization: str = "torch"
 ) -> nn.Sequential:
@@ -178,7 +63,7 @@ def hvae_encoder(
     return encoder
 
 
-@_named
+@named
 def hvae_decoder(
     width: int = 16, *, padding: str = "centred", initialization: str = "torch", mean_logit: float = 0.0
 ) -> nn.Sequential:
@@ -251,7 +136,7 @@ def _initialize(network: nn.Sequential, sizes: Sequence[int]) -> Tensor:
     return bias.detach()
 
 
-@_named
+@named
 def jacobian_l1_encoder(latent_dim: int = 10) -> nn.Sequential:
     """The encoder for 64x64 images of Rhodes, Lee, NeurIPS 2021: 4x4 convolutions of stride 2, ReLU.
 
@@ -283,7 +168,7 @@ def jacobian_l1_encoder(latent_dim: int = 10) -> nn.Sequential:
     )
 
 
-@_named
+@named
 def jacobian_l1_decoder(channels: int = 1, width: int = 32, latent_dim: int = 10) -> nn.Sequential:
     """The decoder for 64x64 images of Rhodes, Lee, NeurIPS 2021, without its sigmoid: likelihoods take logits.
 
@@ -311,7 +196,7 @@ def jacobian_l1_decoder(channels: int = 1, width: int = 32, latent_dim: int = 10
     )
 
 
-@_named
+@named
 def dcgan_encoder(channels: int = 3, width: int = 32, latent_dim: int = 100) -> nn.Sequential:
     """The encoder for 32x32 images of Xiao, Yan, Amit, NeurIPS 2020: 4x4 convolutions, batch norm, ReLU.
 
@@ -341,7 +226,7 @@ def dcgan_encoder(channels: int = 3, width: int = 32, latent_dim: int = 100) -> 
     )
 
 
-@_named
+@named
 def dcgan_decoder(
     channels: int = 3, width: int = 32, latent_dim: int = 100, *, values_per_element: int = 256
 ) -> nn.Sequential:
@@ -401,7 +286,7 @@ def dcgan_states(
     return dict(zip(ours[0], body, strict=True)), dict(zip(ours[1], decoder.values(), strict=True))
 
 
-@_named
+@named
 def tracin_encoder(pixels: int = 784, latent_dim: int = 128, width: int = 1024) -> nn.Sequential:
     """The encoder for MNIST of Kong, Chaudhuri, NeurIPS 2021: three hidden layers, ReLU.
 
@@ -425,7 +310,7 @@ def tracin_encoder(pixels: int = 784, latent_dim: int = 128, width: int = 1024) 
     )
 
 
-@_named
+@named
 def tracin_decoder(pixels: int = 784, latent_dim: int = 128, width: int = 1024) -> nn.Sequential:
     """The decoder that mirrors :func:`tracin_encoder`.
 

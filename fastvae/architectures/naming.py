@@ -1,0 +1,35 @@
+"""Networks that say how they were made."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec
+
+from torch import nn
+
+__all__ = ["BY_NAME", "named"]
+
+_Arguments = ParamSpec("_Arguments")
+
+BY_NAME: dict[str, Callable[..., nn.Sequential]] = {}
+"""Every function of this package that makes one network: what ``model.save`` may name in place of code.
+
+What such a function makes says so in its attribute ``made_by``: the name and the arguments.
+"""
+
+
+def named(build: Callable[_Arguments, nn.Sequential]) -> Callable[_Arguments, nn.Sequential]:
+    """Enter a function in ``BY_NAME``."""
+
+    @functools.wraps(build)
+    def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> nn.Sequential:
+        network = build(*args, **kwargs)
+        bound = inspect.signature(build).bind(*args, **kwargs)
+        bound.apply_defaults()
+        network.made_by = {"name": build.__name__, "arguments": dict(bound.arguments)}  # type: ignore[assignment]
+        return network
+
+    BY_NAME[build.__name__] = make
+    return make
