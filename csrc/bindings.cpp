@@ -8,6 +8,7 @@
 #include <deque>
 #include <string>
 
+#include "common/product.h"
 #include "common/recycling.h"
 #include "network/copies.h"
 #include "network/copies_adam.h"
@@ -50,6 +51,7 @@ pybind11::dict build_info() {
   info["compiler"] = "GCC " __VERSION__;
 #endif
   info["cpu_instruction_set"] = cpu_instruction_set();
+  info["cpu_products"] = fastvae::are_products_ours() ? "kernel" : "library";
   return info;
 }
 

@@ -35,11 +35,15 @@ def describe() -> list[tuple[str, str]]:
         ("CUDA kernels", cuda),
         ("GPUs visible", _gpus()),
         ("CPU instruction set", build["cpu_instruction_set"]),
+        ("CPU matrix products", _PRODUCTS[build["cpu_products"]]),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical CPUs, kernels {openmp}"),
         ("compiler", build["compiler"]),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         *((f"optional: {name}", _version(name, extra)) for name, extra in _OPTIONAL.items()),
     ]
+
+
+_PRODUCTS = {"kernel": "fastvae's kernel", "library": "torch's BLAS"}
 
 
 def _gpus() -> str:

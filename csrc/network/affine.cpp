@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../common/aten.h"
+#include "../common/product.h"
 #include "../common/recycling.h"
 #include "conv_transpose.h"
 
@@ -77,7 +78,7 @@ at::Tensor affine_apply(const Stage& stage, const at::Tensor& weight, const at::
       return in;
     case Affine::kLinear: {
       at::Tensor result = out.view({-1, stage.out.channels});
-      aten::mm_out(result, in.view({-1, stage.in.channels}), weight.t());
+      multiply(result, in.view({-1, stage.in.channels}), weight.t());
       return out;
     }
     case Affine::kBatchNorm: {
@@ -109,7 +110,7 @@ at::Tensor affine_transpose(const Stage& stage, const at::Tensor& weight, const 
       return delta;
     case Affine::kLinear: {
       at::Tensor result = out.view({-1, stage.in.channels});
-      aten::mm_out(result, delta.view({-1, stage.out.channels}), weight);
+      multiply(result, delta.view({-1, stage.out.channels}), weight);
       return out;
     }
     case Affine::kBatchNorm: {
@@ -148,7 +149,7 @@ bool affine_in_blocks(const Stage& stage, const at::Tensor& weight) {
 void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
                                 const at::Tensor& h, at::Tensor& gradient) {
   if (stage.affine == Affine::kLinear) {
-    gradient.addmm_(delta.view({-1, stage.out.channels}).t(), h.view({-1, stage.in.channels}));
+    add_product(gradient, delta.view({-1, stage.out.channels}).t(), h.view({-1, stage.in.channels}));
   } else if (conv_transpose_route(stage, weight) != ConvTransposeRoute::kLibrary) {
     conv_transpose_add_weight_gradient(stage, weight, delta, h, gradient);
   } else if (is_mirrored(stage, weight)) {
@@ -161,8 +162,8 @@ void affine_add_weight_gradient(const Stage& stage, const at::Tensor& weight, co
 at::Tensor affine_weight_gradient(const Stage& stage, const at::Tensor& weight, const at::Tensor& delta,
                                   const at::Tensor& h, at::IntArrayRef sizes) {
   if (stage.affine == Affine::kLinear) {
-    return aten::mm_out(reused(sizes, weight.options()), delta.view({-1, stage.out.channels}).t(),
-                        h.view({-1, stage.in.channels}));
+    return multiply(reused(sizes, weight.options()), delta.view({-1, stage.out.channels}).t(),
+                    h.view({-1, stage.in.channels}));
   }
   if (is_convolution(stage) && conv_transpose_route(stage, weight) == ConvTransposeRoute::kLibrary &&
       !is_mirrored(stage, weight)) {

@@ -4,6 +4,7 @@
 
 #include "../common/aten.h"
 #include "../common/launch.h"
+#include "../common/product.h"
 
 namespace fastvae {
 namespace {
@@ -61,7 +62,7 @@ void folded_conv_transpose(const Stage& stage, const at::Tensor& packed, const a
   const at::Tensor matrix = packed.view({packed.size(0), -1});
   for_each_tile(stage, packed, in, in.numel() / stage.in.numel(),
                 [&](int64_t first, int64_t count, at::Tensor& columns) {
-                  aten::mm_out(columns, rows_of_samples(in, stage.in, first, count), matrix);
+                  multiply(columns, rows_of_samples(in, stage.in, first, count), matrix);
                   FASTVAE_DISPATCH(in, {
                     const Fold<scalar_t> args{columns.const_data_ptr<scalar_t>(),
                                               out.mutable_data_ptr<scalar_t>() + first * stage.out.numel(),
@@ -78,7 +79,7 @@ void folded_conv_transpose_reverse(const Stage& stage, const at::Tensor& packed,
                 [&](int64_t first, int64_t count, at::Tensor& columns) {
                   unfold_tile(stage, packed, delta, first, count, columns);
                   at::Tensor rows = rows_of_samples(out, stage.in, first, count);
-                  aten::mm_out(rows, columns, matrix);
+                  multiply(rows, columns, matrix);
                 });
 }
 
@@ -88,7 +89,7 @@ void folded_conv_transpose_add_weight_gradient(const Stage& stage, const at::Ten
   for_each_tile(stage, packed, delta, delta.numel() / stage.out.numel(),
                 [&](int64_t first, int64_t count, at::Tensor& columns) {
                   unfold_tile(stage, packed, delta, first, count, columns);
-                  sum.addmm_(rows_of_samples(h, stage.in, first, count).t(), columns);
+                  add_product(sum, rows_of_samples(h, stage.in, first, count).t(), columns);
                 });
   gradient.add_(sum.view(packed.sizes()).permute({0, 3, 1, 2}));
 }

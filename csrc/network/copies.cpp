@@ -6,6 +6,7 @@
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
+#include "../common/product.h"
 #include "affine.h"
 
 namespace fastvae {
@@ -226,9 +227,9 @@ at::Tensor NetworkCopies::affine(size_t l) {
     }
     at::Tensor out = layer.a.view({samples_, stage.out.positions(), stage.out.channels});
     if (layer.bias.value.defined()) {
-      aten::baddbmm_out(out, layer.bias.value, layer.columns, layer.weight.value);
+      multiply_each(out, layer.bias.value, layer.columns, layer.weight.value);
     } else {
-      aten::bmm_out(out, layer.columns, layer.weight.value);
+      multiply_each(out, layer.columns, layer.weight.value);
     }
   }
   return layer.a;
@@ -331,9 +332,9 @@ at::Tensor NetworkCopies::convolution_reverse(size_t l, const at::Tensor& delta)
   const Stage& stage = this->stage(l);
   Layer& layer = layers_[l];
   const at::Tensor rows = delta.view({samples_, stage.out.positions(), stage.out.channels});
-  aten::bmm_out(layer.weight.grad, layer.columns.transpose(1, 2), rows);
+  multiply_each(layer.weight.grad, layer.columns.transpose(1, 2), rows);
   if (layer.grad_in.defined()) {
-    aten::bmm_out(layer.grad_columns, rows, layer.weight.value.transpose(1, 2));
+    multiply_each(layer.grad_columns, rows, layer.weight.value.transpose(1, 2));
     FASTVAE_DISPATCH(delta, {
       const Fold<scalar_t> args{layer.grad_columns.const_data_ptr<scalar_t>(),
                                 layer.grad_in.mutable_data_ptr<scalar_t>(), layer.window, samples_};

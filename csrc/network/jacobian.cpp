@@ -4,6 +4,7 @@
 
 #include "../common/aten.h"
 #include "../common/launch.h"
+#include "../common/product.h"
 #include "../common/recycling.h"
 #include "affine.h"
 
@@ -246,7 +247,7 @@ at::Tensor JacobianSweep::head_by_columns(const at::Tensor& weight, const at::Te
     }
     if (hdotbar.defined()) {
       const at::Tensor adotbar = adot.view({-1, width});
-      first == 0 ? aten::mm_out(hdotbar, adotbar, matrix) : hdotbar.addmm_(adotbar, matrix);
+      first == 0 ? multiply(hdotbar, adotbar, matrix) : add_product(hdotbar, adotbar, matrix);
     }
   }
   return hdotbar.defined() ? hdotbar.view({-1}) : hdotbar;

@@ -12,6 +12,7 @@
 #include "../common/guard.h"
 #include "../common/launch.h"
 #include "../common/operator.h"
+#include "../common/product.h"
 
 namespace fastvae {
 namespace {
@@ -105,10 +106,10 @@ void add_tile(const Layer& layer, int64_t first_a, int64_t count_a, int64_t firs
       const int64_t length_b = std::min(step_u, u - tb), rows_b = count_b * length_b;
       at::Tensor of_inputs = gram.narrow(0, 0, rows_a * rows_b).view({rows_a, rows_b});
       at::Tensor of_grads = gram.narrow(0, gram.numel() / 2, rows_a * rows_b).view({rows_a, rows_b});
-      aten::mm_out(of_inputs, part(layer.inputs_a, first_a, t, ta, count_a, length_a),
-                   part(layer.inputs_b, first_b, u, tb, count_b, length_b).t());
-      aten::mm_out(of_grads, part(layer.grads_a, first_a, t, ta, count_a, length_a),
-                   part(layer.grads_b, first_b, u, tb, count_b, length_b).t());
+      multiply(of_inputs, part(layer.inputs_a, first_a, t, ta, count_a, length_a),
+               part(layer.inputs_b, first_b, u, tb, count_b, length_b).t());
+      multiply(of_grads, part(layer.grads_a, first_a, t, ta, count_a, length_a),
+               part(layer.grads_b, first_b, u, tb, count_b, length_b).t());
       FASTVAE_DISPATCH(out, {
         const GramProduct<scalar_t> args{of_inputs.const_data_ptr<scalar_t>(),
                                          of_grads.const_data_ptr<scalar_t>(),
@@ -227,22 +228,22 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
       const at::Tensor h = as_rows(layer.inputs_a).narrow(0, first * t, count * t);
       const at::Tensor delta = as_rows(layer.grads_a).narrow(0, first * t, count * t);
       if (needed(0) || needed(2)) {
-        const at::Tensor weights = spread(g_tile, delta.mm(grads_b_rows.t()), t, u);
+        const at::Tensor weights = spread(g_tile, product(delta, grads_b_rows.t()), t, u);
         if (needed(0)) {
-          to[0].narrow(0, first * t, count * t).addmm_(weights, inputs_b_rows);
+          add_product(to[0].narrow(0, first * t, count * t), weights, inputs_b_rows);
         }
         if (needed(2)) {
-          to[2].addmm_(weights.t(), h);
+          add_product(to[2], weights.t(), h);
         }
       }
       if (needed(1) || needed(3)) {
-        const at::Tensor gram = h.mm(inputs_b_rows.t());
+        const at::Tensor gram = product(h, inputs_b_rows.t());
         const at::Tensor weights = spread(g_tile, layer.bias ? gram.add_(1) : gram, t, u);
         if (needed(1)) {
-          to[1].narrow(0, first * t, count * t).addmm_(weights, grads_b_rows);
+          add_product(to[1].narrow(0, first * t, count * t), weights, grads_b_rows);
         }
         if (needed(3)) {
-          to[3].addmm_(weights.t(), delta);
+          add_product(to[3], weights.t(), delta);
         }
       }
     }

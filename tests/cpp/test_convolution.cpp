@@ -1,10 +1,12 @@
 // fold and unfold against plain loops in float64, over windows with every stride, padding and dilation that moves an
 // edge, and split into ranges: bitwise the same; and the strided product that the other convolutions are made of, in
-// the blocks of every processor. The transposed convolutions themselves: test_kernels.cpp.
+// the blocks of every processor, with the matrix product on top of it. The transposed convolutions themselves:
+// test_kernels.cpp.
 #include <algorithm>
+#include <cmath>
 
 #include "cases.h"
-#include "cpu/strided_product.h"
+#include "cpu/matrix_product.h"
 
 namespace cases {
 namespace {
@@ -169,13 +171,69 @@ void test_strided_product(const char* type, bool wide) {
   }
 }
 
+// Every way in which operands lie, sizes that leave a remainder in each direction, and several blocks and panels; rows
+// are the same bits alone and among others.
+template <typename T>
+void test_matrix_product(const char* type) {
+  struct Size {
+    int64_t m, n, k;
+  };
+  for (const Size s : std::vector<Size>{
+           {1, 1, 1}, {3, 5, 7}, {14, 32, 16}, {29, 33, 300}, {470, 47, 20}, {15, 16, 257}, {130, 70, 65}}) {
+    for (const bool a_in_rows : {false, true}) {
+      for (const bool b_in_rows : {false, true}) {
+        for (const bool accumulate : {false, true}) {
+          Arena<T> arena;
+          const int64_t a_m = a_in_rows ? s.k + 1 : 1, a_k = a_in_rows ? 1 : s.m + 2;
+          const int64_t b_k = b_in_rows ? s.n + 3 : 1, b_n = b_in_rows ? 1 : s.k + 1, c_m = s.n + 1;
+          const T* a = arena.random((s.m + 2) * (s.k + 1));
+          const T* b = arena.random((s.n + 3) * (s.k + 1));
+          T* c = arena.output(s.m * c_m);
+          T* alone = arena.output(c_m);
+          std::fill_n(c, s.m * c_m, T(2));
+          std::fill_n(alone, c_m, T(2));
+          cpu::MatrixProduct<T> product{a, a_m, a_k, b, b_k, b_n, c, c_m, s.m, s.n, s.k, accumulate};
+          cpu::matrix_product(product);
+          const int64_t row = s.m / 2;
+          product.a += row * a_m;
+          product.c = alone;
+          product.m = 1;
+          cpu::matrix_product(product);
+          double error = 0;
+          for (int64_t i = 0; i < s.m; ++i) {
+            for (int64_t j = 0; j < s.n; ++j) {
+              double sum = accumulate ? 2 : 0;
+              for (int64_t k = 0; k < s.k; ++k) {
+                sum += double(a[i * a_m + k * a_k]) * double(b[k * b_k + j * b_n]);
+              }
+              error = std::max(error, std::abs(sum - double(c[i * c_m + j])));
+            }
+            error = std::max(error, std::abs(2 - double(c[i * c_m + s.n])));
+          }
+          CHECK(error <= 100.0 * std::numeric_limits<T>::epsilon() * std::sqrt(double(s.k)),
+                "matrix_product %s, %d x %d x %d: off by %g", type, int(s.m), int(s.n), int(s.k), error);
+          CHECK(std::equal(alone, alone + c_m, c + row * c_m), "matrix_product %s, %d x %d x %d: a row alone differs",
+                type, int(s.m), int(s.n), int(s.k));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace cases
 
 int main() {
   for (const bool wide : {false, true}) {
+    if (wide && !fastvae::cpu::kWideRegisters) {
+      continue;  // the processor lacks its instructions
+    }
     cases::test_strided_product<float>("float", wide);
     cases::test_strided_product<double>("double", wide);
+  }
+  if (fastvae::cpu::kWideRegisters) {
+    cases::test_matrix_product<float>("float");
+    cases::test_matrix_product<double>("double");
   }
   cases::test_convolutions<float>("float");
   cases::test_convolutions<double>("double");

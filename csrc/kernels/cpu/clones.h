@@ -9,6 +9,13 @@
 #define FASTVAE_CLONES
 #endif
 
+// For kernels whose blocks fill 32 registers of 512 bits: called where kWideRegisters says that there are that many.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTVAE_WIDE __attribute__((target("arch=x86-64-v4")))
+#else
+#define FASTVAE_WIDE
+#endif
+
 #define FASTVAE_INLINE inline __attribute__((always_inline))
 #define FASTVAE_LAMBDA_INLINE __attribute__((always_inline))
 

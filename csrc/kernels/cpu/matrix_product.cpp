@@ -1,0 +1,162 @@
+// Panels of b, as wide as a block of strided_product, meet blocks of a that the L2 cache holds. A panel is copied where
+// it does not lie in rows, or where many rows of a read it anew.
+#include "matrix_product.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "lanes.h"
+
+namespace fastvae::cpu {
+namespace {
+
+constexpr int64_t kDepth = 256;  // of a panel: with 32 floats a row two thirds of the L1 cache
+constexpr int64_t kRows = 32 * kWideRows;
+// Few rows read all of b for little work: it comes from memory in long rows.
+constexpr int64_t kShallowDepth = 16;
+constexpr int64_t kCacheBytes = int64_t{1} << 21;
+constexpr int64_t kFewRows = 128;
+
+// Of two rows the blocks that stand first (or second) in each pair of blocks of kDistance lanes.
+template <int kDistance, bool kSecond, typename Vector, size_t... j>
+FASTVAE_INLINE void interleave(Vector& to, const Vector& a, const Vector& b, std::index_sequence<j...>) {
+  constexpr int kFrom[] = {static_cast<int>((j & kDistance) == 0 ? (kSecond ? j + kDistance : j)
+                                                                 : sizeof...(j) + j - (kSecond ? 0 : kDistance))...};
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  to = __builtin_shufflevector(a, b, kFrom[j]...);
+#else
+  constexpr int kLanes = sizeof...(j);
+  ((to[j] = kFrom[j] < kLanes ? a[kFrom[j]] : b[kFrom[j] - kLanes]), ...);
+#endif
+}
+
+// One of the log2(lanes) steps of a transposition: blocks of kDistance lanes off the diagonal change places.
+template <int kDistance, int kLanes, typename Vector>
+FASTVAE_INLINE void exchange_blocks(Vector (&rows)[kLanes]) {
+  constexpr auto kAll = std::make_index_sequence<kLanes>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kDistance) == 0) {
+      const Vector a = rows[i], b = rows[i + kDistance];
+      interleave<kDistance, false>(rows[i], a, b, kAll);
+      interleave<kDistance, true>(rows[i + kDistance], a, b, kAll);
+    }
+  }
+}
+
+template <int kLanes, typename T>
+FASTVAE_INLINE void transpose_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  typename Lanes<T, kLanes>::Vector rows[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = lanes_at<kLanes>(from + i * from_row);
+  }
+  exchange_blocks<1>(rows);
+  exchange_blocks<2>(rows);
+  exchange_blocks<4>(rows);
+  if constexpr (kLanes > 8) {
+    exchange_blocks<8>(rows);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    lanes_at<kLanes>(to + i * to_row) = rows[i];
+  }
+}
+
+// panel[k, n] = b[k, n], zero in the columns that b does not have.
+template <int kLanes, typename T>
+FASTVAE_INLINE void copy_panel(const T* b, int64_t b_k, int64_t b_n, int64_t depth, int64_t columns, int64_t width,
+                               T* panel) {
+  int64_t n = 0;
+  if (b_n == 1) {
+    for (; n + kLanes <= columns; n += kLanes) {
+      for (int64_t k = 0; k < depth; ++k) {
+        lanes_at<kLanes>(panel + k * width + n) = lanes_at<kLanes>(b + k * b_k + n);
+      }
+    }
+  } else if (b_k == 1) {
+    for (; n + kLanes <= columns; n += kLanes) {
+      int64_t k = 0;
+      for (; k + kLanes <= depth; k += kLanes) {
+        transpose_square<kLanes>(b + n * b_n + k, b_n, panel + k * width + n, width);
+      }
+      for (; k < depth; ++k) {
+        for (int64_t j = n; j < n + kLanes; ++j) {
+          panel[k * width + j] = b[j * b_n + k];
+        }
+      }
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t j = n; j < width; ++j) {
+      panel[k * width + j] = j < columns ? b[k * b_k + j * b_n] : T(0);
+    }
+  }
+}
+
+// A product of whole vectors into an array, and from there what c has of it.
+template <typename T>
+FASTVAE_INLINE void edge_product(const StridedProduct<T>& product, int64_t columns) {
+  T sums[kWideRows * kProductColumns<T>];
+  for (int64_t first = 0; first < product.m; first += kWideRows) {
+    StridedProduct<T> part = product;
+    part.m = std::min<int64_t>(kWideRows, product.m - first);
+    part.a += first * product.a_m;
+    part.c = sums;
+    part.c_m = product.n;
+    T* c = product.c + first * product.c_m;
+    for (int64_t i = 0; i < part.m && product.accumulate; ++i) {
+      std::copy_n(c + i * product.c_m, columns, sums + i * product.n);
+    }
+    strided_product(part, /*wide=*/true);
+    for (int64_t i = 0; i < part.m; ++i) {
+      std::copy_n(sums + i * product.n, columns, c + i * product.c_m);
+    }
+  }
+}
+
+template <typename T>
+FASTVAE_INLINE void matrix_product_template(const MatrixProduct<T>& p) {
+  constexpr int64_t kPanel = kProductColumns<T>;
+  constexpr int kLanes = kPanel / 2;
+  alignas(64) T panel[kDepth * kPanel];
+  const bool fits = p.k * p.n * static_cast<int64_t>(sizeof(T)) <= kCacheBytes;
+  const bool in_rows = p.b_n == 1 && (fits || p.m <= kFewRows);
+  const int64_t most = in_rows && !fits && p.m <= kWideRows ? kShallowDepth : kDepth;
+  for (int64_t m = 0; m < p.m; m += kRows) {
+    for (int64_t k = 0; k < p.k; k += most) {
+      const int64_t depth = std::min(most, p.k - k);
+      for (int64_t n = 0; n < p.n; n += kPanel) {
+        const int64_t columns = std::min(kPanel, p.n - n), width = columns > kLanes ? kPanel : kLanes;
+        StridedProduct<T> part{p.a + m * p.a_m + k * p.a_k,
+                               p.a_m,
+                               p.a_k,
+                               0,
+                               p.b + k * p.b_k + n * p.b_n,
+                               p.b_k,
+                               0,
+                               p.c + m * p.c_m + n,
+                               p.c_m,
+                               std::min(kRows, p.m - m),
+                               width,
+                               depth,
+                               1,
+                               p.accumulate || k > 0};
+        if (!in_rows || columns < width) {
+          copy_panel<kLanes>(part.b, p.b_k, p.b_n, depth, columns, width, panel);
+          part.b = panel;
+          part.b_k = width;
+        }
+        columns == width ? strided_product(part, /*wide=*/true) : edge_product(part, columns);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+FASTVAE_WIDE void matrix_product(const MatrixProduct<float>& product) { matrix_product_template(product); }
+
+FASTVAE_WIDE void matrix_product(const MatrixProduct<double>& product) { matrix_product_template(product); }
+
+}  // namespace fastvae::cpu
