@@ -61,7 +61,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
     }
     if (block.bytes <= most_bytes_) {
       free_bytes_ += block.bytes;
-      free_.emplace(block.bytes, std::move(block.memory));
+      // Before others of its size: it is taken first, while the caches still have it.
+      free_.emplace_hint(free_.lower_bound(block.bytes), block.bytes, std::move(block.memory));
     }
   }
 
