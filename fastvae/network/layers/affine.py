@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvae._extension import raw
+from fastvae.network.tape import kernel
+
 from .base import (
     Gradients,
     Layer,
@@ -92,17 +95,22 @@ class AffineLayer(Layer):
 class LinearLayer(AffineLayer):
     """y = x W^T + b."""
 
+    def forward(self, point: Point) -> Tensor:
+        """A x + b."""
+        y = self.apply(point.values[self.x], point.values[self.weight])
+        return y if self.bias < 0 else y.add_(point.values[self.bias])
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """See ``AffineLayer``."""
-        return F.linear(x, weight)
+        return kernel(raw.matrix_product, x, weight.mT)
 
     def pull(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """See ``AffineLayer``."""
-        return dy @ weight
+        return kernel(raw.matrix_product, dy, weight)
 
     def outer(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
         """See ``AffineLayer``."""
-        return dy.flatten(0, -2).mT @ x.flatten(0, -2)
+        return kernel(raw.matrix_product, dy.flatten(0, -2).mT, x.flatten(0, -2))
 
     def sums(self, dy: Tensor) -> Tensor:
         """See ``AffineLayer``."""
