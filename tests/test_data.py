@@ -150,8 +150,8 @@ def _npz_case(path: Path, case: str) -> str:
         np.savez(path, images=np.array([good["images"], None], dtype=object))
         return "unreadable entry .*allow_pickle"
     if case == "floats":
-        np.savez(path, images=good["images"] / 255)
-        return r"images as uint8 .* found float64 \[4, 3, 3\]"
+        np.savez(path, images=good["images"] * 1.0)
+        return r"values in \[0, 1\], found .* divide by 255"
     if case == "flat":
         np.savez(path, images=pixels(4, 9))
         return r"images as uint8 .* found uint8 \[4, 9\]"
@@ -163,7 +163,7 @@ def _npz_case(path: Path, case: str) -> str:
         return r"labels as integers \[4\], one an image, got torch.int64 \[5\]"
     if case == "label dtype":
         np.savez(path, images=good["images"], labels=np.linspace(0, 1, 4))
-        return r"labels as integers, found float64 \[4\]"
+        return r"labels as integers or strings, found float64 \[4\]"
     np.savez(path, **good)
     data = bytearray(path.read_bytes())
     if case == "truncated":
@@ -309,10 +309,41 @@ def test_npz_whose_directory_hides_an_array(tmp_path: Path) -> None:
         load(path)
 
 
-def test_npy_is_not_npz(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", pixels(4, 3, 3))
-    with pytest.raises(ValueError, match=r"images.npy: expected an .npz file"):
-        load(tmp_path / "images.npy")
+def test_npy(tmp_path: Path) -> None:
+    images = pixels(4, 3, 3)
+    for values in (images, images / 255, np.asfortranarray(images)):
+        np.save(tmp_path / "images.npy", values)
+        assert torch.equal(
+            load(tmp_path / "images.npy", split="all").images, torch.from_numpy(images)[:, None]
+        )
+    entry = npy_header("(10, 28, 28)") + bytes(7840)
+    np.save(tmp_path / "pickled.npy", np.array([images, Planted(tmp_path / "ran")], dtype=object))
+    np.savez(tmp_path / "archive.npz", images=images)
+    cases = {"long": entry + b"x", "short": entry[:-1], "empty": b"", "text": b"x" * 200}
+    cases |= {name: (tmp_path / name).read_bytes() for name in ("pickled.npy", "archive.npz")}
+    for content in cases.values():
+        (tmp_path / "bad.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.npy: expected a plain array, found another kind of file"):
+            load(tmp_path / "bad.npy")
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_npz_of_floats_and_named_labels(tmp_path: Path) -> None:
+    images = pixels(4, 3, 3)
+    np.savez(tmp_path / "set.npz", images=images / 255, labels=np.array(["b", "a", "b", "c"]))
+    data = load(tmp_path / "set.npz", split="all")
+    assert torch.equal(data.images[:, 0], torch.from_numpy(images)) and data.classes == ("a", "b", "c")
+    assert data.labels is not None and data.labels.tolist() == [1, 0, 1, 2]
 
 
 def test_data_folder_from_environment(

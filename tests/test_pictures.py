@@ -210,7 +210,9 @@ def test_arrays() -> None:
     assert load(values, size=8, channels=1).images.shape == (18, 1, 8, 8)
     for bad, message in (
         (floats * 2 - 1, r"values in \[0, 1\], found -1 to 1; divide by 255"),
-        (floats * torch.nan, "found nan"),
+        (floats * torch.nan, "found 1200 of 1200 that are NaN or infinite"),
+        (floats.to_sparse(), "dense array or tensor, found torch.sparse_coo"),
+        (np.ma.array(values, mask=values > 3), "dense array or tensor, found MaskedArray"),
         (values.transpose(0, 2, 3, 1).repeat(2, 1), r"channels first.*pass images\.transpose"),
         (values.astype(np.int32), "uint8, or floating"),
         (values[0, 0], r"\[N, H, W\]"),
@@ -220,8 +222,11 @@ def test_arrays() -> None:
             load(bad, split="all")
     with pytest.raises(ValueError, match=r"one an image, got torch.int64 \[3\]"):
         load(values, labels=[1, 2, 3])
-    with pytest.raises(ValueError, match=r"labels as integers, found float64"):
+    with pytest.raises(ValueError, match=r"labels as integers or strings, found float64"):
         load(values, labels=np.zeros(20))
+    named = load(values, labels=["dog", "cat"] * 10, split="all")
+    assert named.classes == ("cat", "dog") and named.labels is not None
+    assert named.labels.tolist() == [1, 0] * 10
 
 
 class Pairs(Dataset[Any]):
@@ -258,7 +263,7 @@ def test_data_sets() -> None:
     assert load(drawn, size=16, channels=3).images.shape == (18, 3, 16, 16)
     for bad, message in (
         ([], "at least one image, found none"),
-        ([{"data": images[0]}], "found a mapping with data"),
+        ([{"pixels": images[0]}], "or a mapping with 'image' or .*found a mapping with pixels"),
         (["a.png"], r"list\[0\]: expected an image of Pillow, a tensor or an array, found str"),
         ([(images[0], 1), (images[0], None)], "a label for every image or for none, found 1 for 2"),
     ):
@@ -266,6 +271,26 @@ def test_data_sets() -> None:
             load(bad)
     with pytest.raises(TypeError, match=r"a path, an array, a tensor or a data set .* got int"):
         load(3)
+
+
+def test_samples_as_other_packages_have_them() -> None:
+    """Mappings, labels as names or in arrays, parts of a data set that has classes."""
+    image = torch.zeros(1, 6, 6)
+    for label, expected, classes in (
+        ("cat", 0, ("cat",)),
+        (np.str_("cat"), 0, ("cat",)),
+        (np.int64(2), 2, None),
+        (torch.tensor([2]), 2, None),
+        (torch.eye(3)[1], None, None),
+        (1.5, None, None),
+    ):
+        for sample in ((image, label), {"image": image, "label": label}, {"data": image, "target": label}):
+            data = load([sample] * 2, split="all")
+            assert data.classes == classes
+            found = None if data.labels is None else data.labels.tolist()
+            assert found == (None if expected is None else [expected] * 2)
+    part = torch.utils.data.Subset(torch.utils.data.Subset(Pairs(), [0, 1, 2, 3]), [3, 2])
+    assert load(part, split="all").classes == ("even", "odd")
 
 
 def test_arguments(labelled: Path) -> None:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         nargs="?",
-        help='a folder of pictures (subfolders: labels), IDX files, an .npz file or "digits"',
+        help='a folder of pictures (subfolders: labels), IDX files, an .npy or .npz file or "digits"',
     )
     parser.add_argument(
         "--out", type=Path, default=Path("fastvae-run"), help="the run's folder (%(default)s)"
@@ -143,7 +143,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> RunSettings:
         )
     if not given.get("data"):
         raise CommandError(
-            'DATA: expected a folder of pictures, IDX files, an .npz file or "digits", got nothing'
+            'DATA: expected a folder of pictures, IDX files, an .npy or .npz file or "digits", got nothing'
         )
     return RunSettings(**given)
 

@@ -17,7 +17,7 @@ from fastvae.data.folders import load_pictures
 from fastvae.data.images import ImageDataset
 from fastvae.data.pictures import SUFFIXES, read_pictures
 from fastvae.data.sources import fitted, from_array, from_dataset, is_dataset
-from fastvae.data.unpacking import read_idx, read_npz
+from fastvae.data.unpacking import read_idx, read_npy, read_npz
 
 __all__ = ["load"]
 
@@ -38,7 +38,7 @@ def load(
     max_unpacked: int = 2**32,
     progress: bool = True,
 ) -> ImageDataset:
-    """Load images: a folder of pictures, arrays, a data set, IDX or ``.npz`` files, or scikit-learn's digits.
+    """Load images: a folder of pictures, arrays, a data set, IDX, ``.npy`` or ``.npz`` files, or scikit-learn's digits.
 
     Args:
         source: one of
@@ -49,11 +49,12 @@ def load(
               is turned as its EXIF data say, shown on white where it is transparent, and scaled from 16 bits to 8; of
               one that moves, the first frame is taken. One picture alone is a source, too.
             - an array or tensor [N, H, W] or [N, C, H, W]: uint8, or floating in [0, 1] (kept in 255 steps);
-            - a data set, with ``len`` and samples by number that are images or (image, label), as torchvision's: of
-              Pillow, or [C, H, W] as above. It is read once, whole;
+            - a data set, with ``len`` and samples by number that are images or (image, label), as torchvision's, or
+              mappings with "image" (or "img", "data", "pixel_values") and "label": of Pillow, or [C, H, W] as above.
+              It is read once, whole;
             - a folder with IDX files (``train-images-idx3-ubyte``, ``t10k-images-idx3-ubyte``, their ``labels-idx1``
-              twins; gzipped or not; other prefixes too), or with one ``.npz``; an ``.npz`` with ``images`` (uint8
-              [N, H, W] or [N, C, H, W]) and, if wanted, ``labels`` (integers [N]);
+              twins; gzipped or not; other prefixes too), or with one ``.npz``; an ``.npz`` with ``images`` and, if
+              wanted, ``labels``; an ``.npy``: arrays as above, of which none is unpickled;
             - ``"digits"``: 1,797 images 1x8x8 of scikit-learn, values 0..16 scaled to 0..255;
             - None: what the environment variable FASTVAE_DATA names, or ``"digits"`` where it is not set.
 
@@ -66,7 +67,9 @@ def load(
         size: side, or (height, width), that images are scaled to cover and then cropped to, around their centre. None:
             as they are, which must be of one size.
         channels: 1 for grey, 3 for colour. None: as they are; of pictures, colour unless all of them are grey.
-        labels: of an array, integers [N]. "auto": those of the source, if it has any; None: without.
+        labels: of an array, integers or strings [N]. "auto": those of the source, if it has any; None: without.
+            Strings are numbered in their order and become ``classes``; of a data set, labels of another kind are left
+            out.
         max_unpacked: bytes that a compressed array, or all pictures, may unpack to, 4 GiB unless given. What is not
             compressed has no limit but the size of its file.
         progress: show a bar on a terminal, where it takes long.
@@ -153,6 +156,8 @@ def _load_path(
         if path.suffix.lower() in SUFFIXES:
             images = read_pictures([path], str(path), size, channels, max_unpacked, progress)
             return ImageDataset(torch.from_numpy(images), None, str(path), files=(path.name,)), False
+        if path.suffix.lower() == ".npy":
+            return from_array(read_npy(path), None, str(path)), False
         return _load_npz(path, max_unpacked), False
     files = _idx_files(path)
     if "train" in files or "test" in files:
@@ -179,7 +184,7 @@ def _find(source: str | os.PathLike[str]) -> Path:
         if candidate.exists():
             return candidate
     raise FileNotFoundError(
-        'load: source: expected "digits", a folder of pictures or IDX files, or an .npz file, got '
+        'load: source: expected "digits", a folder of pictures or IDX files, or an .npy or .npz file, got '
         f"{os.fspath(source)!r}; "
         f"no such file: {', '.join(map(str, candidates))}" + ("" if folder else " (FASTVAE_DATA is not set)")
     )
@@ -237,16 +242,9 @@ def _load_idx(path: Path, max_unpacked: int) -> ImageDataset:
     labels = None if labels_path is None else read_idx(labels_path, (1,), max_unpacked)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{labels_path}: expected {len(images)} labels, one an image, found {len(labels)}")
-    return _from_arrays(images, labels, path)
+    return from_array(images, labels, str(path))
 
 
 def _load_npz(file: Path, max_unpacked: int) -> ImageDataset:
     arrays = read_npz(file, ("images", "labels"), max_unpacked)
-    return _from_arrays(arrays["images"], arrays.get("labels"), file)
-
-
-def _from_arrays(images: _Array, labels: _Array | None, path: Path) -> ImageDataset:
-    if images.dtype != np.uint8:
-        found = f"found {images.dtype} {list(images.shape)}"
-        raise ValueError(f"{path}: expected images as uint8 [N, H, W] or [N, C, H, W], {found}")
-    return from_array(images, labels, str(path))
+    return from_array(arrays["images"], arrays.get("labels"), str(file))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from fastvae.arguments import is_integer
 from fastvae.data.images import ImageDataset
@@ -18,6 +19,8 @@ from fastvae.progress import bar_of
 __all__ = ["as_bytes", "fitted", "from_array", "from_dataset", "is_dataset"]
 
 _Array = np.ndarray[Any, Any]
+_KEYS = ("image", "img", "data", "pixel_values"), ("label", "labels", "target", "fine_label")
+"""Of image and label in samples that are mappings, as those of Hugging Face's data sets."""
 
 
 def is_dataset(source: object) -> bool:
@@ -41,7 +44,13 @@ def as_bytes(values: _Array, name: str) -> _Array:
     if values.dtype.kind != "f":
         raise ValueError(f"{name}: expected images as uint8, or floating in [0, 1], found {values.dtype}")
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN, too
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = values.size - int(np.isfinite(values).sum())
+        raise ValueError(
+            f"{name}: expected floating images with values in [0, 1], found {bad} of {values.size} that are NaN or "
+            "infinite"
+        )
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(
             f"{name}: expected floating images with values in [0, 1], found {low:.6g} to {high:.6g}; divide by "
             "255, or leave out what normalises them"
@@ -50,8 +59,11 @@ def as_bytes(values: _Array, name: str) -> _Array:
 
 
 def from_array(source: _Array | Tensor, labels: Any, name: str) -> ImageDataset:
-    """Images [N, H, W] or [N, C, H, W]; see ``as_bytes``. ValueError for others, or labels that are no integers [N]."""
-    values = _numpy(source)
+    """Images [N, H, W] or [N, C, H, W]; see ``as_bytes``.
+
+    ValueError for others, or labels that are neither integers nor strings [N].
+    """
+    values = _numpy(source, name)
     found = f"found {values.dtype} {list(values.shape)}"
     if values.ndim not in (3, 4):
         raise ValueError(f"{name}: expected images as uint8 [N, H, W] or [N, C, H, W], {found}")
@@ -60,15 +72,9 @@ def from_array(source: _Array | Tensor, labels: Any, name: str) -> ImageDataset:
             f"{name}: expected images with channels first, [N, C, H, W], {found}; pass images.transpose(0, 3, 1, 2) "
             "(a tensor: permute)"
         )
-    if labels is not None:
-        labels = np.asarray(_numpy(labels) if isinstance(labels, Tensor) else labels)
-        if labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"{name}: expected labels as integers, found {labels.dtype} {list(labels.shape)}"
-            )
-        labels = torch.from_numpy(labels.astype(np.int64))
+    numbers, classes = (None, None) if labels is None else _numbered(labels, name)
     images = torch.from_numpy(as_bytes(values, name))
-    return ImageDataset(images if images.dim() == 4 else images[:, None], labels, name)
+    return ImageDataset(images if images.dim() == 4 else images[:, None], numbers, name, classes=classes)
 
 
 def from_dataset(
@@ -76,12 +82,12 @@ def from_dataset(
 ) -> ImageDataset:
     """Everything in a data set of images, or of (image, label): Pillow's, tensors or arrays [C, H, W] or [H, W].
 
-    Labels that are no integers are left out. ValueError, with the number of the sample, for what is no image or does
-    not have the others' shape.
+    Labels that are neither integers nor strings are left out. ValueError, with the number of the sample, for what is
+    no image or does not have the others' shape.
     """
     name = type(source).__name__
     images: list[Tensor] = []
-    labels: list[int | None] = []
+    labels: list[int | str | None] = []
     with bar_of(len(source), f"reading {name}", "image", progress, delay=1) as bar:
         for index in range(len(source)):
             image, label = _sample(source[index], f"{name}[{index}]")
@@ -105,17 +111,8 @@ def from_dataset(
         raise ValueError(
             f"{name}: expected a label for every image or for none, found {len(known)} for {len(labels)}"
         )
-    classes = getattr(source, "classes", None)
-    if not (known and isinstance(classes, Sequence) and all(isinstance(c, str) for c in classes)) or max(
-        known
-    ) >= len(classes):
-        classes = None
-    return ImageDataset(
-        torch.stack(images),
-        torch.tensor(known) if known else None,
-        name,
-        classes=None if classes is None else tuple(classes),
-    )
+    numbers, classes = _numbered(known, name) if known else (None, None)
+    return ImageDataset(torch.stack(images), numbers, name, classes=classes or _classes_of(source, numbers))
 
 
 def fitted(
@@ -135,20 +132,49 @@ def fitted(
     )
 
 
-def _sample(sample: Any, name: str) -> tuple[Any, int | None]:
-    """Image and label of a sample; None for a label that is no integer."""
-    if isinstance(sample, dict):
+def _numbered(labels: Any, name: str) -> tuple[Tensor, tuple[str, ...] | None]:
+    """Labels as int64, and their names where they are strings."""
+    values = np.asarray(_numpy(labels, name) if isinstance(labels, Tensor) else labels)
+    if values.dtype.kind == "U":
+        classes, numbers = np.unique(values, return_inverse=True)
+        return torch.from_numpy(numbers.reshape(values.shape)), tuple(map(str, classes))
+    if values.dtype.kind not in "iu":
         raise ValueError(
-            f"{name}: expected an image or (image, label), found a mapping with {', '.join(map(str, sample))}"
+            f"{name}: expected labels as integers or strings, found {values.dtype} {list(values.shape)}"
         )
-    if not isinstance(sample, (tuple, list)):
+    return torch.from_numpy(values.astype(np.int64)), None
+
+
+def _classes_of(source: Any, numbers: Tensor | None) -> tuple[str, ...] | None:
+    """The names that a data set has for its labels, itself or as a part of another."""
+    classes = getattr(source, "classes", None)
+    if classes is None and isinstance(source, Subset):
+        return _classes_of(source.dataset, numbers)
+    if not (isinstance(classes, Sequence) and all(isinstance(entry, str) for entry in classes)):
+        return None
+    is_named = numbers is not None and 0 <= int(numbers.min()) <= int(numbers.max()) < len(classes)
+    return tuple(classes) if is_named else None
+
+
+def _sample(sample: Any, name: str) -> tuple[Any, int | str | None]:
+    """Image and label of a sample; None for a label that is neither an integer nor a string."""
+    if isinstance(sample, Mapping):
+        image, label = (next((sample[key] for key in keys if key in sample), None) for keys in _KEYS)
+        if image is None:
+            raise ValueError(
+                f"{name}: expected an image, (image, label) or a mapping with {' or '.join(map(repr, _KEYS[0]))}, "
+                f"found a mapping with {', '.join(map(str, sample))}"
+            )
+    elif not isinstance(sample, (tuple, list)):
         return sample, None
-    if not sample:
+    elif not sample:
         raise ValueError(f"{name}: expected an image or (image, label), found nothing")
-    label = sample[1] if len(sample) > 1 else None
-    if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0:
-        label = label.item()
-    return sample[0], int(label) if is_integer(label) else None
+    else:
+        image, label = sample[0], sample[1] if len(sample) > 1 else None
+    if isinstance(label, (Tensor, np.ndarray)):
+        # One that is drawn out, or one-hot, is none.
+        label = label.item() if max(label.shape, default=1) == 1 and 0 not in label.shape else None
+    return image, str(label) if isinstance(label, str) else int(label) if is_integer(label) else None
 
 
 def _one(image: Any, size: tuple[int, int] | None, channels: int | None, name: str) -> Tensor:
@@ -159,7 +185,7 @@ def _one(image: Any, size: tuple[int, int] | None, channels: int | None, name: s
         raise ValueError(
             f"{name}: expected an image of Pillow, a tensor or an array, found {type(image).__name__}"
         )
-    values = as_bytes(_numpy(image), name)
+    values = as_bytes(_numpy(image, name), name)
     if values.ndim == 2:
         values = values[None]
     if values.ndim != 3 or 0 in values.shape:
@@ -180,7 +206,12 @@ def _one(image: Any, size: tuple[int, int] | None, channels: int | None, name: s
     return torch.from_numpy(bytes_of(picture, size, channels).copy())
 
 
-def _numpy(values: _Array | Tensor) -> _Array:
+def _numpy(values: _Array | Tensor, name: str) -> _Array:
+    if isinstance(values, np.ma.MaskedArray) or (
+        isinstance(values, Tensor) and values.layout != torch.strided
+    ):
+        kind = values.layout if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: expected a dense array or tensor, found {kind}")
     if not isinstance(values, Tensor):
         return values
     values = values.detach().cpu()

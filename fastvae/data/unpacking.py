@@ -1,4 +1,4 @@
-"""Arrays from IDX and ``.npz`` files; sizes that a header announces are believed only if the file can hold them."""
+"""Arrays from IDX, ``.npy`` and ``.npz`` files; what a header announces is believed only if the file can hold it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["read_idx", "read_npz"]
+__all__ = ["read_idx", "read_npy", "read_npz"]
 
 _Array = np.ndarray[Any, Any]
 _DEFLATE = 1032
@@ -76,6 +76,20 @@ def _read_idx(
     if file.read(1):
         raise ValueError(f"{message}more than {announced}")
     return values.reshape(shape)
+
+
+def read_npy(path: Path) -> _Array:
+    """The array of an ``.npy`` file. ValueError, naming the file, for anything else; nothing is unpickled."""
+    try:
+        with open(path, "rb") as file:
+            _check_header(file, os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            array: _Array = np.lib.format.read_array(file, allow_pickle=False)
+            return array
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can raise anything
+        raise ValueError(f"{path}: expected a plain array, found another kind of file ({error})") from error
 
 
 def read_npz(path: Path, names: Sequence[str], max_unpacked: int) -> dict[str, _Array]:
