@@ -14,6 +14,7 @@ try:
     from fastvae import demo, info
     from fastvae._version import __version__
     from fastvae.commands import CommandError, report, score, train
+    from fastvae.commands.errors import wants_memory
 except Exception:
     for fault in faults():  # files of another project among ours explain what no traceback does
         print(fault, file=sys.stderr)
@@ -65,6 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"train": train, "score": score, "report": report}[options.command].run(options)
     except CommandError as error:
         print(f"fastvae {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not wants_memory(error):
+            raise
+        print(
+            f"fastvae {options.command}: error: expected enough memory, got less: fewer images at once, a smaller "
+            f"network or smaller images need less ({str(error).splitlines()[0] if str(error) else 'MemoryError'})",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"\nfastvae {options.command}: stopped; nothing was written", file=sys.stderr)

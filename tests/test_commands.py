@@ -6,10 +6,12 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from fastvae.__main__ import main
 from fastvae.commands.models import LIKELIHOODS, MODELS, build_model
 from fastvae.commands.runs import RunSettings
 from fastvae.commands.score import SCORES
+from fastvae.commands.score import _drawn as drawn_pixels
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("safetensors")
@@ -124,6 +127,80 @@ def test_scores_of_other_images(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["index", "0", "1", "2"]
 
 
+def test_a_binarised_run_scores_binary_images(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each image is drawn by its own noise, whatever stands beside it; black and white ones stay as they are."""
+    grey = fastvae.data.load(pictures, channels=1, split="all").images
+    np.savez(tmp_path / "grey.npz", images=grey[:, 0].numpy())
+    np.savez(tmp_path / "binary.npz", images=(grey[:, 0] > 60).numpy())
+    folder = tmp_path / "run"
+    assert main(["train", str(tmp_path / "grey.npz"), "--out", str(folder), *SMALL, "--binarize"]) == 0
+    capsys.readouterr()
+
+    def scores(name: str, *words: str) -> list[float]:
+        assert main(["score", str(folder), str(tmp_path / name), "--samples", "2", *words]) == 0
+        return [float(value) for _, value in rows(capsys.readouterr().out)[1:]]
+
+    first = scores("grey.npz")
+    assert scores("grey.npz", "--batch-size", "7") == pytest.approx(first, rel=1e-5)
+    assert scores("grey.npz", "--seed", "1") != first
+    model = fastvae.load(folder)
+    detector = SCORES["nll"][2](model, 2, 0)
+    binary = fastvae.data.load(tmp_path / "binary.npz", split="all").tensors()[0]
+    assert scores("binary.npz") == pytest.approx(detector.predict(binary).tolist(), rel=1e-5)
+    assert scores("grey.npz", "--score", "complexity") != first, "which refuses grey values"
+
+
+def test_binary_images_have_the_means_of_their_pixels() -> None:
+    values = torch.tensor([0, 1, 64, 200, 254, 255], dtype=torch.uint8)
+    images = values.repeat(40_000, 1)[:, None, None]
+    # No two alike, which would have the same noise.
+    numbers = torch.arange(40_000)[:, None].bitwise_right_shift(torch.tensor([0, 8])).to(torch.uint8)
+    images = torch.cat([images, numbers[:, None, None]], dim=3)
+    drawn = drawn_pixels(images, 0)[:, 0, 0, :6]
+    assert drawn.unique().tolist() == [0, 1] and drawn[:, 0].sum() == 0 and drawn[:, 5].min() == 1
+    # Five standard errors of 40,000 draws, at most 0.0125.
+    assert (drawn.mean(0) - values / 255).abs().max() < 0.0125
+
+
+def test_scores_go_through_pipes_and_links(run: Path, pictures: Path, tmp_path: Path) -> None:
+    """As /dev/stdout is: what stands there stays there."""
+    target, link, pipe = tmp_path / "scores.csv", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    words = ["score", str(run), str(pictures), "--split", "test", "--samples", "2", "--out"]
+    assert main([*words, str(link)]) == 0
+    assert link.is_symlink() and target.read_text().startswith("file,score")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        assert main([*words, str(pipe)]) == 0
+        assert read.result() == target.read_text() and pipe.is_fifo()
+
+
+def test_scores_ask_nothing_of_subfolders(run: Path, pictures: Path, tmp_path: Path) -> None:
+    """A picture beside them, which has no label."""
+    shutil.copytree(pictures, tmp_path / "pictures")
+    shutil.copy(next(pictures.rglob("*.png")), tmp_path / "pictures")
+    words = [
+        "score",
+        str(run),
+        str(tmp_path / "pictures"),
+        "--samples",
+        "2",
+        "--out",
+        str(tmp_path / "a.csv"),
+    ]
+    assert main(words) == 0
+
+
+def test_memory_that_is_not_there(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", str(pictures), "--out", str(tmp_path / "run"), *SMALL, "--latent-dim", "100000000000"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "error: expected enough memory, got less" in error and len(error.splitlines()) == 1
+
+
 def test_complexity_asks_for_discrete_values(
     run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,12 +292,22 @@ def test_ctrl_c(pictures: Path, tmp_path: Path) -> None:
         (["train", "nowhere"], "load: source: expected .* got 'nowhere'"),
         (["train", "{tmp}/empty"], "empty: expected pictures .* found nothing"),
         (["train", "{tmp}/bad"], r"bad/a\.png: expected a picture that Pillow can read"),
-        (["train", "{tmp}/odd"], "shape: expected sides that can be halved .* got 9x9"),
+        (
+            ["train", "{tmp}/odd"],
+            "shape: expected sides that can be halved .* got 9x9; --size 32 scales images",
+        ),
         (["train", "{data}", "--resume"], "--resume: expected a run in"),
         (["train", "{data}", "--epochs", "0"], "--epochs: expected a finite number above 0, got 0"),
         (["train", "{data}", "--size", "2x3x4"], "--size: expected a side such as 64"),
         (["train", "{data}", "--model", "gan"], "--model: invalid choice: 'gan'"),
         (["train", "{data}", "--device", "tpu"], "--device tpu: "),
+        (
+            ["train", "{data}", "--seed", str(2**64)],
+            "--seed: expected a number of 64 bits, got 18446744073709551616",
+        ),
+        (["train", "{data}", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["train", "{tmp}/bad/one.bmp"], r"one\.bmp: a single image cannot be split, got split='train'$"),
+        (["train", "{tmp}/sizes"], r"found 16x16: 1, .*; pass --size 64, say, to scale"),
         (["train", "{data}", "--binarize"], "--binarize: expected --likelihood bernoulli, got gaussian"),
         (["train", "{data}", "--test-fraction", "2"], "test_fraction: expected a number between 0 and 1"),
         (["train", "{data}", "--out", "{tmp}/file/run"], r"file/run.*: Not a directory"),
@@ -254,6 +341,10 @@ def test_what_cannot_be_done_is_said(
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("<html>404</html>")
     (tmp_path / "odd").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "bad" / "one.bmp")
+    (tmp_path / "sizes").mkdir()
+    for side in (8, 16):
+        Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "sizes" / f"{side}.png")
     for name in "ab":
         Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "odd" / f"{name}.png")
     (tmp_path / "file").write_text("in the way")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["CommandError", "at_least", "mendable", "positive", "sides"]
+__all__ = ["CommandError", "at_least", "mendable", "positive", "seed", "sides", "wants_memory"]
 
 
 class CommandError(Exception):
@@ -23,7 +24,31 @@ def mendable() -> Iterator[None]:
     except (ValueError, ImportError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise CommandError(f"{error.filename}: {error.strerror}") from error
-        raise CommandError(str(error)) from error
+        raise CommandError(_in_options(str(error))) from error
+
+
+# Advice to whoever calls from Python.
+_ADVICE = (
+    (r"fastvae\.data\.load\(\.\.\., size=(\d+)\)", r"--size \1"),
+    (r"\b(size|channels)=(\d+)", r"--\1 \2"),
+    (r"; use split=.*| or pass labels=None .*|, or a larger max_unpacked", ""),
+)
+
+
+def _in_options(message: str) -> str:
+    """The message of a function, with options of the command line in place of its arguments."""
+    for pattern, words in _ADVICE:
+        message = re.sub(pattern, words, message)
+    return message.rstrip(",")
+
+
+def wants_memory(error: BaseException) -> bool:
+    """Whether there was not as much memory as was asked for, of the processor or of a GPU."""
+    # torch's allocator for CPUs has no error of its own.
+    is_torchs = isinstance(error, RuntimeError) and re.search(
+        "(can't allocate|not enough) memory|out of memory", str(error)
+    )
+    return isinstance(error, MemoryError) or bool(is_torchs)
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
@@ -50,6 +75,17 @@ def at_least(lowest: float) -> Callable[[str], float]:
 
     parse.__name__ = "float"
     return parse
+
+
+def seed(text: str) -> int:
+    """Of an option: an int that torch's generators take."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {text}")
+    return value
+
+
+seed.__name__ = "int"
 
 
 def sides(text: str) -> tuple[int, int]:

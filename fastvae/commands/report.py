@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         history = options.run / "checkpoints" / "history.json"
         known = History.load(history) if history.exists() else None
     train, test = (load_images(options.data, settings, split) for split in ("train", "test"))
-    foreign = {Path(source).name: load_images(source, settings, "all") for source in options.foreign}
+    foreign = [load_images(source, settings, "all", labelled=False) for source in options.foreign]
     folder = options.out or options.run / "report"
     words = ["fastvae", "report", str(options.run), options.data]
     with mendable():

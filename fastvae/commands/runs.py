@@ -95,8 +95,12 @@ def load_images(
     split: Literal["train", "test", "all"],
     size: tuple[int, int] | None = None,
     channels: int | None = None,
+    labelled: bool = True,
 ) -> ImageDataset:
-    """Images as a run's model takes them; where it has not been made yet, of this size and with so many channels."""
+    """Images as a run's model takes them; where it has not been made yet, of this size and with so many channels.
+
+    Without labels nothing is asked of subfolders.
+    """
     shape = settings.shape
     if shape is not None:
         size, channels = (shape[1], shape[2]), shape[0] if shape[0] in (1, 3) else None
@@ -108,6 +112,7 @@ def load_images(
             seed=settings.seed,
             size=size,
             channels=channels,  # type: ignore[arg-type]
+            labels="auto" if labelled else None,
         )
     if shape not in (None, list(found.images.shape[1:])):
         raise CommandError(

@@ -13,10 +13,11 @@ import torch
 
 from fastvae import ood
 from fastvae.atomic import write_atomically
-from fastvae.commands.errors import CommandError, mendable, positive
+from fastvae.commands.errors import CommandError, mendable, positive, seed
 from fastvae.commands.runs import load_images, load_run
 from fastvae.data import ImageDataset
 from fastvae.models import BaseVAE
+from fastvae.noise import Stream, draws_of, keys_of
 from fastvae.progress import bar_of
 
 __all__ = ["SCORES", "add_arguments", "run"]
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=positive(int), help="draws of noise for each image")
     parser.add_argument("--batch-size", type=positive(int), default=100, help="images at once")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, which is keyed by the image")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise, which is keyed by the image")
     parser.add_argument("--out", type=Path, help="a file for the CSV; standard output, unless given")
     parser.add_argument("--device", help='"cpu", "cuda", ...; a GPU if there is one')
 
@@ -74,34 +75,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write file (or index) and score of every image; 0."""
     model, settings = load_run(options.run, options.device)
-    images = load_images(options.data, settings, options.split)
+    images = load_images(options.data, settings, options.split, labelled=False)
     if options.out is not None and not options.out.parent.is_dir():
         raise CommandError(f"--out {options.out}: expected a file in a folder that is there")
     _, samples, make = SCORES[options.score]
     with mendable():
         detector = make(model, options.samples or samples, options.seed)
-        values = _scores(detector, images, options.batch_size, options.score)
+        values = _scores(detector, images, options, settings.binarize)
     text = _as_csv(images, values)
     if options.out is None:
         sys.stdout.write(text)
         sys.stdout.flush()
     else:
         with mendable():
-            write_atomically(options.out, lambda file: file.write(text.encode()))
+            if options.out.is_symlink() or (options.out.exists() and not options.out.is_file()):
+                # A device, a pipe, or what stands for one (/dev/stdout) is written to and not replaced.
+                options.out.write_text(text, encoding="utf-8")
+            else:
+                write_atomically(options.out, lambda file: file.write(text.encode()))
         print(f"{len(values)} scores in {options.out}, median {values.median():.6g}", file=sys.stderr)
     return 0
 
 
-def _scores(detector: ood.Detector, images: ImageDataset, batch_size: int, what: str) -> torch.Tensor:
+def _scores(
+    detector: ood.Detector, images: ImageDataset, options: argparse.Namespace, binarised: bool
+) -> torch.Tensor:
     device = next(detector.model.parameters()).device
     found = []
-    with bar_of(len(images), what, "image") as bar:
-        for batch in images.images.split(batch_size):
-            # As training had them.
-            x = batch.to(device=device, dtype=torch.float32) / 255
+    with bar_of(len(images), options.score, "image") as bar:
+        for batch in images.images.split(options.batch_size):
+            x = (_drawn(batch, options.seed) if binarised else batch.float() / 255).to(device)
             found.append(detector.predict(x).double().cpu())
             bar.update(len(batch))
     return torch.cat(found)
+
+
+def _drawn(images: torch.Tensor, seed: int) -> torch.Tensor:
+    """Black and white pixels, as a binarised run saw them: float32. Every image has noise of its own."""
+    noise = Stream(draws_of(keys_of(images), seed, 1)).uniform(images.shape[1:])
+    return (noise < images.double() / 255).float()
 
 
 def _as_csv(images: ImageDataset, values: torch.Tensor) -> str:

@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 
-from fastvae.commands.errors import CommandError, at_least, mendable, positive, sides
+from fastvae.commands.errors import CommandError, at_least, mendable, positive, seed, sides
 from fastvae.commands.models import LIKELIHOODS, MODELS, build_model
 from fastvae.commands.runs import RunSettings, device_of, load_images
 from fastvae.data import ImageDataset
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--binarize", action="store_true", help="draw black and white pixels anew each step", **given
     )
-    training.add_argument("--seed", type=int, help=f"of weights, noise and split ({default.seed})", **given)
+    training.add_argument("--seed", type=seed, help=f"of weights, noise and split ({default.seed})", **given)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -248,7 +249,8 @@ def _concluded(model: BaseVAE, history: History, folder: Path, settings: RunSett
         f"trained: {len(history.steps)} epochs, {history.steps[-1]:,} steps in {sum(history.seconds):.0f} s; ended by "
         f"{stopped}{f'; {skipped} steps were skipped, not finite' if skipped else ''}\n"
         f"lowest loss of test images: {found}\n"
-        f"saved in {folder}; next: fastvae score {folder} DATA, fastvae report {folder} {settings.data}"
+        f"saved in {folder}; next: fastvae score {quote(str(folder))} DATA, "
+        f"fastvae report {quote(str(folder))} {quote(settings.data)}"
     )
 
 
@@ -259,5 +261,5 @@ def _interrupted(folder: Path, settings: RunSettings) -> str:
     epoch = int(newest.stem.removeprefix("epoch-"))
     return (
         f"stopped; {newest} holds epoch {epoch} of {settings.epochs}\n"
-        f"to go on from there: fastvae train --out {folder} --resume"
+        f"to go on from there: fastvae train --out {quote(str(folder))} --resume"
     )

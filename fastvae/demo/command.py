@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from fastvae._distribution import to_mend
-from fastvae.commands.errors import CommandError, mendable, positive
+from fastvae.commands.errors import CommandError, mendable, positive, seed
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive(int), default=6000, help="and each model's after so many steps"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, shuffling and noise")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, shuffling and noise")
     parser.add_argument(
         "--effort", type=positive(float), default=1.0, help="of the report: fewer images below 1"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvae.data import ImageDataset
 from fastvae.models import BaseVAE
-from fastvae.progress import with_bar
+from fastvae.progress import bar_of
 from fastvae.report.evidence import evidence
 from fastvae.report.foreign import foreign_images
 from fastvae.report.influence import Influences, influence, influences_of
@@ -67,7 +67,7 @@ def write_report(
         command: what was typed, to be named on the page.
         seed: of all choices and noise.
         effort: 1 takes a minute for small images; less looks at fewer images with fewer samples.
-        progress: show a bar over the sections (needs tqdm).
+        progress: show a bar over the sections, on a terminal.
 
     Returns:
         The path of the page.
@@ -75,7 +75,7 @@ def write_report(
     Raises:
         ValueError: images of different shapes, a conditional model, parameters that are not finite, an effort of 0.
         TypeError: not a fastvae model.
-        ImportError: matplotlib, Jinja2 or tqdm is not installed.
+        ImportError: matplotlib or Jinja2 is not installed.
     """
     named = (
         {} if history is None else {"training": history} if isinstance(history, History) else dict(history)
@@ -131,16 +131,15 @@ def sections_of(subject: Subject, *, wrong: Tensor | None = None, progress: bool
         "Speed": partial(speed, subject),
         "Training": partial(training, subject),
     }
-    items: Iterable[tuple[str, Callable[[], Section | None]]] = parts.items()
-    if progress:
-        items = with_bar("report", items, "section", len(parts))
     began, found = time.perf_counter(), []
-    for title, part in items:
-        before = time.perf_counter()
-        section = _attempted(title, part)
-        if section is not None:
-            section.seconds = time.perf_counter() - before
-            found.append(section)
+    with bar_of(len(parts), "report", "section", progress) as bar:
+        for title, part in parts.items():
+            before = time.perf_counter()
+            section = _attempted(title, part)
+            if section is not None:
+                section.seconds = time.perf_counter() - before
+                found.append(section)
+            bar.update(1)
     return [*found, setting(subject, time.perf_counter() - began)]
 
 
