@@ -248,6 +248,19 @@ def test_going_on(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["train", "--out", str(twice), "--resume"]) == 0
 
 
+def test_minutes_end_an_epoch(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In its middle, from where the run goes on."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert main(["train", str(pictures), "--out", str(twice), *SMALL, "--minutes", "1e-9"]) == 0
+    out = capsys.readouterr().out
+    assert "trained: 1 epochs, the last in part, 1 steps" in out and "ended by time" in out
+    assert main(["train", "--out", str(twice), "--resume"]) == 0
+    assert "trained: 2 epochs, 8 steps" in capsys.readouterr().out
+    assert main(["train", str(pictures), "--out", str(once), *SMALL]) == 0
+    first, second = fastvae.load(once), fastvae.load(twice)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
 def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "fastvae", *words]
 
@@ -267,7 +280,12 @@ def test_ctrl_c(pictures: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert "to go on from there: fastvae train --out" in err and "holds epoch" in err
+    assert "to go on from there: fastvae train --out" in err
+    newest = max((folder / "checkpoints").glob("step-*.pt"))
+    assert f"{newest} holds step" in err and f"and {folder} the model" in err
+    known, other = fastvae.load(folder), build_model(RunSettings.load(folder), (3, 8, 8))
+    fastvae.training.load_checkpoint(other, newest)
+    assert all(torch.equal(a, b) for a, b in zip(known.parameters(), other.parameters(), strict=True))
     epoch = max(int(path.stem[6:]) for path in (folder / "checkpoints").glob("epoch-*.pt"))
     names = sorted(path.name for path in folder.rglob("*") if path.name.startswith("."))
     assert names in ([], [".lock"]), "no half-written files"

@@ -20,7 +20,7 @@ from fastvae.commands.runs import RunSettings, device_of, load_images
 from fastvae.data import ImageDataset
 from fastvae.models import BaseVAE
 from fastvae.network import Network
-from fastvae.training import Callback, History, Training, fit
+from fastvae.training import Callback, History, Training, fit, load_checkpoint
 
 __all__ = ["add_arguments", "run"]
 
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         history = _fit(model, train, test, settings, folder, device, options.minutes)
     except KeyboardInterrupt:
-        print(f"\n{_interrupted(folder, settings)}", file=sys.stderr)
+        print(f"\n{_interrupted(model, folder, settings)}", file=sys.stderr)
         return 130
     except CommandError as error:
         # What fit says to whoever calls it from Python is not for here.
@@ -185,9 +185,13 @@ class _TimeLimit(Callback):
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes
 
-    def on_epoch(self, training: Training) -> None:
+    def on_step(self, training: Training) -> None:
         if time.monotonic() >= self.end:
             training.stop()
+
+    def on_epoch(self, training: Training) -> None:
+        # A validation may take long, too.
+        self.on_step(training)
 
 
 def _fit(
@@ -245,21 +249,31 @@ def _concluded(model: BaseVAE, history: History, folder: Path, settings: RunSett
     found = "-" if best is None else f"{best:.2f} nats an image, after epoch {history.best_epoch}"
     stopped = {"callback": "time", "patience": "patience"}.get(history.stopped, "epochs")
     skipped = sum(history.skipped)
+    part = ", the last in part" if history.checkpoints[-1].name.startswith("step-") else ""
     return (
-        f"trained: {len(history.steps)} epochs, {history.steps[-1]:,} steps in {sum(history.seconds):.0f} s; ended by "
-        f"{stopped}{f'; {skipped} steps were skipped, not finite' if skipped else ''}\n"
+        f"trained: {len(history.steps)} epochs{part}, {history.steps[-1]:,} steps in {sum(history.seconds):.0f} s; "
+        f"ended by {stopped}{f'; {skipped} steps were skipped, not finite' if skipped else ''}\n"
         f"lowest loss of test images: {found}\n"
         f"saved in {folder}; next: fastvae score {quote(str(folder))} DATA, "
         f"fastvae report {quote(str(folder))} {quote(settings.data)}"
     )
 
 
-def _interrupted(folder: Path, settings: RunSettings) -> str:
-    newest = max((folder / "checkpoints").glob("epoch-*.pt"), default=None)
+def _interrupted(model: BaseVAE, folder: Path, settings: RunSettings) -> str:
+    """Saves the model as of the newest checkpoint, and says what there is."""
+    checkpoints = folder / "checkpoints"
+    # One in the middle of an epoch goes when the next is there.
+    newest = max(checkpoints.glob("step-*.pt"), default=max(checkpoints.glob("epoch-*.pt"), default=None))
     if newest is None:
         return f"stopped before the first checkpoint; delete {folder} and begin again"
-    epoch = int(newest.stem.removeprefix("epoch-"))
+    with mendable():
+        load_checkpoint(model, newest)
+        model.save(folder)
+    kind, number = newest.stem.split("-")
+    where = (
+        f"epoch {int(number)} of {settings.epochs}" if kind == "epoch" else f"step {int(number):,} of the run"
+    )
     return (
-        f"stopped; {newest} holds epoch {epoch} of {settings.epochs}\n"
+        f"stopped; {newest} holds {where}, and {folder} the model\n"
         f"to go on from there: fastvae train --out {quote(str(folder))} --resume"
     )

@@ -8,11 +8,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -27,6 +27,7 @@ from fastvae.training.definition import (
 )
 from fastvae.training.history import History
 from fastvae.training.loaders import generators_of
+from fastvae.training.midway import PartOfEpoch
 from fastvae.training.parallel import Team
 from fastvae.training.resuming import Saved, copy_into, load_into, read_saved
 from fastvae.training.step import Stepper
@@ -35,6 +36,7 @@ from fastvae.wrappers import unwrap
 __all__ = ["CheckpointedRun"]
 
 _EPOCH_FILE = re.compile(r"epoch-(\d+)\.pt")
+_STEP_FILE = re.compile(r"step-(\d+)\.pt")
 
 
 @dataclass
@@ -73,10 +75,14 @@ class CheckpointedRun:
     last_checkpoint: Path | None = None
     definition: Definition | None = None
     """None where nothing is written or read."""
+    part: PartOfEpoch | None = None
+    """Of the next epoch, which was restored and is to go on."""
+    loader_states: list[list[Tensor]] = field(default_factory=list)
+    """Of the loaders' generators, for each process, at the start of the epoch."""
 
     def start(self, resume: bool | str | os.PathLike[str], epochs: int, max_steps: int | None) -> None:
         """Restore what ``resume`` asks for, or write the checkpoint of the start."""
-        there = _epoch_files(self.run_dir)
+        there = _numbered_files(self.run_dir, _EPOCH_FILE)
         # Every process has looked into the folder before the first writes to it.
         self.team.wait()
         anew = isinstance(resume, bool) or resume == "auto"
@@ -107,7 +113,7 @@ class CheckpointedRun:
         self.team.by_first(lambda: copy_into(folder, checkpoints))
         self.history.checkpoints = [folder / path.name for path in checkpoints]
         if self.interval is not None and anew:
-            self._save(complete=True)
+            self._save()
 
     def keep_weights(self) -> None:
         """Remember the weights as they are now."""
@@ -118,37 +124,62 @@ class CheckpointedRun:
         if self.best is not None:
             unwrap(self.model).load_state_dict(self.best)
 
-    def _save(self, complete: bool, temporary: bool = False) -> None:
-        """Write a checkpoint in place of the last temporary one, whose weight in TracIn it takes on."""
+    @property
+    def writes(self) -> bool:
+        """Whether there are to be checkpoints."""
+        return self.run_dir is not None and self.interval is not None
+
+    def _loader_states(self) -> list[list[Tensor]]:
+        return self.team.gathered(
+            [generator.get_state() for generator in generators_of(self.loader, self.val_loader)]
+        )
+
+    def _state(self, history: History, temporary: bool, part: PartOfEpoch | None = None) -> dict[str, Any]:
+        """What a checkpoint holds besides the model and the optimiser; in the middle of an epoch with its part."""
         assert self.run_dir is not None and self.definition is not None
-        path = self.run_dir / (f"epoch-{self.epoch:04d}.pt" if complete else f"step-{self.steps:08d}.pt")
-        replaced = self.temporary
-        if replaced is not None:
-            self.history.checkpoints = [other for other in self.history.checkpoints if other != replaced]
-        if self.steps:
-            self.history.checkpoints.append(path)
-        state = {
+        return {
             "epoch": self.epoch,
             "steps": self.steps,
-            "complete": complete,
+            "complete": part is None,
+            "part": None if part is None else part.to_dict(),
             "seed": self.seed,
             "optimizer": type(self.optimizer).__qualname__,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "generators": self.team.gathered(
-                [generator.get_state() for generator in generators_of(self.loader, self.val_loader)]
-            ),
-            "history": self.history.to_dict(self.run_dir),
+            # An epoch that goes on has its batches loaded again, from the first.
+            "generators": self._loader_states() if part is None else self.loader_states,
+            "history": history.to_dict(self.run_dir),
             "best": self.best,
             "temporary": temporary,
             "callbacks": [[_name(callback), callback.state_dict()] for callback in self.callbacks],
             "definition": self.definition.at(self._define()).to_dict(),
         }
+
+    def _state_midway(self, part: PartOfEpoch) -> dict[str, Any]:
+        """The state at this moment, whatever comes before it is written."""
+        kept = [path for path in self.history.checkpoints if path != self.temporary]
+        return copy.deepcopy(self._state(replace(self.history, checkpoints=kept), True, part))
+
+    def _save(self, midway: dict[str, Any] | None = None, temporary: bool = False) -> None:
+        """Write a checkpoint in place of the last temporary one, whose weight in TracIn it takes on.
+
+        Args:
+            midway: the state to go on from, where the epoch was cut short.
+            temporary: the next one replaces it.
+        """
+        assert self.run_dir is not None
+        name = f"epoch-{self.epoch:04d}.pt" if midway is None else f"step-{self.steps:08d}.pt"
+        path, replaced = self.run_dir / name, self.temporary
+        if replaced is not None:
+            self.history.checkpoints = [other for other in self.history.checkpoints if other != replaced]
+        if self.steps:
+            self.history.checkpoints.append(path)
+        state = self._state(self.history, temporary) if midway is None else midway
         self.team.by_first(
             lambda: save_checkpoint(
                 self.model, path, weight=self.pending_weight, optimizer=self.optimizer, state=state
             )
         )
-        if replaced is not None:
+        if replaced is not None and replaced != path:
             self.team.by_first(lambda: replaced.unlink(missing_ok=True))
         if temporary:
             self.temporary = path
@@ -163,13 +194,28 @@ class CheckpointedRun:
             try:
                 saved = read_saved(path, number)
                 if max_steps is None or saved.steps <= max_steps:
-                    self._restore(saved)
+                    self._restore((number < epochs and self._midway_after(saved, max_steps)) or saved)
                     return
             except (DamagedFileError, FileNotFoundError) as error:
                 warnings.warn(f"fit: {error}; going back to the checkpoint before it", stacklevel=4)
         raise ValueError(
             f"fit: resume: expected a usable checkpoint in run_dir, found none in {self.run_dir}"
         )
+
+    def _midway_after(self, saved: Saved, max_steps: int | None) -> Saved | None:
+        """The newest checkpoint in the epoch that followed, if there is any."""
+        for steps, path in sorted(_numbered_files(self.run_dir, _STEP_FILE).items(), reverse=True):
+            if not saved.steps < steps < (max_steps or math.inf):
+                continue
+            try:
+                midway = read_saved(path)
+                if (midway.epoch, midway.steps) == (saved.epoch, steps):
+                    return midway
+            except DamagedFileError as error:
+                warnings.warn(f"fit: {error}; going back to the checkpoint before it", stacklevel=5)
+            except (FileNotFoundError, ValueError):
+                continue  # of versions that kept the weights alone
+        return None
 
     def _restore(self, saved: Saved) -> None:
         path = saved.path
@@ -216,9 +262,12 @@ class CheckpointedRun:
             self.definition = Definition(saved.definition.parts, settings)
         self.history, self.best, self.last_checkpoint = saved.history, saved.best, path
         self.epoch, self.steps = saved.epoch, saved.steps
+        self.part = saved.part
         if saved.temporary and path.parent == self.run_dir:
             self.temporary = path
-        if saved.temporary:
+        if saved.part is not None:
+            self.pending_weight = saved.part.pending_weight
+        elif saved.temporary:
             self.pending_weight = float(saved.content["weight"])
 
     def _matched(self, saved: Saved) -> list[tuple[Callback, dict[str, Any]]]:
@@ -253,10 +302,10 @@ class CheckpointedRun:
         return define(self.model, self.optimizer, self.scheduler, self._loaders(), self.options)
 
 
-def _epoch_files(run_dir: Path | None) -> dict[int, Path]:
+def _numbered_files(run_dir: Path | None, pattern: re.Pattern[str]) -> dict[int, Path]:
     if run_dir is None or not run_dir.is_dir():
         return {}
-    matches = ((_EPOCH_FILE.fullmatch(path.name), path) for path in run_dir.iterdir())
+    matches = ((pattern.fullmatch(path.name), path) for path in run_dir.iterdir())
     return {int(match[1]): path for match, path in matches if match is not None}
 
 

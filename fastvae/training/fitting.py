@@ -65,6 +65,9 @@ def fit(
     of the loaders' own generators are stored; ``fit`` gives the global generators back as it found them.
     Out of reach are generators hidden in data sets or models, and workers kept by ``persistent_workers``.
 
+    After Ctrl-C a run with checkpoints takes its step to the end and writes a checkpoint in the middle of the epoch,
+    from which it goes on (batches before it are loaded again); a second Ctrl-C does not wait.
+
     Under ``torch.autocast(device, torch.bfloat16)`` around the call, encoders (and decoders that no kernel takes) run
     in bfloat16; the operators compute in float32 as ever, weights and optimiser stay as they are. Gradients are not
     scaled, which float16 would need.
@@ -92,7 +95,7 @@ def fit(
         checkpoint_every: "epoch"; an int, every so many epochs; "never" or None. The last is always kept.
         keep_latest: where that is not every epoch, write a checkpoint after each of the others, too, which the next one
             replaces: what kills a run takes less than an epoch from it.
-        resume: "auto": from the newest whole checkpoint in ``run_dir`` (a damaged one is passed over with a
+        resume: "auto": from the newest undamaged checkpoint in ``run_dir`` (a damaged one is passed over with a
             warning), if there is any; True: there must be one; a path: from that file; False: start anew in
             a folder without checkpoints. A run that goes on in another folder takes its checkpoints along.
         device: where to move the model; None leaves it. Batches are moved to the model's device.
@@ -104,8 +107,8 @@ def fit(
             at the end of the run. The same as ``callbacks=[EarlyStopping(patience)]``.
         callbacks: :class:`fastvae.training.Callback` objects, called in this order; their states are in checkpoints.
         max_steps: stop after so many optimisation steps, if need be within an epoch: its checkpoint
-            ``step-00000123.pt`` counts in TracIn by its share of the epoch, and a longer run resumes from
-            the epoch's start.
+            ``step-00000123.pt`` counts in TracIn by its share of the epoch. A longer run goes on from there, and
+            replaces it.
         clip_grad_norm: largest gradient norm.
         binarize: draw binary images anew in each step (:func:`fastvae.data.binarize`).
         condition: of a conditional model, where its condition is in a batch: an index (1: what stands behind the
@@ -143,6 +146,7 @@ def fit(
         ValueError: empty loader, losses not [B], arguments or a checkpoint that do not fit together.
         TypeError: samples in a tensor, a batch without images, a number that is none.
         FileNotFoundError, FileExistsError: by ``resume``.
+        KeyboardInterrupt: after Ctrl-C; names the checkpoint.
         BlockingIOError: another run writes to ``run_dir``; says which process, on which host, since when.
         OSError: a checkpoint cannot be written, because the disk is full, say; names the file. The one before stays.
     """

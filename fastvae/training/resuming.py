@@ -26,6 +26,7 @@ from fastvae.training.definition import (
     scheduler_settings,
 )
 from fastvae.training.history import History
+from fastvae.training.midway import PartOfEpoch
 from fastvae.training.optimizers import check_loaded_state, from_torch
 from fastvae.wrappers import unwrap
 
@@ -50,7 +51,7 @@ _LIKE_PARAMETERS = {
 
 @dataclass
 class Saved:
-    """A checkpoint of an epoch's end that ``fit`` wrote, looked through.
+    """A checkpoint of ``fit`` from which a run can go on, looked through.
 
     Attributes:
         generators: the states of the loaders' generators, for each process.
@@ -72,10 +73,12 @@ class Saved:
     """Names of their classes, and their states."""
     temporary: bool
     """Whether the next checkpoint was to replace it."""
+    part: PartOfEpoch | None
+    """Of the epoch in whose middle it was written; None at an epoch's end."""
 
 
 def read_saved(path: Path, number: int | None = None) -> Saved:
-    """Read the checkpoint of an epoch's end, of epoch ``number`` if it is given.
+    """Read the checkpoint of an epoch's end, of epoch ``number`` if it is given, or of an epoch's middle.
 
     Raises:
         DamagedFileError: anything that ``fit`` cannot have written.
@@ -87,8 +90,9 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
     complete = False if state is None else state.get("complete", False)
     if not isinstance(complete, bool):
         raise DamagedFileError(path, f"'complete' of the run's state: {type(complete).__name__}")
-    if not complete:
-        raise ValueError(f"{path}: expected the checkpoint of an epoch's end by fit, found another kind")
+    part = None if state is None else state.get("part")
+    if complete == (part is not None):
+        raise ValueError(f"{path}: expected a checkpoint that fit goes on from, found another kind")
     for key, kinds in _STATE.items():
         if key not in state or not isinstance(state[key], kinds) or isinstance(state[key], bool):
             found = type(state[key]).__name__ if key in state else "missing"
@@ -97,6 +101,7 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
         history = History.from_dict(state["history"], path.parent)
         stored = state.get("definition")
         definition = None if stored is None else Definition.from_dict(stored)
+        part = None if part is None else PartOfEpoch.from_dict(part)
     except ValueError as error:
         raise DamagedFileError(path, error) from error
     generators = state["generators"]
@@ -107,9 +112,12 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
         raise DamagedFileError(path, "states of generators that are no tensors")
     epoch, steps = state["epoch"], state["steps"]
     rows = history.steps
-    if len(rows) != epoch or steps != (rows[-1] if rows else 0):
+    began = steps if part is None else steps - len(part.rates)
+    if len(rows) != epoch or began != (rows[-1] if rows else 0):
         raise DamagedFileError(path, f"epoch {epoch} and step {steps}, with a history of {len(rows)} epochs")
-    if number is not None and epoch != number:
+    if part is not None and len(part.random) != len(generators):
+        raise DamagedFileError(path, "states of generators of some processes alone")
+    if number is not None and (epoch != number or part is not None):
         raise DamagedFileError(path, f"the state of epoch {epoch}")
     _check_settings(path, definition, content["optimizer"], state["scheduler"])
     saved = {key: state[key] for key in ("seed", "optimizer", "scheduler", "best")}
@@ -124,6 +132,7 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
         definition=definition,
         callbacks=_callbacks_in(path, state),
         temporary=state.get("temporary") is True,
+        part=part,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from fastvae.training.callbacks import Training
 from fastvae.training.checkpointed import CheckpointedRun
 from fastvae.training.checkpoints import step_penalties
 from fastvae.training.loaders import length_of, samplers_of
+from fastvae.training.midway import (
+    Interrupt,
+    PartOfEpoch,
+    interrupts_noted,
+    plain_states,
+    set_plain_states,
+)
 from fastvae.training.randomness import seed_globals
 from fastvae.training.step import NotFiniteError
 from fastvae.wrappers import unwrap
@@ -31,12 +39,30 @@ __all__ = ["Run"]
 class Run(CheckpointedRun):
     """A run in progress."""
 
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    midway: dict[str, Any] | None = None
+    """The state where the last epoch was cut short, to go on from."""
+
     def train(self, epochs: int, max_steps: int | None, progress: bool) -> None:
         """Epoch after epoch until one of the limits; then the best weights, where patience kept them."""
         length = length_of(self.loader)
         total = None if length is None else min(epochs * length, max_steps or epochs * length)
         bar = bar_of(total, "fit", "step", progress and self.team.rank == 0, initial=self.steps)
         training = Training(self)
+        with interrupts_noted(self.writes and self.team.size == 1) as self.interrupt:
+            self._train(epochs, max_steps, length, bar, training, progress)
+        if self.interrupt.is_set:
+            raise KeyboardInterrupt("fit: the run had come to its end")
+
+    def _train(
+        self,
+        epochs: int,
+        max_steps: int | None,
+        length: int | None,
+        bar: Any,
+        training: Training,
+        progress: bool,
+    ) -> None:
         try:
             for callback in self.callbacks:
                 callback.on_start(training)
@@ -50,17 +76,14 @@ class Run(CheckpointedRun):
                 )
             while not self.history.stopped:
                 self.history.trained_epochs += 1
-                complete = self._train_epoch(max_steps, length, bar, training)
+                self._train_epoch(max_steps, length, bar, training)
                 for callback in self.callbacks:
                     callback.on_epoch(training)
                 self.history.stopped = self._stopped(epochs, max_steps)
-                if self.run_dir is None:
-                    continue
                 due = bool(self.history.stopped) or self.epoch % (self.interval or 1) == 0
-                if self.interval is not None and (due or self.keep_latest):
-                    self._save(complete, temporary=not due)
-                path = self.run_dir / "history.json"
-                self.team.by_first(lambda path=path: self.history.save(path))  # type: ignore[misc]
+                if self.writes and (due or self.keep_latest):
+                    self._save(self.midway, temporary=not due)
+                self._save_history()
             # No process reads a checkpoint before the first has written it.
             self.team.wait()
         finally:
@@ -75,32 +98,41 @@ class Run(CheckpointedRun):
             return "max_steps"
         return next(filter(None, self.team.gathered(self.stop_reason)), "")
 
-    def _train_epoch(self, max_steps: int | None, length: int | None, bar: Any, training: Training) -> bool:
-        """One epoch with its validation and its row of the history; False if it was cut short."""
+    def _save_history(self) -> None:
+        if self.run_dir is not None:
+            path = self.run_dir / "history.json"
+            self.team.by_first(lambda: self.history.save(path))
+
+    def _train_epoch(self, max_steps: int | None, length: int | None, bar: Any, training: Training) -> None:
+        """One epoch, or what is left of it, with its validation and its row of the history.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, when a checkpoint has been written.
+        """
         started = time.perf_counter()
         number = self.epoch + 1
         seed_globals(self.seed, "train", number, self.team.rank)
         for sampler in samplers_of(self.loader):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(number)
-        total, samples, batches, complete = 0.0, 0.0, 0, True
-        rates: list[float] = []
-        for batch in self.loader:
-            # Several processes agree on a callback's wish at the end of an epoch.
-            is_stopped = bool(self.stop_reason) and self.team.size == 1
-            if is_stopped or (max_steps is not None and self.steps >= max_steps):
+        self.loader_states = self._loader_states()
+        part, self.part = self.part or PartOfEpoch(pending_weight=self.pending_weight), None
+        before, self.midway, is_due, complete = part.seconds, None, False, True
+        for batch in self._batches(part):
+            if is_due:
                 complete = False
+                self.midway = self._state_midway(part) if self.writes else None
                 break
-            batches += 1
+            part.batches += 1
             done = self._step(
                 self.stepper.batch(batch),
-                f"epoch {number}, step {batches} (step {self.steps + 1} of the run)",
+                f"epoch {number}, step {part.batches} (step {self.steps + 1} of the run)",
             )
             if done is not None:
                 value, count = done
-                total += value * count
-                samples += count
-                rates.append(float(self.optimizer.param_groups[0]["lr"]))
+                part.loss += value * count
+                part.samples += count
+                part.rates.append(float(self.optimizer.param_groups[0]["lr"]))
                 self.steps += 1
                 step_penalties(self.model)
                 self.last_loss = value
@@ -112,27 +144,69 @@ class Run(CheckpointedRun):
                 f"epoch {number}, loss {math.nan if done is None else done[0]:.4f}", refresh=False
             )
             bar.update(1)
-        if not batches:
+            part.seconds = before + time.perf_counter() - started
+            # Several processes agree on a callback's wish at the end of an epoch.
+            is_stopped = bool(self.stop_reason) and self.team.size == 1
+            is_due = is_stopped or (max_steps is not None and self.steps >= max_steps)
+            if is_due:
+                part.random = self.team.gathered(plain_states())
+            self._heed_interrupt(part, length)
+        self._heed_interrupt(part, length)
+        if not part.batches:
             raise ValueError(
                 f"fit: loader: expected at least one batch, got none in epoch {number} "
                 "(drop_last with too few images, or an iterator that can be read only once?)"
             )
-        if not samples:
-            raise self._not_finite(f"all {batches} steps of epoch {number} were skipped")
+        if not part.samples:
+            raise self._not_finite(f"all {part.batches} steps of epoch {number} were skipped")
         bad = [name for name, value in unwrap(self.model).state_dict().items() if not _is_finite(value)]
         if self.team.sums(len(bad))[0]:
             where = bad[0] if bad else "the model of another process"
             raise self._not_finite(f"epoch {number}: after its last step {where} is not finite")
-        val_loss = self._validate(number)
-        mean_rate = math.fsum(rates) / len(rates)
-        self.pending_weight += mean_rate * (1.0 if complete or not length else batches / length)
+        val_loss = self._validate(number, part, length)
+        self.pending_weight = part.pending_weight + part.weight(None if complete else length)
         if complete:
             self.epoch = number
             if self.schedule_by == "epoch":
-                self._advance_scheduler(total / samples if val_loss is None else val_loss)
-        self._record(number, total / samples, val_loss, mean_rate, batches - len(rates))
-        self.history.seconds.append(time.perf_counter() - started)
-        return complete
+                self._advance_scheduler(part.loss / part.samples if val_loss is None else val_loss)
+        skipped = part.batches - len(part.rates)
+        self._record(number, part.loss / part.samples, val_loss, part.mean_rate, skipped)
+        self.history.seconds.append(before + time.perf_counter() - started)
+
+    def _batches(self, part: PartOfEpoch) -> Iterator[Any]:
+        """Those of an epoch that were not taken before; the generators are then where they were."""
+        waiting, batches = part.batches, iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except RuntimeError:
+                # Workers end on Ctrl-C, too.
+                if self.interrupt.is_set:
+                    return
+                raise
+            if not waiting:
+                yield batch
+                continue
+            waiting -= 1
+            if not waiting:
+                set_plain_states(part.random[self.team.rank])
+        if waiting:
+            raise ValueError(
+                f"fit: loader: expected the {part.batches} batches that epoch {self.epoch + 1} had when it was "
+                f"interrupted, got {part.batches - waiting}"
+            )
+
+    def _heed_interrupt(self, part: PartOfEpoch, length: int | None) -> None:
+        """After Ctrl-C, a checkpoint and KeyboardInterrupt. For moments at which nothing is half done."""
+        if not self.interrupt.is_set:
+            return
+        part.random = [plain_states()]
+        self.pending_weight = part.pending_weight + part.weight(length)
+        self._save(self._state_midway(part), temporary=True)
+        self._save_history()
+        raise KeyboardInterrupt(f"fit: {self.last_checkpoint} holds the run as it is now")
 
     def _record(self, number: int, loss: float, val_loss: float | None, rate: float, skipped: int) -> None:
         history = self.history
@@ -165,7 +239,7 @@ class Run(CheckpointedRun):
         )
 
     @torch.no_grad()
-    def _validate(self, number: int) -> float | None:
+    def _validate(self, number: int, part: PartOfEpoch, length: int | None) -> float | None:
         if self.val_loader is None:
             return None
         # The same noise after every epoch: differences between epochs are then the model's.
@@ -179,10 +253,11 @@ class Run(CheckpointedRun):
                 given = self.stepper.batch(batch)
                 samples += given.amount
                 try:
-                    part, why = self.stepper.validation_loss(given)
-                    total, problem = total + part, problem or why
+                    loss, why = self.stepper.validation_loss(given)
+                    total, problem = total + loss, problem or why
                 except DivergenceError as error:
                     total, cause = math.inf, error
+                self._heed_interrupt(part, length)
         total, samples = self.team.sums(total, samples)
         if not samples:
             raise ValueError(f"fit: val_loader: expected at least one batch, got none in epoch {number}")
