@@ -25,13 +25,14 @@ from fastvae.training.checkpoints import read_checkpoint
 
 
 class At(Callback):
-    """Does something after a step, and counts the steps that it saw."""
+    """Does something after a step, and counts the steps that it saw, in all and in this call of fit."""
 
     def __init__(self, step: int = 0, action: Function[[Training], object] | None = None) -> None:
-        self.step, self.action, self.seen = step, action, 0
+        self.step, self.action, self.seen, self.here = step, action, 0, 0
 
     def on_step(self, training: Training) -> None:
         self.seen += 1
+        self.here += 1
         if training.steps == self.step and self.action is not None:
             self.action(training)
 
@@ -117,6 +118,7 @@ def test_ctrl_c_costs_no_step(step: int, options: dict[str, Any], whole: Any, tm
     assert len(known.steps) == (step - 1) // 6 and known.checkpoints[-1].name == f"step-{step:08d}.pt"
     taken = At()
     found = run(tmp_path, taken, seed=1, **options)
+    assert taken.here == 24 - step
     if not options:
         is_the_whole(found, whole, taken.seen)
     else:
@@ -131,6 +133,7 @@ def test_again_and_again(whole: Any, tmp_path: Path) -> None:
             run(tmp_path, At(step, press), seed=step - 2)
     taken = At()
     is_the_whole(run(tmp_path, taken, seed=1), whole, taken.seen)
+    assert taken.here == 5
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -164,6 +167,7 @@ def test_what_stops_on_purpose_goes_on(options: dict[str, Any], whole: Any, tmp_
     run(tmp_path / "other", At(9, None if options else stop), **options)
     taken = At()
     is_the_whole(run(tmp_path / "other", taken, seed=1), whole, taken.seen)
+    assert taken.here == 15
 
 
 def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:

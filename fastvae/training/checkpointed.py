@@ -194,7 +194,7 @@ class CheckpointedRun:
             try:
                 saved = read_saved(path, number)
                 if max_steps is None or saved.steps <= max_steps:
-                    self._restore((number < epochs and self._midway_after(saved, max_steps)) or saved)
+                    self._restore(self._midway_after(saved, epochs, max_steps) or saved)
                     return
             except (DamagedFileError, FileNotFoundError) as error:
                 warnings.warn(f"fit: {error}; going back to the checkpoint before it", stacklevel=4)
@@ -202,14 +202,14 @@ class CheckpointedRun:
             f"fit: resume: expected a usable checkpoint in run_dir, found none in {self.run_dir}"
         )
 
-    def _midway_after(self, saved: Saved, max_steps: int | None) -> Saved | None:
-        """The newest checkpoint in the epoch that followed, if there is any."""
+    def _midway_after(self, saved: Saved, epochs: int, max_steps: int | None) -> Saved | None:
+        """The newest checkpoint in the middle of an epoch that followed, if there is any."""
         for steps, path in sorted(_numbered_files(self.run_dir, _STEP_FILE).items(), reverse=True):
             if not saved.steps < steps < (max_steps or math.inf):
                 continue
             try:
                 midway = read_saved(path)
-                if (midway.epoch, midway.steps) == (saved.epoch, steps):
+                if saved.epoch <= midway.epoch < epochs and midway.steps == steps:
                     return midway
             except DamagedFileError as error:
                 warnings.warn(f"fit: {error}; going back to the checkpoint before it", stacklevel=5)
