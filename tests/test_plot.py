@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ FIGURES: dict[str, tuple[Callable[[], Figure], int, list[str]]] = {
         lambda: plot.score_histograms(scores(["NLL"], ["a folder of images", *(f"foreign {n}" for n in range(6))])),
         0, ["foreign 5"],
     ),
+    "more sets than colours": (
+        lambda: plot.score_histograms(scores(["NLL"], [f"set {n}" for n in range(12)])), 0, ["set 11"],
+    ),
+    "curves of many": (lambda: plot.training_curves({f"m{n}": history(3, True) for n in range(12)}), 0, ["m11"]),
+    "arrays and lists": (
+        lambda: plot.score_histograms({"NLL": {"test": X[:, 0, 0, 0].numpy(), "other": [1.0, 2.0]}}), 0, ["other"],
+    ),
+    "labels in an array": (lambda: plot.latent_scatter(vae(), X, LABELS.numpy()), 0, ["label", "2"]),
     "one set": (lambda: plot.score_histograms({"NLL": {"test": torch.ones(3)}}), 0, ["test"]),
     "influences": (
         lambda: plot.influences(X[:2], X, influenced(2, 4), influenced(2, 3), query_captions=["label 3", "label 4"]),
@@ -118,6 +127,13 @@ def test_figures_are_readable(name: str) -> None:
         assert any(word in said for said in text), (word, text)
     if name in ("samples", "energies", "traversals"):
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bytes_are_shares_of_255() -> None:
+    """As fastvae.data holds images; their values lie beyond 1 and would all be white."""
+    found = plot.image_blocks({"a": (X[:1] * 200).to(torch.uint8)}).axes[0].images[0].get_array()
+    assert found is not None
+    assert torch.allclose(torch.as_tensor(found), X[0, 0] * 200 / 255)
 
 
 def test_pngs_are_960_pixels_wide() -> None:
@@ -214,12 +230,53 @@ def test_roc_is_scikit_learns() -> None:
         ),
         (lambda: plot.samples(nn.Linear(1, 1)), "expected a fastvae model, got Linear"),  # type: ignore[arg-type]
         (lambda: plot.image_blocks({}), "blocks: expected at least one"),
-        (lambda: plot.image_blocks({"a": X}, columns=0), "columns: expected at least 1, got 0"),
+        (lambda: plot.image_blocks({"a": X}, columns=0), "columns: expected an int of at least 1, got 0"),
         (lambda: plot.image_blocks({"a": X[:0]}), "not empty"),
         (lambda: plot.image_blocks({"a": X}, captions={"a": ["b"]}), "expected 20 for 'a', got 1"),
         (lambda: plot.image_blocks({"a": X}, captions={"c": []}), r"names of blocks, got \['c'\]"),
         (lambda: plot.traversals(vae(), X, latents=[4]), r"latents: expected numbers from 0 to 3, got \[4\]"),
         (lambda: plot.latent_scatter(vae()), "x: expected samples"),
+        (
+            lambda: plot.latent_scatter(vae(), X, ["a"] * 20),
+            "labels: expected a tensor or an array of numbers",
+        ),  # type: ignore[arg-type]
+        (lambda: plot.latent_scatter(X.flatten(1) * math.nan), "expected finite codes, got 20 of 20"),
+        *(
+            (partial(draw, X[:0]), message)
+            for draw, message in (
+                (partial(plot.reconstructions, vae()), "not empty"),
+                (partial(plot.samples, vae()), "not empty"),
+                (
+                    partial(plot.traversals, vae()),
+                    r"plot\.traversals: x: expected at least one image, got none",
+                ),
+                (
+                    partial(plot.jacobian_columns, vae()),
+                    r"plot\.jacobian_columns: x: expected at least one image",
+                ),
+                (
+                    partial(plot.latent_scatter, vae()),
+                    r"plot\.latent_scatter: x: expected at least one image",
+                ),
+                (
+                    partial(plot.energies, hvae()),
+                    r"plot\.energies: x: expected at least one sample, got none",
+                ),
+            )
+        ),
+        (lambda: plot.samples(vae(), X, count=0), "count: expected an int of at least 1, got 0"),
+        (lambda: plot.reconstructions(vae(), X, columns=0), "columns: expected an int of at least 1, got 0"),
+        (lambda: plot.reconstructions(X[:3], X), "a reconstruction of each image, 20, got 3"),
+        (lambda: plot.traversals(vae(), X, latents=0), "latents: expected an int of at least 1, got 0"),
+        (lambda: plot.traversals(vae(), X, columns=0), "columns: expected an int of at least 1, got 0"),
+        (lambda: plot.traversals(vae(), X, span=math.nan), "span: expected a finite number above 0, got nan"),
+        (lambda: plot.jacobian_columns(vae(), X, largest=0.0), "largest: expected a finite number above 0"),
+        (lambda: plot.influences(X[:2], X, influenced(2, 0)), r"indices and scores \[2, k\], got \[2, 0\]"),
+        (lambda: plot.influences(X[:2], X[:3], influenced(2, 4)), "expected indices from 0 to 2, .* to 7"),
+        (
+            lambda: plot.influences(X[:2], X, influenced(2, 4), query_captions=["a"]),
+            "query_captions: expected 2, one an image, got 1",
+        ),
         (
             lambda: plot.latent_scatter(torch.rand(3, 2), labels=torch.arange(4)),
             r"labels \[N\], got \[3, 2\]",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from fastvae.arguments import expect_integers
 from fastvae.plot.drawing import FONT, GRID, INK, WIDTH, empty_figure
 
-__all__ = ["as_images", "captioned_rows", "draw_image", "image_blocks"]
+__all__ = ["as_images", "as_tensor", "captioned_rows", "draw_image", "image_blocks"]
 
 _MARGIN, _NAME, _CAPTION, _GAP = 0.06, 0.26, 0.17, 0.06
 """Inches."""
@@ -27,8 +30,8 @@ def image_blocks(
     """Blocks of images one under the other, each with its name above it.
 
     Args:
-        blocks: by name, images [N, C, H, W] with values in [0, 1] (beyond them they are clipped), C = 1 or 3; of other
-            C the mean over channels is shown. Blocks may differ in N, and in the size of their images.
+        blocks: by name, images [N, C, H, W] as uint8 or with values in [0, 1] (beyond them they are clipped), C = 1 or
+            3; of other C the mean over channels is shown. Blocks may differ in N, and in the size of their images.
         columns: images side by side; those beyond go to further lines.
         captions: by name of a block, a few characters for each of its images, written below it.
 
@@ -36,15 +39,14 @@ def image_blocks(
         ValueError: images of another rank, no images, or captions that are not one an image.
     """
     captions = {} if captions is None else captions
-    if columns < 1:
-        raise ValueError(f"plot.image_blocks: columns: expected at least 1, got {columns}")
+    expect_integers("plot.image_blocks", 1, columns=columns)
     if not blocks:
         raise ValueError("plot.image_blocks: blocks: expected at least one, got none")
     if unknown := captions.keys() - blocks.keys():
         raise ValueError(f"plot.image_blocks: captions: expected names of blocks, got {sorted(unknown)}")
+    blocks = {name: as_images("plot.image_blocks", images, None) for name, images in blocks.items()}
     heights = []
     for name, images in blocks.items():
-        as_images("plot.image_blocks", images, None)
         if name in captions and len(captions[name]) != len(images):
             raise ValueError(
                 f"plot.image_blocks: captions: expected {len(images)} for {name!r}, got {len(captions[name])}"
@@ -61,8 +63,24 @@ def image_blocks(
     return figure
 
 
-def as_images(owner: str, values: Tensor, shape: Sequence[int] | None) -> Tensor:
-    """Values [N, ...] as images [N, C, H, W], of ``shape`` [C, H, W] if given; ValueError where they are none."""
+def as_tensor(owner: str, argument: str, values: Any) -> Tensor:
+    """A tensor as it is; numbers in an array or a list as one. TypeError for anything else."""
+    try:
+        return values if isinstance(values, Tensor) else torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{owner}: {argument}: expected a tensor or an array of numbers, got {type(values).__name__} ({error})"
+        ) from error
+
+
+def as_images(owner: str, values: Any, shape: Sequence[int] | None) -> Tensor:
+    """Values [N, ...] as images [N, C, H, W], of ``shape`` [C, H, W] if given; ValueError where they are none.
+
+    Bytes come back as their share of 255.
+    """
+    values = as_tensor(owner, "images", values)
+    if not len(values):
+        raise ValueError(f"{owner}: expected images [N, C, H, W], not empty, got {list(values.shape)}")
     if shape is not None:
         if len(shape) != 3 or values[0].numel() != math.prod(shape):
             raise ValueError(
@@ -74,7 +92,8 @@ def as_images(owner: str, values: Tensor, shape: Sequence[int] | None) -> Tensor
             f"{owner}: expected images [N, C, H, W], not empty, got {list(values.shape)}; shape=[C, H, W] lays out "
             "what a model returns flat"
         )
-    return values.detach().cpu()
+    values = values.detach().cpu()
+    return values.float() / 255 if values.dtype == torch.uint8 else values
 
 
 def captioned_rows(

@@ -37,14 +37,24 @@ def influences(
         ValueError: shapes that do not fit.
     """
     given = [proponents] if opponents is None else [proponents, opponents]
+    queries, train = (as_images("plot.influences", each, None) for each in (queries, train))
     for indices, scores in given:
-        if indices.shape != scores.shape or indices.dim() != 2 or len(indices) != len(queries):
+        fits = indices.shape == scores.shape and indices.dim() == 2 and len(indices) == len(queries)
+        if not fits or not indices.shape[1]:
             raise ValueError(
                 f"plot.influences: expected indices and scores [{len(queries)}, k], got {list(indices.shape)} and "
                 f"{list(scores.shape)}"
             )
-    queries, train = (as_images("plot.influences", each, None) for each in (queries, train))
+        if indices.is_floating_point() or not 0 <= int(indices.min()) <= int(indices.max()) < len(train):
+            raise ValueError(
+                f"plot.influences: expected indices from 0 to {len(train) - 1}, of the training images, got "
+                f"{indices.dtype} from {indices.min():g} to {indices.max():g}"
+            )
     captions = [""] * len(queries) if query_captions is None else list(query_captions)
+    if len(captions) != len(queries):
+        raise ValueError(
+            f"plot.influences: query_captions: expected {len(queries)}, one an image, got {len(captions)}"
+        )
     rows = []
     for row, (query, caption) in enumerate(zip(queries, captions, strict=True)):
         scores = torch.cat([scores[row] for _, scores in given]).double()

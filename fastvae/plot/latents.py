@@ -11,10 +11,11 @@ from matplotlib.ticker import FixedLocator
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvae.arguments import expect_integers, expect_positive
 from fastvae.metrics.posteriors import divergence_by_latent, private_model
 from fastvae.models import BaseVAE
 from fastvae.plot.drawing import COLOURS, FONT, INK, MUTED, WIDTH, empty_figure, panels
-from fastvae.plot.images import as_images, draw_image
+from fastvae.plot.images import as_images, as_tensor, draw_image
 
 __all__ = ["jacobian_columns", "latent_scatter", "traversals"]
 
@@ -33,7 +34,12 @@ def traversals(
             largest KL(q(z_i | x) || N(0, 1)) first. Their numbers may be given instead.
         columns: values of a latent.
         span: the largest of them.
+
+    Raises:
+        ValueError: no images, latents that the model does not have, or a span that is not finite.
     """
+    expect_integers("plot.traversals", 1, columns=columns)
+    expect_positive("plot.traversals", span=span)
     private = private_model("plot.traversals", model)
     chosen = _chosen("plot.traversals", private, x, latents)
     values = torch.linspace(-span, span, columns)
@@ -60,7 +66,12 @@ def jacobian_columns(
         x: [N, C, H, W], a line each; which latents: see :func:`traversals`.
         latents: how many, or which.
         largest: the entry at which colours are full; None: the largest of all that are shown.
+
+    Raises:
+        ValueError: no images, latents that the model does not have, or a ``largest`` that is not above 0.
     """
+    if largest is not None:
+        expect_positive("plot.jacobian_columns", largest=largest)
     private = private_model("plot.jacobian_columns", model)
     chosen = _chosen("plot.jacobian_columns", private, x, latents)
     with torch.no_grad():
@@ -106,6 +117,8 @@ def latent_scatter(
         with torch.no_grad():
             codes = private.encode(x)[0]
     points = codes.detach().cpu().double()
+    if labels is not None:
+        labels = as_tensor("plot.latent_scatter", "labels", labels)
     if points.dim() != 2 or 0 in points.shape or (labels is not None and labels.shape != points.shape[:1]):
         of_labels = "" if labels is None else f", labels {list(labels.shape)}"
         raise ValueError(
@@ -113,6 +126,9 @@ def latent_scatter(
         )
     chosen = [index for index in chosen if index < points.shape[1]][:2]
     at = points[:, chosen]
+    if not bool(at.isfinite().all()):
+        bad = int((~at.isfinite().all(1)).sum())
+        raise ValueError(f"plot.latent_scatter: expected finite codes, got {bad} of {len(at)} that are not")
     if len(chosen) == 1:
         at = torch.stack((at[:, 0], at[:, 0].argsort().argsort().double()), 1)
     figure, ((axis,),) = panels(1, 1, 3.6)
@@ -148,7 +164,10 @@ def signed_colours(images: Tensor, largest: float) -> Tensor:
 
 
 def _chosen(owner: str, model: BaseVAE, x: Tensor, latents: int | Sequence[int]) -> list[int]:
+    if not len(x):
+        raise ValueError(f"{owner}: x: expected at least one image, got none")
     if isinstance(latents, int):
+        expect_integers(owner, 1, latents=latents)
         return divergence_by_latent(model, x).argsort(descending=True)[:latents].tolist()
     known = model.latent_dim or 0
     if not latents or not all(0 <= index < known for index in latents):

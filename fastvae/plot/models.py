@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastvae.arguments import expect_integers
 from fastvae.metrics.posteriors import private_model
 from fastvae.models import BaseVAE
 from fastvae.plot.images import as_images, image_blocks
@@ -38,7 +39,9 @@ def samples(
         ValueError: what is sampled are no images, in that shape.
         TypeError: neither a model nor a tensor.
     """
-    if shape is None and data is not None:
+    expect_integers("plot.samples", 1, count=count, columns=columns)
+    if data is not None:
+        data = as_images("plot.samples", data, shape)
         shape = data.shape[1:]
     if not isinstance(model, Tensor):
         model = private_model("plot.samples", model).sample(
@@ -62,11 +65,17 @@ def reconstructions(model: BaseVAE | Tensor, x: Tensor, *, columns: int = 8, see
         ValueError: x are no images.
         TypeError: neither a model nor a tensor.
     """
+    expect_integers("plot.reconstructions", 1, columns=columns)
+    originals = as_images("plot.reconstructions", x, None)
+    shape = originals.shape[1:]
     if not isinstance(model, Tensor):
         private = private_model("plot.reconstructions", model)
         model = private.reconstruct(x, generator=torch.Generator().manual_seed(seed))
-    shape = x.shape[1:]
-    originals, made = (as_images("plot.reconstructions", each, shape) for each in (x, model))
+    made = as_images("plot.reconstructions", model, shape)
+    if len(made) != len(originals):
+        raise ValueError(
+            f"plot.reconstructions: model: expected a reconstruction of each image, {len(originals)}, got {len(made)}"
+        )
     pairs: list[Tensor] = []
     for start in range(0, len(x), columns):
         upper, lower = (each[start : start + columns] for each in (originals, made))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastvae.plot.drawing import COLOURS, FONT, GRID, panels
+from fastvae.plot.images import as_tensor
 
 __all__ = ["score_histograms"]
 
 _BINS = 24
 
 
-def score_histograms(scores: Mapping[str, Mapping[str, Tensor]]) -> Figure:
+def score_histograms(scores: Mapping[str, Mapping[str, Tensor | np.ndarray | Sequence[float]]]) -> Figure:
     """A row for each score: at the left a histogram by set of samples, at the right ROC curves of the foreign sets.
 
     Histograms leave out the highest and lowest 1% of all values, which can be far away.
@@ -38,7 +40,7 @@ def score_histograms(scores: Mapping[str, Mapping[str, Tensor]]) -> Figure:
         inside, *foreign = values
         low, high = np.quantile(np.concatenate(list(values.values())), (0.01, 0.99))
         edges = np.linspace(low, high if high > low else low + 1, _BINS).tolist()
-        for key, colour in zip(values, COLOURS, strict=False):
+        for key, colour in zip(values, cycle(COLOURS), strict=False):
             weights = np.full(len(values[key]), 1 / len(values[key]))
             histogram.hist(
                 values[key], edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.25
@@ -70,8 +72,8 @@ def _roc(inside: np.ndarray, foreign: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return false, true
 
 
-def _finite(name: str, key: str, scores: Tensor) -> np.ndarray:
-    values = scores.detach().cpu().double().numpy()
+def _finite(name: str, key: str, scores: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
+    values = as_tensor("plot.score_histograms", "scores", scores).detach().cpu().double().numpy()
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(
             f"plot.score_histograms: scores: expected finite values [N], N >= 1, of {name!r} for {key!r}, got "

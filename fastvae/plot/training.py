@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import accumulate
+from itertools import accumulate, cycle
 
 from matplotlib.figure import Figure
 
@@ -30,7 +30,7 @@ def training_curves(histories: History | Mapping[str, History]) -> Figure:
         raise ValueError("plot.training_curves: histories: expected at least one epoch of each, got none")
     figure, (row,) = panels(1, 2, 2.5)
     lowest, highest = math.inf, -math.inf
-    for (name, history), colour in zip(named.items(), COLOURS[1:] + COLOURS[:1], strict=False):
+    for (name, history), colour in zip(named.items(), cycle(COLOURS[1:] + COLOURS[:1]), strict=False):
         held_out = [math.nan if value is None else value for value in history.val_loss]
         # A single epoch is a point.
         mark = "o" if len(held_out) == 1 else None

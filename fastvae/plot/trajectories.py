@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from fastvae.arguments import expect
 from fastvae.metrics.posteriors import private_model
 from fastvae.models import HVAE
 from fastvae.models.base import reparameterize
@@ -30,7 +31,9 @@ def energies(model: HVAE, x: Tensor, *, seed: int = 0) -> Figure:
 
     Raises:
         TypeError: another model.
+        ValueError: no samples.
     """
+    expect(len(x) > 0, "plot.energies: x: expected at least one sample", "none")
     figure, (row,) = panels(1, 2, 2.3)
     for axis, title, tempered in zip(row, ("as trained", "without tempering"), (True, False), strict=True):
         values = energy(model, x, seed, tempered=tempered)
