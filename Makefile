@@ -66,7 +66,7 @@ $(VENV)/.torch-$(TORCH): constraints.txt
 	touch $@
 
 $(VENV)/.packages: pyproject.toml $(VENV)/.torch-$(TORCH)
-	$(PY) scripts/requirements.py train demo test lint docs > $(VENV)/requirements.txt
+	$(PY) scripts/requirements.py demo test lint docs > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet -c constraints.txt torch==$(TORCH) -r $(VENV)/requirements.txt
 	touch $@
 

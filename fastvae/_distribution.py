@@ -24,9 +24,10 @@ _CURE = (
 )
 
 
-def to_mend(package: str, extra: str) -> str:
-    """The end of a message that asks for a package: how to get it, alone or with the extra that holds it."""
-    return f'to mend it: pip install {package} (or, in a checkout of fastvae: pip install ".[{extra}]")'
+def to_mend(package: str, extra: str = "") -> str:
+    """The end of a message that asks for a package: how to get it, alone or with the extra that holds it, if any."""
+    with_extra = f' (or, in a checkout of fastvae: pip install ".[{extra}]")' if extra else ""
+    return f"to mend it: pip install {package}{with_extra}"
 
 
 def other_project(path: list[str] | None = None) -> str | None:

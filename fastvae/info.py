@@ -16,7 +16,7 @@ from fastvae._version import __version__
 
 __all__ = ["describe"]
 
-_OPTIONAL = {"tqdm": "train", "matplotlib": "demo", "scikit-learn": "demo"}
+_OPTIONAL = {"matplotlib": "demo", "scikit-learn": "demo"}
 
 
 def describe() -> list[tuple[str, str]]:

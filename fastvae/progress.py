@@ -19,7 +19,7 @@ def with_bar(owner: str, items: Iterable[_Item], unit: str, total: int | None = 
     try:
         bar = _kind()
     except ImportError as error:
-        raise ImportError(f"{owner}: show_progress=True needs tqdm; {to_mend('tqdm', 'train')}") from error
+        raise ImportError(f"{owner}: show_progress=True needs tqdm; {to_mend('tqdm')}") from error
     found: Iterable[_Item] = bar(items, total=total, desc=owner, unit=unit)
     return found
 

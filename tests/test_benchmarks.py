@@ -59,12 +59,10 @@ def run_quick(folder: Path, *options: str, script: str = "flow") -> str:
         str(folder),
     ]
     places = [str(Path(fastvae.__file__).parents[1]), str(ROOT)]
-    # pytest-benchmark measures nothing where it sees tests side by side; a benchmark is none of them.
-    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, *options],
         cwd=folder,  # which has no fastvae: -m would find it first, before a build that lies elsewhere
-        env={**outer, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
     )

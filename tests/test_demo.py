@@ -204,7 +204,7 @@ def test_info_prints_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["torch, built against"].split(".")[:2] == torch.__version__.split(".")[:2]
     for name in ("CUDA kernels", "GPUs visible", "CPU instruction set", "threads", "compiler", "Python"):
         assert lines[name]
-    assert {"optional: tqdm", "optional: matplotlib", "optional: scikit-learn"} <= set(lines)
+    assert {"optional: matplotlib", "optional: scikit-learn"} <= set(lines)
 
 
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,7 +230,7 @@ def _pillow() -> Any:
         for name in ("Image", "ImageOps"):
             importlib.import_module(f"PIL.{name}")
     except ModuleNotFoundError as error:
-        raise ImportError(f"load: pictures need Pillow; {to_mend('pillow', 'ood')}") from error
+        raise ImportError(f"load: pictures need Pillow; {to_mend('pillow')}") from error
     package.Image.init()
     return package
 

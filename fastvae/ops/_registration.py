@@ -186,7 +186,7 @@ def lower_or_read(
         _warn_of_decoder(
             name,
             decoder,
-            f"cannot be lowered, so PyTorch's {instead} runs instead, slower. {error}{reason}",
+            f"cannot be lowered, so it runs by PyTorch's {instead} instead, slower. {error}{reason}",
             stacklevel,
         )
         return None
@@ -256,7 +256,7 @@ def read_decoder(
     if network is not None:
         _refuse_codes(name, network, z)
     _warn_of_decoder(
-        name, decoder, f"is not read, so PyTorch's {instead} runs instead, slower. {reason}{unread}"
+        name, decoder, f"is not read, so it runs by PyTorch's {instead} instead, slower. {reason}{unread}"
     )
     return None
 
@@ -405,7 +405,7 @@ def _warn_of_likelihood(name: str, kind: type, instead: str, stacklevel: int) ->
     if kind not in known and not is_ours:
         known.add(kind)
         warnings.warn(
-            f"fastvae.ops.{name}: {reason}, so PyTorch's {instead} runs instead (same result, slower)",
+            f"fastvae.ops.{name}: {reason}, so it runs by PyTorch's {instead} instead (same result, slower)",
             UserWarning,
             stacklevel=stacklevel,
         )

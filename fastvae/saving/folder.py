@@ -125,7 +125,7 @@ def _packed(model: nn.Module) -> bytes:
     try:
         from safetensors.torch import save as pack
     except ImportError as error:
-        raise ImportError(f"save: needs safetensors; {to_mend('safetensors', 'influence')}") from error
+        raise ImportError(f"save: needs safetensors; {to_mend('safetensors')}") from error
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     return pack(state)
 
@@ -189,7 +189,7 @@ def _weights(folder: Path, config: dict[str, Any], path: Path) -> dict[str, Tens
     try:
         from safetensors.torch import load as unpack
     except ImportError as error:
-        raise ImportError(f"load: needs safetensors; {to_mend('safetensors', 'influence')}") from error
+        raise ImportError(f"load: needs safetensors; {to_mend('safetensors')}") from error
     file = folder / config["weights"]["file"]
     try:
         data = file.read_bytes()
