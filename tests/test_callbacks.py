@@ -207,6 +207,44 @@ def test_callbacks_are_of_their_class() -> None:
         quiet_fit(make(), batches(), epochs=1, callbacks=[lambda training: None])
 
 
+class Odd(Callback):
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (images(), {"batch_size": 4}, r"the samples themselves \(Tensor\); pass torch"),
+        ("pictures", {"batch_size": 4}, r"got a path; pass fastvae\.data\.load\('pictures'\)"),
+        (Path("pictures"), {}, "got a path"),
+        (None, {}, "loader: expected a data set or an iterable of batches, got NoneType"),
+        (batches(), {"callbacks": Callback()}, "callbacks: expected a list .* got Callback by itself"),
+        (batches(), {"callbacks": None}, "callbacks: expected a list .* got NoneType"),
+        (batches(), {"optimizer": "adam"}, r"optimizer: expected .* such as torch\.optim\.Adam, got str"),
+        (batches(), {"callbacks": [Odd(3)]}, r"callbacks: Odd\.state_dict: expected a dict, got int"),
+        (
+            batches(),
+            {"callbacks": [Odd({"f": lambda: 0})]},
+            r"epoch-0000\.pt: expected states of tensors, .* got others",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_first_step(
+    given: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = make()
+    before = weights(model)
+    with pytest.raises(TypeError, match=message):
+        quiet_fit(model, given, epochs=1, run_dir=tmp_path / "run", **options)
+    assert torch.equal(weights(model), before) and not list(tmp_path.rglob("*.pt"))
+    with pytest.raises(TypeError, match="model: expected a torch module, got str"):
+        quiet_fit("model", batches(), epochs=1)
+
+
 def test_latest_checkpoints_replace_each_other(tmp_path: Path) -> None:
     """Weights of TracIn, files and weights are those of a run that was never killed."""
     options: dict[str, Any] = {"checkpoint_every": 3, "keep_latest": True}

@@ -150,7 +150,7 @@ class CheckpointedRun:
             "history": history.to_dict(self.run_dir),
             "best": self.best,
             "temporary": temporary,
-            "callbacks": [[_name(callback), callback.state_dict()] for callback in self.callbacks],
+            "callbacks": [[_name(callback), _state_of(callback)] for callback in self.callbacks],
             "definition": self.definition.at(self._define()).to_dict(),
         }
 
@@ -311,6 +311,15 @@ def _numbered_files(run_dir: Path | None, pattern: re.Pattern[str]) -> dict[int,
 
 def _name(callback: Callback) -> str:
     return type(callback).__qualname__
+
+
+def _state_of(callback: Callback) -> dict[str, Any]:
+    state = callback.state_dict()
+    if not isinstance(state, dict):
+        raise TypeError(
+            f"fit: callbacks: {_name(callback)}.state_dict: expected a dict, got {type(state).__name__}"
+        )
+    return state
 
 
 def _keeps_weights(callbacks: Iterable[Callback]) -> bool:

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,13 @@ def save_checkpoint(
     # In memory first: torch's writer lives on after Ctrl-C or on a full disk, and when it is collected writes its end,
     # to a file that is closed by then, which aborts the process.
     memory = io.BytesIO()
-    torch.save(content, memory)
+    try:
+        torch.save(content, memory)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:  # what pickle says, by its version
+        raise TypeError(
+            f"save_checkpoint: {path}: expected states of tensors, numbers, strings, lists and dicts, got others "
+            f"({error})"
+        ) from error
     memory.seek(0)
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(memory)
     if unsafe:

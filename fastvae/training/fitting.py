@@ -156,12 +156,14 @@ def fit(
     expect_choice("fit", ("epoch", "step"), schedule_by=schedule_by)
     expect_choice("fit", ("raise", "skip"), on_nonfinite=on_nonfinite)
     expect_choice("fit", ("raise", "warn"), on_difference=on_difference)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fit: model: expected a torch module, got {type(model).__name__}")
+    batches = as_loader("loader", loader, batch_size)
+    val_batches = as_loader("val_loader", val_loader, batch_size)
     if batch_size is not None and not any(isinstance(given, Dataset) for given in (loader, val_loader)):
         raise ValueError(
             f"fit: batch_size: expected a Dataset to make batches of, got {type(loader).__name__}, which has its own"
         )
-    batches = as_loader("loader", loader, batch_size)
-    val_batches = as_loader("val_loader", val_loader, batch_size)
     called = _checked_callbacks(callbacks, patience, val_batches)
     if device is not None:
         model.to(device)
@@ -214,6 +216,11 @@ def fit(
 def _checked_callbacks(
     callbacks: Iterable[Callback], patience: int | None, val_loader: Any
 ) -> list[Callback]:
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(
+            "fit: callbacks: expected a list of fastvae.training.Callback objects, got "
+            f"{type(callbacks).__name__} by itself"
+        )
     found = list(callbacks)
     for callback in found:
         if not isinstance(callback, Callback):
@@ -224,7 +231,10 @@ def _checked_callbacks(
         if val_loader is None:
             raise ValueError("fit: patience: expected a val_loader to watch, got val_loader=None")
         found.append(EarlyStopping(patience))
-    if sum(isinstance(callback, EarlyStopping) for callback in found) > 1:
+    stopping = sum(isinstance(callback, EarlyStopping) for callback in found)
+    if stopping and val_loader is None:
+        raise ValueError("fit: callbacks: EarlyStopping: expected a val_loader to watch, got val_loader=None")
+    if stopping > 1:
         raise ValueError("fit: callbacks: expected one EarlyStopping, or patience, got several")
     return found
 
@@ -256,6 +266,11 @@ def _build_optimizer(
         raise ValueError("fit: model: expected trainable parameters, got none")
     if optimizer is None:
         return torch.optim.Adam(parameters, lr=1e-3)
+    if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
+        raise TypeError(
+            "fit: optimizer: expected a torch.optim.Optimizer or what makes one of parameters, such as "
+            f"torch.optim.Adam, got {type(optimizer).__name__}"
+        )
     chosen = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
     if not isinstance(chosen, Optimizer):
         raise ValueError(f"fit: optimizer: expected a torch.optim.Optimizer, got {type(chosen).__name__}")

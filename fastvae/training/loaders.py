@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,8 +19,13 @@ _BATCH_SIZE = 128
 def as_loader(argument: str, loader: Any, batch_size: int | None) -> Any:
     """The loader itself, or one of a data set's batches: shuffled, where the argument is "loader".
 
-    TypeError for samples in a tensor or an array, over which one can iterate, too.
+    TypeError for samples in a tensor or an array, and for paths, over which one can iterate, too.
     """
+    if isinstance(loader, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"fit: {argument}: expected a data set or an iterable of batches, got a path; pass "
+            f"fastvae.data.load({loader!r})"
+        )
     if isinstance(loader, (Tensor, np.ndarray)):
         data = "x" if isinstance(loader, Tensor) else "torch.as_tensor(x)"
         raise TypeError(
@@ -32,7 +38,8 @@ def as_loader(argument: str, loader: Any, batch_size: int | None) -> Any:
                 f"fit: {argument}: expected at least one sample, got an empty {type(loader).__name__}"
             )
         return DataLoader(loader, batch_size or _BATCH_SIZE, shuffle=argument == "loader")
-    if loader is not None and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+    is_missing = loader is None and argument == "val_loader"
+    if not is_missing and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise TypeError(
             f"fit: {argument}: expected a data set or an iterable of batches, got {type(loader).__name__}"
         )
