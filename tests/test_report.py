@@ -339,6 +339,20 @@ def test_pages_escape_align_and_order(tmp_path: Path) -> None:
     [
         ({"effort": 0}, ValueError, "write_report: effort: expected a finite number above 0, got 0"),
         ({"model": nn.Linear(1, 1)}, TypeError, "write_report: model: expected a fastvae model, got Linear"),
+        (
+            {"train": torch.rand(3, 1, 8, 8)},
+            TypeError,
+            "train: expected an ImageDataset, got Tensor; fastvae.data.load",
+        ),
+        ({"foreign": torch.rand(3, 1, 8, 8)}, TypeError, "foreign: expected an ImageDataset, got Tensor"),
+        ({"foreign": {"a": "b"}}, TypeError, "foreign: expected an ImageDataset, got str"),
+        ({"history": "history.json"}, TypeError, "history: expected a History, .* got str"),
+        ({"seed": 0.5}, ValueError, "seed: expected an int, got 0.5"),
+        (
+            {"train": data(3, (1, 9, 9)), "test": data(3, (1, 9, 9))},
+            ValueError,
+            r"train: expected images that the model takes, got \[1, 9, 9\]: ",
+        ),
         ({"test": data(3, (1, 8, 9))}, ValueError, r"test: expected images of \[1, 8, 8\] as in train"),
     ],
 )

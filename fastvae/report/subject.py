@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvae.arguments import expect_positive
+from fastvae.arguments import expect, expect_positive, is_integer
 from fastvae.data import ImageDataset, binarize
 from fastvae.likelihoods import Bernoulli
 from fastvae.metrics.posteriors import private_model
-from fastvae.models import HVAE, BaseVAE
+from fastvae.models import HVAE, BaseVAE, DivergenceError
 from fastvae.models.inputs import needs_condition
 from fastvae.training import History
 
@@ -76,6 +76,7 @@ class Subject:
     ) -> Subject:
         """Choose the images; see :func:`fastvae.report.write_report`."""
         expect_positive("write_report", effort=effort)
+        expect(is_integer(seed), "write_report: seed: expected an int", repr(seed))
         private = private_model("write_report", model)
         if any(needs_condition(part) for part in (private.encoder, private.decoder)):
             raise ValueError("write_report: model: expected one without a condition, got a conditional model")
@@ -97,6 +98,7 @@ class Subject:
         drawn = isinstance(private.likelihood, Bernoulli) and is_grey if binarised is None else binarised
         if drawn:
             images = [binarize(each, generator) for each in images]
+        _check_model_takes(private, images[0][:2])
         return cls(
             private,
             images[0],
@@ -187,6 +189,11 @@ def _chosen(
     name: str, data: ImageDataset, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Images, their labels, and which they are."""
+    if not isinstance(data, ImageDataset):
+        raise TypeError(
+            f"write_report: {name}: expected an ImageDataset, got {type(data).__name__}; "
+            'fastvae.data.load(..., split="all") makes one of tensors, data sets and folders'
+        )
     images, labels = data.tensors()
     if images.dim() != 4 or not len(images):
         raise ValueError(
@@ -202,14 +209,29 @@ def _named(foreign: Foreign) -> dict[str, ImageDataset]:
         return {}
     if isinstance(foreign, Mapping):
         return dict(foreign)
-    sets = [foreign] if isinstance(foreign, ImageDataset) else foreign
+    sets = [foreign] if isinstance(foreign, ImageDataset) or not isinstance(foreign, Sequence) else foreign
     named: dict[str, ImageDataset] = {}
     for each in sets:
-        name = Path(each.name).name or each.name
+        source = str(getattr(each, "name", ""))
+        name = Path(source).name or source
         while name in named:
             name += " (another)"
         named[name] = each
     return named
+
+
+def _check_model_takes(model: BaseVAE, x: Tensor) -> None:
+    """ValueError unless there is a bound of images x: nothing on the page would be left."""
+    try:
+        with torch.no_grad():
+            here = x.to(next(model.parameters()).device)
+            model.elbo(here, generator=torch.Generator().manual_seed(0))
+    except DivergenceError:
+        pass  # of these images, or of this noise
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"write_report: train: expected images that the model takes, got {list(x.shape[1:])}: {error}"
+        ) from error
 
 
 def _size(module: nn.Module) -> int:

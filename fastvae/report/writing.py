@@ -73,13 +73,19 @@ def write_report(
         The path of the page.
 
     Raises:
-        ValueError: images of different shapes, a conditional model, parameters that are not finite, an effort of 0.
-        TypeError: not a fastvae model.
+        ValueError: images of different shapes, or that the model does not take, a conditional model, parameters that
+            are not finite, an effort of 0. All before anything is computed or written.
+        TypeError: not a fastvae model, an ImageDataset or a History.
         ImportError: matplotlib or Jinja2 is not installed.
     """
     named = (
-        {} if history is None else {"training": history} if isinstance(history, History) else dict(history)
+        {} if history is None else dict(history) if isinstance(history, Mapping) else {"training": history}
     )
+    for each in named.values():
+        if not isinstance(each, History):
+            raise TypeError(
+                f"write_report: history: expected a History, or several by name, got {type(each).__name__}"
+            )
     named = {name: each for name, each in named.items() if each.steps}
     subject = Subject.of(
         model,
