@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="say what this installation is made of")
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal cannot show ends nothing.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         if options.command == "info":
             return _print_info()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -192,6 +193,28 @@ def test_scores_ask_nothing_of_subfolders(run: Path, pictures: Path, tmp_path: P
         str(tmp_path / "a.csv"),
     ]
     assert main(words) == 0
+
+
+def test_names_that_are_no_text(run: Path, pictures: Path, tmp_path: Path) -> None:
+    """Bytes of any kind, letters that the terminal does not have, a line break: each name as the file system has it."""
+    folder = tmp_path / os.fsdecode(b"pi\xff")
+    folder.mkdir()
+    names = [b"\xff\xfe.png", "猫.PNG".encode(), b'a\nb,"c".png', b"d.png"]
+    for name in names:
+        shutil.copy(next(pictures.rglob("*.png")), folder / os.fsdecode(name))
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastvae.__file__).parents[1])}
+    environment |= {"PYTHONIOENCODING": "latin-1:strict", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(
+        command("score", str(run), str(folder), "--samples", "2"),
+        env=environment,
+        capture_output=True,
+        check=True,
+    ).stdout
+    found = list(csv.reader(io.StringIO(out.decode("utf-8", "surrogateescape"), newline="")))
+    assert {os.fsencode(name) for name, _ in found[1:]} == set(names)
+    words = [*SMALL, "--epochs", "1", "--out", str(tmp_path / os.fsdecode(b"run \xff"))]
+    done = subprocess.run(command("train", str(folder), *words), env=environment, capture_output=True)
+    assert done.returncode == 0 and b"saved in" in done.stdout, done.stderr
 
 
 def test_memory_that_is_not_there(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,12 @@ def test_damaged_pictures_are_named(labelled: Path) -> None:
         load(labelled)
 
 
+def test_pipes_are_not_waited_for(labelled: Path) -> None:
+    os.mkfifo(labelled / "cats" / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png: expected a picture .*no regular file"):
+        load(labelled)
+
+
 def test_postscript_is_not_run(tmp_path: Path) -> None:
     """Pillow would start a program for it, whatever the file is called."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")

@@ -334,6 +334,11 @@ def test_pages_escape_align_and_order(tmp_path: Path) -> None:
     assert as_text(sections[2]).splitlines()[2:] == ["x & y", "         n", "<i>      1", "longer  22"]
 
 
+def test_pages_of_names_that_are_no_text(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", "pi\udcff", "Lead.", [Section("A", "B.", True)])
+    assert "<title>pi?</title>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -82,17 +82,23 @@ def run(options: argparse.Namespace) -> int:
     with mendable():
         detector = make(model, options.samples or samples, options.seed)
         values = _scores(detector, images, options, settings.binarize)
-    text = _as_csv(images, values)
+    # Names as the file system has them, whatever the terminal's encoding.
+    content = _as_csv(images, values).encode("utf-8", "surrogateescape")
     if options.out is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        stream = getattr(sys.stdout, "buffer", None)
+        if stream is None:  # a notebook's
+            sys.stdout.write(content.decode("utf-8", "replace"))
+        else:
+            sys.stdout.flush()
+            stream.write(content)
+            stream.flush()
     else:
         with mendable():
             if options.out.is_symlink() or (options.out.exists() and not options.out.is_file()):
                 # A device, a pipe, or what stands for one (/dev/stdout) is written to and not replaced.
-                options.out.write_text(text, encoding="utf-8")
+                options.out.write_bytes(content)
             else:
-                write_atomically(options.out, lambda file: file.write(text.encode()))
+                write_atomically(options.out, lambda file: file.write(content))
         print(f"{len(values)} scores in {options.out}, median {values.median():.6g}", file=sys.stderr)
     return 0
 

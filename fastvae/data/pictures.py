@@ -134,6 +134,9 @@ class _Head(NamedTuple):
 
 
 def _head(pillow: Any, path: Path) -> _Head:
+    if path.exists() and not path.is_file():
+        # A pipe would wait for whoever writes to it.
+        raise ValueError("no regular file")
     with pillow.Image.open(path, formats=_formats(pillow)) as picture:
         width, height = picture.size
         # Of a PNG without it Pillow would decode all, to look behind the image.

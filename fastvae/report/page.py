@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastvae._distribution import to_mend
+from fastvae.atomic import write_atomically
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -87,7 +88,8 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
     rank = {True: 0, None: 1, False: 2}
     ordered = sorted(sections, key=lambda section: (section.is_appendix, rank[section.worked]))
     text = environment.get_template("page.html").render(title=title, lead=lead, sections=ordered)
-    path.write_text(text, encoding="utf-8")
+    # Names of files may hold what no text does.
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 def as_text(section: Section) -> str:
