@@ -75,6 +75,12 @@ def convolutional() -> nn.Module:
     )
 
 
+def volume() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(3, 24), nn.Unflatten(1, (2, 2, 3, 2)), nn.BatchNorm3d(2), nn.Tanh(), nn.Unflatten(1, (2, 1))
+    )
+
+
 def results(of_ours: bool, decoder: nn.Module, z: Tensor, x: Tensor, rho: Tensor) -> list[Tensor]:
     """Flow and Jacobian penalty, with their gradients to z and to every parameter."""
     point = z.clone().requires_grad_()
@@ -97,7 +103,7 @@ def in_kernels(decoder: nn.Module, z: Tensor) -> bool:
     return isinstance(lower_or_read("hamiltonian_flow", decoder, z, "autograd"), LoweredNetwork)
 
 
-@pytest.mark.parametrize("make", [lambda: Asserting(convolutional()), Computing])
+@pytest.mark.parametrize("make", [lambda: Asserting(convolutional()), lambda: Asserting(volume()), Computing])
 def test_a_chain_behind_python_runs_in_kernels_and_agrees(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     decoder = make().double().eval()

@@ -7,6 +7,7 @@ move numbers about, as long as they end where they were.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -284,6 +285,9 @@ def _same_rows(coded: Sequence[Tensor], result: Tensor) -> bool:
 
 def _reshaped(value: Tensor) -> str:
     sizes = [-1] if value.dim() == 2 else list(value.shape[1:])
+    if len(sizes) > 3:
+        # Kernels know no volumes: what they do to one is the same for any order of its dimensions behind the channels.
+        sizes = [*sizes[:2], math.prod(sizes[2:])]
     return " ".join(map(str, ["reshape", *sizes]))
 
 
