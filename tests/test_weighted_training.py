@@ -13,6 +13,7 @@ from weight_problems import holed, weights
 
 from fastvae import HVAE, IWAE, VAE, fit
 from fastvae.influence import TracIn
+from fastvae.likelihoods.weights import filled
 from fastvae.metrics import negative_log_likelihood, posteriors
 from fastvae.models import BaseVAE
 from fastvae.noise import SampleNoise, Stream, draws_of, key_of_weights, keys_of
@@ -134,7 +135,7 @@ def test_influence(kind: type[BaseVAE]) -> None:
         rows = []
         for sample, own in zip(x.split(1), weight.split(1), strict=True):
             mean: Any = 0
-            for key in draws_of(keys_of(sample) ^ key_of_weights(model), 0, 3):
+            for key in draws_of(keys_of(filled(sample, own)) ^ key_of_weights(model), 0, 3):
                 noise = Stream(key[None]).normal((model.noise_draws, DIM)).transpose(0, 1)
                 loss = model(sample, noise=noise, weight=own).sum()
                 grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
@@ -146,6 +147,8 @@ def test_influence(kind: type[BaseVAE]) -> None:
     options: dict[str, Any] = {"num_samples": 3, "uncovered": "materialise" if kind is HVAE else "error"}
     found = TracIn(model, (x, weight), None, weight=1, **options)
     torch.testing.assert_close(found.influence((queries, other)), h @ g.T, rtol=1e-10, atol=1e-10)
+    missing = torch.where(other > 0, queries, torch.inf)
+    torch.testing.assert_close(found.influence((missing, other)), h @ g.T, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found.self_influence(), g.square().sum(1), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="TracIn: weight: expected a fastvae model and its own loss"):
         TracIn(nn.Linear(2, 2), x, None, weight=1)
@@ -160,7 +163,7 @@ def test_likelihood_regret(kind: type[BaseVAE]) -> None:
     detector = LikelihoodRegret(model, num_steps=6, num_samples=3, lr=1e-3)
     found = detector.refit(x, weight=weight, parameters=True)
     for i in range(3):
-        noise = SampleNoise(keys_of(x[[i]]), 0, model.noise_draws)
+        noise = SampleNoise(keys_of(filled(x[[i]], weight[[i]])), 0, model.noise_draws)
         own, losses = refit_one(model, x[[i]], noise, num_steps=6, lr=1e-3, weight=weight[[i]])
         torch.testing.assert_close(found.losses[i], losses, rtol=1e-8, atol=1e-8)
         for key, parameter in own.encoder.named_parameters():
@@ -168,6 +171,8 @@ def test_likelihood_regret(kind: type[BaseVAE]) -> None:
     scores = detector.predict(x, weight=weight)
     one_by_one = torch.cat([detector.predict(x[[i]], weight=weight[[i]]) for i in range(3)])
     torch.testing.assert_close(scores, one_by_one, rtol=1e-6, atol=1e-8)
+    other = torch.where(weight > 0, x, torch.inf)
+    torch.testing.assert_close(detector.predict(other, weight=weight), scores, rtol=0, atol=0)
     with pytest.raises(ValueError, match="LikelihoodRegret: weight: expected the shape of x"):
         detector.predict(x, weight=weight[:2])
 

@@ -12,7 +12,7 @@ from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept
 from fastvae.models import BaseVAE
 from fastvae.models.base import encoded_already
 from fastvae.models.observation import Observation
-from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.noise import Stream, draws_of
 
 __all__ = ["Batch", "Evaluation"]
 
@@ -65,7 +65,7 @@ class Evaluation:
         return calls_of_vae(
             self.model,
             x if fold else x.repeat_interleave(self.draws, 0),
-            lambda latent_dim: self._stream(x).normal((latent_dim,)),
+            lambda latent_dim: self._stream(Observation(x)).normal((latent_dim,)),
         )
 
     def losses(self, batch: Batch, fold: bool = True, sweep: Sweep | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class Evaluation:
         if not self.is_random(batch):
             return self._of_rows(batch)
         rows = tuple(part.repeat_interleave(self.draws, 0) for part in batch)
-        with KeyedNoise(self._stream(batch[0])):
+        with KeyedNoise(self._stream(self._seen(batch))):
             return self._of_rows(rows)
 
     def draws_of(self, batch: Batch) -> int:
@@ -98,13 +98,13 @@ class Evaluation:
     def _seen(self, batch: Batch) -> Observation:
         return Observation(batch[0], **dict(zip(self.besides, batch[1:], strict=False)))
 
-    def _stream(self, x: Tensor) -> Stream:
+    def _stream(self, observation: Observation) -> Stream:
         """The noise of every draw of every sample under this checkpoint.
 
         Keyed by the checkpoint's weights: scores of several checkpoints are the sum of those of each, in any order,
         and their errors are independent.
         """
-        return Stream(draws_of(keys_of(x) ^ self.snapshot.noise_key(), self.seed, self.draws))
+        return Stream(draws_of(observation.keys ^ self.snapshot.noise_key(), self.seed, self.draws))
 
     def _of_vae(self, model: BaseVAE, observation: Observation, fold: bool) -> Tensor:
         each = observation.interleaved(self.draws)
@@ -115,7 +115,7 @@ class Evaluation:
                 encoded[0].repeat_interleave(self.draws, 0),
                 encoded[1].repeat_interleave(self.draws, 0),
             )
-        drawn = self._stream(observation.x).normal((model.noise_draws, *encoded[0].shape[1:]))
+        drawn = self._stream(observation).normal((model.noise_draws, *encoded[0].shape[1:]))
         noise = drawn.to(encoded[0]).transpose(0, 1)
         losses: Tensor = encoded_already(model, each.x, encoded)(each.x, noise=noise, **each.given)
         return losses

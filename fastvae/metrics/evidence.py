@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fastvae.arguments import expect_at_least, expect_numbers
-from fastvae.likelihoods.weights import expanded, filled
+from fastvae.likelihoods.weights import expanded
 from fastvae.metrics.annealing import Bridge, adapted_steps, annealed, temperatures
 from fastvae.metrics.posteriors import Estimate, Images, estimate_of, observations, private_model
 from fastvae.models import BaseVAE
 from fastvae.models.evidence import warn_of_nan
 from fastvae.models.inputs import check_condition, check_observed, half_dtype_of, needs_condition
 from fastvae.models.observation import Observation
-from fastvae.noise import Stream, draws_of, keys_of
+from fastvae.noise import Stream, draws_of
 from fastvae.progress import with_bar
 from fastvae.training.batches import Place
 
@@ -279,8 +279,7 @@ class _Chains:
         if options.initial == "posterior":
             self.initial = self._posterior(images)
         self.dim = model.latent_dim if model.latent_dim is not None else self._posterior(1)[0].shape[1]
-        weight = self.observation.weight
-        self.keys = keys_of(self.observation.x if weight is None else filled(self.observation.x, weight))
+        self.keys = self.observation.keys
         self.ladder = temperatures(int(options.num_temperatures), options.schedule).to(self.device)
         outputs = math.prod(observation.x.shape[1:]) * model.likelihood.values_per_element
         at_once = _OUTPUTS.get(self.device.type, _OUTPUTS_ELSEWHERE)

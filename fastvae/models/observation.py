@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastvae.arguments import given
-from fastvae.likelihoods.weights import expanded
+from fastvae.likelihoods.weights import expanded, filled
+from fastvae.noise import keys_of
 
 __all__ = ["Observation"]
 
@@ -27,6 +28,13 @@ class Observation(NamedTuple):
     def given(self) -> dict[str, Any]:
         """What is there besides x, as arguments of a model's methods."""
         return given(condition=self.condition, weight=self.weight)
+
+    @property
+    def keys(self) -> Tensor:
+        """What noise is keyed by, int64 [B]: the bytes of x, and not of what is no number where x is missing."""
+        if self.weight is None:
+            return keys_of(self.x)
+        return keys_of(filled(self.x, expanded("fastvae", self.weight, self.x)))
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -21,7 +21,7 @@ from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.models.base import BaseVAE
 from fastvae.models.inputs import check_condition, check_observed, takes_condition
 from fastvae.models.observation import Observation
-from fastvae.noise import SampleNoise, keys_of
+from fastvae.noise import SampleNoise
 from fastvae.ood.base import Detector
 from fastvae.ood.copies import (
     Adam,
@@ -169,7 +169,7 @@ class LikelihoodRegret(Detector):
             checked = self._checked(model, Observation(x, condition, weight))
             for part in self._groups(model, checked, show_progress):
                 refit = self._refit(model, part, parameters=False)
-                noise = SampleNoise(keys_of(part.x), self.seed, model.weight_draws, start=_FIRST_SAMPLE)
+                noise = SampleNoise(part.keys, self.seed, model.weight_draws, start=_FIRST_SAMPLE)
                 before, after = (
                     model.log_likelihood(
                         part.x, self.num_samples, noise=noise, posterior=posterior, **part.given
@@ -220,7 +220,7 @@ class LikelihoodRegret(Detector):
         mu, logvar = model.encode(observation.x, **observation.given)
         copies = self._encoders(model, observation, mu, logvar)
         objective = PosteriorObjective(model, observation, mu)
-        noise = SampleNoise(keys_of(observation.x), self.seed, model.noise_draws)(0, self.num_steps, mu)
+        noise = SampleNoise(observation.keys, self.seed, model.noise_draws)(0, self.num_steps, mu)
 
         def take(noise_of_step: Tensor) -> Tensor:
             loss, grad = objective(copies.forward().to(mu), noise_of_step)
