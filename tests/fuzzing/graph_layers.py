@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .decoders import ACTIVATIONS
 
 Shape = tuple[int, ...]
 Step = tuple[Callable[..., Tensor], list[int], nn.Module | None, Shape]
+Kind = Callable[[random.Random, int, list[Shape]], "Step | None"]
 
 CONVOLUTIONS = {
     2: (nn.Conv1d, nn.ConvTranspose1d),
@@ -51,8 +52,13 @@ class Held(nn.Module):
         self.tensor = nn.Parameter(torch.randn(shape))
 
 
-def drawn_graph(rng: random.Random, latents: int) -> Graph:
-    shapes: list[Shape] = [(latents,)]
+def drawn_graph(rng: random.Random, shape: Shape, more: Sequence[Kind] = ()) -> Graph:
+    """From values of this shape.
+
+    Args:
+        more: kinds of steps besides those of below.
+    """
+    shapes: list[Shape] = [shape]
     steps: list[Step] = []
     unused = {0}
     shared: dict[tuple[Any, ...], nn.Module] = {}
@@ -62,7 +68,7 @@ def drawn_graph(rng: random.Random, latents: int) -> Graph:
             break
         # Mostly on from the last value: deep rather than wide.
         at = len(shapes) - 1 if rng.random() < 0.6 else rng.randrange(len(shapes))
-        step = drawn_step(rng, at, shapes, shared)
+        step = drawn_step(rng, at, shapes, shared, more)
         if step is None or torch.Size(step[3]).numel() > 48:
             continue
         steps.append(step)
@@ -73,10 +79,26 @@ def drawn_graph(rng: random.Random, latents: int) -> Graph:
 
 
 def drawn_step(
-    rng: random.Random, at: int, shapes: list[Shape], shared: dict[tuple[Any, ...], nn.Module]
+    rng: random.Random,
+    at: int,
+    shapes: list[Shape],
+    shared: dict[tuple[Any, ...], nn.Module],
+    more: Sequence[Kind],
 ) -> Step | None:
     shape = shapes[at]
-    kinds = [activation, changed, gate, join, join, passive, part, softmax, stop, left_over]
+    kinds: list[Kind] = [
+        *more,
+        activation,
+        changed,
+        gate,
+        join,
+        join,
+        passive,
+        part,
+        softmax,
+        stop,
+        left_over,
+    ]
     kinds += (
         [vector, vector, image, rows]
         if len(shape) == 1

@@ -40,7 +40,7 @@ def run_case(seed: int) -> str:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     latents, batch = rng.randint(1, 4), rng.choice([1, 2, 5])
-    module = drawn_graph(rng, latents).double().eval()
+    module = drawn_graph(rng, (latents,)).double().eval()
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name.endswith("running_var"):

@@ -71,7 +71,8 @@ def _scores(model: BaseVAE, x: Tensor, draw: random.Random) -> dict[str, Callabl
     return dict(draw.sample(sorted(scores.items()), draw.randint(2, 6)))
 
 
-def _facts(model: BaseVAE) -> list[Any]:
+def facts_of(model: BaseVAE) -> list[Any]:
+    """What scoring must leave as it is, besides values."""
     found: list[Any] = []
     for name, module in model.named_modules():
         plain = {
@@ -119,7 +120,7 @@ def run_case(seed: int) -> str:
     scores = _scores(model, x, draw)
     plans = [draw.choices(sorted(scores), k=draw.randint(1, 4)) for _ in range(draw.randint(2, 8))]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    facts, generator = _facts(model), torch.get_rng_state()
+    facts, generator = facts_of(model), torch.get_rng_state()
     first = draw.random() < 0.5
     parts = [x[i % 4 : i % 4 + 2] for i in range(len(plans))]
     expected: dict[tuple[str, int], Any] = {}
@@ -153,7 +154,7 @@ def run_case(seed: int) -> str:
     assert len(found) == sum(map(len, plans))
     for name, number, result in found:
         assert _same(result, expected[name, number]), (name, number, result, expected[name, number])
-    assert _facts(model) == facts
+    assert facts_of(model) == facts
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     return "refused" if any(isinstance(result, Exception) for result in expected.values()) else "agreed"
