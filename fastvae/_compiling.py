@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _exporting: list[int] = []
 """The thread in which this package exports a copy of a decoder: PyTorch's flag holds for all threads meanwhile."""
@@ -25,11 +25,25 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+_PATCHED = "__fx_already_patched"
+"""The mark by which torch.fx knows a function that it has replaced, and leaves it [torch 2.1 to 2.13]."""
+
+
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
-    """For as long as this thread exports; by one thread at a time."""
+    """For as long as this thread exports; by one thread at a time.
+
+    torch.export replaces methods of ``nn.Module`` while it runs, to note which module makes an operation, and stumbles
+    over the modules that other threads call meanwhile, or they over it. Nobody asks for these notes here: what is
+    marked as replaced it leaves alone.
+    """
+    methods = nn.Module.__call__, nn.Module.__getattr__
     _exporting.append(threading.get_ident())
     try:
+        for method in methods:
+            vars(method)[_PATCHED] = True
         yield
     finally:
+        for method in methods:
+            vars(method).pop(_PATCHED, None)
         _exporting.pop()

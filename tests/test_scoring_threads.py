@@ -322,3 +322,29 @@ def test_detectors_can_be_copied_and_pickled(copied: Callable[[Any], Any]) -> No
     ):
         expected = detector.predict(x)
         assert torch.equal(copied(detector).predict(x), expected)
+
+
+def test_reading_a_decoder_leaves_other_threads_modules_alone() -> None:
+    """torch.export would replace methods of nn.Module for as long as it runs."""
+    inner = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    methods = nn.Module.__call__, nn.Module.__getattr__
+    seen: list[Any] = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Linear(2, 3)
+
+        def forward(self, z: Tensor) -> Tensor:
+            assert z.ndim == 2
+            called = threading.Thread(target=lambda: seen.append((type(inner[0]), inner(torch.rand(1, 2)))))
+            called.start()
+            called.join()
+            seen.append((nn.Module.__call__, nn.Module.__getattr__))
+            return self.layers(z)
+
+    network = fastvae.Network(Watching(), "gaussian", z=torch.rand(3, 2))
+    assert network.lowered == 1
+    assert len(seen) >= 4
+    assert all(pair == methods or pair[0] is nn.Linear for pair in seen)
+    assert all(vars(method).get("__fx_already_patched") is None for method in methods)
