@@ -34,6 +34,9 @@ __all__ = [
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_TRIES = 10
+"""How often a model is copied that changes meanwhile."""
+
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = tuple(sorted(name for name in _INTERNAL if name.endswith("_hooks")))
 _CALLED_HOOKS = tuple(name for name in _HOOKS if "state_dict" not in name)
@@ -62,10 +65,8 @@ def private_copy(model: _Module) -> _Module:
         TypeError: a module that cannot be copied: one that keeps its own parts where a copy cannot follow, or whose
             ``__deepcopy__`` returns parts of the module itself.
     """
-    memo = _first_memo(model)
-    try:
-        made = _copied(model, memo)
-    except Exception:
+    made = _copied_at_rest(model)
+    if made is None:
         # Something inside does not copy. Found piece by piece, it is shared; of it, what is the module's own is not.
         memo = _first_memo(model) | _shared(model)
         try:
@@ -236,6 +237,22 @@ def _own_tensor(value: Tensor) -> Tensor:
         made.requires_grad_(value.requires_grad and value.is_leaf)
     vars(made).update(vars(value))
     return made
+
+
+def _copied_at_rest(model: _Module) -> _Module | None:
+    """None if something inside does not copy.
+
+    Another thread's forward may compute weights anew meanwhile, as weight_norm's hooks do: then once more.
+    """
+    for _ in range(_TRIES):
+        memo = _first_memo(model)
+        before = frozenset(memo)
+        try:
+            return _copied(model, memo)
+        except Exception:
+            if frozenset(_first_memo(model)) == before:
+                break
+    return None
 
 
 def _copied(model: _Module, memo: dict[int, Any]) -> _Module:

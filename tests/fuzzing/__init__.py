@@ -15,5 +15,14 @@ import pkgutil
 
 def fuzzer_names() -> list[str]:
     """The fuzzers of this package; `misbehaving` is the harness's own test."""
-    others = ("decoders", "draws", "graph_layers", "harness", "misbehaving", "raw_arguments", "spoiling")
+    others = (
+        "decoders",
+        "draws",
+        "facts",
+        "graph_layers",
+        "harness",
+        "misbehaving",
+        "raw_arguments",
+        "spoiling",
+    )
     return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if name not in others)

@@ -25,12 +25,12 @@ from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood import LikelihoodRegret
 from fastvae.ood.sequential import refit_one
 
+from .facts import facts_of
 from .graph_layers import CONVOLUTIONS, Held, Kind, Shape, Step, drawn_graph
-from .threads import facts_of
 
 CASES = 12
 
-_LATENT = 2
+_LATENT = 3
 
 
 class Fixed(nn.Module):
@@ -224,10 +224,14 @@ class Decoder(nn.Module):
         return self.layers(given).unflatten(1, self.shape)
 
 
-def drawn_model(rng: random.Random) -> tuple[BaseVAE, Shape, int]:
-    """A model around such an encoder, the shape of its images, and the size of its condition."""
+def drawn_model(rng: random.Random, conditions: float = 0.15) -> tuple[BaseVAE, Shape, int]:
+    """A model around such an encoder, the shape of its images, and the size of its condition, 0 for none.
+
+    Args:
+        conditions: how often there is one.
+    """
     shape = rng.choice([(4,), (6,), (2, 6), (3, 4), (1, 4, 4), (2, 3, 5), (1, 2, 3, 4)])
-    condition = 2 if rng.random() < 0.15 else 0
+    condition = 2 if rng.random() < conditions else 0
     graph = drawn_graph(rng, shape, MORE).eval()
     width = graph(torch.rand(2, *shape)).shape[1]
     kind = rng.choice(["heads", "heads", "chunk", "interleaved", "one"])
