@@ -22,6 +22,10 @@ from fastvae.network.table import Line, lines_of, rendered, share_of
 __all__ = ["Network"]
 
 
+_DRAWN = 8
+"""Codes at which ``verify`` compares, and as many opposite ones."""
+
+
 class Network:
     """A module and a likelihood: what the operators make of them.
 
@@ -231,7 +235,9 @@ class Network:
     def _drawn(self) -> Tensor:
         codes = self._seen()
         generator = torch.Generator().manual_seed(0)
-        return torch.randn((BATCH, *codes.shape[1:]), generator=generator, dtype=torch.float64).to(codes)
+        drawn = torch.randn((_DRAWN, *codes.shape[1:]), generator=generator, dtype=torch.float64).to(codes)
+        # And on the other side of zero: two codes may well both be where an activation's slope is one.
+        return torch.stack([drawn, -drawn], 1).flatten(0, 1)
 
     def _verify_kernels(self, module: nn.Module, codes: Tensor, condition: Tensor | None) -> None:
         if (
