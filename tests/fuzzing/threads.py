@@ -1,4 +1,4 @@
-"""Up to eight threads that score one model in random ways, and serve from it: bitwise what one thread gets.
+"""Up to eight threads that score one model in random ways, and serve from it: what one thread gets, bitwise or nearly.
 
 Afterwards the model is as it was: weights, flags, modes, methods, hooks and attributes.
 """
@@ -73,12 +73,10 @@ def _scores(model: BaseVAE, x: Tensor, draw: random.Random) -> dict[str, Callabl
     return dict(draw.sample(sorted(scores.items()), draw.randint(2, 6)))
 
 
-def _same(found: Any, expected: Any) -> bool:
+def _same(found: Any, expected: Any, near: float) -> bool:
     if isinstance(found, Exception) or isinstance(expected, Exception):
         return type(found) is type(expected) and str(found) == str(expected)
-    return torch.equal(found, expected) or bool(
-        (found.isnan() & expected.isnan() | (found == expected)).all()
-    )
+    return torch.allclose(found, expected, near, near * (1 + float(expected.nan_to_num().abs().max())), True)
 
 
 def _tried(call: Call, part: Tensor) -> Any:
@@ -142,7 +140,13 @@ def run_case(seed: int) -> str:
         alone()
     assert len(found) == sum(map(len, plans))
     for name, number, result in found:
-        assert _same(result, expected[name, number]), (name, number, result, expected[name, number])
+        # What was read as a graph adds up in another order once it runs as straight code, at some call of some thread.
+        assert _same(result, expected[name, number], 1e-12 if is_graph else 0.0), (
+            name,
+            number,
+            result,
+            expected[name, number],
+        )
     assert facts_of(model) == facts
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
