@@ -258,3 +258,19 @@ def test_a_change_in_place_before_the_gradient_is_seen(name: str, memory: str) -
         p.leaves()[name].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         sum(output.sum() for output in outputs).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_by_the_operator_that_was_called(dtype: torch.dtype) -> None:
+    """Also where the decoder is no chain: single layers have kernels that would refuse it in words of their own."""
+    decoder = nn.Sequential(nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 4)).to(dtype)
+    z, x = torch.randn(3, 2, dtype=dtype), torch.rand(3, 4, dtype=dtype)
+    calls: dict[str, Callable[[], object]] = {
+        "hamiltonian_flow": lambda: ops.hamiltonian_flow(decoder, z, z, x, 0.1, torch.ones(2), "gaussian"),
+        "jacobian_l1": lambda: ops.jacobian_l1(decoder, z),
+        "log_px": lambda: ops.log_px(decoder, z[None], x, "gaussian"),
+        "log_px_and_force": lambda: ops.log_px_and_force(decoder, z, x, "gaussian"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"fastvae::{name}: z: expected float32 or float64"):
+            call()

@@ -414,8 +414,14 @@ def _warn_of_likelihood(name: str, kind: type, instead: str, stacklevel: int) ->
 def _refuse_half(
     name: str, z: Tensor, tensors: Sequence[Tensor], *, even_under_autocast: bool = False
 ) -> None:
-    """Raise TypeError where the decoder alone is in half precision, which only autocast turns into float32."""
+    """Raise TypeError where codes or decoder are in half precision, which only autocast turns into float32."""
     half = (torch.float16, torch.bfloat16)
+    if z.dtype in half and not torch.is_autocast_enabled(z.device.type):
+        kind = "Half" if z.dtype == torch.float16 else "BFloat16"
+        raise TypeError(
+            f"fastvae::{name}: z: expected float32 or float64, got {list(z.shape)} {kind} on {z.device}; to mend it: "
+            "z.float() and decoder.float(), with torch.autocast around it for speed"
+        )
     if z.dtype not in half and tensors and all(tensor.dtype in half for tensor in tensors):
         if torch.is_autocast_enabled(z.device.type) and not even_under_autocast:
             return
