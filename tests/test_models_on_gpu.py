@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae.data import RandomAffine
+from fastvae.likelihoods import Gaussian
 from fastvae.models import HVAE, IWAE, VAE, BaseVAE
 from fastvae.penalties import ConsistencyVAE, JacobianL1VAE
 from fastvae.training import fit, load_checkpoint
@@ -43,9 +44,10 @@ MAKERS: dict[str, Callable[[], BaseVAE]] = {
     "vae": lambda: VAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS)),
     "vae-categorical": lambda: VAE(mlp(PIXELS, 2 * DIM), mlp(DIM, 256 * PIXELS), "categorical"),
     "vae-images": lambda: VAE(*image_networks(), "gaussian"),
-    "hvae": lambda: HVAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS), num_steps=3),
-    "hvae-images": lambda: HVAE(*image_networks(), num_steps=2),
-    "hvae-read-as-a-graph": lambda: HVAE(mlp(PIXELS, 2 * DIM), Skip(), num_steps=3),
+    "hvae": lambda: HVAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS), num_steps=3, step_size=0.2),
+    "hvae-adapted": lambda: HVAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS), Gaussian(0.02), num_steps=3),
+    "hvae-images": lambda: HVAE(*image_networks(), num_steps=2, step_size=0.2),
+    "hvae-read-as-a-graph": lambda: HVAE(mlp(PIXELS, 2 * DIM), Skip(), num_steps=3, step_size=0.2),
     "iwae": lambda: IWAE(mlp(PIXELS, 2 * DIM), mlp(DIM, PIXELS), num_samples=4),
     "jacobian-l1": lambda: JacobianL1VAE(*image_networks()),
     "consistency": lambda: ConsistencyVAE(*image_networks(), augment=RandomAffine()),
@@ -130,7 +132,7 @@ def test_fit_on_cuda(name: str, tmp_path: Any) -> None:
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)
 
 
-def fit_both_ways(name: str, **options: Any) -> tuple[Any, Any, BaseVAE, BaseVAE]:
+def fit_both_ways(name: str, epochs: int = 3, **options: Any) -> tuple[Any, Any, BaseVAE, BaseVAE]:
     """Histories and models of a run as it is and of one from CUDA graphs; batches of 5, the last of an epoch of 2."""
     model, x = made(name)
     x = torch.rand(37, *x.shape[1:], generator=seeded(4), dtype=torch.float64)
@@ -139,7 +141,7 @@ def fit_both_ways(name: str, **options: Any) -> tuple[Any, Any, BaseVAE, BaseVAE
         own = copy.deepcopy(model).cuda().train()
         loader = DataLoader(TensorDataset(x), 5)
         found.append(
-            (fit(own, loader, epochs=3, seed=3, progress=False, cuda_graph=cuda_graph, **options), own)
+            (fit(own, loader, epochs=epochs, seed=3, progress=False, cuda_graph=cuda_graph, **options), own)
         )
     (plain, plain_model), (graphed, graphed_model) = found
     return plain, graphed, plain_model, graphed_model
@@ -152,6 +154,14 @@ def test_fit_from_cuda_graphs(name: str) -> None:
     torch.testing.assert_close(graphed.train_loss, plain.train_loss, rtol=1e-9, atol=0)
     for found, expected in zip(graphed_model.parameters(), plain_model.parameters(), strict=True):
         assert_same(found.detach(), expected.detach().cpu())
+
+
+def test_step_sizes_are_adapted_under_cuda_graphs() -> None:
+    """Steps that measure run as they are; those between them, from step 51 on, come from graphs and count."""
+    plain, graphed, plain_model, graphed_model = fit_both_ways("hvae-adapted", epochs=12)
+    torch.testing.assert_close(graphed.train_loss, plain.train_loss, rtol=1e-9, atol=0)
+    for found, expected in zip(graphed_model.buffers(), plain_model.buffers(), strict=True):
+        assert_same(found, expected.cpu())
 
 
 class Halved(nn.Module):

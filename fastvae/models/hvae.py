@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvae._compiling import is_captured
-from fastvae.arguments import expect_at_least, expect_choice
+from fastvae._compiling import is_captured, is_compiling
+from fastvae.arguments import expect, expect_at_least, expect_choice
+from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood
+from fastvae.models.adaptation import HALVINGS, AdaptedStepSize, conservation
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import needs_condition
 from fastvae.models.observation import Observation
-from fastvae.models.stability import stable_step_size
+from fastvae.models.stability import encoding_mode, stable_step_size
 from fastvae.models.tempering import BoundedStepSize, Tempering
 from fastvae.ops.hamiltonian_flow import hamiltonian_flow
 from fastvae.ops.trajectory import trajectory
@@ -84,10 +86,13 @@ class HVAE(BaseVAE):
             ``models.tempering``.
         beta_0: initial inverse temperature at the start of the trajectory, in (0, 1).
         learn_tempering: whether the alphas or beta_0 are trained.
-        step_size: initial leapfrog step: number, [d] per dimension, [K] or [K, 1] per step, or [K, d]. What suits a
-            likelihood of small scale may be much less than the default: ``stable_step_size`` measures it.
+        step_size: "adapted", which starts at 0.2 and is limited, while the model trains, to what its likelihood and
+            decoder allow: see ``adapt_step_size``. Or an initial value, which is never limited: number, [d] per
+            dimension, [K] or [K, 1] per step, or [K, d]; ``stable_step_size`` measures one.
         max_step_size: its upper bound; the step size is max_step_size * sigmoid of a parameter.
         learn_step_size: whether it is trained.
+        target_acceptance: in (0, 1), of an adapted step size where it is limited. 0.6 to 0.95 are usual; more of it
+            are shorter steps.
         on_divergence: what happens where a sample's log weight is NaN or infinite, which is looked at once
             for a batch (one wait on a GPU):
 
@@ -115,9 +120,10 @@ class HVAE(BaseVAE):
         tempering: str = "free",
         beta_0: float = 0.3,
         learn_tempering: bool = True,
-        step_size: float | Sequence[float] | Tensor = 0.2,
+        step_size: float | Sequence[float] | Tensor | str = "adapted",
         max_step_size: float = 0.5,
         learn_step_size: bool = True,
+        target_acceptance: float = 0.65,
         on_divergence: str = "raise",
         beta: float = 1.0,
         latent_dim: int | None = None,
@@ -140,9 +146,14 @@ class HVAE(BaseVAE):
         num_steps = int(num_steps)
         self.num_steps = num_steps
         self.tempering = Tempering(tempering, num_steps, beta_0, learn_tempering)
-        self.leapfrog_step = BoundedStepSize(
-            step_size, max_step_size, num_steps, self.latent_dim, learn_step_size
-        )
+        self.leapfrog_step: BoundedStepSize
+        if isinstance(step_size, str):
+            expect(step_size == "adapted", "HVAE: step_size: expected numbers or 'adapted'", step_size)
+            self.leapfrog_step = AdaptedStepSize(max_step_size, num_steps, learn_step_size, target_acceptance)
+        else:
+            self.leapfrog_step = BoundedStepSize(
+                step_size, max_step_size, num_steps, self.latent_dim, learn_step_size
+            )
         self.on_divergence = on_divergence
         self.divergences = 0
         """Samples whose trajectory was given up so far, in this process (on_divergence="drop")."""
@@ -151,6 +162,11 @@ class HVAE(BaseVAE):
     def step_size(self) -> Tensor:
         """The step size in use: [], [d], [K, 1] or [K, d]."""
         return self.leapfrog_step()
+
+    @property
+    def adapts_next(self) -> bool:
+        """Whether the next loss in training mode measures the acceptance first; see ``adapt_step_size``."""
+        return isinstance(self.leapfrog_step, AdaptedStepSize) and self.training and self.leapfrog_step.is_due
 
     @property
     def alpha(self) -> Tensor:
@@ -172,13 +188,22 @@ class HVAE(BaseVAE):
         condition: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> TrainingStep:
-        """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise)."""
+        """Minus the ELBO above, with beta, and its parts; see ``BaseVAE.objective`` (two draws of noise).
+
+        In training mode, with gradients, and where it draws the noise itself, it adapts the step size before.
+        """
         observation = Observation(x, condition, weight)
         mu, logvar = self.encode(x, **observation.given)
+        draws = not isinstance(noise, Tensor)
         noise = self._noise(mu, noise, generator)
         start = observation, mu, logvar, noise
+        step = self._adapted_step(mu) if draws else None
+        if step is not None:
+            self._adapt(step, *start)
         path = self._follow(*start)
         bad = self._diverged(path)
+        if step is not None and bad is not None:
+            path, bad = self._shortened(step, *start, path, bad)
         if bad is not None:
             if self.on_divergence == "raise":
                 raise self._report(*start, bad)
@@ -251,6 +276,52 @@ class HVAE(BaseVAE):
         """
         return stable_step_size(self, Observation(x, condition, weight), generator)
 
+    def adapt_step_size(
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None = None,
+        weight: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """Measure the acceptance at x and adapt the limit of the step size; the acceptance before.
+
+        A model in training mode does so by itself before each of the first 50 losses that are computed with gradients,
+        then before every eighth. Call it where a training loop runs no Python of the model: under ``torch.compile``.
+
+        The acceptance is the mean of exp(-|error|), error being that of the leapfrog steps in the energy (in nats)
+        along the trajectories from codes of q(z | x): the smaller of the probabilities with which HMC accepts a
+        trajectory and its reverse. The step size stays below a limit whose logarithm grows by
+        gain (acceptance - target_acceptance): Robbins and Monro, 1951; Andrieu and Thoms, "A tutorial on adaptive
+        MCMC", 2008, section 4.2. The target of 0.65 and the search for a first limit, a half, a quarter, ... of 0.2,
+        are those of Hoffman and Gelman, "The No-U-Turn Sampler", JMLR 2014. Below the limit the step size is trained as
+        any is. A measurement is K + 1 forces, about a third of a training step.
+
+        The limit is in buffers, saved with the weights. A step size at which a trajectory of a training batch diverges
+        is halved until none does, unless ``on_divergence`` is "ignore".
+
+        Args:
+            x: [B, ...], a batch of the data.
+            condition: [B, ...] of a conditional model.
+            weight: [B, ...] of x's elements.
+            generator: of the codes and momenta.
+
+        Raises:
+            ValueError: a model whose step size was given.
+        """
+        step = self.leapfrog_step
+        if not isinstance(step, AdaptedStepSize):
+            raise ValueError(
+                "HVAE: adapt_step_size: expected a model of step_size='adapted', got one of a given step size"
+            )
+        observation = Observation(x, condition, weight)
+        with encoding_mode(self), torch.no_grad():
+            mu, logvar = self.encode(x, **observation.given)
+            noise = self.draw_noise(mu, generator)
+        found = step.adapt(self._acceptance(observation, mu, logvar, noise))
+        step.calls += 1
+        return float(found)
+
     def sample_posterior(
         self,
         x: Tensor,
@@ -299,6 +370,59 @@ class HVAE(BaseVAE):
         # The constants of the four normal densities cancel, and so does the volume: prod alpha^2 = beta_0.
         log_ratio = 0.5 * (logvar + noise.square().sum(0) - z.square() - rho.square()).sum(1)
         return _Path(z_0, z, log_px, log_ratio)
+
+    def _adapted_step(self, mu: Tensor) -> AdaptedStepSize | None:
+        """The step size, if it is adapted and this is training, where numbers can be looked at."""
+        step = self.leapfrog_step
+        if not (isinstance(step, AdaptedStepSize) and self.training and torch.is_grad_enabled()):
+            return None
+        return None if is_compiling() or transformed() or mu.is_meta else step
+
+    def _adapt(
+        self, step: AdaptedStepSize, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+    ) -> None:
+        # In a CUDA graph it is only counted: whoever replays it runs the steps that are due as they are.
+        if len(mu) and not is_captured(mu) and step.is_due:
+            step.adapt(self._acceptance(observation, mu, logvar, noise))
+        step.calls += 1
+
+    def _acceptance(
+        self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """The mean acceptance [] as a function of the step size."""
+        z_0, rho_0, alpha = (tensor.detach() for tensor in self._start(mu, logvar, noise))
+
+        def of(eps: Tensor) -> Tensor:
+            points = trajectory(
+                *(self.decoder, z_0, rho_0, observation.x, eps.to(mu.dtype), alpha, self.likelihood),
+                **observation.given,
+            )
+            return conservation(points, alpha).mean()
+
+        return of
+
+    def _shortened(
+        self,
+        step: AdaptedStepSize,
+        observation: Observation,
+        mu: Tensor,
+        logvar: Tensor,
+        noise: Tensor,
+        path: _Path,
+        bad: Tensor,
+    ) -> tuple[_Path, Tensor | None]:
+        """The batch at half the step size, a quarter, ..., until no trajectory diverges."""
+        start = observation, mu, logvar, noise
+        if not bool(torch.isfinite(self._stay(*start).weight()).all()):
+            return path, bad
+        found: Tensor | None = bad
+        for _ in range(HALVINGS):
+            step.halve()
+            path = self._follow(*start)
+            found = self._diverged(path)
+            if found is None:
+                break
+        return path, found
 
     def _stay(self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
         """The trajectory of no steps and no tempering: the VAE's sample ELBO."""

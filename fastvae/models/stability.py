@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from fastvae.ops.log_px_and_force import log_px_and_force
 if TYPE_CHECKING:
     from fastvae.models.hvae import HVAE
 
-__all__ = ["largest_eigenvalues", "stable_step_size"]
+__all__ = ["encoding_mode", "largest_eigenvalues", "stable_step_size"]
 
 _PRODUCTS = 12
 """Of Lanczos' iteration: the largest eigenvalue is known to some percent long before."""
@@ -26,10 +27,7 @@ def stable_step_size(model: HVAE, observation: Observation, generator: torch.Gen
     x = observation.x
     if not len(x):
         raise ValueError("HVAE: stable_step_size: x: expected at least one sample")
-    with modes_kept(model), torch.inference_mode(False):
-        # Not eval(), which a user's module may have a version of its own of.
-        for module in model.modules():
-            module.training = False
+    with encoding_mode(model), torch.inference_mode(False):
         with torch.no_grad():
             mu, logvar = model.encode(x, **observation.given)
             z = mu + torch.exp(logvar / 2) * model.draw_noise(mu, generator, 1)[0]
@@ -51,6 +49,16 @@ def stable_step_size(model: HVAE, observation: Observation, generator: torch.Gen
         )
     # Where the likelihood bends the other way, the prior sets the scale.
     return max(largest, 1.0) ** -0.5
+
+
+@contextmanager
+def encoding_mode(model: HVAE) -> Iterator[None]:
+    """Every module in eval mode, in which encoding changes no statistics."""
+    with modes_kept(model):
+        # Not eval(), which a user's module may have a version of its own of.
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 def largest_eigenvalues(product: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:

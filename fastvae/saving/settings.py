@@ -14,6 +14,7 @@ from fastvae.architectures import BY_NAME
 from fastvae.data import augmentation
 from fastvae.likelihoods import LearnedLikelihood
 from fastvae.models import HVAE, IWAE, VAE
+from fastvae.models.adaptation import AdaptedStepSize
 from fastvae.models.base import BaseVAE
 from fastvae.penalties import BetaAnnealing, Consistency, ConsistencyVAE, FreeBits, JacobianL1, JacobianL1VAE
 
@@ -86,11 +87,17 @@ _MODELS: dict[str, tuple[type[BaseVAE], type[BaseVAE], Callable[[Any], dict[str,
             **_attributes(*_OF_ALL, "num_steps", "on_divergence")(model),
             "tempering": model.tempering.kind,
             "max_step_size": model.leapfrog_step.maximum,
-            "step_size": list(model.leapfrog_step.logit.shape),
+            **_of_step_size(model.leapfrog_step),
         },
     ),
 }
-"""The class, the constructor that makes it, and its settings; of the step size its shape."""
+"""The class, the constructor that makes it, and its settings; of a step size that was given its shape."""
+
+
+def _of_step_size(step: Any) -> dict[str, Any]:
+    if isinstance(step, AdaptedStepSize):
+        return {"step_size": "adapted", "target_acceptance": step.target}
+    return {"step_size": list(step.logit.shape)}
 
 
 def settings_of(model: BaseVAE) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def build_model(
         raise ValueError(f"a model {name!r}, which this version does not have")
     kind, constructor, _ = _MODELS[name]
     options = {key: _revived(value) for key, value in settings["settings"].items()}
-    if "step_size" in options:
+    if options.get("step_size", "adapted") != "adapted":
         options["step_size"] = _step_size(options)
     model = kind.__new__(kind)
     constructor.__init__(model, encoder, decoder, likelihood, penalties=penalties, **options)

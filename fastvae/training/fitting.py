@@ -121,7 +121,8 @@ def fit(
             Several processes each take the mean of their own batch. None: the mean.
         cuda_graph: on a GPU, run forward and backward pass from a CUDA graph after the first batches of each shape:
             small networks then train as fast as the GPU is, not as fast as Python launches kernels. The same losses. A
-            module's plain settings (``model.beta = 2``) may change; what else Python decides in ``forward`` stays as it
+            module's plain settings (``model.beta = 2``) may change, and the steps before which an HVAE measures its
+            trajectories run as they are; what else Python decides in ``forward`` stays as it
             was captured, so that must depend on no number. Memory stays in use as for one more step.
         on_nonfinite: a loss or gradient that is not finite, or a model's ``DivergenceError``, raises before
             it reaches the weights; or that step is skipped, counted, and BatchNorm's running statistics are

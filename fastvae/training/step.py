@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvae.arguments import given
-from fastvae.models import DivergenceError
+from fastvae.models import HVAE, DivergenceError
 from fastvae.models.base import BaseVAE
 from fastvae.models.terms import describe, recorded_terms
 from fastvae.training.batches import Batch, Place, batch_of
@@ -167,6 +167,9 @@ class Stepper:
     def _from_graph(self, batch: Batch) -> Pass:
         """As ``_backward``, which runs again where a graph's numbers are not finite: it has more to say of them."""
         assert self._passes is not None
+        if isinstance(self.model, HVAE) and self.model.adapts_next:
+            # A graph looks at no acceptance.
+            return self._backward(batch)
         if isinstance(self.model, BaseVAE):
             self.model.check_data(batch.observation.x, **given(weight=batch.observation.weight))
         noise = torch.cuda.get_rng_state(batch.observation.x.device)
