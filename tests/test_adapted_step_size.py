@@ -69,9 +69,50 @@ def test_the_error_is_that_of_the_leapfrog_steps_alone() -> None:
             ).energy()
             error += one[1] - one[0]
         assert float(error.abs().max()) > 1e-3
-        torch.testing.assert_close(conservation(points, alpha), (-error.abs()).exp(), rtol=1e-9, atol=1e-9)
+        temperature = points.rho.square().mean(2).median(0).values.clamp(min=1)
+        expected = (-error.abs() / temperature).exp()
+        torch.testing.assert_close(conservation(points, alpha), expected, rtol=1e-9, atol=1e-9)
     lost = points._replace(log_px=points.log_px.clone().index_fill_(1, torch.tensor([2]), math.nan))
     assert conservation(lost, alpha)[2] == 0 and bool((conservation(lost, alpha)[:2] > 0).all())
+
+
+def test_in_equilibrium_it_is_the_acceptance_of_hmc() -> None:
+    """E min(1, exp(-dH)) = 2 Phi(-s/2) of codes from the posterior, where dH is normal with variance s^2.
+
+    Both ways it is less. T is 1 there, up to the noise of 200 momenta.
+    """
+    torch.manual_seed(0)
+    d, rows = 200, 400
+    decoder = nn.Linear(d, 1, bias=False).double()
+    with torch.no_grad():
+        decoder.weight.zero_()  # the posterior is the prior
+    z, rho = (torch.randn(rows, d, generator=seeded(i), dtype=torch.float64) for i in (1, 2))
+    alpha = torch.ones(3, dtype=torch.float64)
+    points = trajectory(decoder, z, rho, torch.zeros(rows, 1).double(), 0.5, alpha, Gaussian(1.0))
+    change = points.energy()[-1] - points.energy()[0]
+    one_way = change.neg().clamp(max=0).exp().mean()
+    spread = float(change.std())
+    normal = 1 + math.erf(-spread / 2 / math.sqrt(2))
+    # 0.35 / sqrt(400) of noise, three times.
+    assert float(one_way) == pytest.approx(normal, abs=0.05)
+    both_ways = conservation(points, alpha).mean()
+    assert float(both_ways) == pytest.approx(float((-change.abs()).exp().mean()), abs=0.03)
+    assert 0.5 * float(one_way) < float(both_ways) < float(one_way)
+
+
+def test_a_divergence_is_not_excused_by_its_own_momentum() -> None:
+    """Leapfrog steps of four times the limit of stability, in one dimension, down to a single step."""
+    decoder = nn.Linear(1, 4).double()
+    x, z, rho = (
+        torch.rand(50, 4, dtype=torch.float64),
+        torch.randn(50, 1).double(),
+        torch.randn(50, 1).double(),
+    )
+    curvature = 1 + float(decoder.weight.detach().square().sum()) / 0.01**2
+    for steps in (1, 2, 5):
+        alpha = torch.ones(steps, dtype=torch.float64)
+        points = trajectory(decoder, z, rho, x, 8 * curvature**-0.5, alpha, Gaussian(0.01))
+        assert float(conservation(points, alpha).mean()) < 0.05
 
 
 def test_rounding_of_large_energies_is_no_error() -> None:
@@ -105,7 +146,7 @@ def test_what_is_accepted_is_not_limited() -> None:
     capped = model_of(Gaussian(0.01))
     capped(some()).mean().backward()
     gradient = capped.leapfrog_step.logit.grad
-    assert float(capped.step_size) < 0.1 and gradient is not None and float(gradient) == 0
+    assert float(capped.step_size.detach()) < 0.1 and gradient is not None and float(gradient) == 0
 
 
 LIKELIHOODS: dict[str, tuple[str | Likelihood, int]] = {

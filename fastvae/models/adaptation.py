@@ -28,23 +28,29 @@ _ABOVE = math.log(1.25)
 
 
 def conservation(points: Trajectory, alpha: Tensor) -> Tensor:
-    """exp(-|error|) [B] of the leapfrog steps' error in the energy H along a trajectory; 0 where it diverged.
+    """exp(-|error| / T) [B] of the leapfrog steps' error in the energy H along a trajectory; 0 where it diverged.
 
-    A trajectory without error would change H by the tempering alone, |rho|^2/2 (1 - 1/alpha^2) a step. What is
-    left is the error of the leapfrog steps. Its exponential is the probability that HMC accepts the end of the
+    A trajectory without error would change H by the tempering alone, |rho|^2/2 (1 - 1/alpha^2) a step. What is left is
+    the error of the leapfrog steps. At T = 1 its exponential is the probability that HMC accepts the end of the
     trajectory from its start or the start from its end, whichever is smaller: away from equilibrium one of the two is 1
     however large the error is, where z_0 lies far above the posterior, say, and slides down.
+
+    T = max(1, |rho|^2/d), the median over the points, is the temperature that the momenta show (equipartition): errors
+    count in proportion to what is exchanged. Codes of an encoder that is far from trained have thousands of nats too
+    much, of which a nat is nothing; in equilibrium T is 1, but for tempering.
 
     Args:
         points: of K steps.
         alpha: [K].
     """
-    energy = points.energy()
-    tempered = (1 - alpha.square().reciprocal())[:, None] * points.rho[1:].square().sum(2) / 2
+    energy, squares = points.energy(), points.rho.square().sum(2)
+    tempered = (1 - alpha.square().reciprocal())[:, None] * squares[1:] / 2
     error = (energy[-1] - energy[0] - tempered.sum(0)).abs()
     # Sums of large numbers differ by their rounding, however small the steps are.
     rounding = 8 * torch.finfo(energy.dtype).eps * energy.abs().amax(0)
-    return torch.nan_to_num((-(error - rounding).clamp(min=0)).exp(), nan=0.0)
+    # Not the mean: momenta of a trajectory that diverges are as large as its error at the end, and only there.
+    temperature = (squares.median(0).values / points.rho.shape[2]).clamp(min=1)
+    return torch.nan_to_num((-(error - rounding).clamp(min=0) / temperature).exp(), nan=0.0)
 
 
 class AdaptedStepSize(BoundedStepSize):

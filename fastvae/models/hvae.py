@@ -289,13 +289,13 @@ class HVAE(BaseVAE):
         A model in training mode does so by itself before each of the first 50 losses that are computed with gradients,
         then before every eighth. Call it where a training loop runs no Python of the model: under ``torch.compile``.
 
-        The acceptance is the mean of exp(-|error|), error being that of the leapfrog steps in the energy (in nats)
-        along the trajectories from codes of q(z | x): the smaller of the probabilities with which HMC accepts a
-        trajectory and its reverse. The step size stays below a limit whose logarithm grows by
-        gain (acceptance - target_acceptance): Robbins and Monro, 1951; Andrieu and Thoms, "A tutorial on adaptive
-        MCMC", 2008, section 4.2. The target of 0.65 and the search for a first limit, a half, a quarter, ... of 0.2,
-        are those of Hoffman and Gelman, "The No-U-Turn Sampler", JMLR 2014. Below the limit the step size is trained as
-        any is. A measurement is K + 1 forces, about a third of a training step.
+        The acceptance is the mean of exp(-|error| / T), error being that of the leapfrog steps in the energy (in nats)
+        along trajectories from codes of q(z | x), and T = max(1, |rho|^2/d) their temperature: in equilibrium the
+        smaller of the probabilities with which HMC accepts a trajectory and its reverse. The step size stays below a
+        limit whose logarithm grows by gain (acceptance - target_acceptance): Robbins and Monro, 1951; Andrieu and
+        Thoms, "A tutorial on adaptive MCMC", 2008, section 4.2. The target of 0.65 and the search for a first limit, a
+        half, a quarter, ... of 0.2, are those of Hoffman and Gelman, "The No-U-Turn Sampler", JMLR 2014. Below the
+        limit the step size is trained as any is. A measurement is K + 1 forces, about a third of a training step.
 
         The limit is in buffers, saved with the weights. A step size at which a trajectory of a training batch diverges
         is halved until none does, unless ``on_divergence`` is "ignore".
