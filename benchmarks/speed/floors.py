@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .timing import Contestant
+from .timing import Contestant, matrix_product
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def _taps(layer: nn.ConvTranspose2d, axis: int, size_in: int, size_out: int) -> 
 
 
 def gemm_floor(layers: Sequence[Product], sweeps: int, device: torch.device) -> Contestant:
-    """Forward, reverse and weight gradient of every layer, as often, by float32 torch.mm into results that exist.
+    """Forward, reverse and weight gradient of every layer, as often, in float32; see ``timing.matrix_product``.
 
     A gradient to the input that is differentiated through takes two such sweeps: forward, reverse, tangent, adjoint,
     and two weight gradients.
@@ -66,9 +65,9 @@ def gemm_floor(layers: Sequence[Product], sweeps: int, device: torch.device) -> 
         weight = torch.randn(layer.columns, layer.inner, device=device)
         h_out, delta_out, weight_out = torch.empty_like(h), torch.empty_like(delta), torch.empty_like(weight)
         each += [
-            functools.partial(torch.mm, h, weight.t(), out=delta_out),
-            functools.partial(torch.mm, delta, weight, out=h_out),
-            functools.partial(torch.mm, delta.t(), h, out=weight_out),
+            matrix_product(h, weight.t(), delta_out),
+            matrix_product(delta, weight, h_out),
+            matrix_product(delta.t(), h, weight_out),
         ]
 
     def run() -> None:

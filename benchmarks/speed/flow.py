@@ -9,8 +9,8 @@ Every contestant computes the loss sum log p(x | z_K) - |rho_K|^2 / 2 and its gr
 parameters of the decoder, in float32. Floors, for K + 1 forces (each 1 forward and 1 reverse pass, and 4 passes to
 differentiate through it):
 
-- "GEMM floor": the matrix products alone, by torch.mm into results that exist, in the shapes of one force; of a small
-  network this is mostly the calls of torch.mm;
+- "GEMM floor": the matrix products alone, by fastvae's kernel where it takes that, else torch.mm, in the shapes of one
+  force; of a small network this is mostly the calls;
 - "FLOP floor": the operations at the rate of a large square product.
 """
 

@@ -9,7 +9,7 @@ rivals: forward differences with a step of 1e-3 as the paper's code takes them (
 decode a latent or one of (d + 1) B images; vmap(jacfwd); and torch.func.jvp of several latents stacked in the batch;
 each also through torch.compile where that compiles in time. Their errors are against vmap(jacfwd) in float64.
 
-Floors: "GEMM floor", forward, reverse and weight gradient of every layer but the first as torch.mm with all B d rows
+Floors: "GEMM floor", forward, reverse and weight gradient of every layer but the first as products with all B d rows
 into results that exist; "FLOP floor", their operations at the rate of a large square product.
 """
 

@@ -32,7 +32,7 @@ at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b) {
   }
   std::vector<int64_t> sizes = a.sizes().vec();
   sizes.back() = b.size(1);
-  return product(a.reshape({-1, a.size(-1)}), b).view(sizes);
+  return product(a.flatten(0, -2), b).view(sizes);
 }
 
 }  // namespace
