@@ -550,3 +550,28 @@ def test_what_a_whole_batch_leaves_in_a_module_is_noticed() -> None:
     assert late.influence(x.abs()).isfinite().all()
     with pytest.raises(ValueError, match="one sample alone gives a result of another shape"):
         late.influence(x)
+
+
+class TwoPrecisions(nn.Module):
+    """A layer in float64 in front of one in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5).double(), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.double())).float())
+
+
+def test_parameters_of_two_dtypes() -> None:
+    torch.manual_seed(0)
+    model, x, y = TwoPrecisions(), torch.randn(5, 4), torch.randn(5, 3)
+    rows = []
+    for sample, target in zip(x.split(1), y.split(1), strict=True):
+        gradients = torch.autograd.grad((model(sample) - target).square().sum(), list(model.parameters()))
+        rows.append(torch.cat([gradient.flatten().double() for gradient in gradients]))
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    found = TracIn(model, (x, y), None, loss_fn=lambda output, y: (output - y).square().sum(1))
+    # Of float32, in which half of the network is.
+    torch.testing.assert_close(found.influence((x, y)).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.self_influence().double(), expected.diag(), rtol=1e-5, atol=1e-5)

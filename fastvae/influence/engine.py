@@ -185,7 +185,7 @@ class Engine:
         found.dense += [whole.gradients(calls, samples, each) for whole, calls in captured.modules]
         if self._uncovered:
             found.dense.append(self.by_autograd(evaluation, batch, list(self._uncovered), fold))
-        return found
+        return found.in_one_dtype()
 
     def add_factors(self, found: Factors, layer: Layer, calls: list[Call], route: str, samples: int) -> None:
         """Append what the calls of a layer make of its gradients, by this route."""

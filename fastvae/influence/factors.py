@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,16 @@ class Factors:
             self.bias,
             [tensor.to(device) for tensor in self.dense],
         )
+
+    def in_one_dtype(self) -> Factors:
+        """The same in the widest dtype among them: a model may have layers in float32 and in float64."""
+        dtypes = {tensor.dtype for tensor in (*self.inputs, *self.output_grads, *self.dense)}
+        if len(dtypes) < 2:
+            return self
+        widest = functools.reduce(torch.promote_types, dtypes)
+        parts = (self.inputs, self.output_grads, self.dense)
+        inputs, output_grads, dense = ([tensor.to(widest) for tensor in part] for part in parts)
+        return Factors(inputs, output_grads, self.bias, dense)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, as a cache stores them."""
