@@ -197,6 +197,13 @@ def test_what_cannot_be_done_is_said(
     assert re.search(f"fastvae demo: error: .*{message}", error)
 
 
+def test_too_few_images_are_said_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "few.npz", images=np.zeros((6, 8, 8), np.uint8))
+    assert main(["demo", "--data", str(tmp_path / "few.npz"), "--out", str(tmp_path / "out")]) == 2
+    assert "expected at least 2 images to test on, found 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_info_prints_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     lines = dict(re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())

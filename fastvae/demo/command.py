@@ -57,6 +57,10 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     with mendable():
         train, test = (load(options.data, split=split) for split in ("train", "test"))
         foreign = [load(source, split="all") for source in options.foreign]
+        if len(test) < 2:
+            raise CommandError(
+                f"--data {options.data}: expected at least 2 images to test on, found {len(test)}"
+            )
         options.out.mkdir(parents=True, exist_ok=True)
     path, sections = run_demo(
         train,
