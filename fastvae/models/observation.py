@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastvae.arguments import given
-from fastvae.likelihoods.weights import expanded, filled
+from fastvae.likelihoods.weights import expanded
 from fastvae.noise import keys_of
 
 __all__ = ["Observation"]
@@ -30,16 +30,15 @@ class Observation(NamedTuple):
         return given(condition=self.condition, weight=self.weight)
 
     @property
-    def keys(self) -> Tensor:
-        """What noise is keyed by, int64 [B]: the bytes of x, and not of what is no number where x is missing."""
-        if self.weight is None:
-            return keys_of(self.x)
-        return keys_of(filled(self.x, expanded("fastvae", self.weight, self.x)))
-
-    @property
     def tensors(self) -> list[Tensor]:
         """Those that are there."""
         return [self.x, *self.given.values()]
+
+    @property
+    def keys(self) -> Tensor:
+        """A hash of the bytes of what was observed of each sample, not of what stands for the rest: int64 [B]."""
+        x, _, weight = self
+        return keys_of(x if weight is None else x.masked_fill(expanded("fastvae", weight, x) == 0, 0))
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Observation:
         """With a function of every tensor in its place; the weight has the shape of x."""

@@ -32,12 +32,18 @@ class Detector(ABC):
         return self
 
     @abstractmethod
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores [B] of samples x [B, ...], higher = more foreign; detached."""
+    def predict(self, x: Tensor, *, condition: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Scores [B] of samples x [B, ...], higher = more foreign; detached.
 
-    def __call__(self, x: Tensor) -> Tensor:
+        Args:
+            x: [B, ...].
+            condition: [B, ...] of a conditional model.
+            weight: [B, ...] of x's elements, 0 for what is missing; see ``BaseVAE.forward``.
+        """
+
+    def __call__(self, x: Tensor, **given: Any) -> Tensor:
         """``predict``."""
-        return self.predict(x)
+        return self.predict(x, **given)
 
     def to(self: _Self, device: torch.device | str) -> _Self:
         """Move the model; returns self."""

@@ -16,6 +16,7 @@ from fastvae.data import images_of
 from fastvae.likelihoods import Bernoulli, Categorical
 from fastvae.models.base import BaseVAE
 from fastvae.models.inputs import check_is_tensor
+from fastvae.models.observation import Observation
 from fastvae.ood.negative_log_likelihood import LikelihoodScore
 
 __all__ = ["InputComplexity", "compressed_bits"]
@@ -72,11 +73,22 @@ class InputComplexity(LikelihoodScore):
         _pillow(compressor)
         self.compressor = compressor
 
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device."""
+    def predict(self, x: Tensor, *, condition: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device.
+
+        Args:
+            x: [B, ...].
+            condition: [B, ...] of a conditional model: the score takes log p(x | condition).
+            weight: none. A file has the length of a whole image, which log p of a part cannot be compared with.
+        """
         check_is_tensor(self, x)
+        if weight is not None:
+            raise ValueError(
+                "InputComplexity: weight: expected none, since a file has the length of a whole image, with which the "
+                "log-likelihood of a part of it cannot be compared; NegativeLogLikelihood takes weights"
+            )
         bits = compressed_bits(self._values(x), self.compressor, binary=self._binary)
-        log_px = self._log_likelihood(self.model, self._copies, x)
+        log_px = self._log_likelihood(self.model, self._copies, Observation(x, condition))
         return -log_px - (bits * math.log(2)).to(log_px)
 
     @property

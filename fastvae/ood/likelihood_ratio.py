@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastvae.arguments import expect, expect_at_least, expect_numbers
 from fastvae.data import images_of
 from fastvae.likelihoods import Categorical
 from fastvae.models.base import BaseVAE
+from fastvae.models.observation import Observation
 from fastvae.ood.negative_log_likelihood import LikelihoodScore
 from fastvae.private import PrivateCopies
 from fastvae.training import fit
@@ -48,7 +49,7 @@ def mutate(
 
 
 class MutatedImages:
-    """A loader's images, mutated anew in each epoch: what a background model is trained on.
+    """A loader's batches, the images mutated anew in each epoch: what a background model is trained on.
 
     The noise comes from torch's global generator, which ``fastvae.fit`` seeds at each epoch.
 
@@ -63,9 +64,14 @@ class MutatedImages:
         for name in ("sampler", "batch_sampler", "generator"):
             setattr(self, name, getattr(loader, name, None))
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
-            yield mutate(images_of(batch), self.probability, levels=self.levels)
+            mutated = mutate(images_of(batch), self.probability, levels=self.levels)
+            if isinstance(batch, Mapping):
+                yield {**batch, "data": mutated}
+            else:
+                rest = () if isinstance(batch, Tensor) else tuple(batch[1:])
+                yield (mutated, *rest) if rest else mutated
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -123,7 +129,7 @@ class LikelihoodRatio(LikelihoodScore):
 
         Args:
             loader: of the training images; see ``fastvae.fit``.
-            options: further arguments of ``fastvae.fit``: ``optimizer``, ``run_dir``, ...
+            options: further arguments of ``fastvae.fit``: ``optimizer``, ``run_dir``, ``condition``, ``weight``, ...
 
         Returns:
             self
@@ -138,15 +144,21 @@ class LikelihoodRatio(LikelihoodScore):
         fit(self.background, MutatedImages(loader, self.mutation, self.levels), **options)
         return self
 
-    def predict(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tensor, *, condition: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Scores [B] in nats of images x [B, ...], higher = more foreign; detached.
+
+        Args:
+            x: [B, ...].
+            condition: [B, ...] of conditional models, the same for both.
+            weight: [B, ...] of x's elements, in both log-likelihoods.
 
         RuntimeError before ``fit``, if no background model was given.
         """
         if self.background is None:
             raise RuntimeError("LikelihoodRatio: predict: expected fit(loader) before, or background=")
-        of_background = self._log_likelihood(self.background, self._background_copies, x)
-        return of_background - self._log_likelihood(self.model, self._copies, x)
+        observation = Observation(x, condition, weight)
+        of_background = self._log_likelihood(self.background, self._background_copies, observation)
+        return of_background - self._log_likelihood(self.model, self._copies, observation)
 
     def to(self, device: torch.device | str) -> LikelihoodRatio:
         """Move both models; returns self."""

@@ -156,7 +156,8 @@ class LikelihoodRegret(Detector):
         Args:
             x: [B, ...] as the model takes it, on any device.
             condition: [B, ...] of a conditional model.
-            weight: [B, ...] of x's elements, 0 for what is missing; see ``BaseVAE.forward``.
+            weight: [B, ...] of x's elements, 0 for what is missing; see ``BaseVAE.forward``. What stands for it matters
+                as far as the encoder makes something of it.
             show_progress: a bar over the groups of images (needs tqdm).
 
         Raises:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastvae.arguments import expect_at_least, expect_numbers
+from fastvae.likelihoods.weights import expanded
 from fastvae.models.base import BaseVAE
-from fastvae.models.inputs import check_is_tensor
-from fastvae.noise import SampleNoise, keys_of
+from fastvae.models.inputs import check_condition, check_is_tensor
+from fastvae.models.observation import Observation
+from fastvae.noise import SampleNoise
 from fastvae.ood.base import Detector
 from fastvae.private import PrivateCopies
 from fastvae.wrappers import unwrap
@@ -46,13 +48,19 @@ class LikelihoodScore(Detector):
             raise TypeError(f"{type(self).__name__}: {argument}: expected a fastvae model, got {found}")
         return inner
 
-    def _log_likelihood(self, model: BaseVAE, copies: PrivateCopies, x: Tensor) -> Tensor:
+    def _log_likelihood(self, model: BaseVAE, copies: PrivateCopies, observation: Observation) -> Tensor:
         """log p(x) [B] in nats, on the model's device, by one of its ``copies``."""
+        name, (x, condition, weight) = type(self).__name__, observation
         check_is_tensor(self, x)
-        x = x.to(next(model.parameters()).device)
+        if condition is not None:
+            check_condition(self, condition, len(x))
+        if weight is not None:
+            observation = observation._replace(weight=expanded(name, weight, x))
+        device = next(model.parameters()).device
+        own = observation.each(lambda tensor: tensor.to(device))
         with copies.borrowed(model) as private:
-            noise = SampleNoise(keys_of(x), self.seed, private.weight_draws)
-            return private.log_likelihood(x, self.num_samples, noise=noise)
+            noise = SampleNoise(own.keys, self.seed, private.weight_draws)
+            return private.log_likelihood(own.x, self.num_samples, noise=noise, **own.given)
 
 
 class NegativeLogLikelihood(LikelihoodScore):
@@ -71,6 +79,12 @@ class NegativeLogLikelihood(LikelihoodScore):
         TypeError: not a fastvae model.
     """
 
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device."""
-        return -self._log_likelihood(self.model, self._copies, x)
+    def predict(self, x: Tensor, *, condition: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Scores [B] in nats of images x [B, ...], higher = more foreign; detached, on the model's device.
+
+        Args:
+            x: [B, ...].
+            condition: [B, ...] of a conditional model: -log p(x | condition).
+            weight: [B, ...] of x's elements: with zeros and ones -log p of those that are observed.
+        """
+        return -self._log_likelihood(self.model, self._copies, Observation(x, condition, weight))

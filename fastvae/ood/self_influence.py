@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastvae.arguments import given
 from fastvae.influence import TracIn
-from fastvae.models.inputs import check_is_tensor
+from fastvae.likelihoods.weights import expanded, filled
+from fastvae.models.inputs import check_condition, check_is_tensor
 from fastvae.ood.base import Detector
 from fastvae.training import load_checkpoint
 
@@ -44,19 +47,33 @@ class SelfInfluence(Detector):
     ) -> None:
         super().__init__(model)
         self.unbiased = unbiased
-        self._tracin = TracIn(
-            model,
-            None,
-            checkpoints,
-            checkpoints_load_func,
-            layers,
-            loss_fn,
+        self._of: Callable[..., TracIn] = partial(
+            TracIn,
+            *(model, None, checkpoints, checkpoints_load_func, layers, loss_fn),
             num_samples=num_samples,
             seed=seed,
             uncovered=uncovered,
         )
+        self._tracins: dict[tuple[str, ...], TracIn] = {(): self._of()}
 
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores [B] of samples x [B, ...], higher = more foreign; on x's device, detached."""
+    def predict(self, x: Tensor, *, condition: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Scores [B] of samples x [B, ...], higher = more foreign; on x's device, detached.
+
+        Args:
+            x: [B, ...].
+            condition: [B, ...] of a conditional model.
+            weight: [B, ...] of x's elements in the loss.
+        """
         check_is_tensor(self, x)
-        return self._tracin.self_influence(x, unbiased=self.unbiased).to(x.device)
+        if condition is not None:
+            check_condition(self, condition, len(x))
+        if weight is not None:
+            weight = expanded("SelfInfluence", weight, x)
+            # As the encoder sees it: noise is keyed by a sample's bytes.
+            x = filled(x, weight)
+        besides = given(condition=condition, weight=weight)
+        names = tuple(besides)
+        if names not in self._tracins:
+            self._tracins[names] = self._of(**{name: place for place, name in enumerate(names, 1)})
+        inputs = (x, *besides.values()) if besides else x
+        return self._tracins[names].self_influence(inputs, unbiased=self.unbiased).to(x.device)
