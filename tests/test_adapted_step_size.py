@@ -171,7 +171,7 @@ def test_default_arguments_train(name: str) -> None:
     before = model.stable_step_size(x)
     losses = trained(model, x, 40)
     assert sum(losses[-5:]) < sum(losses[:5])
-    step = float(model.step_size)
+    step = float(model.step_size.detach())
     assert 0 < step <= 0.5
     # Of one order with what the curvature allows, or the largest there is.
     assert step > min(0.2, before, model.stable_step_size(x)) / 50

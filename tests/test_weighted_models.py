@@ -161,9 +161,9 @@ def test_unfit_weights_are_refused() -> None:
             model(holes, weight=ones)
     consistent = make(ConsistencyVAE, augment=lambda x: x.flip(1))
     with pytest.raises(
-        ValueError, match="ConsistencyVAE: weight: expected none where a penalty asks for views of x"
+        ValueError, match="Consistency: weight: expected one weight for all elements of a sample"
     ):
-        consistent(x.float(), weight=ones)
+        consistent(x.float(), weight=(x > 0.5).float())
 
 
 class Labelled(nn.Module):

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,11 +26,16 @@ Shape = tuple[int, int, int]
 
 def accepts_generator(augment: Callable[..., Any]) -> bool:
     """Whether a callable can be given ``generator=``."""
+    return accepts(augment, "generator")
+
+
+def accepts(augment: Callable[..., Any], name: str) -> bool:
+    """Whether a callable has a parameter of this name that can be given by it."""
     try:
         parameters = inspect.signature(augment).parameters.values()
     except (TypeError, ValueError):  # of a builtin
         return False
-    return any(p.name == "generator" and p.kind != p.POSITIONAL_ONLY for p in parameters)
+    return any(p.name == name and p.kind != p.POSITIONAL_ONLY for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,33 @@ class RandomFlip:
             if not 0 <= value <= 1:
                 raise ValueError(f"RandomFlip: {name}: expected a probability, got {value}")
 
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A view of each image, of x's shape and dtype."""
-        return _changed(self, x, self.shape, lambda images, _: self._flipped(images, generator))
+    @overload
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
-    def _flipped(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        drawn = _uniform(images, 2, generator)
+    @overload
+    def __call__(
+        self, x: Tensor, generator: torch.Generator | None = None, *, weight: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(
+        self, x: Tensor, generator: torch.Generator | None = None, *, weight: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A view of each image, of x's shape and dtype; with weights of x's elements (of x's shape) the pair of it and
+        its own.
+        """
+        drawn = []
+
+        def flip(images: Tensor, _: float) -> Tensor:
+            drawn.append(_uniform(images, 2, generator))
+            return self._flipped(images, drawn[0])
+
+        view = _changed(self, x, self.shape, flip)
+        if weight is None:
+            return view
+        shaped = weight if self.shape is None else weight.reshape(len(weight), *self.shape)
+        return view, self._flipped(shaped, drawn[0]).reshape(weight.shape) if drawn else weight
+
+    def _flipped(self, images: Tensor, drawn: Tensor) -> Tensor:
         for index, (axis, probability) in enumerate(((3, self.horizontal), (2, self.vertical))):
             chosen = (drawn[:, index] < probability)[:, None, None, None]
             images = torch.where(chosen, images.flip(axis), images)

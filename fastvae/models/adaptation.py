@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import expect, expect_numbers
+from fastvae.decoding import transformed
+from fastvae.models.observation import Observation
 from fastvae.models.tempering import BoundedStepSize
+from fastvae.ops.trajectory import trajectory
 from fastvae.reference import Trajectory
 
-__all__ = ["HALVINGS", "AdaptedStepSize", "conservation"]
+if TYPE_CHECKING:
+    from fastvae.models.hvae import HVAE
+
+__all__ = ["HALVINGS", "AdaptedStepSize", "acceptance", "adapted_in_training", "conservation"]
 
 _WARM_UP = 50
 _INTERVAL = 8
@@ -51,6 +59,31 @@ def conservation(points: Trajectory, alpha: Tensor) -> Tensor:
     # Not the mean: momenta of a trajectory that diverges are as large as its error at the end, and only there.
     temperature = (squares.median(0).values / points.rho.shape[2]).clamp(min=1)
     return torch.nan_to_num((-(error - rounding).clamp(min=0) / temperature).exp(), nan=0.0)
+
+
+def acceptance(
+    model: HVAE, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """The mean acceptance [] of a batch of trajectories as a function of their step size []."""
+
+    def of(eps: Tensor) -> Tensor:
+        model.check_condition_of_flow(observation.condition)
+        z_0, rho_0, alpha = model.start(mu, logvar, noise)
+        points = trajectory(
+            *(model.decoder, z_0, rho_0, observation.x, eps.to(mu.dtype), alpha, model.likelihood),
+            **observation.given,
+        )
+        return conservation(points, alpha).mean()
+
+    return of
+
+
+def adapted_in_training(model: HVAE, mu: Tensor) -> AdaptedStepSize | None:
+    """The step size of a model if it is adapted and this is training, where numbers can be looked at."""
+    step = model.leapfrog_step
+    if not (isinstance(step, AdaptedStepSize) and model.training and torch.is_grad_enabled()):
+        return None
+    return None if is_compiling() or transformed() or mu.is_meta else step
 
 
 class AdaptedStepSize(BoundedStepSize):
@@ -92,6 +125,16 @@ class AdaptedStepSize(BoundedStepSize):
         trained, limit = super().forward(), self.log_limit.exp()
         return torch.where(trained <= limit, trained, limit)
 
+    def count(self, accepted: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        """Count a call before a loss of codes ``like`` [B, d], and adapt where it is due.
+
+        In a CUDA graph it is only counted: whoever replays it runs the steps that are due as they are.
+        """
+        if len(like) and not is_captured(like) and self.is_due:
+            self.adapt(accepted)
+        else:
+            self.calls += 1
+
     @property
     def is_due(self) -> bool:
         """Whether the next call is one that measures."""
@@ -100,7 +143,7 @@ class AdaptedStepSize(BoundedStepSize):
 
     @torch.no_grad()
     def adapt(self, accepted: Callable[[Tensor], Tensor]) -> Tensor:
-        """Measure and adapt; the acceptance [] at the step size before.
+        """Measure, adapt and count the call; the acceptance [] at the step size before.
 
         Args:
             accepted: the mean acceptance [] at a step size [].
@@ -120,6 +163,7 @@ class AdaptedStepSize(BoundedStepSize):
         gain = _GAIN if calls < _WARM_UP else _LATER_GAIN
         moved = self.log_limit + gain * (now.to(self.log_limit) - self.target)
         self.log_limit.copy_(torch.minimum(moved, super().forward().log() + _ABOVE))
+        self.calls += 1
         return found
 
     @torch.no_grad()

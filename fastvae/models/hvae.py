@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvae._compiling import is_captured, is_compiling
+from fastvae._compiling import is_captured
 from fastvae.arguments import expect, expect_at_least, expect_choice
-from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood
-from fastvae.models.adaptation import HALVINGS, AdaptedStepSize, conservation
+from fastvae.models.adaptation import HALVINGS, AdaptedStepSize, acceptance, adapted_in_training
 from fastvae.models.base import BaseVAE, Noise, TrainingStep, reparameterize
 from fastvae.models.inputs import needs_condition
 from fastvae.models.observation import Observation
@@ -197,9 +196,9 @@ class HVAE(BaseVAE):
         draws = not isinstance(noise, Tensor)
         noise = self._noise(mu, noise, generator)
         start = observation, mu, logvar, noise
-        step = self._adapted_step(mu) if draws else None
+        step = adapted_in_training(self, mu) if draws else None
         if step is not None:
-            self._adapt(step, *start)
+            step.count(acceptance(self, *start), mu)
         path = self._follow(*start)
         bad = self._diverged(path)
         if step is not None and bad is not None:
@@ -318,9 +317,7 @@ class HVAE(BaseVAE):
         with encoding_mode(self), torch.no_grad():
             mu, logvar = self.encode(x, **observation.given)
             noise = self.draw_noise(mu, generator)
-        found = step.adapt(self._acceptance(observation, mu, logvar, noise))
-        step.calls += 1
-        return float(found)
+        return float(step.adapt(acceptance(self, observation, mu, logvar, noise)))
 
     def sample_posterior(
         self,
@@ -344,17 +341,21 @@ class HVAE(BaseVAE):
         weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """z_K, rho_K [B, d] and log p(x | z_K) [B]; see :func:`fastvae.ops.hamiltonian_flow`."""
-        if condition is not None:
-            self._check_takes_condition()
-        elif needs_condition(self.decoder):
-            raise TypeError("HVAE: the decoder takes a condition, and none was given; pass condition=")
+        self.check_condition_of_flow(condition)
         return hamiltonian_flow(
             *(self.decoder, z, rho, x, step_size, alpha, self.likelihood),
             condition=condition,
             weight=weight,
         )
 
-    def _start(self, mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def check_condition_of_flow(self, condition: Tensor | None) -> None:
+        """TypeError for a condition that no network takes, or none where the decoder takes one."""
+        if condition is not None:
+            self._check_takes_condition()
+        elif needs_condition(self.decoder):
+            raise TypeError("HVAE: the decoder takes a condition, and none was given; pass condition=")
+
+    def start(self, mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_0, rho_0 and alpha."""
         alpha, beta_0 = self.tempering()
         return (
@@ -364,42 +365,12 @@ class HVAE(BaseVAE):
         )
 
     def _follow(self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor) -> _Path:
-        z_0, rho_0, alpha = self._start(mu, logvar, noise)
+        z_0, rho_0, alpha = self.start(mu, logvar, noise)
         eps = self.step_size.to(mu.dtype)
         z, rho, log_px = self.flow(z_0, rho_0, observation.x, eps, alpha, **observation.given)
         # The constants of the four normal densities cancel, and so does the volume: prod alpha^2 = beta_0.
         log_ratio = 0.5 * (logvar + noise.square().sum(0) - z.square() - rho.square()).sum(1)
         return _Path(z_0, z, log_px, log_ratio)
-
-    def _adapted_step(self, mu: Tensor) -> AdaptedStepSize | None:
-        """The step size, if it is adapted and this is training, where numbers can be looked at."""
-        step = self.leapfrog_step
-        if not (isinstance(step, AdaptedStepSize) and self.training and torch.is_grad_enabled()):
-            return None
-        return None if is_compiling() or transformed() or mu.is_meta else step
-
-    def _adapt(
-        self, step: AdaptedStepSize, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
-    ) -> None:
-        # In a CUDA graph it is only counted: whoever replays it runs the steps that are due as they are.
-        if len(mu) and not is_captured(mu) and step.is_due:
-            step.adapt(self._acceptance(observation, mu, logvar, noise))
-        step.calls += 1
-
-    def _acceptance(
-        self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor
-    ) -> Callable[[Tensor], Tensor]:
-        """The mean acceptance [] as a function of the step size."""
-        z_0, rho_0, alpha = (tensor.detach() for tensor in self._start(mu, logvar, noise))
-
-        def of(eps: Tensor) -> Tensor:
-            points = trajectory(
-                *(self.decoder, z_0, rho_0, observation.x, eps.to(mu.dtype), alpha, self.likelihood),
-                **observation.given,
-            )
-            return conservation(points, alpha).mean()
-
-        return of
 
     def _shortened(
         self,
@@ -476,7 +447,7 @@ class HVAE(BaseVAE):
         self, observation: Observation, mu: Tensor, logvar: Tensor, noise: Tensor, bad: Tensor
     ) -> DivergenceError:
         """Run the diverged samples again, step by step, to say where it went wrong."""
-        z_0, rho_0, alpha = self._start(mu[bad], logvar[bad], noise[:, bad])
+        z_0, rho_0, alpha = self.start(mu[bad], logvar[bad], noise[:, bad])
         eps, of_bad = self.step_size.to(mu.dtype), observation.at(bad)
         energy = trajectory(
             self.decoder, z_0, rho_0, of_bad.x, eps, alpha, self.likelihood, **of_bad.given

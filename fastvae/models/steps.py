@@ -59,6 +59,7 @@ class TrainingStep:
 
         names = ["mu", "logvar", "z_0", "z", "log_px", "loss"] + (["kl"] if self.kl is not None else [])
         names += ["condition"] if self.condition is not None else []
+        names += ["weight"] if self.weight is not None else []
         split_up = zip(*(split(getattr(self, name)) for name in names), strict=True)
         return [
             replace(self, x=x, **dict(zip(names, tensors, strict=True)))
@@ -107,6 +108,27 @@ class Penalty(nn.Module, ABC):
     def view(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         """A view of x [B, ...] of the same shape, dtype and device, or None."""
         return None
+
+    def weighted_view(
+        self, x: Tensor, weight: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As ``view``, of an x whose elements have weights [B, ...]: the view and the weights of its own elements.
+
+        Unless overridden these are x's, where all elements of a sample have one weight.
+
+        Raises:
+            ValueError: other weights.
+        """
+        found = self.view(x, generator)
+        if found is None:
+            return None
+        if not bool((weight == weight.flatten(1)[:, :1].reshape(-1, *[1] * (weight.dim() - 1))).all()):
+            raise ValueError(
+                f"{type(self).__name__}: weight: expected one weight for all elements of a sample, since those of a "
+                "view's elements are not known, got several; an augmentation that takes weight= and returns the pair "
+                "(view, its weights), as fastvae.data.RandomFlip does, makes them known"
+            )
+        return found, weight
 
     @abstractmethod
     def forward(self, step: TrainingStep) -> Tensor:

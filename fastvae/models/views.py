@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastvae.likelihoods.weights import expanded, filled
 from fastvae.models.observation import Observation
 from fastvae.models.steps import Penalty, TrainingStep
 from fastvae.models.terms import note_step
@@ -27,7 +28,7 @@ def steps_for(
     generator: torch.Generator | None,
 ) -> tuple[TrainingStep, list[TrainingStep]]:
     """The step of x alone, and what each penalty is handed: that, with the step of its own view of x."""
-    views = [p.view(observation.x, generator) if isinstance(p, Penalty) else None for p in penalties]
+    views = [_view(p, observation, generator) if isinstance(p, Penalty) else None for p in penalties]
     asked = [
         (view, getattr(penalty, "common_noise", False))
         for penalty, view in zip(penalties, views, strict=True)
@@ -46,10 +47,23 @@ def steps_for(
     return step, [step if view is None else replace(step, view=next(rest)) for view in views]
 
 
+def _view(
+    penalty: Penalty, observation: Observation, generator: torch.Generator | None
+) -> Observation | None:
+    """The view of x that a penalty asks for, with the condition of x and weights of its own."""
+    x, _, weight = observation
+    if weight is None:
+        found = penalty.view(x, generator)
+        return None if found is None else observation._replace(x=found)
+    weight = expanded(type(penalty).__name__, weight, x)
+    pair = penalty.weighted_view(filled(x, weight), weight, generator)
+    return None if pair is None else observation._replace(x=pair[0], weight=pair[1])
+
+
 def _evaluated(
     model: BaseVAE,
     observation: Observation,
-    asked: Sequence[tuple[Tensor, bool]],
+    asked: Sequence[tuple[Observation, bool]],
     noise: Tensor | None,
     generator: torch.Generator | None,
 ) -> list[TrainingStep]:
@@ -61,12 +75,7 @@ def _evaluated(
     x = observation.x
     if not asked:
         return [model.objective(x, noise=noise, generator=generator, **observation.given)]
-    if observation.weight is not None:
-        raise ValueError(
-            f"{type(model).__name__}: weight: expected none where a penalty asks for views of x, since the weights of "
-            "a view's elements are not known"
-        )
-    batch = [x, *(view for view, _ in asked)]
+    batch = [observation.each(lambda tensor: tensor), *(view for view, _ in asked)]
     samples, count = x.shape[0], len(batch)
     # Which draw each view takes: x the first, the others one of their own each, or that of x.
     draws = [0]
@@ -80,6 +89,11 @@ def _evaluated(
         # Not by a list of indices, which would be copied to a GPU.
         return torch.stack([each[draw] for draw in draws], 2).flatten(1, 2)
 
-    together = torch.stack(batch, 1).reshape(samples * count, *x.shape[1:])
-    besides = observation.interleaved(count).given
-    return model.objective(together, noise=of_views, generator=generator, **besides).parts(batch)
+    def together(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        """Of all views, those of a sample side by side."""
+        there = [tensor for tensor in tensors if tensor is not None]
+        return torch.stack(there, 1).reshape(samples * count, *there[0].shape[1:]) if there else None
+
+    of_all = Observation(*(together(tensors) for tensors in zip(*batch, strict=True)))  # type: ignore[arg-type]
+    step = model.objective(of_all.x, noise=of_views, generator=generator, **of_all.given)
+    return step.parts([each.x for each in batch])

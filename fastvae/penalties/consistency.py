@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae.arguments import expect_choice, expect_not_negative
-from fastvae.data import accepts_generator
+from fastvae.data.augmentation import accepts
+from fastvae.likelihoods.weights import expanded
 from fastvae.models.base import Penalty, TrainingStep
 from fastvae.ops.gaussian_kl import gaussian_kl
 
@@ -33,7 +35,9 @@ class Consistency(Penalty):
 
     Args:
         augment: callable x -> x~ of the same shape, dtype and device, such as ``fastvae.data.RandomAffine()``. One with
-            a parameter ``generator`` is given the model's. A module is registered: its parameters are trained.
+            a parameter ``generator`` is given the model's. A module is registered: its parameters are trained. Where
+            x's elements have weights, one with a parameter ``weight`` is given them and returns (x~, its weights);
+            with any other the elements of a sample must all have one weight.
         weight: lambda, in nats per nat of KL.
         noise: of the codes of x and x~: "independent", or "common" to both, for less noise in their difference.
 
@@ -54,11 +58,30 @@ class Consistency(Penalty):
         self.weight = float(weight)
         self.common_noise = noise == "common"
         called = augment.forward if isinstance(augment, torch.nn.Module) else augment
-        self._takes_generator = accepts_generator(called)
+        self._takes_generator = accepts(called, "generator")
+        self._takes_weight = accepts(called, "weight")
 
     def view(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """augment(x), checked: [B, ...]."""
-        found = self.augment(x, generator=generator) if self._takes_generator else self.augment(x)
+        return self._checked(self._augmented(x, generator), x)
+
+    def weighted_view(
+        self, x: Tensor, weight: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """augment(x, weight=weight), checked, of an augment that takes weights; see ``Penalty.weighted_view``."""
+        if not self._takes_weight:
+            return super().weighted_view(x, weight, generator)
+        pair = self._augmented(x, generator, weight=weight)
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise ValueError("Consistency: augment: expected (view, its weights) where weights are given")
+        return self._checked(pair[0], x), expanded("Consistency", pair[1], x)
+
+    def _augmented(self, x: Tensor, generator: torch.Generator | None, **besides: Tensor) -> Any:
+        if self._takes_generator:
+            return self.augment(x, generator=generator, **besides)
+        return self.augment(x, **besides)
+
+    def _checked(self, found: Any, x: Tensor) -> Tensor:
         if not isinstance(found, Tensor):
             raise ValueError(f"Consistency: augment: expected a tensor, got {type(found).__name__}")
         if (found.shape, found.dtype, found.device) != (x.shape, x.dtype, x.device):
