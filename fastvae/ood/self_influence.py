@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvae.arguments import given
 from fastvae.influence import TracIn
-from fastvae.likelihoods.weights import expanded, filled
+from fastvae.likelihoods.weights import expanded
 from fastvae.models.inputs import check_condition, check_is_tensor
 from fastvae.ood.base import Detector
 from fastvae.training import load_checkpoint
@@ -69,8 +69,6 @@ class SelfInfluence(Detector):
             check_condition(self, condition, len(x))
         if weight is not None:
             weight = expanded("SelfInfluence", weight, x)
-            # As the encoder sees it: noise is keyed by a sample's bytes.
-            x = filled(x, weight)
         besides = given(condition=condition, weight=weight)
         names = tuple(besides)
         if names not in self._tracins:
