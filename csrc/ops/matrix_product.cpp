@@ -22,6 +22,8 @@ bool is_for_kernel(const at::Tensor& tensor, const at::Tensor& like) {
 
 // [..., m, k] [k, n] -> [..., m, n]
 at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b) {
+  FASTVAE_CHECK_VALUE(a.device() == b.device(), "matrix_product", "b", c10::str("a tensor on ", a.device()),
+                      describe(b));
   const bool floating = a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble;
   if (!floating || a.dim() < 2 || b.dim() != 2 || a.size(-1) != b.size(0) || !is_for_kernel(a, a) ||
       !is_for_kernel(b, a) || !are_products_ours()) {

@@ -333,7 +333,10 @@ def compare(
     seen = x if weight is None else filled(x, weight)
     for index, image in enumerate(seen.split(1)):
         besides = {key: None if each is None else each[index : index + 1] for key, each in given.items()}
-        noise = SampleNoise(keys_of(image), detector.seed, model.noise_draws)
+        missing = (
+            torch.zeros_like(image, dtype=torch.bool) if weight is None else weight[index : index + 1] == 0
+        )
+        noise = SampleNoise(keys_of(image.masked_fill(missing, 0)), detector.seed, model.noise_draws)
         private, losses = refit_one(own, image.contiguous(), noise, **settings, **besides)
         _agree("losses", refit.losses[index], losses, 1e-8)
         expected = dict(private.encoder.named_parameters())

@@ -189,6 +189,8 @@ _VALUES: dict[str, Any] = {
     ),
     **dict.fromkeys(("hamiltonian_flow.alpha", "trajectory.alpha"), lambda a: torch.rand(K, dtype=a.dtype)),
     "gaussian_kl_backward.grad": lambda a: a.normal(B),
+    "matrix_product.a": lambda a: a.normal(*random.choice(((B, D), (K, B, D)))),
+    "matrix_product.b": lambda a: a.normal(D, a.elements),
     "grad_log_px": lambda a: a.normal(B),
     "parameters": Arguments.parameters,
     "network": lambda a: a.network.spec,
