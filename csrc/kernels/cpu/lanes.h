@@ -2,13 +2,16 @@
 // array of sums depends on its mood.
 #pragma once
 
+#include <cstring>
+
 #include "clones.h"
 
 namespace fastvae::cpu {
 
 template <typename T, int kLanes>
 struct Lanes {
-  typedef T Vector __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T)), may_alias));
+  // NOLINTNEXTLINE(modernize-use-using): an alias takes no such attribute
+  typedef T Vector __attribute__((vector_size(kLanes * sizeof(T))));
 };
 
 template <typename T>
@@ -16,14 +19,15 @@ struct Lanes<T, 1> {
   using Vector = T;
 };
 
-template <int kLanes, typename T>
-FASTVAE_INLINE auto& lanes_at(T* place) {
-  return *reinterpret_cast<typename Lanes<T, kLanes>::Vector*>(place);
+// From and to memory of any alignment.
+template <typename Vector, typename T>
+FASTVAE_INLINE void load_lanes(Vector& lanes, const T* from) {
+  std::memcpy(&lanes, from, sizeof(Vector));
 }
 
-template <int kLanes, typename T>
-FASTVAE_INLINE const auto& lanes_at(const T* place) {
-  return *reinterpret_cast<const typename Lanes<T, kLanes>::Vector*>(place);
+template <typename Vector, typename T>
+FASTVAE_INLINE void store_lanes(T* to, const Vector& lanes) {
+  std::memcpy(to, &lanes, sizeof(Vector));
 }
 
 }  // namespace fastvae::cpu

@@ -3,6 +3,7 @@
 #include "matrix_product.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "lanes.h"
@@ -49,7 +50,7 @@ FASTVAE_INLINE void transpose_square(const T* from, int64_t from_row, T* to, int
   typename Lanes<T, kLanes>::Vector rows[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
-    rows[i] = lanes_at<kLanes>(from + i * from_row);
+    load_lanes(rows[i], from + i * from_row);
   }
   exchange_blocks<1>(rows);
   exchange_blocks<2>(rows);
@@ -59,7 +60,7 @@ FASTVAE_INLINE void transpose_square(const T* from, int64_t from_row, T* to, int
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
-    lanes_at<kLanes>(to + i * to_row) = rows[i];
+    store_lanes(to + i * to_row, rows[i]);
   }
 }
 
@@ -71,7 +72,7 @@ FASTVAE_INLINE void copy_panel(const T* b, int64_t b_k, int64_t b_n, int64_t dep
   if (b_n == 1) {
     for (; n + kLanes <= columns; n += kLanes) {
       for (int64_t k = 0; k < depth; ++k) {
-        lanes_at<kLanes>(panel + k * width + n) = lanes_at<kLanes>(b + k * b_k + n);
+        std::memcpy(panel + k * width + n, b + k * b_k + n, kLanes * sizeof(T));
       }
     }
   } else if (b_k == 1) {

@@ -18,7 +18,10 @@ FASTVAE_INLINE void block(const StridedProduct<T>& p, int64_t m, int64_t n) {
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      sums[i][j] = p.accumulate ? lanes_at<kLanes>(c + i * p.c_m + j * kLanes) : Vector{};
+      sums[i][j] = Vector{};
+      if (p.accumulate) {
+        load_lanes(sums[i][j], c + i * p.c_m + j * kLanes);
+      }
     }
   }
   for (int64_t run = 0; run < p.runs; ++run) {
@@ -29,7 +32,7 @@ FASTVAE_INLINE void block(const StridedProduct<T>& p, int64_t m, int64_t n) {
     for (int64_t k = 0; k < p.k; ++k, a += p.a_k, a_4 += p.a_k, a_8 += p.a_k, a_12 += p.a_k, b += p.b_k) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
-        b_row[j] = lanes_at<kLanes>(b + j * kLanes);
+        load_lanes(b_row[j], b + j * kLanes);
       }
 #pragma GCC unroll 14
       for (int i = 0; i < kRows; ++i) {
@@ -46,7 +49,7 @@ FASTVAE_INLINE void block(const StridedProduct<T>& p, int64_t m, int64_t n) {
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      lanes_at<kLanes>(c + i * p.c_m + j * kLanes) = sums[i][j];
+      store_lanes(c + i * p.c_m + j * kLanes, sums[i][j]);
     }
   }
 }
@@ -76,7 +79,8 @@ FASTVAE_INLINE void columns_from(const StridedProduct<T>& p, int64_t n) {
 // From column n on, with fewer lanes for what is left over.
 template <int kRows, int kVectors, int kLanes, typename T>
 FASTVAE_INLINE void product_from(const StridedProduct<T>& p, int64_t n) {
-  for (; n + kVectors * kLanes <= p.n; n += kVectors * kLanes) {
+  constexpr int64_t kColumns = int64_t{kVectors} * kLanes;
+  for (; n + kColumns <= p.n; n += kColumns) {
     columns_from<kRows, kVectors, kLanes>(p, n);
   }
   if constexpr (kVectors > 1) {
