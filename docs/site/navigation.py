@@ -24,7 +24,9 @@ MENU = {
         "Project": ["Read me </README>", "CHANGELOG", "CONTRIBUTING", "DATA", "SECURITY"],
     },
     "docs/api/index": {"": ["docs/api/*"]},
-    "benchmarks/results/README": {"": ["benchmarks/results/*", "benchmarks/results/papers/*", "benchmarks/results/zen5/*"]},
+    "benchmarks/results/README": {
+        "": ["benchmarks/results/*", "benchmarks/results/papers/*", "benchmarks/results/zen5/*"]
+    },
 }
 
 
