@@ -2,15 +2,19 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "common/replay.h"
 
 namespace fastvae {
 namespace {
@@ -163,15 +167,22 @@ void call_python(const Call& call, const py::tuple& functions, const py::object&
 // What one run leaves for another.
 class Kept {
  public:
-  explicit Kept(std::vector<IValue> values) : values(std::move(values)) {}
+  Kept(std::vector<IValue> values, std::shared_ptr<const void> lease)
+      : values(std::move(values)), lease(std::move(lease)) {}
   std::vector<IValue> values;
+  std::shared_ptr<const void> lease;  // of their memory, or null; see common/replay.h
 };
+
+bool depends_on_numbers(const c10::OperatorHandle& op) {
+  return op.hasTag(at::Tag::dynamic_output_shape) || op.hasTag(at::Tag::data_dependent_output) ||
+         op.hasTag(at::Tag::nondeterministic_seeded);
+}
 
 class StraightCode {
  public:
   // As fastvae/network/straight.py encodes it.
   StraightCode(const py::list& calls, int64_t variables, std::vector<int64_t> inputs, std::vector<int64_t> taken,
-               std::vector<int64_t> outputs, std::vector<int64_t> kept, py::object held)
+               std::vector<int64_t> outputs, std::vector<int64_t> kept, py::object held, bool leaves_inputs)
       : variables_(variables),
         inputs_(std::move(inputs)),
         taken_(std::move(taken)),
@@ -182,6 +193,9 @@ class StraightCode {
       calls_.push_back(decoded(py::reinterpret_borrow<py::tuple>(each)));
     }
     expect_variables();
+    is_replayable_ = leaves_inputs && std::all_of(calls_.begin(), calls_.end(), [](const Call& call) {
+                       return call.op.has_value() && !depends_on_numbers(*call.op);
+                     });
   }
 
   // The outputs, and what is kept. The functions come with each run: whoever holds them here, no collector sees.
@@ -197,7 +211,12 @@ class StraightCode {
     for (size_t at = 0; at < taken_.size(); ++at) {
       variables[taken_[at]] = before->values[at];
     }
-    run_calls(functions, variables);
+    std::shared_ptr<const void> lease;
+    if (is_replayable_ && (before == nullptr || before->lease != nullptr) && are_on_one_gpu(variables)) {
+      lease = replay(variables);
+    } else {
+      run_calls(functions, variables);
+    }
     py::tuple outputs(outputs_.size());
     for (size_t at = 0; at < outputs_.size(); ++at) {
       outputs[at] = outputs_[at] == kNone ? py::none() : to_python(variables[outputs_[at]]);
@@ -207,7 +226,7 @@ class StraightCode {
     for (const int64_t each : kept_) {
       kept.push_back(std::move(variables[each]));
     }
-    return py::make_tuple(std::move(outputs), std::make_unique<Kept>(std::move(kept)));
+    return py::make_tuple(std::move(outputs), std::make_unique<Kept>(std::move(kept), std::move(lease)));
   }
 
   size_t size() const { return calls_.size(); }
@@ -275,6 +294,62 @@ class StraightCode {
     return found;
   }
 
+  bool are_on_one_gpu(const Variables& variables) const {
+    const auto is_there = [&](int64_t number) {
+      return variables[number].isTensor() && runs_on_gpu(variables[number].toTensor()) &&
+             variables[number].toTensor().device() == variables[inputs_[0]].toTensor().device();
+    };
+    return !inputs_.empty() && std::all_of(inputs_.begin(), inputs_.end(), is_there) &&
+           std::all_of(taken_.begin(), taken_.end(), is_there);
+  }
+
+  // Outputs and what is kept become variables; the lease is of the memory of the latter.
+  std::shared_ptr<const void> replay(Variables& variables) const {
+    const py::gil_scoped_release unlocked;
+    std::vector<at::Tensor> given;
+    for (const auto& numbers : {inputs_, taken_}) {
+      for (const int64_t each : numbers) {
+        given.push_back(variables[each].toTensor());
+      }
+    }
+    const c10::DeviceGuard there(given[0].device());
+    const at::AutoDispatchBelowADInplaceOrView no_views_to_track;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    std::vector<int64_t> wanted;
+    for (const auto& numbers : {outputs_, kept_}) {
+      wanted.insert(wanted.end(), numbers.begin(), numbers.end());
+    }
+    const TensorFunction function = [this, wanted](const std::vector<at::Tensor>& from) {
+      Variables inside(variables_);
+      for (size_t at = 0; at < from.size(); ++at) {
+        inside[at < inputs_.size() ? inputs_[at] : taken_[at - inputs_.size()]] = from[at];
+      }
+      Stack stack;
+      for (const Call& call : calls_) {
+        call_operator(call, inside, stack);
+        for (const int64_t each : call.gone) {
+          inside[each] = IValue();
+        }
+      }
+      std::vector<at::Tensor> results;
+      for (const int64_t each : wanted) {
+        results.push_back(each == kNone ? at::Tensor() : inside[each].toTensor());
+      }
+      return results;
+    };
+    Replayed run = replays_.run("", given, taken_.size(), function);
+    const std::vector<at::Tensor> results = kept_results(run, outputs_.size());
+    for (size_t at = 0; at < wanted.size(); ++at) {
+      const bool is_output = at < outputs_.size();
+      // An input that is handed on is the caller's own.
+      const bool is_input = std::find(inputs_.begin(), inputs_.end(), wanted[at]) != inputs_.end();
+      if (wanted[at] != kNone && !(is_output && is_input)) {
+        variables[wanted[at]] = is_output ? results[at] : run.results[at];
+      }
+    }
+    return run.lease;
+  }
+
   void run_calls(const py::tuple& functions, Variables& variables) const {
     const py::gil_scoped_release unlocked;
     // A function of Python's may ask autograd, and finds the keys that its caller had.
@@ -296,6 +371,8 @@ class StraightCode {
   }
 
   std::vector<Call> calls_;
+  bool is_replayable_ = false;
+  mutable Replays replays_;
   int64_t variables_;
   std::vector<int64_t> inputs_, taken_, outputs_, kept_;
   py::object held_;
@@ -365,8 +442,9 @@ void bind_straight_code(py::module_& m) {
   py::class_<Kept>(m, "Kept", "What one run of straight code leaves for another.");
   py::class_<StraightCode>(m, "StraightCode", "Calls that were written down; see fastvae/network/straight.py.")
       .def(py::init<const py::list&, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
-                    std::vector<int64_t>, py::object>(),
-           arg("calls"), arg("variables"), arg("inputs"), arg("taken"), arg("outputs"), arg("kept"), arg("held"))
+                    std::vector<int64_t>, py::object, bool>(),
+           arg("calls"), arg("variables"), arg("inputs"), arg("taken"), arg("outputs"), arg("kept"), arg("held"),
+           arg("leaves_inputs"))
       .def("__call__", &StraightCode::run, arg("functions"), arg("given"), arg("before"))
       .def("__len__", &StraightCode::size);
 }

@@ -184,7 +184,7 @@ def test_code_that_was_written_wrongly() -> None:
 
     def made(argument: tuple[str, object], result: int = 1, outputs: tuple[int, ...] = (1,)) -> object:
         call = (("aten::sin", ""), [argument], [result], [])
-        return raw.StraightCode([call], 2, [0], [], list(outputs), [], Held)
+        return raw.StraightCode([call], 2, [0], [], list(outputs), [], Held, True)
 
     x = torch.randn(3)
     assert torch.equal(made(("variable", 0))((), [x], None)[0][0], x.sin())  # type: ignore[operator]
@@ -198,11 +198,11 @@ def test_code_that_was_written_wrongly() -> None:
     with pytest.raises(RuntimeError):
         made(("variable", 1))((), [x], None)  # type: ignore[operator]
     with pytest.raises(RuntimeError, match="gave fewer results"):
-        raw.StraightCode([(("aten::sin", ""), [("variable", 0)], [1, 1], [])], 2, [0], [], [1], [], Held)(
+        raw.StraightCode([(("aten::sin", ""), [("variable", 0)], [1, 1], [])], 2, [0], [], [1], [], Held, True)(
             (), [x], None
         )
     with pytest.raises(RuntimeError, match="aten::sign_of"):
-        raw.StraightCode([(("aten::sign_of", ""), [], [1], [])], 2, [0], [], [1], [], Held)
+        raw.StraightCode([(("aten::sign_of", ""), [], [1], [])], 2, [0], [], [1], [], Held, True)
 
 
 @pytest.mark.parametrize("empty", [(None,), (), [None, None]])

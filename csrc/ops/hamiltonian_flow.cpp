@@ -10,6 +10,7 @@
 #include "../common/guard.h"
 #include "../common/operator.h"
 #include "../common/recycling.h"
+#include "../common/replay.h"
 #include "flow.h"
 
 namespace fastvae {
@@ -117,47 +118,48 @@ std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, st
   return {shape.numel, shape.multiple};
 }
 
+bool runs_in_one_kernel(const Flow& flow, bool store) {
+  return store && takes_small_flow(*flow.program, flow.likelihood, flow.dim, flow.z.element_size(), flow.z.device());
+}
+
 // z_K, rho_K, log_px; every step's z, rho [K + 1, B, d] and, if asked, log_px [K + 1, B]; the stash.
-using FlowOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
-                             const at::Tensor& step_size, const at::Tensor& alpha, at::TensorList parameters,
-                             std::string_view network, std::string_view likelihood, bool store, bool trajectory) {
-  constexpr const char* op = "hamiltonian_flow";
-  const EntryGuard guard(op, {z, rho, x, step_size, alpha});
-  const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
+std::vector<at::Tensor> walked(const Flow& flow, bool store, bool trajectory) {
   const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
-  const at::TensorOptions options = z.options();
+  const at::TensorOptions options = flow.z.options();
   const FlowPath path{aten::empty({K + 1, B, d}, options), aten::empty({K + 1, B, d}, options),
                       aten::empty({B}, options), aten::empty({trajectory ? K + 1 : 0, B}, options),
                       reused({store ? flow.stash_numel() : 0}, options)};
   if (B > 0) {
-    const bool small = store && takes_small_flow(*flow.program, flow.likelihood, d, z.element_size(), z.device());
-    (small ? run_small_flow : sweep_flow)(flow, path);
+    (runs_in_one_kernel(flow, store) ? run_small_flow : sweep_flow)(flow, path);
   }
   return {path.z_steps[K].clone(), path.rho_steps[K].clone(), path.log_px, path.z_steps,
           path.rho_steps,          path.log_px_steps,         path.stash};
 }
 
-// Gradients to z, rho, x, step_size, alpha (empty where not needed) and to the parameters.
-using FlowGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const OptionalTensor& grad_rho_in,
-                                        const OptionalTensor& grad_log_px_in, const at::Tensor& z,
-                                        const at::Tensor& rho, const at::Tensor& x, const at::Tensor& step_size,
-                                        const at::Tensor& alpha, at::TensorList parameters, const at::Tensor& z_steps,
-                                        const at::Tensor& rho_steps, const at::Tensor& stash, std::string_view network,
-                                        std::string_view likelihood, bool store, at::IntArrayRef needs) {
-  constexpr const char* op = "hamiltonian_flow_backward";
-  const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps, stash});
-  const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
-  const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
-  const at::TensorOptions options = z.options();
-  FASTVAE_CHECK_VALUE(needs.size() == 5 + parameters.size(), op, "needs", c10::str(5 + parameters.size(), " flags"),
-                      needs.size());
-  const FlowPath path = flow.path(z_steps, rho_steps, stash, store);
-  FASTVAE_CHECK_VALUE(!flow.likelihood.is_discrete() || !needs[2], op, "x",
-                      "no gradient (a class and a count have none)", "x.requires_grad");
-  const FlowCotangents cotangents = flow.cotangents(grad_z_in, grad_rho_in, grad_log_px_in);
+using FlowOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const at::Tensor& x,
+                             const at::Tensor& step_size, const at::Tensor& alpha, at::TensorList parameters,
+                             std::string_view network, std::string_view likelihood, bool store, bool trajectory) {
+  constexpr const char* op = "hamiltonian_flow";
+  constexpr size_t kOwned = 3;
+  const EntryGuard guard(op, {z, rho, x, step_size, alpha});
+  const auto walk = [=, network = std::string(network), likelihood = std::string(likelihood)](
+                        const std::vector<at::Tensor>& in) {
+    const Flow flow(op, in[0], in[1], in[2], in[3], in[4], at::TensorList(in).slice(5), network, likelihood);
+    return walked(flow, store, trajectory);
+  };
+  const std::vector<at::Tensor> out =
+      replayed(call_text(op, {network, likelihood}, {store ? 1 : 0, trajectory ? 1 : 0}),
+               joined({z, rho, x, step_size, alpha}, parameters), parameters.size(), kOwned, walk);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+}
 
+// Gradients to z, rho, x, step_size, alpha (empty where not needed) and to the parameters.
+std::vector<at::Tensor> walked_back(const Flow& flow, const FlowPath& path, const FlowCotangents& cotangents,
+                                    bool store, at::IntArrayRef needs, const at::Tensor& x,
+                                    const at::Tensor& step_size) {
+  const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
+  const at::TensorOptions options = flow.z.options();
   const auto room = [&](bool wanted, at::IntArrayRef sizes) {
     return wanted ? aten::empty(sizes, options) : at::Tensor();
   };
@@ -168,12 +170,11 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
                  room(needs[3] != 0, {K, d}),
                  room(needs[4] != 0, {K}),
                  {}};
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    out.parameters.push_back(needs[5 + i] != 0 ? reused(parameters[i].sizes(), options).zero_() : at::Tensor());
+  for (size_t i = 0; i < flow.parameters.size(); ++i) {
+    out.parameters.push_back(needs[5 + i] != 0 ? reused(flow.parameters[i].sizes(), options).zero_() : at::Tensor());
   }
   if (B > 0) {
-    const bool small = store && takes_small_flow(*flow.program, flow.likelihood, d, z.element_size(), z.device());
-    (small ? run_small_flow_backward : sweep_flow_backward)(flow, path, cotangents, out);
+    (runs_in_one_kernel(flow, store) ? run_small_flow_backward : sweep_flow_backward)(flow, path, cotangents, out);
   } else {
     for (const at::Tensor& gradient : {out.step_size, out.alpha}) {
       if (gradient.defined()) {
@@ -185,15 +186,49 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z_in, const O
   const auto wanted = [&](bool need, const at::Tensor& gradient) {
     return need ? gradient : aten::empty({0}, options);
   };
-  for (at::Tensor& gradient : out.parameters) {
-    gradient = wanted(gradient.defined(), gradient);
+  std::vector<at::Tensor> found{wanted(needs[0] != 0, out.z), wanted(needs[1] != 0, out.rho),
+                                wanted(needs[2] != 0, out.x),
+                                needs[3] != 0 ? out.step_size.sum_to_size(step_size.sizes()) : aten::empty({0}, options),
+                                wanted(needs[4] != 0, out.alpha)};
+  for (const at::Tensor& gradient : out.parameters) {
+    found.push_back(wanted(gradient.defined(), gradient));
   }
-  return {wanted(needs[0] != 0, out.z),
-          wanted(needs[1] != 0, out.rho),
-          wanted(needs[2] != 0, out.x),
-          needs[3] != 0 ? out.step_size.sum_to_size(step_size.sizes()) : aten::empty({0}, options),
-          wanted(needs[4] != 0, out.alpha),
-          std::move(out.parameters)};
+  return found;
+}
+
+using FlowGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_rho,
+                                        const OptionalTensor& grad_log_px, const at::Tensor& z, const at::Tensor& rho,
+                                        const at::Tensor& x, const at::Tensor& step_size, const at::Tensor& alpha,
+                                        at::TensorList parameters, const at::Tensor& z_steps,
+                                        const at::Tensor& rho_steps, const at::Tensor& stash, std::string_view network,
+                                        std::string_view likelihood, bool store, at::IntArrayRef needs) {
+  constexpr const char* op = "hamiltonian_flow_backward";
+  const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps, stash});
+  const size_t count = parameters.size();
+  FASTVAE_CHECK_VALUE(needs.size() == 5 + count, op, "needs", c10::str(5 + count, " flags"), needs.size());
+  const auto walk_back = [=, network = std::string(network), likelihood = std::string(likelihood),
+                          needs = needs.vec()](const std::vector<at::Tensor>& in) {
+    const at::Tensor &of_x = in[5], &steps = in[6];
+    const Flow flow(op, in[3], in[4], of_x, steps, in[7], at::TensorList(in).slice(8, count), network, likelihood);
+    const FlowPath path = flow.path(in[8 + count], in[9 + count], in[10 + count], store);
+    FASTVAE_CHECK_VALUE(!flow.likelihood.is_discrete() || !needs[2], op, "x",
+                        "no gradient (a class and a count have none)", "x.requires_grad");
+    return walked_back(flow, path, flow.cotangents(optional_of(in[0]), optional_of(in[1]), optional_of(in[2])), store, needs, of_x, steps);
+  };
+  const std::vector<at::Tensor> in = joined(
+      {grad_z.value_or(at::Tensor()), grad_rho.value_or(at::Tensor()), grad_log_px.value_or(at::Tensor()), z, rho, x,
+       step_size, alpha},
+      flattened(parameters, z_steps, rho_steps, stash));
+  std::vector<int64_t> numbers = needs.vec();
+  numbers.push_back(store ? 1 : 0);
+  // What the way there has left lies at another place each time, unless that came from a graph, too.
+  std::vector<at::Tensor> out =
+      is_under_lease(z_steps) ? replayed(call_text(op, {network, likelihood}, numbers), in,
+                                         count + 3, /*owned=*/in.size(), walk_back)
+                              : walk_back(in);
+  std::vector<at::Tensor> of_parameters(out.begin() + 5, out.end());
+  return {out[0], out[1], out[2], out[3], out[4], std::move(of_parameters)};
 }
 
 struct FlowGradient {

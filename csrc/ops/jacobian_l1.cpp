@@ -13,6 +13,7 @@
 #include "../common/guard.h"
 #include "../common/operator.h"
 #include "../common/recycling.h"
+#include "../common/replay.h"
 #include "../network/jacobian.h"
 
 namespace fastvae {
@@ -104,36 +105,40 @@ at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::stri
                        at::IntArrayRef latents, int64_t p, std::string_view reduction) {
   constexpr const char* op = "jacobian_l1";
   const EntryGuard guard(op, {z});
-  const Jacobian jacobian(op, z, parameters, network, latents, p, reduction);
-  const at::Tensor terms = aten::zeros({z.size(0)}, z.options());
-  std::vector<at::Tensor> none(parameters.size());
-  jacobian.run({}, terms, {}, none);
-  jacobian.mark(terms);
-  return reduce(terms, jacobian.reduction);
+  std::vector<int64_t> numbers = latents.vec();
+  numbers.push_back(p);
+  const auto norm = [=, network = std::string(network), reduction = std::string(reduction),
+                     latents = latents.vec()](const std::vector<at::Tensor>& in) -> std::vector<at::Tensor> {
+    const at::TensorList of_network = at::TensorList(in).slice(1);
+    const Jacobian jacobian(op, in[0], of_network, network, latents, p, reduction);
+    const at::Tensor terms = aten::zeros({in[0].size(0)}, in[0].options());
+    std::vector<at::Tensor> none(of_network.size());
+    jacobian.run({}, terms, {}, none);
+    jacobian.mark(terms);
+    return {reduce(terms, jacobian.reduction)};
+  };
+  return replayed(call_text(op, {network, reduction}, numbers), joined({z}, parameters), parameters.size(),
+                  /*owned=*/1, norm)[0];
 }
 
 // The same, and the gradient to z and the parameters (empty where not needed): of the reduced value or, with reduction
-// "none", of cotangent . value.
-using JacobianGradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent_in, const at::Tensor& z,
-                                            at::TensorList parameters, std::string_view network,
-                                            at::IntArrayRef latents, int64_t p, std::string_view reduction,
-                                            at::IntArrayRef needs) {
-  constexpr const char* op = "jacobian_l1_with_gradient";
-  const EntryGuard guard(op, {z});
-  const Jacobian jacobian(op, z, parameters, network, latents, p, reduction);
+// "none", of cotangent . value. Inputs: the cotangent or an undefined tensor, z, the parameters.
+std::vector<at::Tensor> norm_and_gradient(const char* op, const std::vector<at::Tensor>& in, const Jacobian& jacobian,
+                                          at::IntArrayRef needs) {
+  const at::Tensor &cotangent = in[0], &z = in[1];
+  const at::TensorList parameters = at::TensorList(in).slice(2);
   const int64_t B = z.size(0);
   const at::TensorOptions options = z.options();
   FASTVAE_CHECK_VALUE(needs.size() == 1 + parameters.size(), op, "needs", c10::str(1 + parameters.size(), " flags"),
                       needs.size());
-  FASTVAE_CHECK_VALUE(cotangent_in.has_value() == (jacobian.reduction == Reduction::kNone), op, "cotangent",
-                      "a tensor with reduction 'none', and with no other", cotangent_in.has_value());
+  FASTVAE_CHECK_VALUE(cotangent.defined() == (jacobian.reduction == Reduction::kNone), op, "cotangent",
+                      "a tensor with reduction 'none', and with no other", cotangent.defined());
   at::Tensor weight;
-  if (cotangent_in.has_value()) {
-    refuse_forward_mode(op, *cotangent_in);
-    check_like(op, "cotangent", *cotangent_in, z, "z");
-    check_sizes(op, "cotangent", *cotangent_in, {B});
-    weight = cotangent_in->contiguous();
+  if (cotangent.defined()) {
+    refuse_forward_mode(op, cotangent);
+    check_like(op, "cotangent", cotangent, z, "z");
+    check_sizes(op, "cotangent", cotangent, {B});
+    weight = cotangent.contiguous();
   } else if (jacobian.reduction == Reduction::kMean) {
     weight = z.new_full({B}, 1.0 / static_cast<double>(std::max<int64_t>(1, B)), options);
   }
@@ -147,10 +152,32 @@ JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent_in, 
   const at::Tensor terms = aten::zeros({B}, options);
   jacobian.run(weight, terms, grad_z, gradients);
   jacobian.mark(terms);
-  for (at::Tensor& gradient : gradients) {
-    gradient = gradient.defined() ? gradient : aten::empty({0}, options);
+  std::vector<at::Tensor> found{reduce(terms, jacobian.reduction), needs[0] ? grad_z : aten::empty({0}, options)};
+  for (const at::Tensor& gradient : gradients) {
+    found.push_back(gradient.defined() ? gradient : aten::empty({0}, options));
   }
-  return {reduce(terms, jacobian.reduction), needs[0] ? grad_z : aten::empty({0}, options), gradients};
+  return found;
+}
+
+using JacobianGradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent, const at::Tensor& z,
+                                            at::TensorList parameters, std::string_view network,
+                                            at::IntArrayRef latents, int64_t p, std::string_view reduction,
+                                            at::IntArrayRef needs) {
+  constexpr const char* op = "jacobian_l1_with_gradient";
+  const EntryGuard guard(op, {z});
+  std::vector<int64_t> numbers = needs.vec();
+  numbers.push_back(p);
+  numbers.insert(numbers.end(), latents.begin(), latents.end());
+  const auto norm = [=, network = std::string(network), reduction = std::string(reduction), latents = latents.vec(),
+                     needs = needs.vec()](const std::vector<at::Tensor>& in) {
+    const Jacobian jacobian(op, in[1], at::TensorList(in).slice(2), network, latents, p, reduction);
+    return norm_and_gradient(op, in, jacobian, needs);
+  };
+  const std::vector<at::Tensor> out =
+      replayed(call_text(op, {network, reduction}, numbers),
+               joined({cotangent.value_or(at::Tensor()), z}, parameters), parameters.size(), 2 + parameters.size(), norm);
+  return {out[0], out[1], std::vector<at::Tensor>(out.begin() + 2, out.end())};
 }
 
 // Inputs: z and the parameters. A scalar's gradient is computed with its value and kept; that of "none" waits for the

@@ -110,6 +110,7 @@ class Code:
         self._functions = tuple(functions)
         fixed = {number: value for number, value in (constants or {}).items() if number in last}
         self.constants = list(fixed.values())
+        outer = {memory[each] for each in (*inputs, *fixed, *taken)}
         self._code = raw.StraightCode(
             written,
             1 + max(memory, default=0),
@@ -118,6 +119,7 @@ class Code:
             [-1 if each is None else each for each in outputs],
             list(kept),
             Held,
+            not any(call.changes & outer for call in chosen),
         )
 
     def __call__(self, given: Sequence[Any], before: Any = None) -> tuple[tuple[Tensor, ...], Any]:

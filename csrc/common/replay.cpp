@@ -1,0 +1,471 @@
+#include "replay.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "aten.h"
+#ifdef FASTVAE_WITH_CUDA
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fastvae {
+
+bool runs_on_gpu([[maybe_unused]] const at::Tensor& tensor) {
+#if defined(FASTVAE_WITH_CUDA)
+  return tensor.is_cuda();
+#elif defined(FASTVAE_EMULATE_CUDA)
+  return true;
+#else
+  return false;
+#endif
+}
+
+namespace {
+
+// Runs before a capture: kernels are loaded by then, and what moves has moved.
+constexpr int64_t kWarmUp = 2;
+// Graphs of one form: their results may be held for a while, as by two passes before a way back.
+constexpr size_t kMostGraphs = 4;
+// Forms that are remembered.
+constexpr size_t kMostForms = 64;
+// Captures of a form after which replays have to be so many times as many: a capture takes as long as two runs.
+constexpr int64_t kTried = 8, kWorthwhile = 4;
+// Beyond that a GPU has enough to do: bytes of inputs that are copied, and of results, which stay with the graph.
+constexpr int64_t kMostCopied = int64_t{16} << 20, kMostHeld = int64_t{256} << 20;
+constexpr int64_t kMostHeldInAll = int64_t{2} << 30;
+// Results that their caller owns, in bytes: whoever keeps a number of each step should not keep a graph with it.
+constexpr int64_t kMostOwned = int64_t{1} << 20;
+
+int64_t bytes_of(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.numel() * static_cast<int64_t>(tensor.element_size()) : 0;
+}
+
+int64_t bytes_of(const std::vector<at::Tensor>& tensors) {
+  int64_t bytes = 0;
+  for (const at::Tensor& tensor : tensors) {
+    bytes += bytes_of(tensor);
+  }
+  return bytes;
+}
+
+const void* place_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+
+void append(std::string& text, int64_t number) { text.append(reinterpret_cast<const char*>(&number), sizeof(number)); }
+
+void append_form(std::string& text, const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    append(text, -1);
+    return;
+  }
+  append(text, tensor.dim());
+  append(text, static_cast<int64_t>(tensor.scalar_type()) * 256 + tensor.device().index());
+  for (const auto& numbers : {tensor.sizes(), tensor.strides()}) {
+    text.append(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
+  }
+}
+
+#ifdef FASTVAE_WITH_CUDA
+
+bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+int64_t current_stream() { return static_cast<int64_t>(c10::cuda::getCurrentCUDAStream().id()); }
+
+// What a function calls, once for all.
+class Recording {
+ public:
+  // No kernel runs.
+  std::vector<at::Tensor> capture(const TensorFunction& function, const std::vector<at::Tensor>& inputs) {
+    // A stream of this thread's own, and always the same: each has a workspace of cuBLAS.
+    thread_local std::unordered_map<int, c10::cuda::CUDAStream> streams;
+    const c10::DeviceIndex device = c10::cuda::current_device();
+    auto stream = streams.find(device);
+    if (stream == streams.end()) {
+      stream = streams.emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device)).first;
+    }
+    const c10::cuda::CUDAStreamGuard aside(stream->second);
+    const c10::MempoolId_t pool = at::cuda::graph_pool_handle();
+    graph_.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+    std::vector<at::Tensor> results;
+    try {
+      results = function(inputs);
+    } catch (...) {
+      end(device, pool);
+      throw;
+    }
+    graph_.capture_end();
+    return results;
+  }
+
+  void replay(const std::vector<at::Tensor>& /*inputs*/, const std::vector<at::Tensor>& /*results*/) {
+    graph_.replay();
+  }
+
+ private:
+  // After a failure, of which more may follow.
+  void end(c10::DeviceIndex device, c10::MempoolId_t pool) {
+    try {
+      graph_.capture_end();
+    } catch (const c10::Error&) {
+      c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool);
+    }
+  }
+
+  at::cuda::CUDAGraph graph_;
+};
+
+#else
+
+bool is_capturing() { return false; }
+
+int64_t current_stream() { return 0; }
+
+// Without a GPU: the same calls again, of the same memory.
+class Recording {
+ public:
+  std::vector<at::Tensor> capture(const TensorFunction& function, const std::vector<at::Tensor>& inputs) {
+    function_ = function;
+    return function(inputs);
+  }
+
+  void replay(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& results) {
+    const std::vector<at::Tensor> again = function_(inputs);
+    for (size_t at = 0; at < results.size(); ++at) {
+      if (results[at].defined() && !results[at].is_same(again[at])) {
+        results[at].copy_(again[at]);
+      }
+    }
+  }
+
+ private:
+  TensorFunction function_;
+};
+
+#endif
+
+bool is_wanted() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("FASTVAE_CUDA_GRAPHS");
+    return value == nullptr || std::string_view(value) != "0";
+  }();
+  return wanted;
+}
+
+// Whether a graph can take the place of a call: nobody else captures or looks on, and nothing has to be refused.
+bool may_replay(const std::vector<at::Tensor>& inputs) {
+  const auto is_plain = [](const at::Tensor& tensor) {
+    return !tensor.defined() || (runs_on_gpu(tensor) && tensor.layout() == at::kStrided && !tensor.is_conj() &&
+                                 !tensor.is_neg() && !tensor._fw_grad(/*level=*/0).defined());
+  };
+  const auto is_any = [](const at::Tensor& tensor) { return tensor.defined() && runs_on_gpu(tensor); };
+  return is_wanted() && std::any_of(inputs.begin(), inputs.end(), is_any) &&
+         std::all_of(inputs.begin(), inputs.end(), is_plain) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !is_capturing();
+}
+
+// What the calls depend on besides name and inputs.
+std::string form_of(const std::string& name, const std::vector<at::Tensor>& inputs) {
+  std::string text = name;
+  const at::Context& context = at::globalContext();
+  append(text, current_stream());
+  append(text, static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)) * 16 +
+                   static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV)));
+  append(text, (context.deterministicAlgorithms() ? 1 : 0) + (context.deterministicCuDNN() ? 2 : 0) +
+                   (context.benchmarkCuDNN() ? 4 : 0));
+  for (const at::Tensor& input : inputs) {
+    append_form(text, input);
+  }
+  return text;
+}
+
+}  // namespace
+
+struct Replays::Graph {
+  Recording recording;
+  std::vector<bool> is_copied;
+  std::vector<const void*> places;  // of the inputs that are not
+  std::vector<at::Tensor> inputs;   // copies; undefined where there is none
+  std::vector<at::Tensor> results;
+  std::weak_ptr<const void> lease;
+};
+
+struct Replays::Form {
+  std::vector<std::shared_ptr<Graph>> graphs;
+  std::vector<const void*> places;  // of the last call's inputs
+  std::vector<bool> moves;          // inputs that have lain elsewhere
+  int64_t seen = 0, captures = 0, replays = 0, held = 0, last_call = 0;
+  bool is_given_up = false;
+};
+
+Replays::Replays() = default;
+Replays::~Replays() = default;
+
+std::shared_ptr<Replays::Graph> Replays::found(Form& form, const std::vector<at::Tensor>& inputs,
+                                               size_t pinned) const {
+  const size_t free = inputs.size() - pinned;
+  const auto lies_there = [&](const Graph& graph, size_t first, size_t end) {
+    for (size_t at = first; at < end; ++at) {
+      if (!graph.is_copied[at] && graph.places[at] != place_of(inputs[at])) {
+        return false;
+      }
+    }
+    return true;
+  };
+  for (const auto& graph : form.graphs) {
+    if (graph->lease.expired() && lies_there(*graph, 0, inputs.size())) {
+      return graph;
+    }
+  }
+  // An input that lay there by chance is copied from now on.
+  std::erase_if(form.graphs, [&](const std::shared_ptr<Graph>& graph) {
+    if (!graph->lease.expired() || !lies_there(*graph, free, inputs.size())) {
+      return false;
+    }
+    for (size_t at = 0; at < free; ++at) {
+      form.moves[at] = form.moves[at] || (!graph->is_copied[at] && graph->places[at] != place_of(inputs[at]));
+    }
+    return true;
+  });
+  return nullptr;
+}
+
+bool Replays::is_due(Form& form, const std::vector<at::Tensor>& inputs, size_t pinned) const {
+  for (size_t at = 0; at < inputs.size(); ++at) {
+    const void* place = place_of(inputs[at]);
+    form.moves[at] = form.moves[at] || (form.seen > 0 && form.places[at] != place);
+    form.places[at] = place;
+  }
+  if (form.seen++ < kWarmUp) {
+    return false;
+  }
+  if (form.graphs.size() >= kMostGraphs) {
+    // One whose pinned inputs are no more, if its results are free.
+    const auto oldest =
+        std::find_if(form.graphs.begin(), form.graphs.end(), [](const auto& graph) { return graph->lease.expired(); });
+    if (oldest == form.graphs.end()) {
+      return false;
+    }
+    form.graphs.erase(oldest);
+  }
+  int64_t copied = 0;
+  for (size_t at = 0; at + pinned < inputs.size(); ++at) {
+    copied += form.moves[at] ? bytes_of(inputs[at]) : 0;
+  }
+  form.is_given_up = copied > kMostCopied || form.held > kMostHeld ||
+                     (form.captures >= kTried && form.replays < kWorthwhile * form.captures);
+  return !form.is_given_up;
+}
+
+Replayed Replays::replay(Form& form, const std::shared_ptr<Graph>& graph, const std::vector<at::Tensor>& inputs) const {
+  ++form.replays;
+  std::vector<at::Tensor> to, from, lying;
+  for (size_t at = 0; at < inputs.size(); ++at) {
+    const bool copied = graph->is_copied[at] && inputs[at].defined();
+    lying.push_back(copied ? graph->inputs[at] : inputs[at]);
+    if (copied && inputs[at].numel() > 0) {
+      to.push_back(graph->inputs[at]);
+      from.push_back(inputs[at]);
+    }
+  }
+  if (!to.empty()) {
+    at::_foreach_copy_(to, from);
+  }
+  graph->recording.replay(lying, graph->results);
+  const std::shared_ptr<const void> lease = graph;
+  // Not the graph's own count: forms hold it, too.
+  const auto shared = std::make_shared<const std::shared_ptr<const void>>(lease);
+  graph->lease = shared;
+  return {graph->results, shared};
+}
+
+Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+                      const TensorFunction& function) {
+  if (!may_replay(inputs)) {
+    return {function(inputs), nullptr};
+  }
+  const std::string key = form_of(name, inputs);
+  const auto form_named = [&]() -> Form& {
+    Form& form = forms_[key];
+    form.places.resize(inputs.size());
+    form.moves.resize(inputs.size());
+    form.last_call = ++calls_;
+    return form;
+  };
+  bool due = false;
+  {
+    const std::lock_guard<std::mutex> locked(mutex_);
+    Form& form = form_named();
+    if (!form.is_given_up) {
+      if (const std::shared_ptr<Graph> graph = found(form, inputs, pinned)) {
+        return replay(form, graph, inputs);
+      }
+      due = is_due(form, inputs, pinned);
+    }
+  }
+  if (!due) {
+    std::vector<at::Tensor> results = function(inputs);
+    const std::lock_guard<std::mutex> locked(mutex_);
+    form_named().held = bytes_of(results);
+    make_room();
+    return {std::move(results), nullptr};
+  }
+  // Nobody waits for a capture, in which anything may be called.
+  const auto graph = std::make_shared<Graph>();
+  {
+    const std::lock_guard<std::mutex> locked(mutex_);
+    graph->is_copied = form_named().moves;
+  }
+  std::fill(graph->is_copied.end() - static_cast<int64_t>(pinned), graph->is_copied.end(), false);
+  graph->inputs.resize(inputs.size());
+  std::vector<at::Tensor> lying = inputs;
+  for (size_t at = 0; at < inputs.size(); ++at) {
+    graph->places.push_back(place_of(inputs[at]));
+    if (graph->is_copied[at] && inputs[at].defined()) {
+      lying[at] = graph->inputs[at] = inputs[at].clone();
+    }
+  }
+  bool failed = false;
+  try {
+    graph->results = graph->recording.capture(function, lying);
+    failed = std::any_of(graph->results.begin(), graph->results.end(),
+                         [](const at::Tensor& result) { return result.defined() && !runs_on_gpu(result); });
+  } catch (const std::exception&) {
+    failed = true;
+  }
+  if (!failed) {
+    const std::lock_guard<std::mutex> locked(mutex_);
+    Form& form = form_named();
+    ++form.captures;
+    form.graphs.push_back(graph);
+    return replay(form, graph, inputs);
+  }
+  {
+    const std::lock_guard<std::mutex> locked(mutex_);
+    form_named().is_given_up = true;
+  }
+  return {function(inputs), nullptr};
+}
+
+void Replays::make_room() {
+  int64_t held = 0;
+  for (const auto& [key, form] : forms_) {
+    held += form.held * static_cast<int64_t>(form.graphs.size());
+  }
+  while (forms_.size() > kMostForms || (held > kMostHeldInAll && forms_.size() > 1)) {
+    const auto oldest = std::min_element(forms_.begin(), forms_.end(), [](const auto& a, const auto& b) {
+      return a.second.last_call < b.second.last_call;
+    });
+    held -= oldest->second.held * static_cast<int64_t>(oldest->second.graphs.size());
+    forms_.erase(oldest);
+  }
+}
+
+namespace {
+
+// Where memory begins that is under a lease, with how many tensors share it.
+class LeasedPlaces {
+ public:
+  void add(const void* place) {
+    const std::lock_guard<std::mutex> locked(mutex_);
+    ++counts_[place];
+  }
+  void remove(const void* place) {
+    const std::lock_guard<std::mutex> locked(mutex_);
+    if (const auto found = counts_.find(place); --found->second == 0) {
+      counts_.erase(found);
+    }
+  }
+  bool has(const void* place) {
+    const std::lock_guard<std::mutex> locked(mutex_);
+    return counts_.count(place) != 0;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<const void*, int64_t> counts_;
+};
+
+// Never destroyed, as the graphs of the operators: at exit a tensor may die later, and there may be no driver any more.
+LeasedPlaces& leased_places() {
+  static LeasedPlaces& places = *new LeasedPlaces;
+  return places;
+}
+
+at::Tensor under_lease(const at::Tensor& tensor, const std::shared_ptr<const void>& lease) {
+  if (!tensor.defined()) {
+    return tensor;
+  }
+  if (tensor.numel() == 0) {
+    return aten::empty_like(tensor);
+  }
+  void* place = tensor.mutable_data_ptr();
+  leased_places().add(place);
+  return at::for_blob(place, tensor.sizes())
+      .strides(tensor.strides())
+      .deleter([lease](void* at) { leased_places().remove(at); })
+      .options(tensor.options())
+      .target_device(tensor.device())
+      .make_tensor();
+}
+
+}  // namespace
+
+bool is_under_lease(const at::Tensor& tensor) { return leased_places().has(place_of(tensor)); }
+
+std::vector<at::Tensor> kept_results(const Replayed& run, size_t owned) {
+  if (run.lease == nullptr) {
+    return run.results;
+  }
+  std::vector<at::Tensor> found, to, from;
+  for (const at::Tensor& result : run.results) {
+    if (found.size() < owned && result.defined() && result.numel() > 0 && bytes_of(result) <= kMostOwned) {
+      from.push_back(result);
+      to.push_back(aten::empty_like(result));
+      found.push_back(to.back());
+    } else {
+      found.push_back(under_lease(result, run.lease));
+    }
+  }
+  if (!to.empty()) {
+    at::_foreach_copy_(to, from);
+  }
+  return found;
+}
+
+std::string call_text(std::string_view op, std::initializer_list<std::string_view> texts, at::IntArrayRef numbers) {
+  std::string found(op);
+  for (const std::string_view text : texts) {
+    found.append("\n").append(text);
+  }
+  for (const int64_t number : numbers) {
+    found.append(" ").append(std::to_string(number));
+  }
+  return found;
+}
+
+std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::TensorList others) {
+  std::vector<at::Tensor> all(tensors);
+  all.insert(all.end(), others.begin(), others.end());
+  return all;
+}
+
+std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+                                 size_t owned, const TensorFunction& function) {
+  static Replays& replays = *new Replays;
+  return kept_results(replays.run(name, inputs, pinned, function), owned);
+}
+
+}  // namespace fastvae

@@ -1,0 +1,73 @@
+// Functions of tensors that are called again and again, on a GPU from a CUDA graph: one launch starts all of it. A sweep
+// through a small network is a few hundred launches of a few microseconds each, and a host needs longer for one.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+namespace fastvae {
+
+// It looks at no number of its inputs, changes none of them, and owns what it captures.
+using TensorFunction = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
+
+struct Replayed {
+  std::vector<at::Tensor> results;
+  // While it lives nobody writes to the results' memory, which is the graph's. Null: they are as any other tensors.
+  std::shared_ptr<const void> lease;
+};
+
+// The results as tensors that anybody may keep: of the first ones, `owned` of them, copies where they are small; of the
+// others the same memory, with a share in the lease for as long as it is used.
+std::vector<at::Tensor> kept_results(const Replayed& run, size_t owned);
+// Whether the tensor's memory is under a lease: it comes again and again at the same place.
+bool is_under_lease(const at::Tensor& tensor);
+
+// Whether what is done with it could come from a graph.
+bool runs_on_gpu(const at::Tensor& tensor);
+
+// Graphs by the form of the inputs. A graph reads an input where it lies if it has lain there before, and a copy
+// otherwise; it is replayed once nobody uses the results of its last run. From any thread.
+class Replays {
+ public:
+  Replays();
+  ~Replays();
+  Replays(const Replays&) = delete;
+  Replays& operator=(const Replays&) = delete;
+
+  // function(inputs), after two runs in this form from a graph.
+  //
+  // name: what else it depends on. pinned: so many of the inputs, the last ones, stay where they are as long as anybody
+  // would call it again: parameters, and results that are held under a lease.
+  Replayed run(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+               const TensorFunction& function);
+
+ private:
+  struct Graph;
+  struct Form;
+  std::shared_ptr<Graph> found(Form& form, const std::vector<at::Tensor>& inputs, size_t pinned) const;
+  bool is_due(Form& form, const std::vector<at::Tensor>& inputs, size_t pinned) const;
+  Replayed replay(Form& form, const std::shared_ptr<Graph>& graph, const std::vector<at::Tensor>& inputs) const;
+  void make_room();
+
+  std::mutex mutex_;
+  std::unordered_map<std::string, Form> forms_;
+  int64_t calls_ = 0;
+};
+
+// An operator's name and what it is called with besides tensors.
+std::string call_text(std::string_view op, std::initializer_list<std::string_view> texts, at::IntArrayRef numbers);
+std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::TensorList others);
+
+// Of the operators, of which nobody needs to know that their results are under a lease.
+std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+                                 size_t owned, const TensorFunction& function);
+
+}  // namespace fastvae
