@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -174,7 +176,8 @@ class Kept {
 };
 
 bool depends_on_numbers(const c10::OperatorHandle& op) {
-  return op.hasTag(at::Tag::dynamic_output_shape) || op.hasTag(at::Tag::data_dependent_output) ||
+  const bool is_index = op.schema().name() == "aten::index";  // by no mask: the recorder refuses those
+  return (op.hasTag(at::Tag::dynamic_output_shape) && !is_index) || op.hasTag(at::Tag::data_dependent_output) ||
          op.hasTag(at::Tag::nondeterministic_seeded);
 }
 
@@ -196,6 +199,7 @@ class StraightCode {
     is_replayable_ = leaves_inputs && std::all_of(calls_.begin(), calls_.end(), [](const Call& call) {
                        return call.op.has_value() && !depends_on_numbers(*call.op);
                      });
+    find_read_inputs();
   }
 
   // The outputs, and what is kept. The functions come with each run: whoever holds them here, no collector sees.
@@ -294,12 +298,26 @@ class StraightCode {
     return found;
   }
 
+  // Of the inputs those that something is made of: no object of Python's, where no call is one of Python's.
+  void find_read_inputs() {
+    std::set<int64_t> read(outputs_.begin(), outputs_.end());
+    read.insert(kept_.begin(), kept_.end());
+    for (const Call& call : calls_) {
+      for (const Argument& argument : call.arguments) {
+        read.insert(argument.variable);
+        read.insert(argument.items.begin(), argument.items.end());
+      }
+    }
+    std::copy_if(inputs_.begin(), inputs_.end(), std::back_inserter(read_inputs_),
+                 [&read](int64_t input) { return read.count(input) != 0; });
+  }
+
   bool are_on_one_gpu(const Variables& variables) const {
     const auto is_there = [&](int64_t number) {
       return variables[number].isTensor() && runs_on_gpu(variables[number].toTensor()) &&
-             variables[number].toTensor().device() == variables[inputs_[0]].toTensor().device();
+             variables[number].toTensor().device() == variables[read_inputs_[0]].toTensor().device();
     };
-    return !inputs_.empty() && std::all_of(inputs_.begin(), inputs_.end(), is_there) &&
+    return !read_inputs_.empty() && std::all_of(read_inputs_.begin(), read_inputs_.end(), is_there) &&
            std::all_of(taken_.begin(), taken_.end(), is_there);
   }
 
@@ -307,7 +325,7 @@ class StraightCode {
   std::shared_ptr<const void> replay(Variables& variables) const {
     const py::gil_scoped_release unlocked;
     std::vector<at::Tensor> given;
-    for (const auto& numbers : {inputs_, taken_}) {
+    for (const auto& numbers : {read_inputs_, taken_}) {
       for (const int64_t each : numbers) {
         given.push_back(variables[each].toTensor());
       }
@@ -322,7 +340,7 @@ class StraightCode {
     const TensorFunction function = [this, wanted](const std::vector<at::Tensor>& from) {
       Variables inside(variables_);
       for (size_t at = 0; at < from.size(); ++at) {
-        inside[at < inputs_.size() ? inputs_[at] : taken_[at - inputs_.size()]] = from[at];
+        inside[at < read_inputs_.size() ? read_inputs_[at] : taken_[at - read_inputs_.size()]] = from[at];
       }
       Stack stack;
       for (const Call& call : calls_) {
@@ -337,7 +355,7 @@ class StraightCode {
       }
       return results;
     };
-    Replayed run = replays_.run("", given, taken_.size(), function);
+    Replayed run = replays_.run("", given, {0, taken_.size()}, function);
     const std::vector<at::Tensor> results = kept_results(run, outputs_.size());
     for (size_t at = 0; at < wanted.size(); ++at) {
       const bool is_output = at < outputs_.size();
@@ -374,7 +392,7 @@ class StraightCode {
   bool is_replayable_ = false;
   mutable Replays replays_;
   int64_t variables_;
-  std::vector<int64_t> inputs_, taken_, outputs_, kept_;
+  std::vector<int64_t> inputs_, read_inputs_, taken_, outputs_, kept_;
   py::object held_;
 };
 
@@ -436,6 +454,8 @@ int64_t first_without_memory(const std::vector<at::Tensor>& tensors) {
 
 void bind_straight_code(py::module_& m) {
   using py::arg;
+  m.def("replay_counts", &replay_counts,
+        "Captures and replays of CUDA graphs so far in this process, and the bytes that the graphs hold.");
   m.def("form_of", &form_of, arg("values"), "All of values, nested, that straight code depends on besides numbers.");
   m.def("first_without_memory", &first_without_memory, arg("tensors"),
         "The place of a tensor that is not dense or without the memory that it stands for; -1: none is.");

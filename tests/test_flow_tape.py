@@ -21,7 +21,7 @@ from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
 from fastvae.network.cache import read_network
 from fastvae.network.layers import Layer, layer_of
 from fastvae.network.layers.base import MAKERS
-from fastvae.network.tape import MOST_NUMBERS
+from fastvae.network.tape import most_numbers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*cannot be lowered"),
@@ -386,7 +386,7 @@ def test_a_long_walk_is_not_written_down() -> None:
     """Its recorder would hold every evaluation, though the walk itself holds one."""
     module = sine()
     sweeps = read_network(module, codes(3)).sweeps
-    sweeps.kept_numbers = MOST_NUMBERS // 10
+    sweeps.kept_numbers = most_numbers(sweeps.device) // 10
     for steps in (4, 2):  # 15 and 9 tenths
         for _ in range(CALLS):
             given = start(codes(3), steps=steps)

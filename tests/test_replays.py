@@ -30,7 +30,9 @@ class Skip(nn.Module):
 
 
 def dense() -> nn.Module:
-    return nn.Sequential(nn.Linear(DIM, 400), nn.Softplus(), nn.Linear(400, 300), nn.Tanh(), nn.Linear(300, PIXELS))
+    return nn.Sequential(
+        nn.Linear(DIM, 400), nn.Softplus(), nn.Linear(400, 300), nn.Tanh(), nn.Linear(300, PIXELS)
+    )
 
 
 def small() -> nn.Module:
@@ -50,7 +52,12 @@ def images() -> nn.Module:
     )
 
 
-DECODERS: dict[str, Callable[[], nn.Module]] = {"dense": dense, "small": small, "images": images, "read": Skip}
+DECODERS: dict[str, Callable[[], nn.Module]] = {
+    "dense": dense,
+    "small": small,
+    "images": images,
+    "read": Skip,
+}
 
 on_every_decoder = pytest.mark.parametrize("name", DECODERS)
 
@@ -71,7 +78,9 @@ def draw(device: torch.device, seed: int, batch: int = 6) -> list[Tensor]:
     return [z, rho, x, step, alpha]
 
 
-def flow(decoder: nn.Module, inputs: list[Tensor], function: Callable[..., Any] = ops.hamiltonian_flow) -> Tensor:
+def flow(
+    decoder: nn.Module, inputs: list[Tensor], function: Callable[..., Any] = ops.hamiltonian_flow
+) -> Tensor:
     """A number that depends on every result."""
     z, rho, log_px, *_ = function(decoder, *inputs, "bernoulli")
     return z.sin().sum() + rho.cos().sum() + log_px.sum()
@@ -94,7 +103,9 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 def train(decoder: nn.Module, found: list[Tensor]) -> None:
     """A step of every parameter, in place."""
     with torch.no_grad():
-        for parameter, gradient in zip(decoder.parameters(), found[-len(list(decoder.parameters())) :], strict=True):
+        for parameter, gradient in zip(
+            decoder.parameters(), found[-len(list(decoder.parameters())) :], strict=True
+        ):
             parameter -= 1e-2 * gradient / (1 + gradient.norm())
 
 

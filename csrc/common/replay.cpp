@@ -6,6 +6,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -42,9 +44,10 @@ constexpr size_t kMostGraphs = 4;
 constexpr size_t kMostForms = 64;
 // Captures of a form after which replays have to be so many times as many: a capture takes as long as two runs.
 constexpr int64_t kTried = 8, kWorthwhile = 4;
-// Beyond that a GPU has enough to do: bytes of inputs that are copied, and of results, which stay with the graph.
-constexpr int64_t kMostCopied = int64_t{16} << 20, kMostHeld = int64_t{256} << 20;
-constexpr int64_t kMostHeldInAll = int64_t{2} << 30;
+// Bytes of inputs that are copied, beyond which a GPU has enough to do.
+constexpr int64_t kMostCopied = int64_t{16} << 20;
+// Parts of a GPU's memory that one graph and all of them may hold: results, and what is needed on the way to them.
+constexpr int64_t kPartOfOne = 32, kPartOfAll = 8;
 // Results that their caller owns, in bytes: whoever keeps a number of each step should not keep a graph with it.
 constexpr int64_t kMostOwned = int64_t{1} << 20;
 
@@ -76,11 +79,30 @@ void append_form(std::string& text, const at::Tensor& tensor) {
   }
 }
 
+// Bytes that graphs hold, captures and replays so far, for whoever wants to know.
+std::atomic<int64_t> held_in_all{0}, captures_in_all{0}, replays_in_all{0};
+
 #ifdef FASTVAE_WITH_CUDA
 
-bool is_capturing() {
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+int64_t memory_of_gpu() {
+  size_t free = 0, total = 0;
+  thread_local std::unordered_map<int, int64_t> known;
+  const auto found = known.find(c10::cuda::current_device());
+  if (found != known.end()) {
+    return found->second;
+  }
+  C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  return known[c10::cuda::current_device()] = static_cast<int64_t>(total);
 }
+
+int64_t reserved_bytes() {
+  constexpr size_t kAggregate = 0;
+  return c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device())
+      .reserved_bytes[kAggregate]
+      .current;
+}
+
+bool is_capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
 
 int64_t current_stream() { return static_cast<int64_t>(c10::cuda::getCurrentCUDAStream().id()); }
 
@@ -128,6 +150,10 @@ class Recording {
 };
 
 #else
+
+int64_t memory_of_gpu() { return int64_t{8} << 30; }
+
+int64_t reserved_bytes() { return 0; }
 
 bool is_capturing() { return false; }
 
@@ -194,7 +220,13 @@ std::string form_of(const std::string& name, const std::vector<at::Tensor>& inpu
 }  // namespace
 
 struct Replays::Graph {
+  Graph() = default;
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() { held_in_all -= held; }
+
   Recording recording;
+  int64_t held = 0;  // bytes
   std::vector<bool> is_copied;
   std::vector<const void*> places;  // of the inputs that are not
   std::vector<at::Tensor> inputs;   // copies; undefined where there is none
@@ -206,16 +238,23 @@ struct Replays::Form {
   std::vector<std::shared_ptr<Graph>> graphs;
   std::vector<const void*> places;  // of the last call's inputs
   std::vector<bool> moves;          // inputs that have lain elsewhere
-  int64_t seen = 0, captures = 0, replays = 0, held = 0, last_call = 0;
+  int64_t seen = 0, captures = 0, replays = 0, last_call = 0;
+  int64_t results = 0;  // bytes
   bool is_given_up = false;
 };
+
+// How many of the inputs, the first ones, are copied where they move. Parameters that lie elsewhere are another
+// model's, which gets a graph of its own; only after many of them they are what somebody computes anew each time.
+size_t Replays::movable(const Form& form, size_t inputs, const Lasting& lasting) {
+  return inputs - lasting.leased - (form.captures < static_cast<int64_t>(kMostGraphs) ? lasting.parameters : 0);
+}
 
 Replays::Replays() = default;
 Replays::~Replays() = default;
 
 std::shared_ptr<Replays::Graph> Replays::found(Form& form, const std::vector<at::Tensor>& inputs,
-                                               size_t pinned) const {
-  const size_t free = inputs.size() - pinned;
+                                               const Lasting& lasting) const {
+  const size_t free = movable(form, inputs.size(), lasting);
   const auto lies_there = [&](const Graph& graph, size_t first, size_t end) {
     for (size_t at = first; at < end; ++at) {
       if (!graph.is_copied[at] && graph.places[at] != place_of(inputs[at])) {
@@ -242,7 +281,7 @@ std::shared_ptr<Replays::Graph> Replays::found(Form& form, const std::vector<at:
   return nullptr;
 }
 
-bool Replays::is_due(Form& form, const std::vector<at::Tensor>& inputs, size_t pinned) const {
+bool Replays::is_due(Form& form, const std::vector<at::Tensor>& inputs, const Lasting& lasting) const {
   for (size_t at = 0; at < inputs.size(); ++at) {
     const void* place = place_of(inputs[at]);
     form.moves[at] = form.moves[at] || (form.seen > 0 && form.places[at] != place);
@@ -261,16 +300,17 @@ bool Replays::is_due(Form& form, const std::vector<at::Tensor>& inputs, size_t p
     form.graphs.erase(oldest);
   }
   int64_t copied = 0;
-  for (size_t at = 0; at + pinned < inputs.size(); ++at) {
+  for (size_t at = 0; at < movable(form, inputs.size(), lasting); ++at) {
     copied += form.moves[at] ? bytes_of(inputs[at]) : 0;
   }
-  form.is_given_up = copied > kMostCopied || form.held > kMostHeld ||
+  form.is_given_up = copied > kMostCopied || form.results > memory_of_gpu() / kPartOfOne ||
                      (form.captures >= kTried && form.replays < kWorthwhile * form.captures);
-  return !form.is_given_up;
+  return !form.is_given_up && held_in_all + form.results <= memory_of_gpu() / kPartOfAll;
 }
 
 Replayed Replays::replay(Form& form, const std::shared_ptr<Graph>& graph, const std::vector<at::Tensor>& inputs) const {
   ++form.replays;
+  ++replays_in_all;
   std::vector<at::Tensor> to, from, lying;
   for (size_t at = 0; at < inputs.size(); ++at) {
     const bool copied = graph->is_copied[at] && inputs[at].defined();
@@ -291,7 +331,7 @@ Replayed Replays::replay(Form& form, const std::shared_ptr<Graph>& graph, const 
   return {graph->results, shared};
 }
 
-Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                       const TensorFunction& function) {
   if (!may_replay(inputs)) {
     return {function(inputs), nullptr};
@@ -309,16 +349,16 @@ Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& in
     const std::lock_guard<std::mutex> locked(mutex_);
     Form& form = form_named();
     if (!form.is_given_up) {
-      if (const std::shared_ptr<Graph> graph = found(form, inputs, pinned)) {
+      if (const std::shared_ptr<Graph> graph = found(form, inputs, lasting)) {
         return replay(form, graph, inputs);
       }
-      due = is_due(form, inputs, pinned);
+      due = is_due(form, inputs, lasting);
     }
   }
   if (!due) {
     std::vector<at::Tensor> results = function(inputs);
     const std::lock_guard<std::mutex> locked(mutex_);
-    form_named().held = bytes_of(results);
+    form_named().results = bytes_of(results);
     make_room();
     return {std::move(results), nullptr};
   }
@@ -326,9 +366,11 @@ Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& in
   const auto graph = std::make_shared<Graph>();
   {
     const std::lock_guard<std::mutex> locked(mutex_);
-    graph->is_copied = form_named().moves;
+    const Form& form = form_named();
+    graph->is_copied = form.moves;
+    std::fill(graph->is_copied.begin() + static_cast<int64_t>(movable(form, inputs.size(), lasting)),
+              graph->is_copied.end(), false);
   }
-  std::fill(graph->is_copied.end() - static_cast<int64_t>(pinned), graph->is_copied.end(), false);
   graph->inputs.resize(inputs.size());
   std::vector<at::Tensor> lying = inputs;
   for (size_t at = 0; at < inputs.size(); ++at) {
@@ -339,8 +381,13 @@ Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& in
   }
   bool failed = false;
   try {
+    const int64_t before = reserved_bytes();
     graph->results = graph->recording.capture(function, lying);
-    failed = std::any_of(graph->results.begin(), graph->results.end(),
+    graph->held = std::max(reserved_bytes() - before, bytes_of(graph->results));
+    held_in_all += graph->held;
+    ++captures_in_all;
+    failed = graph->held > memory_of_gpu() / kPartOfOne ||
+             std::any_of(graph->results.begin(), graph->results.end(),
                          [](const at::Tensor& result) { return result.defined() && !runs_on_gpu(result); });
   } catch (const std::exception&) {
     failed = true;
@@ -360,18 +407,14 @@ Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& in
 }
 
 void Replays::make_room() {
-  int64_t held = 0;
-  for (const auto& [key, form] : forms_) {
-    held += form.held * static_cast<int64_t>(form.graphs.size());
-  }
-  while (forms_.size() > kMostForms || (held > kMostHeldInAll && forms_.size() > 1)) {
-    const auto oldest = std::min_element(forms_.begin(), forms_.end(), [](const auto& a, const auto& b) {
+  while (forms_.size() > kMostForms) {
+    forms_.erase(std::min_element(forms_.begin(), forms_.end(), [](const auto& a, const auto& b) {
       return a.second.last_call < b.second.last_call;
-    });
-    held -= oldest->second.held * static_cast<int64_t>(oldest->second.graphs.size());
-    forms_.erase(oldest);
+    }));
   }
 }
+
+std::array<int64_t, 3> replay_counts() { return {captures_in_all, replays_in_all, held_in_all}; }
 
 namespace {
 
@@ -462,10 +505,10 @@ std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::Te
   return all;
 }
 
-std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                                  size_t owned, const TensorFunction& function) {
   static Replays& replays = *new Replays;
-  return kept_results(replays.run(name, inputs, pinned, function), owned);
+  return kept_results(replays.run(name, inputs, lasting, function), owned);
 }
 
 }  // namespace fastvae

@@ -1,9 +1,10 @@
-// Functions of tensors that are called again and again, on a GPU from a CUDA graph: one launch starts all of it. A sweep
-// through a small network is a few hundred launches of a few microseconds each, and a host needs longer for one.
+// Functions of tensors that are called again and again, on a GPU from a CUDA graph: one launch starts all of it. A
+// sweep through a small network is a few hundred launches of a few microseconds each, and a host needs longer for one.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -30,6 +31,11 @@ std::vector<at::Tensor> kept_results(const Replayed& run, size_t owned);
 // Whether the tensor's memory is under a lease: it comes again and again at the same place.
 bool is_under_lease(const at::Tensor& tensor);
 
+// The last inputs: parameters, which mostly stay where they are, then results that are under a lease, which never move.
+struct Lasting {
+  size_t parameters = 0, leased = 0;
+};
+
 // Whether what is done with it could come from a graph.
 bool runs_on_gpu(const at::Tensor& tensor);
 
@@ -42,32 +48,33 @@ class Replays {
   Replays(const Replays&) = delete;
   Replays& operator=(const Replays&) = delete;
 
-  // function(inputs), after two runs in this form from a graph.
-  //
-  // name: what else it depends on. pinned: so many of the inputs, the last ones, stay where they are as long as anybody
-  // would call it again: parameters, and results that are held under a lease.
-  Replayed run(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+  // function(inputs), after two runs in this form from a graph; name: what else it depends on.
+  Replayed run(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                const TensorFunction& function);
 
  private:
   struct Graph;
   struct Form;
-  std::shared_ptr<Graph> found(Form& form, const std::vector<at::Tensor>& inputs, size_t pinned) const;
-  bool is_due(Form& form, const std::vector<at::Tensor>& inputs, size_t pinned) const;
+  std::shared_ptr<Graph> found(Form& form, const std::vector<at::Tensor>& inputs, const Lasting& lasting) const;
+  bool is_due(Form& form, const std::vector<at::Tensor>& inputs, const Lasting& lasting) const;
   Replayed replay(Form& form, const std::shared_ptr<Graph>& graph, const std::vector<at::Tensor>& inputs) const;
   void make_room();
+  static size_t movable(const Form& form, size_t inputs, const Lasting& lasting);
 
   std::mutex mutex_;
   std::unordered_map<std::string, Form> forms_;
   int64_t calls_ = 0;
 };
 
+// Captures and replays of this process, and bytes that its graphs hold.
+std::array<int64_t, 3> replay_counts();
+
 // An operator's name and what it is called with besides tensors.
 std::string call_text(std::string_view op, std::initializer_list<std::string_view> texts, at::IntArrayRef numbers);
 std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::TensorList others);
 
 // Of the operators, of which nobody needs to know that their results are under a lease.
-std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, size_t pinned,
+std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                                  size_t owned, const TensorFunction& function);
 
 }  // namespace fastvae

@@ -20,6 +20,7 @@
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/recycling.h"
+#include "../common/replay.h"
 #include "../network/network.h"
 #include "gaussian_kl.h"
 
@@ -101,13 +102,7 @@ std::tuple<int64_t, int64_t> elbo_terms_stash(std::string_view encoder, std::str
 // log p(x | z) [S, B], KL(q(z | x) || N(0, I)) [B], mu and logvar [B, d], z [S, B, d]; and what the reverse sweeps take
 // of encoder and decoder (empty unless `store`). x [B, n] is what the encoder reads and the likelihood observes; the
 // encoder gives [B, 2 d], mean before log variance; noise [S, B, d].
-using ElboTerms = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorList encoder_parameters,
-                     at::TensorList decoder_parameters, std::string_view encoder, std::string_view decoder,
-                     std::string_view likelihood, bool store) {
-  constexpr const char* op = "elbo_terms";
-  const EntryGuard guard(op, {x, noise});
-  const Autoencoder model(op, x, noise, encoder_parameters, decoder_parameters, encoder, decoder, likelihood);
+std::vector<at::Tensor> terms_of(const Autoencoder& model, bool store) {
   const int64_t S = model.draws, B = model.samples, d = model.dim;
   const at::TensorOptions options = model.x.options();
   const at::Tensor encoder_stash = reused({model.encoder_numel()}, options),
@@ -131,39 +126,48 @@ ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorLis
   return {log_px, kl, mu, logvar, z, kept(encoder_stash), kept(decoder_stash)};
 }
 
+using ElboTerms = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorList encoder_parameters,
+                     at::TensorList decoder_parameters, std::string_view encoder, std::string_view decoder,
+                     std::string_view likelihood, bool store) {
+  constexpr const char* op = "elbo_terms";
+  constexpr size_t kOwned = 5;
+  const EntryGuard guard(op, {x, noise});
+  const size_t of_encoder = encoder_parameters.size(), of_both = of_encoder + decoder_parameters.size();
+  const auto evaluate = [=, encoder = std::string(encoder), decoder = std::string(decoder),
+                         likelihood = std::string(likelihood)](const std::vector<at::Tensor>& in) {
+    const at::TensorList parameters = at::TensorList(in).slice(2);
+    return terms_of(Autoencoder(op, in[0], in[1], parameters.slice(0, of_encoder), parameters.slice(of_encoder),
+                                encoder, decoder, likelihood),
+                    store);
+  };
+  const std::vector<at::Tensor> out =
+      replayed(call_text(op, {encoder, decoder, likelihood}, {store ? 1 : 0, static_cast<int64_t>(of_encoder)}),
+               joined({x, noise}, flattened(encoder_parameters, decoder_parameters)), {of_both, 0}, kOwned, evaluate);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+}
+
 // Gradients to the parameters of encoder and decoder, empty where not needed.
-using ElboGradients = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
-ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const OptionalTensor& grad_kl,
-                                  const OptionalTensor& grad_mu, const OptionalTensor& grad_logvar,
-                                  const OptionalTensor& grad_z, const at::Tensor& x, const at::Tensor& noise,
-                                  const at::Tensor& mu_in, const at::Tensor& logvar_in, const at::Tensor& z_in,
-                                  const at::Tensor& encoder_stash, const at::Tensor& decoder_stash,
-                                  at::TensorList encoder_parameters, at::TensorList decoder_parameters,
-                                  std::string_view encoder, std::string_view decoder, std::string_view likelihood,
-                                  at::IntArrayRef needs) {
-  constexpr const char* op = "elbo_terms_backward";
-  const EntryGuard guard(op, {x, noise, mu_in, logvar_in, z_in, encoder_stash, decoder_stash});
-  const Autoencoder model(op, x, noise, encoder_parameters, decoder_parameters, encoder, decoder, likelihood);
+// in: the five cotangents or undefined tensors; x, noise, mu, logvar, z; the parameters; the stashes.
+std::vector<at::Tensor> gradients_of(const char* op, const std::vector<at::Tensor>& in, const Autoencoder& model,
+                                     at::TensorList encoder_parameters, at::TensorList decoder_parameters,
+                                     at::IntArrayRef needs) {
   const int64_t S = model.draws, B = model.samples, d = model.dim;
   const at::TensorOptions options = model.x.options();
-  FASTVAE_CHECK_VALUE(needs.size() == encoder_parameters.size() + decoder_parameters.size(), op, "needs",
-                      c10::str(encoder_parameters.size() + decoder_parameters.size(), " flags"), needs.size());
   const at::IntArrayRef of_encoder = needs.slice(0, encoder_parameters.size()),
                         of_decoder = needs.slice(encoder_parameters.size());
-  const at::Tensor mu = saved(op, "mu", mu_in, model.x, {B, d}),
-                   logvar = saved(op, "logvar", logvar_in, model.x, {B, d}),
-                   z = saved(op, "z", z_in, model.x, {S, B, d});
+  const at::Tensor mu = saved(op, "mu", in[7], model.x, {B, d}), logvar = saved(op, "logvar", in[8], model.x, {B, d}),
+                   z = saved(op, "z", in[9], model.x, {S, B, d});
   const Tape encoded =
-      model.encoder->forward_tape(saved(op, "encoder_stash", encoder_stash, model.x, {model.encoder_numel()}), B);
+      model.encoder->forward_tape(saved(op, "encoder_stash", in[in.size() - 2], model.x, {model.encoder_numel()}), B);
   const Tape decoded =
-      model.decoder->forward_tape(saved(op, "decoder_stash", decoder_stash, model.x, {model.decoder_numel()}), S * B);
-  const auto cotangent = [&](const OptionalTensor& grad, const char* name, at::IntArrayRef sizes) {
-    return grad.has_value() && grad->defined() ? saved(op, name, *grad, model.x, sizes) : at::Tensor();
+      model.decoder->forward_tape(saved(op, "decoder_stash", in.back(), model.x, {model.decoder_numel()}), S * B);
+  const auto cotangent = [&](const at::Tensor& grad, const char* name, at::IntArrayRef sizes) {
+    return grad.defined() ? saved(op, name, grad, model.x, sizes) : at::Tensor();
   };
-  const at::Tensor of_log_px = cotangent(grad_log_px, "grad_log_px", {S, B}),
-                   of_kl = cotangent(grad_kl, "grad_kl", {B}), of_mu = cotangent(grad_mu, "grad_mu", {B, d}),
-                   of_logvar = cotangent(grad_logvar, "grad_logvar", {B, d});
-  at::Tensor of_z = cotangent(grad_z, "grad_z", {S, B, d});
+  const at::Tensor of_log_px = cotangent(in[0], "grad_log_px", {S, B}), of_kl = cotangent(in[1], "grad_kl", {B}),
+                   of_mu = cotangent(in[2], "grad_mu", {B, d}), of_logvar = cotangent(in[3], "grad_logvar", {B, d});
+  at::Tensor of_z = cotangent(in[4], "grad_z", {S, B, d});
   const auto any = [](at::IntArrayRef flags) {
     return std::any_of(flags.begin(), flags.end(), [](int64_t need) { return need != 0; });
   };
@@ -207,8 +211,46 @@ ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const Optio
     model.encoder->reverse(tape);
     encoder_gradients = model.encoder->affine_gradients(model.x, tape, encoder_parameters, of_encoder);
   }
-  return {where_needed(std::move(encoder_gradients), encoder_parameters, of_encoder, options),
-          where_needed(std::move(decoder_gradients), decoder_parameters, of_decoder, options)};
+  encoder_gradients = where_needed(std::move(encoder_gradients), encoder_parameters, of_encoder, options);
+  decoder_gradients = where_needed(std::move(decoder_gradients), decoder_parameters, of_decoder, options);
+  return flattened(encoder_gradients, decoder_gradients);
+}
+
+using ElboGradients = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
+ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const OptionalTensor& grad_kl,
+                                  const OptionalTensor& grad_mu, const OptionalTensor& grad_logvar,
+                                  const OptionalTensor& grad_z, const at::Tensor& x, const at::Tensor& noise,
+                                  const at::Tensor& mu, const at::Tensor& logvar, const at::Tensor& z,
+                                  const at::Tensor& encoder_stash, const at::Tensor& decoder_stash,
+                                  at::TensorList encoder_parameters, at::TensorList decoder_parameters,
+                                  std::string_view encoder, std::string_view decoder, std::string_view likelihood,
+                                  at::IntArrayRef needs) {
+  constexpr const char* op = "elbo_terms_backward";
+  constexpr size_t kStashes = 2, kBefore = 10;
+  const EntryGuard guard(op, {x, noise, mu, logvar, z, encoder_stash, decoder_stash});
+  const size_t of_encoder = encoder_parameters.size(), of_both = of_encoder + decoder_parameters.size();
+  FASTVAE_CHECK_VALUE(needs.size() == of_both, op, "needs", c10::str(of_both, " flags"), needs.size());
+  const auto differentiate = [=, encoder = std::string(encoder), decoder = std::string(decoder),
+                              likelihood = std::string(likelihood),
+                              needs = needs.vec()](const std::vector<at::Tensor>& in) {
+    const at::TensorList parameters = at::TensorList(in).slice(kBefore, of_both);
+    const at::TensorList encodes = parameters.slice(0, of_encoder), decodes = parameters.slice(of_encoder);
+    const Autoencoder model(op, in[5], in[6], encodes, decodes, encoder, decoder, likelihood);
+    return gradients_of(op, in, model, encodes, decodes, needs);
+  };
+  const auto or_none = [](const OptionalTensor& grad) { return grad.value_or(at::Tensor()); };
+  const std::vector<at::Tensor> in =
+      joined({or_none(grad_log_px), or_none(grad_kl), or_none(grad_mu), or_none(grad_logvar), or_none(grad_z), x, noise,
+              mu, logvar, z},
+             flattened(encoder_parameters, decoder_parameters, encoder_stash, decoder_stash));
+  std::vector<int64_t> numbers = needs.vec();
+  numbers.push_back(static_cast<int64_t>(of_encoder));
+  const std::vector<at::Tensor> out = is_under_lease(decoder_stash)
+                                          ? replayed(call_text(op, {encoder, decoder, likelihood}, numbers), in,
+                                                     {of_both, kStashes}, /*owned=*/of_both, differentiate)
+                                          : differentiate(in);
+  const auto middle = out.begin() + static_cast<int64_t>(of_encoder);
+  return {std::vector<at::Tensor>(out.begin(), middle), std::vector<at::Tensor>(middle, out.end())};
 }
 
 // --- autograd: once in closed form, again by what the caller gave for that

@@ -143,14 +143,14 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
   constexpr const char* op = "hamiltonian_flow";
   constexpr size_t kOwned = 3;
   const EntryGuard guard(op, {z, rho, x, step_size, alpha});
-  const auto walk = [=, network = std::string(network), likelihood = std::string(likelihood)](
-                        const std::vector<at::Tensor>& in) {
+  const auto walk = [=, network = std::string(network),
+                     likelihood = std::string(likelihood)](const std::vector<at::Tensor>& in) {
     const Flow flow(op, in[0], in[1], in[2], in[3], in[4], at::TensorList(in).slice(5), network, likelihood);
     return walked(flow, store, trajectory);
   };
   const std::vector<at::Tensor> out =
       replayed(call_text(op, {network, likelihood}, {store ? 1 : 0, trajectory ? 1 : 0}),
-               joined({z, rho, x, step_size, alpha}, parameters), parameters.size(), kOwned, walk);
+               joined({z, rho, x, step_size, alpha}, parameters), {parameters.size(), 0}, kOwned, walk);
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
 
@@ -186,10 +186,10 @@ std::vector<at::Tensor> walked_back(const Flow& flow, const FlowPath& path, cons
   const auto wanted = [&](bool need, const at::Tensor& gradient) {
     return need ? gradient : aten::empty({0}, options);
   };
-  std::vector<at::Tensor> found{wanted(needs[0] != 0, out.z), wanted(needs[1] != 0, out.rho),
-                                wanted(needs[2] != 0, out.x),
-                                needs[3] != 0 ? out.step_size.sum_to_size(step_size.sizes()) : aten::empty({0}, options),
-                                wanted(needs[4] != 0, out.alpha)};
+  std::vector<at::Tensor> found{
+      wanted(needs[0] != 0, out.z), wanted(needs[1] != 0, out.rho), wanted(needs[2] != 0, out.x),
+      needs[3] != 0 ? out.step_size.sum_to_size(step_size.sizes()) : aten::empty({0}, options),
+      wanted(needs[4] != 0, out.alpha)};
   for (const at::Tensor& gradient : out.parameters) {
     found.push_back(wanted(gradient.defined(), gradient));
   }
@@ -214,19 +214,18 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
     const FlowPath path = flow.path(in[8 + count], in[9 + count], in[10 + count], store);
     FASTVAE_CHECK_VALUE(!flow.likelihood.is_discrete() || !needs[2], op, "x",
                         "no gradient (a class and a count have none)", "x.requires_grad");
-    return walked_back(flow, path, flow.cotangents(optional_of(in[0]), optional_of(in[1]), optional_of(in[2])), store, needs, of_x, steps);
+    return walked_back(flow, path, flow.cotangents(optional_of(in[0]), optional_of(in[1]), optional_of(in[2])), store,
+                       needs, of_x, steps);
   };
-  const std::vector<at::Tensor> in = joined(
-      {grad_z.value_or(at::Tensor()), grad_rho.value_or(at::Tensor()), grad_log_px.value_or(at::Tensor()), z, rho, x,
-       step_size, alpha},
-      flattened(parameters, z_steps, rho_steps, stash));
+  const std::vector<at::Tensor> in = joined({grad_z.value_or(at::Tensor()), grad_rho.value_or(at::Tensor()),
+                                             grad_log_px.value_or(at::Tensor()), z, rho, x, step_size, alpha},
+                                            flattened(parameters, z_steps, rho_steps, stash));
   std::vector<int64_t> numbers = needs.vec();
   numbers.push_back(store ? 1 : 0);
   // What the way there has left lies at another place each time, unless that came from a graph, too.
-  std::vector<at::Tensor> out =
-      is_under_lease(z_steps) ? replayed(call_text(op, {network, likelihood}, numbers), in,
-                                         count + 3, /*owned=*/in.size(), walk_back)
-                              : walk_back(in);
+  std::vector<at::Tensor> out = is_under_lease(z_steps) ? replayed(call_text(op, {network, likelihood}, numbers), in,
+                                                                   {count, 3}, /*owned=*/in.size(), walk_back)
+                                                        : walk_back(in);
   std::vector<at::Tensor> of_parameters(out.begin() + 5, out.end());
   return {out[0], out[1], out[2], out[3], out[4], std::move(of_parameters)};
 }

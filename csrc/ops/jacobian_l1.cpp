@@ -117,7 +117,7 @@ at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::stri
     jacobian.mark(terms);
     return {reduce(terms, jacobian.reduction)};
   };
-  return replayed(call_text(op, {network, reduction}, numbers), joined({z}, parameters), parameters.size(),
+  return replayed(call_text(op, {network, reduction}, numbers), joined({z}, parameters), {parameters.size(), 0},
                   /*owned=*/1, norm)[0];
 }
 
@@ -175,8 +175,8 @@ JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent, con
     return norm_and_gradient(op, in, jacobian, needs);
   };
   const std::vector<at::Tensor> out =
-      replayed(call_text(op, {network, reduction}, numbers),
-               joined({cotangent.value_or(at::Tensor()), z}, parameters), parameters.size(), 2 + parameters.size(), norm);
+      replayed(call_text(op, {network, reduction}, numbers), joined({cotangent.value_or(at::Tensor()), z}, parameters),
+               {parameters.size(), 0}, 2 + parameters.size(), norm);
   return {out[0], out[1], std::vector<at::Tensor>(out.begin() + 2, out.end())};
 }
 

@@ -24,7 +24,7 @@ from fastvae.network.layers import (
     without_cotangents,
 )
 from fastvae.network.program import Program
-from fastvae.network.tape import MOST_NUMBERS, Tapes
+from fastvae.network.tape import Tapes, most_numbers
 
 
 class Sweeps:
@@ -110,7 +110,7 @@ class Sweeps:
 
         Rules of a user's may fill a tensor in ways that nobody sees.
         """
-        return self._is_ours and evaluations * samples * self.kept_numbers <= MOST_NUMBERS
+        return self._is_ours and evaluations * samples * self.kept_numbers <= most_numbers(self.device)
 
     def output(self, point: Point) -> Tensor:
         """The network's output at a point."""

@@ -29,9 +29,11 @@ __all__ = [
     "Tapes",
     "Unrecordable",
     "check_same",
+    "fixed",
     "form_of",
     "is_plain",
     "kernel",
+    "most_numbers",
     "outside",
     "tensors_in",
 ]
@@ -53,6 +55,14 @@ def kernel(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     with _pop_mode_temporarily():
         return recorder.note(function, args)
+
+
+def fixed(tensor: Tensor) -> Tensor:
+    """A tensor that is the same in every run, from elsewhere."""
+    recorder: Recorder | None = getattr(_state, "recorder", None)
+    if recorder is not None:
+        recorder.name_constant(tensor)
+    return tensor
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
@@ -129,6 +139,11 @@ class Recorder(TorchDispatchMode):
         if len({_place_of(value) for value in values}) < len(values):
             raise Unrecordable("an input is given twice")
         return [self.name(value) for value in values]
+
+    def name_constant(self, value: Tensor) -> None:
+        """Give a variable to a tensor that is the same in every run, if it has none."""
+        if id(value) not in self._names:
+            self.constants[self.name(value)] = value
 
     def name_object(self, value: Any) -> int:
         """The variable of an object whose methods are called."""
@@ -268,9 +283,18 @@ SEEN = 3
 """Runs of one form after which it is worth to write one down, which takes as long as ten."""
 _FORMS = 8
 """Forms that are remembered: batches of many sizes are no use for that."""
-MOST_NUMBERS = 2**25
-"""Numbers that a run keeps, beyond which asking the rules is nothing beside the work, and a recorder holds too much."""
+_MOST_NUMBERS, _MOST_ON_A_GPU, _PART_OF_A_GPU = 2**25, 2**28, 64
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def most_numbers(device: str) -> int:
+    """Numbers that a run keeps on a kind of device, beyond which asking the rules is nothing beside the work.
+
+    A recorder holds all of them. A GPU is done with them sooner than with being asked.
+    """
+    if device != "cuda":
+        return _MOST_NUMBERS
+    return min(_MOST_ON_A_GPU, torch.cuda.get_device_properties().total_memory // _PART_OF_A_GPU)
 
 
 class Tapes:

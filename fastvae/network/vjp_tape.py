@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.network.straight import Code
-from fastvae.network.tape import MOST_NUMBERS, Recorder, Unrecordable, check_same, is_plain, tensors_in
+from fastvae.network.tape import Recorder, Unrecordable, check_same, is_plain, most_numbers, tensors_in
 
 __all__ = ["RepeatedPass", "RepeatedVjp", "StraightPass"]
 
@@ -149,7 +149,9 @@ class RepeatedPass(ABC):
         with recorder:
             output = self.there()
         try:
-            if sum(tensor.numel() for tensor in tensors_in(recorder.alive)) > MOST_NUMBERS:
+            if sum(tensor.numel() for tensor in tensors_in(recorder.alive)) > most_numbers(
+                output.device.type
+            ):
                 raise Unrecordable("so much work that asking for it costs nothing")
             if recorder.failure:
                 raise Unrecordable(recorder.failure)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvae._extension import raw
+from fastvae import _extension  # noqa: F401  (registers the operator)
 from fastvae.network.tape import kernel
 
 from .base import (
@@ -29,6 +29,8 @@ from .base import (
     stacked,
     unfolded,
 )
+
+_PRODUCT = torch.ops.fastvae_internal.matrix_product.default
 
 
 class AffineLayer(Layer):
@@ -102,15 +104,15 @@ class LinearLayer(AffineLayer):
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """See ``AffineLayer``."""
-        return kernel(raw.matrix_product, x, weight.mT)
+        return kernel(_PRODUCT, x, weight.mT)
 
     def pull(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """See ``AffineLayer``."""
-        return kernel(raw.matrix_product, dy, weight)
+        return kernel(_PRODUCT, dy, weight)
 
     def outer(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
         """See ``AffineLayer``."""
-        return kernel(raw.matrix_product, dy.flatten(0, -2).mT, x.flatten(0, -2))
+        return kernel(_PRODUCT, dy.flatten(0, -2).mT, x.flatten(0, -2))
 
     def sums(self, dy: Tensor) -> Tensor:
         """See ``AffineLayer``."""

@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from fastvae._compiling import is_captured
 from fastvae.network.program import Operation
-from fastvae.network.tape import kernel, outside
+from fastvae.network.tape import fixed, kernel, outside
 
 from .base import Gradients, Layer, Point, Products, Values, folded, latents_of, layer_of, unfolded
 
@@ -35,15 +35,26 @@ class Transposed:
     def __init__(self, apply: Callable[[Tensor], Tensor], shape: Sequence[int], like: Tensor) -> None:
         # One number, however many are looked at.
         empty = torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=like.dtype, device=like.device)
-        leaf = empty.requires_grad_()
+        self._leaf = empty.requires_grad_()
         with torch.enable_grad():
-            # The tensors themselves are let go.
-            self._result, self._argument = get_gradient_edge(apply(leaf)), get_gradient_edge(leaf)
+            # The result itself is let go.
+            self._result, self._argument = get_gradient_edge(apply(self._leaf)), get_gradient_edge(self._leaf)
 
     def __call__(self, dy: Tensor) -> Tensor:
         """Of a cotangent of the result."""
         (found,) = torch.autograd.grad(self._result, self._argument, dy, retain_graph=True)
         return found
+
+    def noted(self, dy: Tensor) -> Tensor:
+        """The same, for straight code.
+
+        A GPU gets the operators that autograd calls, which may look at the argument's sizes: what is a call of Python's
+        has no place in a CUDA graph. For a CPU it is one call.
+        """
+        if dy.is_cpu:
+            return kernel(self, dy)
+        fixed(self._leaf)
+        return self(dy)
 
 
 class MapLayer(Layer):
@@ -92,7 +103,7 @@ class MapLayer(Layer):
         latents = latents_of(dy, rank)
         rows = folded(dy, rank)
         transposed = outside(self._transpose, point, rows, x)
-        grads.add(self.x, unfolded(kernel(transposed, rows), latents))
+        grads.add(self.x, unfolded(transposed.noted(rows), latents))
 
     def tangent(self, point: Point, dots: Values) -> Tensor:
         """The map of xdot."""
