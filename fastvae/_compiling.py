@@ -1,4 +1,4 @@
-"""Whether this call is traced by torch.compile or torch.export, or captured in a CUDA graph."""
+"""Who looks on: torch.compile or torch.export that trace a call, a mode that sees it, a CUDA graph that captures it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 _exporting: list[int] = []
 """The thread in which this package exports a copy of a decoder: PyTorch's flag holds for all threads meanwhile."""
@@ -18,6 +19,16 @@ def is_compiling() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return True
     return torch.compiler.is_compiling() and _exporting in ([], [threading.get_ident()])
+
+
+def is_watched() -> bool:
+    """Whether a torch function mode sees what this thread calls, other than the one of a default device.
+
+    ``torch.set_default_device`` and ``with torch.device(...)`` are such a mode, which gives a device to new tensors
+    that were given none, and has no part in anything else.
+    """
+    modes = range(torch._C._len_torch_function_stack())
+    return any(type(torch._C._get_function_stack_at(place)) is not DeviceContext for place in modes)
 
 
 def is_captured(tensor: Tensor) -> bool:

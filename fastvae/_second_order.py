@@ -290,7 +290,7 @@ def check_twice(name: str, gradient: Tensor, point: Tensor) -> None:
 def _words_of(dead_end: Any) -> str:
     """What a dead end would say if the backward pass came to it."""
     try:
-        dead_end(torch.zeros(()))
+        dead_end(torch.zeros((), device="cpu"))
     except Exception as error:
         lines = str(error).strip().splitlines()
         if lines and ("derivative" in lines[0] or "differentia" in lines[0]):

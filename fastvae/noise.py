@@ -40,7 +40,7 @@ def key_of_weights(model: nn.Module) -> int:
     It is the same in float32 and in float64, on every device, and wherever the weights were read from. Buffers do not
     count: a BatchNorm's counter goes on while nothing is learnt.
     """
-    found = [torch.zeros(1, dtype=torch.int64)]
+    found = [torch.zeros(1, dtype=torch.int64, device="cpu")]
     for value in model.parameters():
         rows = value.double() if value.is_floating_point() else value
         found.append(keys_of(keys_of(rows if rows.dim() else rows[None])[None]).cpu())

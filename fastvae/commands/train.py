@@ -235,7 +235,9 @@ def _introduced(
     shape = "x".join(map(str, train.images.shape[1:]))
     labels = "" if train.labels is None else f", {train.labels.unique().numel()} labels"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    share = Network(model.decoder, model.likelihood, z=torch.zeros(2, settings.latent_dim)).lowered
+    share = Network(
+        model.decoder, model.likelihood, z=torch.zeros(2, settings.latent_dim, device="cpu")
+    ).lowered
     return (
         f"images: {len(train):,} to train on and {len(test):,} to test on, {shape}{labels}\n"
         f"model: {type(model).__name__}, {model.latent_dim} latent variables, {settings.likelihood} likelihood, "

@@ -89,7 +89,7 @@ class FactorDataset(ImageDataset):
 
     def subset(self, indices: Tensor | Sequence[int]) -> FactorDataset:
         """The images at ``indices`` (integers [M]), in that order, as a data set of its own."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         part = FactorDataset.__new__(FactorDataset)
         ImageDataset.__init__(part, self.images[chosen], name=self.name)
         part.space, part.factors = self.space, self.factors[chosen]

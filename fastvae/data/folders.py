@@ -52,7 +52,7 @@ def load_pictures(
     labels = None
     if classes is not None:
         number = {name: index for index, name in enumerate(classes)}
-        labels = torch.tensor([number[_words(folder, path)[depth]] for path in paths])
+        labels = torch.tensor([number[_words(folder, path)[depth]] for path in paths], device="cpu")
     names = tuple(path.relative_to(folder).as_posix() for path in paths)
     found = ImageDataset(torch.from_numpy(images), labels, str(folder), classes=classes, files=names)
     return found, len(parts) > 1 and split != "all"

@@ -75,7 +75,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageDataset:
         """The images at ``indices`` (integers [M]), in that order, as a data set of its own."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         return ImageDataset(
             self.images[chosen],
             None if self.labels is None else self.labels[chosen],
@@ -95,7 +95,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
                 f"ImageDataset.split: expected sizes of at least 1 that sum to at most {len(self)} "
                 f"(the images of {self.name}), got {sizes}"
             )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(int(seed)))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(int(seed)), device="cpu")
         return tuple(self.subset(part) for part in order[: sum(sizes)].split(list(sizes)))
 
 

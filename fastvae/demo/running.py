@@ -100,10 +100,12 @@ def mislabelled(train: ImageDataset, seed: int) -> tuple[ImageDataset, Tensor | 
     if train.labels is None or len(kinds := train.labels.unique()) < 2:
         return train, None
     generator = torch.Generator().manual_seed(seed)
-    wrong = torch.zeros(len(train), dtype=torch.bool)
-    wrong[torch.randperm(len(train), generator=generator)[: max(1, round(_WRONG * len(train)))]] = True
+    wrong = torch.zeros(len(train), dtype=torch.bool, device="cpu")
+    wrong[
+        torch.randperm(len(train), generator=generator, device="cpu")[: max(1, round(_WRONG * len(train)))]
+    ] = True
     # Another label: so many places further among all.
-    shift = torch.randint(1, len(kinds), (len(train),), generator=generator)
+    shift = torch.randint(1, len(kinds), (len(train),), generator=generator, device="cpu")
     other = kinds[(torch.searchsorted(kinds, train.labels) + shift) % len(kinds)]
     labels = torch.where(wrong, other, train.labels)
     return ImageDataset(train.images, labels, train.name, classes=train.classes, files=train.files), wrong
@@ -113,7 +115,9 @@ def foreign_to(test: ImageDataset, seed: int) -> dict[str, ImageDataset]:
     """Other kinds of images of the test images' shape: photographs, themselves inverted, their pixels shuffled."""
     generator = torch.Generator().manual_seed(seed)
     few = test.images[:200]
-    shuffled = few.flatten()[torch.randperm(few.numel(), generator=generator)].reshape(few.shape)
+    shuffled = few.flatten()[torch.randperm(few.numel(), generator=generator, device="cpu")].reshape(
+        few.shape
+    )
     found = {"inverted": ImageDataset(255 - few), "shuffled": ImageDataset(shuffled)}
     try:
         from sklearn.datasets import load_sample_images
@@ -121,12 +125,14 @@ def foreign_to(test: ImageDataset, seed: int) -> dict[str, ImageDataset]:
         return found
     # A photograph's own pixels are too smooth to be told from nothing: each of the patch stands for 4x4 of them.
     height, width = (4 * size for size in test.images.shape[2:])
-    photographs = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+    photographs = [
+        torch.tensor(image, device="cpu").permute(2, 0, 1) for image in load_sample_images().images
+    ]
     patches = []
     for index in range(200):
         photograph = photographs[index % len(photographs)]
         room = (photograph.shape[1] - height + 1, photograph.shape[2] - width + 1)
-        top, left = (int(torch.randint(max(1, size), (), generator=generator)) for size in room)
+        top, left = (int(torch.randint(max(1, size), (), generator=generator, device="cpu")) for size in room)
         patch = photograph[None, :, top : top + height, left : left + width] / 255
         patches.append((255 * resized(patch, test.images.shape[1:])).round().to(torch.uint8))
     return {"photographs": ImageDataset(torch.cat(patches)), **found}

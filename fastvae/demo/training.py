@@ -34,7 +34,7 @@ class Batches:
         return math.ceil(self.size / self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for indices in torch.randperm(len(self.images))[: self.size].split(self.batch_size):
+        for indices in torch.randperm(len(self.images), device="cpu")[: self.size].split(self.batch_size):
             yield self.images[indices]
 
 

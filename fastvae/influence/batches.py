@@ -77,7 +77,7 @@ def spread_over(data: Any, count: int) -> Any:
         parts = (data,) if isinstance(data, Tensor) else tuple(data)
         total = len(parts[0])
         if total > count and all(len(part) == total for part in parts):
-            rows = torch.linspace(0, total - 1, count).long()
+            rows = torch.linspace(0, total - 1, count, device="cpu").long()
             chosen = tuple(part[rows.to(part.device)] for part in parts)
             return chosen[0] if isinstance(data, Tensor) else chosen
         return data
@@ -85,7 +85,7 @@ def spread_over(data: Any, count: int) -> Any:
     found = data if loader is None else loader.dataset
     if not isinstance(found, Dataset) or isinstance(found, IterableDataset) or len(found) <= count:  # type: ignore[arg-type]
         return data
-    some = Subset(found, torch.linspace(0, len(found) - 1, count).long().tolist())  # type: ignore[arg-type]
+    some = Subset(found, torch.linspace(0, len(found) - 1, count, device="cpu").long().tolist())  # type: ignore[arg-type]
     if loader is None:
         return some
     # Of a loader that does not batch, samples are batches already.

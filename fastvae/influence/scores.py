@@ -28,7 +28,7 @@ def self_scores(
     snapshots: Snapshots, engine: Engine, evaluation: Evaluation, batch: Batch, unbiased: bool
 ) -> Tensor:
     """Weighted squared norms of a tile's gradients, summed over the checkpoints: [n]; see ``TracIn.self_influence``."""
-    total = torch.zeros(len(batch[0]))
+    total = torch.zeros(len(batch[0]), device="cpu")
     for index in range(len(snapshots)):
         weight = snapshots.enter(index)
         routes = engine.routes(len(batch[0]), None)

@@ -37,7 +37,7 @@ class Share:
         """[rows, columns] from every process's parts [rows, n] and the column where they start."""
         parts = [part for of_process in self._gathered(list(parts)) for part in of_process]
         if not parts:
-            return torch.zeros(rows, columns)
+            return torch.zeros(rows, columns, device="cpu")
         if len(parts) == 1 and parts[0][1].shape == (rows, columns):
             return parts[0][1]
         whole = parts[0][1].new_zeros(rows, columns)

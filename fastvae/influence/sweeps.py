@@ -120,7 +120,9 @@ def _lowered(model: BaseVAE) -> LoweredNetwork:
     """Compared with the decoder at codes of the prior: whether it is swept is asked before there are others."""
     like, codes = next(model.decoder.parameters(), None), None
     if like is not None and model.latent_dim is not None:
-        codes = torch.randn(2, model.latent_dim, generator=torch.Generator().manual_seed(0)).to(like)
+        codes = torch.randn(2, model.latent_dim, generator=torch.Generator().manual_seed(0), device="cpu").to(
+            like
+        )
     return lower(model.decoder, strip_sigmoid=model.likelihood.probs, compare_at=codes)
 
 

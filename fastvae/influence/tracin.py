@@ -197,13 +197,13 @@ class TracIn:
                 if k is None:
                     return scores
                 best = TopK(k, proponents)
-                best.add(torch.arange(scores.shape[1]), scores)
+                best.add(torch.arange(scores.shape[1], device="cpu"), scores)
                 return best.result()
             found = []
             for part in self._parts(queries):
                 best = TopK(k, proponents)
                 for first, scores in self._stream(part, show_progress):
-                    best.add(torch.arange(first, first + scores.shape[1]), scores)
+                    best.add(torch.arange(first, first + scores.shape[1], device="cpu"), scores)
                 found.append(self._share.merged(best).result())
         return KMostInfluentialResults(*(torch.cat(columns) for columns in zip(*found, strict=True)))
 
@@ -421,7 +421,7 @@ class TracIn:
     def _with_variance(self, queries: Batch, batch: Batch, draws: int) -> tuple[Tensor, Tensor]:
         """Scores [M, n] and their sampling variance."""
         routes = self._routes(queries)
-        scores = torch.zeros(len(queries[0]), len(batch[0]))
+        scores = torch.zeros(len(queries[0]), len(batch[0]), device="cpu")
         variance = torch.zeros_like(scores)
         for group in self._snapshots.by_noise():
             by_query: Tensor | float = 0.0

@@ -52,7 +52,7 @@ class LearnedLikelihood(nn.Module, Likelihood):
         else:
             expect_positive(kind, initial=initial)
             start = torch.full(sizes, float(initial))
-        if not bool((start > 0).all() and start.isfinite().all()):
+        if not (start.is_meta or bool((start > 0).all() and start.isfinite().all())):
             raise ValueError(f"{kind}: {name.removeprefix('log_')}: expected finite numbers above 0")
         self.head, self.name = head, name
         if is_trained:

@@ -26,7 +26,7 @@ _GAIN = 0.1
 
 def temperatures(count: int, schedule: str) -> Tensor:
     """Inverse temperatures from 0 to 1, float64 [count]."""
-    grid = torch.linspace(-1, 1, count, dtype=torch.float64)
+    grid = torch.linspace(-1, 1, count, dtype=torch.float64, device="cpu")
     if schedule == "sigmoid":
         grid = torch.sigmoid(_SIGMOID_RANGE * grid)
     scaled: Tensor = (grid - grid[0]) / (grid[-1] - grid[0])

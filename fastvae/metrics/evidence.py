@@ -198,7 +198,7 @@ def bidirectional_ais(
     generator = torch.Generator(device).manual_seed(int(seed))
     z = torch.randn(int(num_images), private.latent_dim, generator=generator, device=device, dtype=dtype)
     drawn = []
-    for rows in torch.arange(len(z)).split(_BATCH):
+    for rows in torch.arange(len(z), device=device).split(_BATCH):
         named = {} if condition is None else {"condition": condition[rows].to(device)}
         drawn.append(private.likelihood.sample(private.decode(z[rows], **named), generator=generator))
     x = torch.cat(drawn)
@@ -243,7 +243,7 @@ class _Options:
         shape = int(self.num_temperatures) - 2, images
         if self.step_size is None:
             return None if shape[0] else torch.empty(shape, dtype=torch.float64, device=device)
-        given_size = torch.as_tensor(self.step_size, dtype=torch.float64).to(device)
+        given_size = torch.as_tensor(self.step_size, dtype=torch.float64, device=device)
         if given_size.dim() and given_size.shape != shape:
             raise ValueError(
                 f"{self.name}: step_size: expected a number or {list(shape)}, got {list(given_size.shape)}"
@@ -332,7 +332,7 @@ class _Chains:
         mean = log_weights.logsumexp(1) - math.log(count)
         # Of weights in units of their mean, which is 1; with one chain 0 / 0.
         off = (log_weights - mean[:, None]).exp() - 1
-        spread = (off.square().sum(1) / (torch.tensor(count - 1.0) * count)).sqrt()
+        spread = (off.square().sum(1) / (off.new_tensor(count - 1.0) * count)).sqrt()
         acceptance = torch.cat(rates).view(-1, count).mean(1)
         warn_of_nan(self.options.name, self.model, mean)
         found = (mean if z is None else -mean, spread, log_weights, acceptance, self.steps)
@@ -379,7 +379,7 @@ def _observed(x: Images, condition: Tensor | Place | None, weight: Tensor | Plac
         return Observation(x, condition, weight)  # type: ignore[arg-type]
     parts = list(observations(x, {"condition": condition, "weight": weight}))  # type: ignore[dict-item]
     if not parts:
-        return Observation(torch.empty(0))
+        return Observation(torch.empty(0, device="cpu"))
     columns = ([t for t in column if t is not None] for column in zip(*parts, strict=True))
     return Observation(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 

@@ -122,7 +122,7 @@ def local_codes(
     expect_numbers("local_codes", rho=rho, seed=seed)
     expect_at_least("local_codes", 1, num_points=num_points, num_clusters=num_clusters)
     expect_at_least("local_codes", 0, continuity_cutoff=continuity_cutoff)
-    sizes = torch.tensor(space.sizes)
+    sizes = torch.tensor(space.sizes, device="cpu")
     reach = (sizes.double() * rho).floor().long()
     if not 0 < rho <= 1 or not bool(((reach > 0) & (sizes > 1)).any()):
         raise ValueError(
@@ -142,11 +142,11 @@ def _clusters(
     model: Encoder, space: FactorSpace, reach: Tensor, num_points: int, num_clusters: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(int(seed))
-    last = torch.tensor(space.sizes) - 1
+    last = torch.tensor(space.sizes, device="cpu") - 1
     for _ in range(num_clusters):
         centre = space.sample(1, generator)[0]
         low, high = (centre - reach).clamp_min(0), torch.minimum(centre + reach, last)
-        uniform = torch.rand(num_points, len(last), generator=generator, dtype=torch.float64)
+        uniform = torch.rand(num_points, len(last), generator=generator, dtype=torch.float64, device="cpu")
         factors = low + (uniform * (high - low + 1)).long()
         yield codes_of(model, space, factors), factors
 

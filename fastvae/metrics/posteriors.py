@@ -130,7 +130,7 @@ def mutual_information(
     expect_at_least("mutual_information", 1, optional=True, chunk_size=chunk_size)
     mu, logvar = (part.double() for part in posteriors(model, images))
     generator = torch.Generator().manual_seed(int(seed))
-    noise = torch.randn(num_samples, *mu.shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num_samples, *mu.shape, generator=generator, dtype=torch.float64, device="cpu")
     codes = (mu + torch.exp(logvar / 2) * noise).flatten(0, 1)
     # log q(z | x_n) = z^2 . a_n + z . b_n + c_n: two products of matrices for all pairs.
     precision = torch.exp(-logvar)

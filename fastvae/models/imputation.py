@@ -82,7 +82,9 @@ def _redrawn(
     choices = torch.cat((shares, of_before[None]))
     # Where there is nothing to choose from, the guess before stays: NaN.
     known = choices.sum(0) > 0
-    choices = torch.where(known, choices, torch.eye(draws + 1, 1).flip(0).to(choices))
+    choices = torch.where(
+        known, choices, torch.eye(draws + 1, 1, dtype=choices.dtype, device=choices.device).flip(0)
+    )
     chosen = torch.multinomial(choices.T, 1, generator=generator)[:, 0]
     rows = (chosen % draws) * samples + torch.arange(samples, device=codes.device)
     params = model.decode(codes[rows], **_condition_of(observation))

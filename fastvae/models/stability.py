@@ -69,7 +69,7 @@ def largest_eigenvalues(product: Callable[[Tensor], Tensor], start: Tensor) -> T
         start: [B, d].
     """
     directions = [start / start.norm(dim=1, keepdim=True)]
-    basis, images = torch.empty(0), []
+    basis, images = start.new_empty(0), []
     for _ in range(min(_PRODUCTS, start.shape[1])):
         images.append(product(directions[-1]))
         basis = torch.stack(directions, 1)

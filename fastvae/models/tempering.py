@@ -133,7 +133,7 @@ class BoundedStepSize(nn.Module):
                 )
         if not (math.isfinite(maximum) and maximum > 0):
             raise ValueError(f"max_step_size: expected a finite number above 0, got {maximum}")
-        value = torch.as_tensor(initial, dtype=torch.float64).detach().cpu()
+        value = torch.as_tensor(initial, dtype=torch.float64, device="cpu").detach()
         value = _as_flow_shape(value, num_steps, latent_dim)
         if not bool(((value > 0) & (value < maximum)).all()):
             raise ValueError(
@@ -141,7 +141,8 @@ class BoundedStepSize(nn.Module):
                 f"got {value.min().item():.6g} to {value.max().item():.6g}"
             )
         self.maximum = float(maximum)
-        logit = torch.logit(value / maximum).to(torch.get_default_dtype())
+        # Of the default type, and on the default device as the parameters of PyTorch's modules.
+        logit = torch.tensor(torch.logit(value / maximum).tolist())
         self.logit = nn.Parameter(logit, requires_grad=learn)
 
     def forward(self) -> Tensor:

@@ -235,7 +235,9 @@ class Network:
     def _drawn(self) -> Tensor:
         codes = self._seen()
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn((_DRAWN, *codes.shape[1:]), generator=generator, dtype=torch.float64).to(codes)
+        drawn = torch.randn(
+            (_DRAWN, *codes.shape[1:]), generator=generator, dtype=torch.float64, device="cpu"
+        ).to(codes)
         # And on the other side of zero: two codes may well both be where an activation's slope is one.
         return torch.stack([drawn, -drawn], 1).flatten(0, 1)
 

@@ -89,7 +89,7 @@ def _read(likelihood: Likelihood, y: Tensor, x: Tensor, by_autograd: Derivatives
 
 def _agree(sweeps: Sweeps, y: Tensor, x: Tensor, by_autograd: Derivatives) -> bool:
     generator = torch.Generator().manual_seed(0)
-    v, c = (torch.randn(shape, generator=generator).to(y) for shape in (y.shape, y.shape[:1]))
+    v, c = (torch.randn(shape, generator=generator, device="cpu").to(y) for shape in (y.shape, y.shape[:1]))
     try:
         with torch.no_grad():
             inputs = Inputs(sweeps, y, tensors_of(sweeps, x))

@@ -50,7 +50,7 @@ def verify_program(
     rows = rows_of(z, _ROWS)
     given = None if condition is None else rows_of(condition, _ROWS)
     if not of_data:
-        noise = torch.empty(rows.shape, dtype=torch.float64).normal_(
+        noise = torch.empty(rows.shape, dtype=torch.float64, device="cpu").normal_(
             generator=torch.Generator().manual_seed(0)
         )
         rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
@@ -109,7 +109,9 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
     generator = torch.Generator().manual_seed(1)
 
     def draw(like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=torch.float64).normal_(generator=generator).to(like)
+        return (
+            torch.empty(like.shape, dtype=torch.float64, device="cpu").normal_(generator=generator).to(like)
+        )
 
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         point = z.detach().requires_grad_()
@@ -179,7 +181,7 @@ def _error_of_data(
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         with twice_differentiable():
             own = module(x) if condition is None else module(x, condition)
-        seed = torch.empty(own.shape, dtype=torch.float64)
+        seed = torch.empty(own.shape, dtype=torch.float64, device="cpu")
         seed = seed.normal_(generator=torch.Generator().manual_seed(1)).to(own)
         wanted: Sequence[Tensor] = ()
         if leaves and own.requires_grad:

@@ -144,7 +144,7 @@ def compressed_bits(images: Tensor, compressor: str = "png", *, binary: bool = F
         return 8 * buffer.getbuffer().nbytes
 
     shortest = length(torch.zeros_like(pixels[0])) if len(pixels) else 0
-    return torch.tensor([length(image) - shortest for image in pixels], dtype=torch.float64)
+    return torch.tensor([length(image) - shortest for image in pixels], dtype=torch.float64, device="cpu")
 
 
 def _pillow(compressor: str) -> Any:

@@ -182,7 +182,7 @@ def _verify(
     """Output and gradients are those of two encoders, one after the other."""
     looped = LoopedCopies(model, x, Adam(0.0, (0.0, 0.0), 0.0), condition)
     expected = looped.forward()
-    seed = torch.empty(expected.shape, dtype=torch.float64)
+    seed = torch.empty(expected.shape, dtype=torch.float64, device="cpu")
     seed = seed.normal_(generator=torch.Generator().manual_seed(0)).to(expected)
     wanted = looped.gradients(seed)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastvae._compiling import is_compiling
+from fastvae._compiling import is_compiling, is_watched
 from fastvae._elbo_reference import ElboTerms, elbo_terms, terms_at
 from fastvae._extension import raw
 from fastvae.arguments import given
@@ -124,7 +124,7 @@ def fused(
         return None
 
     def codes() -> Tensor:
-        drawn = torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0))
+        drawn = torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0), device="cpu")
         return drawn.to(next(decoder.parameters()))
 
     try:
@@ -145,7 +145,7 @@ def _is_plain(x: Tensor) -> bool:
     """Whether nothing is asked that only PyTorch's own operations can do."""
     if is_compiling() or type(x) not in (Tensor, nn.Parameter) or transformed():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack() or is_watched():
         return False
     if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
         return False

@@ -66,7 +66,7 @@ def image_blocks(
 def as_tensor(owner: str, argument: str, values: Any) -> Tensor:
     """A tensor as it is; numbers in an array or a list as one. TypeError for anything else."""
     try:
-        return values if isinstance(values, Tensor) else torch.as_tensor(values)
+        return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{owner}: {argument}: expected a tensor or an array of numbers, got {type(values).__name__} ({error})"

@@ -42,12 +42,11 @@ def traversals(
     expect_positive("plot.traversals", span=span)
     private = private_model("plot.traversals", model)
     chosen = _chosen("plot.traversals", private, x, latents)
-    values = torch.linspace(-span, span, columns)
+    values = torch.linspace(-span, span, columns, device="cpu")
     with torch.no_grad():
         z = private.encode(x[:1])[0].repeat(len(chosen) * columns, 1)
-        z[torch.arange(len(z)), torch.tensor(chosen).repeat_interleave(columns)] = values.repeat(
-            len(chosen)
-        ).to(z)
+        column = torch.tensor(chosen, device=z.device).repeat_interleave(columns)
+        z[torch.arange(len(z), device=z.device), column] = values.repeat(len(chosen)).to(z)
         made = private.likelihood.mean(private.decode(z))
     images = as_images("plot.traversals", made, x.shape[1:])
     ticks = [f"{value:.1f}" for value in values.tolist()]

@@ -79,7 +79,7 @@ def reconstructions(model: BaseVAE | Tensor, x: Tensor, *, columns: int = 8, see
     pairs: list[Tensor] = []
     for start in range(0, len(x), columns):
         upper, lower = (each[start : start + columns] for each in (originals, made))
-        blank = torch.ones(columns - len(upper), *shape) if start else upper[:0]
+        blank = upper.new_ones(columns - len(upper), *shape) if start else upper[:0]
         pairs += [upper, blank, lower, blank]
     name = "images, and below each its reconstruction"
     return image_blocks({name: torch.cat(pairs)}, columns=min(columns, len(x)))

@@ -140,5 +140,7 @@ def _judged(found: dict[str, dict[str, OODMetrics]]) -> tuple[str, bool | None]:
 def foreign_to(images: Tensor) -> dict[str, Tensor]:
     """Sets that any images have: themselves inverted, and noise with as many bright pixels."""
     generator = torch.Generator().manual_seed(0)
-    shuffled = images.flatten()[torch.randperm(images.numel(), generator=generator)].reshape(images.shape)
+    shuffled = images.flatten()[torch.randperm(images.numel(), generator=generator, device="cpu")].reshape(
+        images.shape
+    )
     return {"inverted": 1 - images, "shuffled pixels": shuffled}

@@ -39,7 +39,7 @@ def neighbour_accuracy(first: Tensor, second: Tensor) -> float:
     both = torch.cat((first, second)).flatten(1)
     distances = torch.cdist(both, both)
     distances.fill_diagonal_(torch.inf)
-    is_first = torch.arange(len(both)) < len(first)
+    is_first = torch.arange(len(both), device=both.device) < len(first)
     # Equal distances, common among binary images: the share of them.
     nearest = distances == distances.min(1, keepdim=True).values
     same = nearest & (is_first[:, None] == is_first[None])
@@ -51,7 +51,7 @@ def _draws(subject: Subject, count: int) -> Tensor:
     model, generator = subject.model, subject.generator()
     if model.latent_dim is None:
         model.encode(subject.here(subject.test[:1]))
-    z = subject.here(torch.randn(count, model.latent_dim or 1, generator=generator))
+    z = subject.here(torch.randn(count, model.latent_dim or 1, generator=generator, device="cpu"))
     parameters = model.decode(z.to(next(model.parameters()).dtype))
     own = torch.Generator(device=parameters.device).manual_seed(subject.seed)
     return as_images(

@@ -141,8 +141,8 @@ def _pairs(subject: Subject) -> Iterator[tuple[str, Job, Job, bool]]:
         z, rho = start(model, x, subject.seed)
         step, alpha = model.step_size.detach(), model.alpha.detach()
     else:
-        noise = torch.randn(2, *mu.shape, generator=subject.generator()).to(mu)
-        z, rho, step, alpha = mu, noise[0], torch.tensor(0.05).to(mu), torch.full((5,), 0.95).to(mu)
+        noise = torch.randn(2, *mu.shape, generator=subject.generator(), device="cpu").to(mu)
+        z, rho, step, alpha = mu, noise[0], mu.new_tensor(0.05), mu.new_full((5,), 0.95)
     z = z.requires_grad_()
 
     def flow(by: Callable[..., tuple[Tensor, ...]]) -> Job:
@@ -168,7 +168,7 @@ def _pairs(subject: Subject) -> Iterator[tuple[str, Job, Job, bool]]:
         return lambda: gradients(by(model.decoder, z, output=output), of_decoder)
 
     yield "Jacobian L1", jacobian(ops.jacobian_l1), jacobian(reference.jacobian_l1), True
-    codes = (mu + torch.randn(_CODES, *mu.shape, generator=subject.generator()).to(mu)).detach()
+    codes = (mu + torch.randn(_CODES, *mu.shape, generator=subject.generator(), device="cpu").to(mu)).detach()
 
     def importance(by: Callable[..., Tensor]) -> Job:
         def run() -> tuple[Tensor, ...]:

@@ -200,7 +200,7 @@ def _chosen(
             f"write_report: {name}: expected images [N, C, H, W], at least one, got {list(images.shape)}"
         )
     # Files are often sorted by label: the first images would not do.
-    chosen = torch.randperm(len(images), generator=generator)[: _MOST[name]]
+    chosen = torch.randperm(len(images), generator=generator, device="cpu")[: _MOST[name]]
     return images[chosen].float().cpu(), None if labels is None else labels[chosen].cpu(), chosen
 
 

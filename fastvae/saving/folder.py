@@ -102,7 +102,8 @@ def load(
     config, weights = _read(folder, path)
     given = {"encoder": encoder, "decoder": decoder, "likelihood": likelihood, "penalties": penalties}
     if model is None:
-        model = _build(path, config, given, weights)
+        with torch.device("cpu"):
+            model = _build(path, config, given, weights)
     elif any(part is not None for part in given.values()):
         raise ValueError("load: model: expected either a whole model or parts of one, got both")
     _fill(model, weights, path)

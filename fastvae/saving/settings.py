@@ -168,7 +168,7 @@ def _step_size(options: Mapping[str, Any]) -> torch.Tensor:
     """Any of the right shape."""
     shape = tuple(options["step_size"])
     # One a dimension, which might be taken for one a step.
-    return torch.full((1, *shape) if len(shape) == 1 else shape, options["max_step_size"] / 2)
+    return torch.full((1, *shape) if len(shape) == 1 else shape, options["max_step_size"] / 2, device="cpu")
 
 
 def _plain(value: Any) -> Any:

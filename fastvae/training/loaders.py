@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 __all__ = ["as_loader", "generators_of", "length_of", "samplers_of"]
 
 _BATCH_SIZE = 128
+
+
+class RandomSampler(torch.utils.data.RandomSampler):
+    """PyTorch's, which draws the order with a generator of the CPU, wherever new tensors are by default.
+
+    A run's definition names it: whether the loader is made here or by the user, it is the same run.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        with torch.device("cpu"):
+            return iter(list(super().__iter__()))
 
 
 def as_loader(argument: str, loader: Any, batch_size: int | None) -> Any:
@@ -37,7 +48,8 @@ def as_loader(argument: str, loader: Any, batch_size: int | None) -> Any:
             raise ValueError(
                 f"fit: {argument}: expected at least one sample, got an empty {type(loader).__name__}"
             )
-        return DataLoader(loader, batch_size or _BATCH_SIZE, shuffle=argument == "loader")
+        sampler = RandomSampler(loader) if argument == "loader" else None  # type: ignore[arg-type]
+        return DataLoader(loader, batch_size or _BATCH_SIZE, sampler=sampler)
     is_missing = loader is None and argument == "val_loader"
     if not is_missing and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise TypeError(

@@ -145,7 +145,7 @@ class Stepper:
         except DivergenceError as error:
             if self.team.size == 1:
                 raise NotFiniteError(str(error)) from error
-            loss, cause = torch.tensor(0.0), error
+            loss, cause = torch.tensor(0.0, device="cpu"), error
         if self.team.size == 1:
             return loss, loss.detach(), batch.amount
         total, count, diverged = self.team.sums(
