@@ -553,14 +553,16 @@ def test_what_a_whole_batch_leaves_in_a_module_is_noticed() -> None:
 
 
 class TwoPrecisions(nn.Module):
-    """A layer in float64 in front of one in float32."""
+    """A layer in float64 in front of one in float32, or in another type; the first one's output may be off a little."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_last: torch.dtype = torch.float32, off: float = 0.0) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(4, 5).double(), nn.Linear(5, 3)
+        self.first, self.last = nn.Linear(4, 5).double(), nn.Linear(5, 3).to(of_last)
+        self.of_last, self.off = of_last, off
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(x.double())).float())
+        h = torch.tanh(self.first(x.double())) * (1 + self.off * len(x))
+        return self.last(h.to(self.of_last))
 
 
 def test_parameters_of_two_dtypes() -> None:
@@ -575,3 +577,19 @@ def test_parameters_of_two_dtypes() -> None:
     # Of float32, in which half of the network is.
     torch.testing.assert_close(found.influence((x, y)).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.self_influence().double(), expected.diag(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_rounds_in_one_layer_is_no_error_of_another() -> None:
+    """Kernels may round a batch otherwise than its samples, as coarsely as the coarsest parameters do."""
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 4), torch.randn(5, 3)
+
+    def influence(of_last: torch.dtype, off: float) -> Tensor:
+        model = TwoPrecisions(of_last, off)
+        found = TracIn(model, (x, y), None, loss_fn=lambda output, y: (output - y).square().sum(1))
+        return found.influence((x, y))
+
+    assert influence(torch.float32, 1e-6).isfinite().all()
+    for of_last, off in ((torch.float64, 1e-6), (torch.float32, 1e-2)):
+        with pytest.raises(UncoveredParameter, match="is off by"):
+            influence(of_last, off)

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvae.influence.coverage import UncoveredParameter
 from fastvae.influence.evaluation import Batch, Evaluation
@@ -19,6 +19,7 @@ from fastvae.influence.layers import Layer
 from fastvae.influence.rules import Terms
 from fastvae.influence.snapshots import Snapshot
 from fastvae.influence.sweeps import Call
+from fastvae.lowering.verification import TOLERANCE_ON_A_GPU
 from fastvae.private import private_copy
 
 if TYPE_CHECKING:
@@ -86,17 +87,18 @@ def _errors(
     terms: dict[str, Terms | None] = {}
     errors: dict[str, float] = {}
     unknown = set(engine.covered)
+    eps, tolerance = _precision(evaluation.snapshot.model)
 
     def compare(name: str, gradient: Tensor, magnitude: Tensor | None = None) -> None:
         unknown.discard(name)
         errors.pop(name, None)
         wanted = exact[name]
-        eps, size = torch.finfo(wanted.dtype).eps, float(wanted.norm())
+        size = float(wanted.norm())
         error = float((gradient - wanted).norm())
         # Sums in another order differ by the round-off of their terms, which may cancel to a true gradient of zero
         # (a bias before InstanceNorm); what is missing is of the size of the gradient.
         cancelled = 0.0 if magnitude is None else float(magnitude.norm())
-        if not error <= math.sqrt(eps) * size + 100 * eps * cancelled + 30 * eps * largest:
+        if not error <= tolerance * size + 100 * eps * cancelled + 30 * eps * largest:
             errors[name] = error / max(size, torch.finfo(wanted.dtype).tiny)
 
     captured = engine.capture(evaluation, few, True, 1 / draws)
@@ -141,6 +143,20 @@ def _errors(
     for name in list(unknown):
         compare(name, torch.zeros_like(exact[name]))
     return terms, errors
+
+
+def _precision(model: nn.Module) -> tuple[float, float]:
+    """Round-off of the coarsest type of a model's parameters, which any value may go through, and what it sums to."""
+    parameters = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dtype.is_floating_point or parameter.is_complex()
+    ]
+    coarsest = max((parameter.dtype for parameter in parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    eps = torch.finfo(coarsest).eps
+    # PyTorch's operators for a GPU are not all as exact as their type.
+    least = TOLERANCE_ON_A_GPU.get(coarsest, 0.0) if any(p.is_cuda for p in parameters) else 0.0
+    return eps, max(math.sqrt(eps), least)
 
 
 def _of_layer(

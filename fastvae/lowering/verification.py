@@ -20,7 +20,7 @@ from .structure import Structure, current, evaluate, forget
 
 # Relative to the outputs: far above rounding, also that of TF32 on a GPU, and below another slope or layer.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOLERANCE_ON_A_GPU = {torch.float64: 1e-6, torch.float32: 2e-2}
+TOLERANCE_ON_A_GPU = {torch.float64: 1e-6, torch.float32: 2e-2}
 _ROWS_OF_THE_FIRST_USE = 2
 
 
@@ -94,7 +94,7 @@ def _can_compare(z: Tensor, tensors: list[Tensor]) -> bool:
 
 
 def _tolerance(z: Tensor) -> float:
-    return (_TOLERANCE_ON_A_GPU if z.is_cuda else _TOLERANCE)[z.dtype]
+    return (TOLERANCE_ON_A_GPU if z.is_cuda else _TOLERANCE)[z.dtype]
 
 
 def _settled(module: nn.Module) -> nn.Module:
