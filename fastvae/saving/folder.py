@@ -89,7 +89,7 @@ def load(
         encoder, decoder, likelihood, penalties: in place of what was saved; needed where that was not the package's
             own, or was changed after it was made.
         model: a model of a class of your own, built as before.
-        device: to move it to; None: it stays on the CPU.
+        device: to move it to; None: it stays on the CPU, or where the parts are that are given here.
 
     Raises:
         FileNotFoundError: no model in the folder.
@@ -104,6 +104,9 @@ def load(
     if model is None:
         with torch.device("cpu"):
             model = _build(path, config, given, weights)
+        if device is None:
+            # Parts that were given may be elsewhere than those that were made here.
+            device = next((parameter.device for parameter in model.parameters()), None)
     elif any(part is not None for part in given.values()):
         raise ValueError("load: model: expected either a whole model or parts of one, got both")
     _fill(model, weights, path)
