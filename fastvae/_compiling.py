@@ -28,7 +28,7 @@ def is_watched() -> bool:
     that were given none, and has no part in anything else.
     """
     modes = range(torch._C._len_torch_function_stack())
-    return any(type(torch._C._get_function_stack_at(place)) is not DeviceContext for place in modes)
+    return not all(isinstance(torch._C._get_function_stack_at(place), DeviceContext) for place in modes)
 
 
 def is_captured(tensor: Tensor) -> bool:

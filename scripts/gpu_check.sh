@@ -137,9 +137,17 @@ if [ -n "$dry" ]; then
   races=(grad_dot)
   counters=(grad_dot)
 fi
-pytest=("$PYTHON" -m pytest -v --tb=short -m "not slow" -p no:cacheprovider)
-! has xdist || pytest+=(-n "${WORKERS:-8}" --dist worksteal)
+# One thread each: as many processes as there are processors share them.
+pytest=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v --tb=short -m "not slow" -p no:cacheprovider)
+! has xdist || pytest+=(-n "${WORKERS:-$(($(nproc) > 1 ? $(nproc) - 1 : 1))}" --dist worksteal)
 read -ra tests <<<"${TESTS:-tests}"
+# Files that name no device, which run on the GPU as well by way of the default one.
+unplaced=(adapted_step_size ais conditions consistency densities elbo imputation influence influence_modules iwae_bound
+  learned_likelihoods network_density network_operators select_outputs weighted_models)
+default=cuda
+[ -z "$dry" ] || { default=cpu; unplaced=(select_outputs); }
+unplaced=("${unplaced[@]/#/tests/test_}")
+unplaced=("${unplaced[@]/%/.py}")
 results="$work/$call/results"
 device=${dry:+--cpu --quick}
 device=${device:---cuda}
@@ -157,6 +165,8 @@ case $call in
     stage 90 smoke "${smoke[@]}" ${dry:+leapfrog grad_dot}
     if has pytest; then
       stage 260 tests "${pytest[@]}" -k "(cuda or gpu) and not compile and not inductor and not export" "${tests[@]}"
+      stage 150 tests-default-device "${pytest[@]}" --default-device "$default" -k "not compile" \
+        "${unplaced[@]}"
     else
       note "pytest is not installed: only scripts/gpu_smoke.py compares the GPU with the CPU"
     fi

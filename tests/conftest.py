@@ -1,16 +1,67 @@
-"""Fixtures of all tests: the devices, and float32 that is float32, the same each time."""
+"""Fixtures of all tests: the devices, and float32 that is float32, the same each time.
+
+``--default-device cuda`` runs tests that name no device on a GPU: as under ``torch.set_default_device``, what they make
+lies there, and so does what they draw with a generator of the CPU.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
 
+_HERE = str(Path(__file__).resolve().parent)
 # For the benchmarks of this checkout; never its fastvae in place of an installed one.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+
+class _DefaultDevice(DeviceContext):
+    """``torch.set_default_device`` under which a test may draw with a generator of the CPU, as it does without one.
+
+    What the package draws is none of its business, and fails as it would for a user.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator))
+        generator = next(given, None)
+        elsewhere = generator is not None and generator.device.type != self.device.type
+        if not elsewhere or "device" in kwargs or not sys._getframe(1).f_code.co_filename.startswith(_HERE):
+            return super().__torch_function__(func, types, args, kwargs)
+        in_place = func.__name__.endswith("_")
+        there = [arg.to(generator.device) if isinstance(arg, Tensor) else arg for arg in args]
+        drawn = (
+            func(*there, **kwargs)
+            if there and isinstance(there[0], Tensor)
+            else func(*there, **kwargs, device=generator.device)
+        )
+        return (
+            args[0].copy_(drawn)
+            if in_place
+            else drawn.detach().to(self.device).requires_grad_(drawn.requires_grad)
+        )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of this suite."""
+    parser.addoption("--default-device", help="where tests make what they give no device (cpu, cuda)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """From before the first test file is imported: what it makes then is used in its tests."""
+    device = config.getoption("--default-device")
+    if device is not None:
+        mode = _DefaultDevice(device)
+        mode.__enter__()
+        config.add_cleanup(lambda: mode.__exit__(None, None, None))
 
 
 @pytest.fixture(

@@ -133,7 +133,7 @@ def tracin(model: nn.Module, train: Any, checkpoints: Any = (1.0,), **options: A
 
 
 def vae_gradients(model: Any, x: Tensor, draws: int, seed: int = 0) -> Tensor:
-    """[B, S, P] the gradient of each draw of each sample, from the model's own forward pass."""
+    """[B, S, P] the gradient of each draw of each sample, from the model's own forward pass; on the CPU."""
     model.eval()
     rows, like = [], next(model.parameters())
     for sample in x.split(1):
@@ -142,4 +142,4 @@ def vae_gradients(model: Any, x: Tensor, draws: int, seed: int = 0) -> Tensor:
             loss = model(sample, noise=noise.transpose(0, 1))
             grads = torch.autograd.grad(loss.sum(), list(model.parameters()), materialize_grads=True)
             rows.append(torch.cat([grad.flatten() for grad in grads]))
-    return torch.stack(rows).unflatten(0, (len(x), draws))
+    return torch.stack(rows).unflatten(0, (len(x), draws)).cpu()

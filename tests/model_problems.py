@@ -29,8 +29,8 @@ def data(batch: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(batch, PIXELS, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-def seeded(seed: int = 7) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 7, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 MODELS = [VAE, HVAE]

@@ -237,7 +237,7 @@ def test_a_resumed_run_ends_like_one_that_went_through(tmp_path: Path) -> None:
                 parameter.add_(0.01 * seed)
         x = some(60)
         weight = (x > 0.1).float()
-        loader = DataLoader(TensorDataset(x, weight), 10, shuffle=True, generator=seeded(3))
+        loader = DataLoader(TensorDataset(x, weight), 10, shuffle=True, generator=seeded(3, x.device))
         fastvae.fit(model, loader, epochs=epochs, weight=1, run_dir=tmp_path / folder, progress=False)
         return model
 

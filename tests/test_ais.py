@@ -71,9 +71,12 @@ def exact_of(model: VAE, x: Tensor, label: Tensor | None) -> Tensor:
     if label is not None:
         mean = mean + decoder.labels(label).detach()
     scale: Any = model.likelihood
-    return MultivariateNormal(
-        mean, weight @ weight.T + scale.scale**2 * torch.eye(len(weight), dtype=double)
-    ).log_prob(x)
+    # On the CPU, as estimates are.
+    return (
+        MultivariateNormal(mean, weight @ weight.T + scale.scale**2 * torch.eye(len(weight), dtype=double))
+        .log_prob(x.to(weight.device))
+        .cpu()
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,9 @@ def test_a_bernoulli_decoder_by_quadrature(dim: int) -> None:
         logits = decoder(grid)
         log_prior = Normal(0.0, 1.0).log_prob(grid).sum(1)
         exact = torch.stack([
-            (log_prior + (logits * image - F.softplus(logits)).sum(1)).logsumexp(0) + cell for image in bounds.x
-        ])  # fmt: skip
+            (log_prior + (logits * image - F.softplus(logits)).sum(1)).logsumexp(0) + cell
+            for image in bounds.x.to(logits.device)
+        ]).cpu()  # fmt: skip
     assert float((bounds.lower.log_px - exact).mean()) < 0.01
     assert float((bounds.upper.log_px - exact).mean()) > -0.01
     for found in bounds[1:]:
@@ -199,13 +203,14 @@ def test_every_weight_is_that_of_plain_pytorch(initial: str) -> None:
     steps = 0.2 + torch.rand(18, 3, generator=seeded(), dtype=double)
     options: Any = {"num_leapfrog_steps": 3, "step_size": steps, "initial": initial, "seed": 5}
     bounds = bidirectional_ais(model, 3, 20, 2, **options)
-    generator = torch.Generator().manual_seed(5)
-    z = torch.randn(3, DIM, generator=generator, dtype=double)
+    # On the model's device, where images are drawn, too.
+    place = model.decoder[0].weight.device  # type: ignore[index]
+    z = torch.randn(3, DIM, generator=seeded(5, place), dtype=double, device=place)
     for found, start, first in ((bounds.lower, None, 4), (bounds.upper, z, 2**32)):
         keys = draws_of(keys_of(bounds.x), 5, 2, first).view(3, 2)
         for image in range(3):
             q = None
-            x = bounds.x[image : image + 1]
+            x = bounds.x[image : image + 1].to(place)
             if initial == "posterior":
                 mu, logvar = model.encode(x)
                 q = Normal(mu.detach(), (logvar / 2).exp().detach())
@@ -229,7 +234,8 @@ def test_two_temperatures_are_importance_sampling() -> None:
         return Stream(keys).normal((DIM,)).view(4, 50, DIM).transpose(0, 1)[None, first : first + count]
 
     found = ais(model, x, 2, 50, initial="posterior", seed=3)
-    torch.testing.assert_close(found.log_px, model.log_likelihood(x, 50, noise=noise), rtol=1e-12, atol=1e-12)
+    expected = model.log_likelihood(x, 50, noise=noise).cpu()
+    torch.testing.assert_close(found.log_px, expected, rtol=1e-12, atol=1e-12)
     assert found.step_size.shape == (0, 4) and not bool(found.acceptance.any())
 
 
@@ -335,7 +341,7 @@ def test_every_model_is_scored_and_left_as_it_was(name: str) -> None:
     assert found.log_px.dtype == double and found.log_px.shape == (2,) and found.log_weights.shape == (2, 16)
     exact = VAE(model.encoder, model.decoder, model.likelihood).eval().double()
     sampled = exact.log_likelihood(x if x.dtype == torch.uint8 else x.double(), 5000, generator=seeded())
-    assert float((found.log_px - sampled).mean()) == pytest.approx(0, abs=0.1)
+    assert float((found.log_px - sampled.cpu()).mean()) == pytest.approx(0, abs=0.1)
 
 
 def test_conditions_are_those_of_their_images() -> None:
@@ -363,7 +369,7 @@ def test_missing_elements_are_integrated_out() -> None:
     exact = torch.stack([
         MultivariateNormal(m[seen], covariance[seen][:, seen]).log_prob(image[seen])
         for m, seen, image in zip(mean, weight.bool(), x, strict=True)
-    ])  # fmt: skip
+    ]).cpu()  # fmt: skip
     for initial in ("prior", "posterior"):
         found = ais(model, x, 60, 64, condition=labels, weight=weight, initial=initial)
         torch.testing.assert_close(found.log_px, exact, rtol=0, atol=0.2)
@@ -386,11 +392,11 @@ def test_schedules() -> None:
     for schedule in ("sigmoid", "linear"):
         ladder = temperatures(11, schedule)
         assert ladder[0] == 0 and ladder[-1] == 1 and bool((ladder.diff() > 0).all())
-        torch.testing.assert_close(ladder + ladder.flip(0), torch.ones(11, dtype=double))
+        torch.testing.assert_close(ladder + ladder.flip(0), torch.ones_like(ladder))
     assert float(temperatures(1001, "sigmoid")[1]) < 0.2 * float(temperatures(1001, "linear")[1])
     model, x, exact = linear_gaussian(VAE)
     found = ais(model, x, 100, 16, schedule="linear")
-    torch.testing.assert_close(found.log_px, exact, rtol=0, atol=0.2)
+    torch.testing.assert_close(found.log_px, exact.cpu(), rtol=0, atol=0.2)
 
 
 def test_a_bar_on_request(capsys: pytest.CaptureFixture[str]) -> None:

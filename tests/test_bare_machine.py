@@ -132,7 +132,9 @@ def test_every_stage(call: str, run: Run) -> None:
     result = run(call, SECONDS_IN_ALL="1800", TESTS=tests)
     assert result.status == 0, result.printed
     if call == "first":
-        assert {"smoke.txt", "tests.txt", "memcheck.txt", "racecheck.txt"} <= set(result.files)
+        assert {"smoke.txt", "tests.txt", "tests-default-device.txt", "memcheck.txt", "racecheck.txt"} <= set(
+            result.files
+        )
     elif call == "second":
         written = {name for name in result.files if name.endswith(".md")}
         expected = {

@@ -172,7 +172,7 @@ def test_influence(name: str) -> None:
                 grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
                 mean = mean + torch.cat([grad.flatten() for grad in grads]) / 3
             rows.append(mean)
-        return torch.stack(rows)
+        return torch.stack(rows).cpu()
 
     g, h = gradients(x, labels), gradients(queries, others)
     options: dict[str, Any] = {"num_samples": 3, "uncovered": "materialise" if name == "HVAE" else "error"}

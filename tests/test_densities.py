@@ -92,12 +92,14 @@ def test_mean_is_the_expectation_of_samples(name: str) -> None:
         pytest.skip("its mean is that of the logistic variable")
     params, _ = problem(likelihood, 3, torch.float32)
     params = params.repeat_interleave(20_000, 0)
-    draws = likelihood.sample(params, generator=seeded(3)).reshape(3, 20_000, PIXELS)
+    draws = likelihood.sample(params, generator=seeded(3, params.device)).reshape(3, 20_000, PIXELS)
     mean = likelihood.mean(params).reshape(3, 20_000, PIXELS)[:, 0]
     errors = draws.std(1) / math.sqrt(20_000)
     # 18 means; a t of three degrees of freedom has a variance, whose estimate is rough.
     assert ((draws.mean(1) - mean) / errors).abs().max() < 4.5
-    assert torch.equal(draws, likelihood.sample(params, generator=seeded(3)).reshape(draws.shape))
+    assert torch.equal(
+        draws, likelihood.sample(params, generator=seeded(3, params.device)).reshape(draws.shape)
+    )
     if is_of_counts(likelihood) or isinstance(likelihood, ContinuousBernoulli):
         likelihood.check(draws)
 
@@ -112,18 +114,17 @@ def test_samples_have_the_densities() -> None:
         (GaussianHead(), stats.norm(0.2, math.exp(0.1))),
     ):
         params = torch.tensor([[0.2, 0.1][: likelihood.values_per_element]]).expand(size, -1)
-        drawn = likelihood.sample(params.contiguous(), generator=seeded(4))
-        assert stats.kstest(drawn.flatten().numpy(), distribution.cdf).pvalue > 1e-3
+        drawn = likelihood.sample(params.contiguous(), generator=seeded(4, params.device))
+        assert stats.kstest(drawn.flatten().cpu().numpy(), distribution.cdf).pvalue > 1e-3
     for a in (-30.0, -2.0, 0.0, 1e-4, 5.0, 60.0):
-        drawn = ContinuousBernoulli().sample(
-            torch.full((size, 1), a, dtype=torch.float64), generator=seeded(5)
-        )
+        params = torch.full((size, 1), a, dtype=torch.float64)
+        drawn = ContinuousBernoulli().sample(params, generator=seeded(5, params.device))
         cdf = torch.expm1(a * drawn) / math.expm1(a) if a else drawn
-        assert stats.kstest(cdf.flatten().numpy(), "uniform").pvalue > 1e-3, a
+        assert stats.kstest(cdf.flatten().cpu().numpy(), "uniform").pvalue > 1e-3, a
     for likelihood in (DiscretizedLogistic(5), NegativeBinomial(0.8), ZeroInflatedNegativeBinomial(3.0)):
         params = torch.tensor([[0.4, -1.0][: likelihood.values_per_element]]).expand(size, -1).contiguous()
         scale = likelihood.num_classes - 1 if isinstance(likelihood, DiscretizedLogistic) else 1
-        drawn = (likelihood.sample(params, generator=seeded(6)) * scale).long().flatten()
+        drawn = (likelihood.sample(params, generator=seeded(6, params.device)) * scale).long().flatten()
         values = torch.arange(5)
         p = likelihood.log_prob(params[:5].double(), values[:, None] / scale).exp()
         observed = torch.bincount(drawn)[:5] / size

@@ -326,8 +326,9 @@ def test_what_somebody_holds_is_not_written_to() -> None:
         weight = grads[-2]
         places.add(weight.data_ptr())
         if step % 2:
-            held += [weight.numpy(), weight[3:].t(), weight.detach()][step // 2 :]
-            copies += [weight.numpy().copy(), weight[3:].t().clone(), weight.clone()][step // 2 :]
+            array = weight if weight.is_cuda else weight.numpy()
+            held += [array, weight[3:].t(), weight.detach()][step // 2 :]
+            copies += [torch.as_tensor(array).clone(), weight[3:].t().clone(), weight.clone()][step // 2 :]
         del grads, weight
     assert len(places) < 4, "memory is used again"
     for now, then in zip(held, copies, strict=True):

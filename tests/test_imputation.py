@@ -43,7 +43,9 @@ def test_draws_have_the_conditional_distribution(kind: type[BaseVAE]) -> None:
     model, x, _ = linear_gaussian(kind)
     row, seen = x[0], WEIGHT[0]
     copies = holed(x, WEIGHT.double())[:1].expand(4000, -1)
-    found = model.impute(copies, WEIGHT[:1], num_samples=60, draw=True, chunk_size=30_000, generator=seeded())
+    found = model.impute(
+        copies, WEIGHT[:1], num_samples=60, draw=True, chunk_size=30_000, generator=seeded(device=x.device)
+    )
     assert torch.equal(found[:, seen], row[seen].expand(4000, -1))
     mean, covariance = conditional(model, row, seen)
     # Of 4000 draws with variances of about 1: four standard errors of a mean are 0.06, of a covariance 0.1.
@@ -76,13 +78,13 @@ def test_a_posterior_that_is_exact_has_weights_of_one() -> None:
 def test_parts_and_what_does_not_matter(kind: type[BaseVAE], draw: bool) -> None:
     model, weight = make(kind, "gaussian").double(), weights(5)
     x = holed(data(5, torch.float64), weight)
-    whole = model.impute(x, weight, num_samples=8, generator=seeded(), draw=draw)
+    whole = model.impute(x, weight, num_samples=8, generator=seeded(device=x.device), draw=draw)
     assert (
         whole.isfinite().all() and not whole.requires_grad and torch.equal(whole[weight > 0], x[weight > 0])
     )
     if not draw:
         for size in (1, 3, 10, 40):
-            found = model.impute(x, weight, num_samples=8, generator=seeded(), chunk_size=size)
+            found = model.impute(x, weight, num_samples=8, generator=seeded(device=x.device), chunk_size=size)
             torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-10)
     assert model.impute(x[:0], weight[:0], num_samples=3, draw=draw).shape == (0, PIXELS)
     complete = model.impute(whole, torch.ones(1, 1), num_samples=2, draw=draw)

@@ -52,8 +52,8 @@ def scipy_log_prob(likelihood: Likelihood, params: Tensor, x: Tensor) -> Any:
     """Elements by scipy, and what it has no density of by the distribution it has one of."""
     stats = pytest.importorskip("scipy.stats")
     special = pytest.importorskip("scipy.special")
-    a, *rest = (part.numpy() for part in params.chunk(likelihood.values_per_element, 1))
-    y = x.numpy()
+    a, *rest = (part.cpu().numpy() for part in params.chunk(likelihood.values_per_element, 1))
+    y = x.cpu().numpy()
 
     def of_counts(r: Any) -> Any:
         return stats.nbinom.logpmf(y, r, r / (r + special.exp2(a / math.log(2))))
@@ -86,6 +86,7 @@ def scipy_log_prob(likelihood: Likelihood, params: Tensor, x: Tensor) -> Any:
     return (
         torch.distributions.ContinuousBernoulli(logits=torch.as_tensor(a), lims=(0.5, 0.5))
         .log_prob(x)
+        .cpu()
         .numpy()
     )
 
