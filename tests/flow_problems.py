@@ -214,7 +214,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str = 
     if not expected.numel():
         return
     scale = max(expected.abs().max().item(), 1e-3)
-    error = (actual.detach().cpu().double() - expected.detach()).abs().max().item() / scale
+    error = (actual.detach().cpu().double() - expected.detach().cpu()).abs().max().item() / scale
     assert error <= tolerance, f"{name}: relative error {error:.3g} above {tolerance:.3g}"
 
 

@@ -390,9 +390,9 @@ def check_same(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) 
 
 def is_plain(z: Tensor) -> bool:
     """Nobody else looks on: no mode of torch, no compiler, no CUDA graph, whose capture allows no look at numbers."""
-    if torch._C._len_torch_dispatch_stack() or is_watched() or type(z) is not Tensor:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_watched():
         return False
-    if torch.compiler.is_compiling() or z.dtype not in _ROUNDING:
+    if type(z) is not Tensor or z.dtype not in _ROUNDING:
         return False
     return not is_captured(z)
 
