@@ -26,13 +26,15 @@ def by_hand(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows).cpu()
 
 
-def check(model: nn.Module, x: Tensor, queries: Tensor) -> TracIn:
+def check(name: str, model: nn.Module, x: Tensor, queries: Tensor) -> TracIn:
     """Scores and self-influence without anything materialised; the coverage is left to the caller."""
+    # PyTorch's kernel of weight_norm on a GPU takes the root of a norm in float32 (6e-8), of float64 weights too.
+    near = 1e-6 if x.is_cuda and "weight_norm" in name else 1e-10
     model = model.double().eval()
     found = tracin(model, x, num_samples=1)
     g, h = by_hand(model, x), by_hand(model, queries)
-    torch.testing.assert_close(found.influence(queries), h @ g.T, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(found.self_influence(), g.square().sum(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.influence(queries), h @ g.T, rtol=near, atol=near)
+    torch.testing.assert_close(found.self_influence(), g.square().sum(1), rtol=near, atol=near)
     assert "sample by sample" not in str(found.coverage())
     return found
 
@@ -107,7 +109,7 @@ def test_rules(name: str) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    found = check(Loss(layer, nn.Tanh()), images(6, *shape) - 0.5, images(3, *shape, seed=2) - 0.5)
+    found = check(name, Loss(layer, nn.Tanh()), images(6, *shape) - 0.5, images(3, *shape, seed=2) - 0.5)
     assert "torch.vmap" not in str(found.coverage())
 
 
@@ -244,7 +246,7 @@ def test_whole_modules(name: str) -> None:
     if x.is_cuda and name == "old weight_norm":
         # The kernel that it calls on a GPU has no rule for torch.vmap.
         warnings.filterwarnings("ignore", "There is a performance drop")
-    found = check(model, x, images(3, *shape, seed=2) - 0.5)
+    found = check(name, model, x, images(3, *shape, seed=2) - 0.5)
     assert "by torch.vmap" in str(found.coverage())
     # The same in tiles of one sample, and of samples with draws of their own.
     scores = tracin(model, x, num_samples=1).influence(x)

@@ -198,9 +198,9 @@ def test_code_that_was_written_wrongly() -> None:
     with pytest.raises(RuntimeError):
         made(("variable", 1))((), [x], None)  # type: ignore[operator]
     with pytest.raises(RuntimeError, match="gave fewer results"):
-        raw.StraightCode([(("aten::sin", ""), [("variable", 0)], [1, 1], [])], 2, [0], [], [1], [], Held, True)(
-            (), [x], None
-        )
+        raw.StraightCode(
+            [(("aten::sin", ""), [("variable", 0)], [1, 1], [])], 2, [0], [], [1], [], Held, True
+        )((), [x], None)
     with pytest.raises(RuntimeError, match="aten::sign_of"):
         raw.StraightCode([(("aten::sign_of", ""), [], [1], [])], 2, [0], [], [1], [], Held, True)
 

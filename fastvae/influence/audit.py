@@ -154,7 +154,7 @@ def _precision(model: nn.Module) -> tuple[float, float]:
     ]
     coarsest = max((parameter.dtype for parameter in parameters), key=lambda dtype: torch.finfo(dtype).eps)
     eps = torch.finfo(coarsest).eps
-    # PyTorch's operators for a GPU are not all as exact as their type.
+    # PyTorch's operators for a GPU are not all as exact as their type: weight_norm takes a float64's root in float32.
     least = TOLERANCE_ON_A_GPU.get(coarsest, 0.0) if any(p.is_cuda for p in parameters) else 0.0
     return eps, max(math.sqrt(eps), least)
 
