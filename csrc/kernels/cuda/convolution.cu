@@ -5,12 +5,6 @@
 
 namespace fastvae::cuda {
 
-// Neighbouring channels, moved at once.
-template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
-  T value[kCount];
-};
-
 template <typename Index>
 struct Pixel {
   Index sample, row, column;
@@ -24,7 +18,7 @@ __device__ Pixel<Index> pixel_of(Index i, Index height, Index width) {
 
 template <typename T, int kCount, typename Index>
 __global__ void unfold_kernel(const Unfold<T> args) {
-  using Channels = Pack<T, kCount>;
+  using Channels = Packed<T, kCount>;
   const ConvolutionWindow& w = args.window;
   const auto packs = static_cast<Index>(w.channels / kCount);
   const auto taps = static_cast<Index>(w.kernel_height * w.kernel_width);
@@ -80,7 +74,7 @@ struct Taps {
 
 template <typename T, int kCount, typename Index>
 __global__ void fold_kernel(const Fold<T> args) {
-  using Channels = Pack<T, kCount>;
+  using Channels = Packed<T, kCount>;
   const ConvolutionWindow& w = args.window;
   const auto packs = static_cast<Index>(w.channels / kCount);
   const Index size = static_cast<Index>(args.samples * w.big_height * w.big_width) * packs;
@@ -112,11 +106,10 @@ __global__ void fold_kernel(const Fold<T> args) {
 // Calls body with the widest pack and the narrowest index that these arrays allow.
 template <typename T, typename Body>
 void with_widths(const ConvolutionWindow& w, int64_t samples, const T* image, const T* columns, const Body& body) {
-  constexpr int kWide = static_cast<int>(16 / sizeof(T));
+  constexpr int kWide = kWidePack<T>;
   const int64_t patches = samples * w.height * w.width * w.kernel_height * w.kernel_width;
   const int64_t size = std::max(patches, samples * w.big_height * w.big_width) * w.channels;
-  const auto aligned = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  const bool wide = w.channels % kWide == 0 && aligned(image) && aligned(columns);
+  const bool wide = w.channels % kWide == 0 && is_aligned_for_packs(image) && is_aligned_for_packs(columns);
   // A stride of the grid beyond the last number must not overflow either.
   const bool small = size < (int64_t{1} << 30);
   const auto with_index = [&](auto count) { small ? body(count, int32_t{0}) : body(count, int64_t{0}); };

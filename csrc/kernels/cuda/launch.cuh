@@ -96,21 +96,34 @@ class Walk {
   int64_t column_stride_;
 };
 
+// Neighbouring numbers, moved at once.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Packed {
+  T value[kCount];
+};
+
+// Of 16 bytes, the most that a thread moves at once.
+template <typename T>
+constexpr int kWidePack = static_cast<int>(16 / sizeof(T));
+
+inline bool is_aligned_for_packs(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t global_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
-// Over the 32 lanes of a warp, the result in each of them. Every lane of the warp must call.
-template <typename T>
+// Over the 32 lanes of a warp, or over each kLanes neighbours of them, the result in each. Every lane of the warp must
+// call.
+template <int kLanes = kWarp, typename T>
 __device__ T warp_sum(T value) {
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) {
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
     value += __shfl_xor_sync(0xffffffffU, value, lane);
   }
   return value;
 }
 
-template <typename T>
+template <int kLanes = kWarp, typename T>
 __device__ T warp_max(T value) {
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) {
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
     const T other = __shfl_xor_sync(0xffffffffU, value, lane);
     value = other > value ? other : value;
   }
