@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import ops, reference
+from fastvae._extension import raw
 
 STEPS, DIM, PIXELS = 4, 5, 12
 CALLS = 8
@@ -120,6 +121,19 @@ def test_training_steps(name: str, device: torch.device) -> None:
             found = gradients(flow(decoder, inputs), decoder, inputs)
             assert_same(found, expected)
             train(decoder, found)
+
+
+@on_every_decoder
+def test_graphs_take_the_place_of_launches(name: str, device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("a CPU launches nothing")
+    decoder = made(name, device)
+    for call in range(2 * CALLS):
+        captures, replays, _ = raw.replay_counts()
+        inputs = draw(device, call)
+        gradients(flow(decoder, inputs), decoder, inputs)
+    now = raw.replay_counts()
+    assert now[0] == captures and now[1] == replays + 2, "one for the way there and one for the way back"
 
 
 @on_every_decoder

