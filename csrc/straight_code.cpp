@@ -456,6 +456,8 @@ void bind_straight_code(py::module_& m) {
   using py::arg;
   m.def("replay_counts", &replay_counts,
         "Captures and replays of CUDA graphs so far in this process, and the bytes that the graphs hold.");
+  m.def("release_graphs", &release_graphs, py::call_guard<py::gil_scoped_release>(),
+        "Forget all CUDA graphs of operators and straight code.");
   m.def("form_of", &form_of, arg("values"), "All of values, nested, that straight code depends on besides numbers.");
   m.def("first_without_memory", &first_without_memory, arg("tensors"),
         "The place of a tensor that is not dense or without the memory that it stands for; -1: none is.");

@@ -1,4 +1,7 @@
-"""Work captured in CUDA graphs, so that one launch starts all of it."""
+"""Work captured in CUDA graphs, so that one launch starts all of it.
+
+Operators make graphs of their own (csrc/common/replay.h); ``release`` gives their memory back.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["capture", "run_steps"]
+from fastvae._extension import raw
+
+__all__ = ["capture", "release", "run_steps"]
 
 _Made = TypeVar("_Made")
 
@@ -20,6 +25,14 @@ _WORTHWHILE = 16
 """Steps from which on a capture, about ten of them, pays."""
 
 _streams = threading.local()
+
+
+def release() -> None:
+    """Forget the CUDA graphs that operators have made: their memory is PyTorch's again, and later calls make new ones.
+
+    Graphs whose results somebody holds go with those. ``torch.cuda.empty_cache()`` then returns the memory to the GPU.
+    """
+    raw.release_graphs()
 
 
 def capture(function: Callable[[], _Made], device: torch.device) -> tuple[torch.cuda.CUDAGraph, _Made]:

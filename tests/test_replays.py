@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvae import ops, reference
+from fastvae import cuda_graphs, ops, reference
 from fastvae._extension import raw
 
 STEPS, DIM, PIXELS = 4, 5, 12
@@ -134,6 +134,24 @@ def test_graphs_take_the_place_of_launches(name: str, device: torch.device) -> N
         gradients(flow(decoder, inputs), decoder, inputs)
     now = raw.replay_counts()
     assert now[0] == captures and now[1] == replays + 2, "one for the way there and one for the way back"
+
+
+def test_graphs_are_released(device: torch.device) -> None:
+    """But for those whose results are held."""
+    decoder, held = made("dense", device), []
+    for call in range(CALLS):
+        inputs = draw(device, call)
+        found = gradients(flow(decoder, inputs), decoder, inputs)
+        if call == CALLS - 1:
+            cuda_graphs.release()
+            held.append((found, wanted(decoder, inputs)))
+    inputs = draw(device, CALLS)
+    assert_same(gradients(flow(decoder, inputs), decoder, inputs), wanted(decoder, inputs))
+    for mine, theirs in held:
+        assert_same(mine, theirs)
+    del held, found, mine
+    cuda_graphs.release()
+    assert raw.replay_counts()[2] == 0
 
 
 @on_every_decoder

@@ -265,9 +265,7 @@ def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
     return errors
 
 
-def assert_near(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], most: float = FLOAT64
-) -> None:
+def assert_near(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], most: float = FLOAT64) -> None:
     for name, error in errors_of(actual, expected).items():
         assert error <= most, f"{name}: relative error {error:.3g}"
 

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <exception>
 #include <optional>
+#include <set>
 #include <string_view>
 #include <utility>
 
@@ -249,8 +250,42 @@ size_t Replays::movable(const Form& form, size_t inputs, const Lasting& lasting)
   return inputs - lasting.leased - (form.captures < static_cast<int64_t>(kMostGraphs) ? lasting.parameters : 0);
 }
 
-Replays::Replays() = default;
-Replays::~Replays() = default;
+namespace {
+
+// All that live. Never destroyed: some live as long as the process.
+struct Everyone {
+  std::mutex mutex;
+  std::set<Replays*> all;
+};
+
+Everyone& everyone() {
+  static Everyone& found = *new Everyone;
+  return found;
+}
+
+}  // namespace
+
+Replays::Replays() {
+  const std::lock_guard<std::mutex> locked(everyone().mutex);
+  everyone().all.insert(this);
+}
+
+Replays::~Replays() {
+  const std::lock_guard<std::mutex> locked(everyone().mutex);
+  everyone().all.erase(this);
+}
+
+void Replays::release() {
+  const std::lock_guard<std::mutex> locked(mutex_);
+  forms_.clear();
+}
+
+void release_graphs() {
+  const std::lock_guard<std::mutex> locked(everyone().mutex);
+  for (Replays* replays : everyone().all) {
+    replays->release();
+  }
+}
 
 std::shared_ptr<Replays::Graph> Replays::found(Form& form, const std::vector<at::Tensor>& inputs,
                                                const Lasting& lasting) const {

@@ -52,6 +52,9 @@ class Replays {
   Replayed run(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                const TensorFunction& function);
 
+  // Forget all graphs; results that somebody holds keep theirs.
+  void release();
+
  private:
   struct Graph;
   struct Form;
@@ -68,6 +71,8 @@ class Replays {
 
 // Captures and replays of this process, and bytes that its graphs hold.
 std::array<int64_t, 3> replay_counts();
+// Of all Replays.
+void release_graphs();
 
 // An operator's name and what it is called with besides tensors.
 std::string call_text(std::string_view op, std::initializer_list<std::string_view> texts, at::IntArrayRef numbers);
