@@ -523,15 +523,15 @@ std::vector<at::Tensor> kept_results(const Replayed& run, size_t owned) {
   return found;
 }
 
-std::string call_text(std::string_view op, std::initializer_list<std::string_view> texts, at::IntArrayRef numbers) {
-  std::string found(op);
-  for (const std::string_view text : texts) {
-    found.append("\n").append(text);
+std::string_view lasting_text(std::string_view text, const at::Tensor& like) {
+  if (!runs_on_gpu(like)) {
+    return text;
   }
-  for (const int64_t number : numbers) {
-    found.append(" ").append(std::to_string(number));
-  }
-  return found;
+  static std::mutex& mutex = *new std::mutex;
+  static std::set<std::string, std::less<>>& texts = *new std::set<std::string, std::less<>>;
+  const std::lock_guard<std::mutex> locked(mutex);
+  const auto known = texts.find(text);
+  return known != texts.end() ? *known : *texts.emplace(text).first;
 }
 
 std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::TensorList others) {
@@ -540,8 +540,19 @@ std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::Te
   return all;
 }
 
-std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
+std::vector<at::Tensor> replayed(const CallText& call, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                                  size_t owned, const TensorFunction& function) {
+  if (std::none_of(inputs.begin(), inputs.end(),
+                   [](const at::Tensor& input) { return input.defined() && runs_on_gpu(input); })) {
+    return function(inputs);
+  }
+  std::string name(call.op);
+  for (const std::string_view text : call.texts) {
+    name.append("\n").append(text);
+  }
+  for (const int64_t number : call.numbers) {
+    name.append(" ").append(std::to_string(number));
+  }
   static Replays& replays = *new Replays;
   return kept_results(replays.run(name, inputs, lasting, function), owned);
 }

@@ -75,11 +75,17 @@ std::array<int64_t, 3> replay_counts();
 void release_graphs();
 
 // An operator's name and what it is called with besides tensors.
-std::string call_text(std::string_view op, std::initializer_list<std::string_view> texts, at::IntArrayRef numbers);
+struct CallText {
+  std::string_view op;
+  std::initializer_list<std::string_view> texts;
+  at::IntArrayRef numbers;
+};
+// The same text for a function of tensors on that device, which on a GPU may be called again at any time.
+std::string_view lasting_text(std::string_view text, const at::Tensor& like);
 std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::TensorList others);
 
 // Of the operators, of which nobody needs to know that their results are under a lease.
-std::vector<at::Tensor> replayed(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
+std::vector<at::Tensor> replayed(const CallText& call, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                                  size_t owned, const TensorFunction& function);
 
 }  // namespace fastvae

@@ -134,15 +134,15 @@ ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorLis
   constexpr size_t kOwned = 5;
   const EntryGuard guard(op, {x, noise});
   const size_t of_encoder = encoder_parameters.size(), of_both = of_encoder + decoder_parameters.size();
-  const auto evaluate = [=, encoder = std::string(encoder), decoder = std::string(decoder),
-                         likelihood = std::string(likelihood)](const std::vector<at::Tensor>& in) {
+  const auto evaluate = [=, encoder = lasting_text(encoder, x), decoder = lasting_text(decoder, x),
+                         likelihood = lasting_text(likelihood, x)](const std::vector<at::Tensor>& in) {
     const at::TensorList parameters = at::TensorList(in).slice(2);
     return terms_of(Autoencoder(op, in[0], in[1], parameters.slice(0, of_encoder), parameters.slice(of_encoder),
                                 encoder, decoder, likelihood),
                     store);
   };
   const std::vector<at::Tensor> out =
-      replayed(call_text(op, {encoder, decoder, likelihood}, {store ? 1 : 0, static_cast<int64_t>(of_encoder)}),
+      replayed({op, {encoder, decoder, likelihood}, {store ? 1 : 0, static_cast<int64_t>(of_encoder)}},
                joined({x, noise}, flattened(encoder_parameters, decoder_parameters)), {of_both, 0}, kOwned, evaluate);
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
@@ -230,8 +230,8 @@ ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const Optio
   const EntryGuard guard(op, {x, noise, mu, logvar, z, encoder_stash, decoder_stash});
   const size_t of_encoder = encoder_parameters.size(), of_both = of_encoder + decoder_parameters.size();
   FASTVAE_CHECK_VALUE(needs.size() == of_both, op, "needs", c10::str(of_both, " flags"), needs.size());
-  const auto differentiate = [=, encoder = std::string(encoder), decoder = std::string(decoder),
-                              likelihood = std::string(likelihood),
+  const auto differentiate = [=, encoder = lasting_text(encoder, x), decoder = lasting_text(decoder, x),
+                              likelihood = lasting_text(likelihood, x),
                               needs = needs.vec()](const std::vector<at::Tensor>& in) {
     const at::TensorList parameters = at::TensorList(in).slice(kBefore, of_both);
     const at::TensorList encodes = parameters.slice(0, of_encoder), decodes = parameters.slice(of_encoder);
@@ -246,7 +246,7 @@ ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const Optio
   std::vector<int64_t> numbers = needs.vec();
   numbers.push_back(static_cast<int64_t>(of_encoder));
   const std::vector<at::Tensor> out = is_under_lease(decoder_stash)
-                                          ? replayed(call_text(op, {encoder, decoder, likelihood}, numbers), in,
+                                          ? replayed({op, {encoder, decoder, likelihood}, numbers}, in,
                                                      {of_both, kStashes}, /*owned=*/of_both, differentiate)
                                           : differentiate(in);
   const auto middle = out.begin() + static_cast<int64_t>(of_encoder);

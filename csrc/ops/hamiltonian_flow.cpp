@@ -143,13 +143,13 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
   constexpr const char* op = "hamiltonian_flow";
   constexpr size_t kOwned = 3;
   const EntryGuard guard(op, {z, rho, x, step_size, alpha});
-  const auto walk = [=, network = std::string(network),
-                     likelihood = std::string(likelihood)](const std::vector<at::Tensor>& in) {
+  const auto walk = [=, network = lasting_text(network, z),
+                     likelihood = lasting_text(likelihood, z)](const std::vector<at::Tensor>& in) {
     const Flow flow(op, in[0], in[1], in[2], in[3], in[4], at::TensorList(in).slice(5), network, likelihood);
     return walked(flow, store, trajectory);
   };
   const std::vector<at::Tensor> out =
-      replayed(call_text(op, {network, likelihood}, {store ? 1 : 0, trajectory ? 1 : 0}),
+      replayed({op, {network, likelihood}, {store ? 1 : 0, trajectory ? 1 : 0}},
                joined({z, rho, x, step_size, alpha}, parameters), {parameters.size(), 0}, kOwned, walk);
   return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
@@ -207,7 +207,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
   const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps, stash});
   const size_t count = parameters.size();
   FASTVAE_CHECK_VALUE(needs.size() == 5 + count, op, "needs", c10::str(5 + count, " flags"), needs.size());
-  const auto walk_back = [=, network = std::string(network), likelihood = std::string(likelihood),
+  const auto walk_back = [=, network = lasting_text(network, z), likelihood = lasting_text(likelihood, z),
                           needs = needs.vec()](const std::vector<at::Tensor>& in) {
     const at::Tensor &of_x = in[5], &steps = in[6];
     const Flow flow(op, in[3], in[4], of_x, steps, in[7], at::TensorList(in).slice(8, count), network, likelihood);
@@ -223,8 +223,8 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
   std::vector<int64_t> numbers = needs.vec();
   numbers.push_back(store ? 1 : 0);
   // What the way there has left lies at another place each time, unless that came from a graph, too.
-  std::vector<at::Tensor> out = is_under_lease(z_steps) ? replayed(call_text(op, {network, likelihood}, numbers), in,
-                                                                   {count, 3}, /*owned=*/in.size(), walk_back)
+  std::vector<at::Tensor> out = is_under_lease(z_steps) ? replayed({op, {network, likelihood}, numbers}, in, {count, 3},
+                                                                   /*owned=*/in.size(), walk_back)
                                                         : walk_back(in);
   std::vector<at::Tensor> of_parameters(out.begin() + 5, out.end());
   return {out[0], out[1], out[2], out[3], out[4], std::move(of_parameters)};

@@ -107,7 +107,7 @@ at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::stri
   const EntryGuard guard(op, {z});
   std::vector<int64_t> numbers = latents.vec();
   numbers.push_back(p);
-  const auto norm = [=, network = std::string(network), reduction = std::string(reduction),
+  const auto norm = [=, network = lasting_text(network, z), reduction = lasting_text(reduction, z),
                      latents = latents.vec()](const std::vector<at::Tensor>& in) -> std::vector<at::Tensor> {
     const at::TensorList of_network = at::TensorList(in).slice(1);
     const Jacobian jacobian(op, in[0], of_network, network, latents, p, reduction);
@@ -117,7 +117,7 @@ at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::stri
     jacobian.mark(terms);
     return {reduce(terms, jacobian.reduction)};
   };
-  return replayed(call_text(op, {network, reduction}, numbers), joined({z}, parameters), {parameters.size(), 0},
+  return replayed({op, {network, reduction}, numbers}, joined({z}, parameters), {parameters.size(), 0},
                   /*owned=*/1, norm)[0];
 }
 
@@ -169,13 +169,13 @@ JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent, con
   std::vector<int64_t> numbers = needs.vec();
   numbers.push_back(p);
   numbers.insert(numbers.end(), latents.begin(), latents.end());
-  const auto norm = [=, network = std::string(network), reduction = std::string(reduction), latents = latents.vec(),
-                     needs = needs.vec()](const std::vector<at::Tensor>& in) {
+  const auto norm = [=, network = lasting_text(network, z), reduction = lasting_text(reduction, z),
+                     latents = latents.vec(), needs = needs.vec()](const std::vector<at::Tensor>& in) {
     const Jacobian jacobian(op, in[1], at::TensorList(in).slice(2), network, latents, p, reduction);
     return norm_and_gradient(op, in, jacobian, needs);
   };
   const std::vector<at::Tensor> out =
-      replayed(call_text(op, {network, reduction}, numbers), joined({cotangent.value_or(at::Tensor()), z}, parameters),
+      replayed({op, {network, reduction}, numbers}, joined({cotangent.value_or(at::Tensor()), z}, parameters),
                {parameters.size(), 0}, 2 + parameters.size(), norm);
   return {out[0], out[1], std::vector<at::Tensor>(out.begin() + 2, out.end())};
 }
