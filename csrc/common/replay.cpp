@@ -112,12 +112,13 @@ class Recording {
  public:
   // No kernel runs.
   std::vector<at::Tensor> capture(const TensorFunction& function, const std::vector<at::Tensor>& inputs) {
-    // A stream of this thread's own, and always the same: each has a workspace of cuBLAS.
+    // A stream of this thread's own, and always the same: each has a workspace of cuBLAS. PyTorch hands out its streams
+    // again and again; what another thread did on this one would be captured, too. Few use those of high priority.
     thread_local std::unordered_map<int, c10::cuda::CUDAStream> streams;
     const c10::DeviceIndex device = c10::cuda::current_device();
     auto stream = streams.find(device);
     if (stream == streams.end()) {
-      stream = streams.emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device)).first;
+      stream = streams.emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device)).first;
     }
     const c10::cuda::CUDAStreamGuard aside(stream->second);
     const c10::MempoolId_t pool = at::cuda::graph_pool_handle();
