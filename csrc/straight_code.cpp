@@ -215,22 +215,16 @@ class StraightCode {
     for (size_t at = 0; at < taken_.size(); ++at) {
       variables[taken_[at]] = before->values[at];
     }
-    std::shared_ptr<const void> lease;
     if (is_replayable_ && (before == nullptr || before->lease != nullptr) && are_on_one_gpu(variables)) {
-      lease = replay(variables);
-    } else {
-      run_calls(functions, variables);
+      return replay(variables);
     }
-    py::tuple outputs(outputs_.size());
-    for (size_t at = 0; at < outputs_.size(); ++at) {
-      outputs[at] = outputs_[at] == kNone ? py::none() : to_python(variables[outputs_[at]]);
-    }
+    run_calls(functions, variables);
     std::vector<IValue> kept;
     kept.reserve(kept_.size());
     for (const int64_t each : kept_) {
-      kept.push_back(std::move(variables[each]));
+      kept.push_back(variables[each]);
     }
-    return py::make_tuple(std::move(outputs), std::make_unique<Kept>(std::move(kept), std::move(lease)));
+    return results_of([&](size_t at) { return variables[outputs_[at]]; }, std::move(kept), nullptr);
   }
 
   size_t size() const { return calls_.size(); }
@@ -321,51 +315,64 @@ class StraightCode {
            std::all_of(taken_.begin(), taken_.end(), is_there);
   }
 
-  // Outputs and what is kept become variables; the lease is of the memory of the latter.
-  std::shared_ptr<const void> replay(Variables& variables) const {
-    const py::gil_scoped_release unlocked;
+  // What a run returns: the outputs, of which `output` gives each, and what is kept, whose memory the lease is of.
+  template <typename Output>
+  py::tuple results_of(const Output& output, std::vector<IValue> kept, std::shared_ptr<const void> lease) const {
+    py::tuple outputs(outputs_.size());
+    for (size_t at = 0; at < outputs_.size(); ++at) {
+      outputs[at] = outputs_[at] == kNone ? py::none() : to_python(output(at));
+    }
+    return py::make_tuple(std::move(outputs), std::make_unique<Kept>(std::move(kept), std::move(lease)));
+  }
+
+  py::tuple replay(const Variables& variables) const {
     std::vector<at::Tensor> given;
     for (const auto& numbers : {read_inputs_, taken_}) {
       for (const int64_t each : numbers) {
         given.push_back(variables[each].toTensor());
       }
     }
-    const c10::DeviceGuard there(given[0].device());
-    const at::AutoDispatchBelowADInplaceOrView no_views_to_track;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    std::vector<int64_t> wanted;
-    for (const auto& numbers : {outputs_, kept_}) {
-      wanted.insert(wanted.end(), numbers.begin(), numbers.end());
+    Replayed run;
+    std::vector<at::Tensor> owned;
+    {
+      const py::gil_scoped_release unlocked;
+      const c10::DeviceGuard there(given[0].device());
+      const at::AutoDispatchBelowADInplaceOrView no_views_to_track;
+      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+      run = replays_.run("", given, {0, taken_.size()},
+                         [this](const std::vector<at::Tensor>& from) { return called(from); });
+      const auto end = run.results.begin() + static_cast<int64_t>(outputs_.size());
+      owned = kept_results({{run.results.begin(), end}, run.lease}, outputs_.size());
     }
-    const TensorFunction function = [this, wanted](const std::vector<at::Tensor>& from) {
-      Variables inside(variables_);
-      for (size_t at = 0; at < from.size(); ++at) {
-        inside[at < read_inputs_.size() ? read_inputs_[at] : taken_[at - read_inputs_.size()]] = from[at];
-      }
-      Stack stack;
-      for (const Call& call : calls_) {
-        call_operator(call, inside, stack);
-        for (const int64_t each : call.gone) {
-          inside[each] = IValue();
-        }
-      }
-      std::vector<at::Tensor> results;
-      for (const int64_t each : wanted) {
-        results.push_back(each == kNone ? at::Tensor() : inside[each].toTensor());
-      }
-      return results;
-    };
-    Replayed run = replays_.run("", given, {0, taken_.size()}, function);
-    const std::vector<at::Tensor> results = kept_results(run, outputs_.size());
-    for (size_t at = 0; at < wanted.size(); ++at) {
-      const bool is_output = at < outputs_.size();
+    std::vector<IValue> kept(run.results.begin() + static_cast<int64_t>(outputs_.size()), run.results.end());
+    const auto output = [&](size_t at) {
       // An input that is handed on is the caller's own.
-      const bool is_input = std::find(inputs_.begin(), inputs_.end(), wanted[at]) != inputs_.end();
-      if (wanted[at] != kNone && !(is_output && is_input)) {
-        variables[wanted[at]] = is_output ? results[at] : run.results[at];
+      const bool is_input = std::find(inputs_.begin(), inputs_.end(), outputs_[at]) != inputs_.end();
+      return is_input ? variables[outputs_[at]] : IValue(owned[at]);
+    };
+    return results_of(output, std::move(kept), std::move(run.lease));
+  }
+
+  // Outputs and what is kept of the inputs that are read and what is taken, where all calls are operators.
+  std::vector<at::Tensor> called(const std::vector<at::Tensor>& from) const {
+    Variables variables(variables_);
+    for (size_t at = 0; at < from.size(); ++at) {
+      variables[at < read_inputs_.size() ? read_inputs_[at] : taken_[at - read_inputs_.size()]] = from[at];
+    }
+    Stack stack;
+    for (const Call& call : calls_) {
+      call_operator(call, variables, stack);
+      for (const int64_t each : call.gone) {
+        variables[each] = IValue();
       }
     }
-    return run.lease;
+    std::vector<at::Tensor> results;
+    for (const auto& numbers : {outputs_, kept_}) {
+      for (const int64_t each : numbers) {
+        results.push_back(each == kNone ? at::Tensor() : variables[each].toTensor());
+      }
+    }
+    return results;
   }
 
   void run_calls(const py::tuple& functions, Variables& variables) const {

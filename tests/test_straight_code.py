@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastvae._extension import raw
 from fastvae.network.tape import Held, Recorder, kernel
 
 
@@ -180,8 +181,6 @@ def test_a_function_that_fails_says_so_itself() -> None:
 
 
 def test_code_that_was_written_wrongly() -> None:
-    from fastvae._extension import raw
-
     def made(argument: tuple[str, object], result: int = 1, outputs: tuple[int, ...] = (1,)) -> object:
         call = (("aten::sin", ""), [argument], [result], [])
         return raw.StraightCode([call], 2, [0], [], list(outputs), [], Held, True)
@@ -212,3 +211,14 @@ def test_a_call_of_which_nothing_comes(empty: object) -> None:
         return (x.sin(),)
 
     assert written(function) == (2, 1)
+
+
+def test_an_output_that_is_kept_as_well_is_nobody_elses(device: torch.device) -> None:
+    """A GPU replays the code from the fourth call on; what a way back has kept dies, the output is held."""
+    code = raw.StraightCode(
+        [(("aten::sin", ""), [("variable", 0)], [1], [])], 2, [0], [], [1], [1], Held, True
+    )
+    inputs = [torch.randn(5, device=device) for _ in range(8)]
+    outputs = [code((), [x], None)[0][0] for x in inputs]
+    for x, y in zip(inputs, outputs, strict=True):
+        assert torch.equal(y, x.sin())
