@@ -86,7 +86,7 @@ bool is_ours(const at::Tensor& out, const at::Tensor& a) {
     return false;
   }
   const bool in_rows = out.size(-1) == 1 || out.stride(-1) == 1;
-  return out.is_cpu() && are_products_ours() && in_rows && out.numel() > 0 && a.size(-1) > 0;
+  return out.is_cpu() && !runs_cuda(out) && are_products_ours() && in_rows && out.numel() > 0 && a.size(-1) > 0;
 }
 
 void product_by_kernel(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {

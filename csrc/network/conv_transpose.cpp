@@ -33,7 +33,7 @@ void for_each_tile(const Stage& stage, const at::Tensor& packed, const at::Tenso
                    const Body& body) {
   const int64_t width = packed.numel() / packed.size(0);
   const int64_t positions = stage.in.positions();
-  const int64_t bytes = like.is_cpu() ? kTileBytesOnCpu : kTileBytesOnCuda;
+  const int64_t bytes = runs_cuda(like) ? kTileBytesOnCuda : kTileBytesOnCpu;
   const int64_t fitting = bytes / (positions * width * like.element_size());
   const int64_t amortising = (kTileRows + positions - 1) / positions;
   const int64_t tile = std::clamp<int64_t>(std::max(fitting, amortising), 1, samples);
@@ -166,7 +166,7 @@ ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& we
     return ConvTransposeRoute::kLibrary;
   }
   // cuDNN convolves float32 in channel-last layout at an eighth of the rate of a product [H100].
-  if (!weight.is_cpu()) {
+  if (runs_cuda(weight)) {
     return ConvTransposeRoute::kFolded;
   }
   if (std::max(stage.stride[0], stage.stride[1]) > kMostPhases ||

@@ -187,8 +187,8 @@ void NetworkCopies::unfold(size_t l) {
 // Room in which the blocks of a GPU sum over the rows of a dense layer.
 at::Tensor NetworkCopies::partial_sums(const Stage& stage) const {
   const int64_t chunks = copies_chunks(stage.in.numel() + (stage.bias >= 0 ? 1 : 0));
-  return input_.is_cuda() && chunks > 1 ? aten::empty({samples_ * chunks * stage.out.numel()}, input_.options())
-                                        : at::Tensor();
+  return runs_cuda(input_) && chunks > 1 ? aten::empty({samples_ * chunks * stage.out.numel()}, input_.options())
+                                         : at::Tensor();
 }
 
 // A h + b: the tensor that holds it, the layer's own or, of a stage that is its activation alone, the input.

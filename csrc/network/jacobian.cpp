@@ -91,7 +91,7 @@ JacobianSweep::JacobianSweep(const Network& network, at::IntArrayRef latents, bo
   }
   columns_ = stage(last).out.numel();
   if (last > 0 && stage(last).affine == Affine::kLinear) {
-    const int64_t bytes = options.device().is_cpu() ? kColumnBytesOnCpu : kColumnBytesOnCuda;
+    const int64_t bytes = runs_cuda(options.device()) ? kColumnBytesOnCuda : kColumnBytesOnCpu;
     const int64_t fit =
         std::max<int64_t>(1, bytes / (std::max<int64_t>(1, rows) * static_cast<int64_t>(options.dtype().itemsize())));
     // Blocks of about one size, in whole vectors.

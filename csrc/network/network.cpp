@@ -201,7 +201,7 @@ void Network::head(at::Tensor raw, const at::Tensor& x, const at::Tensor& residu
   }
   const int64_t samples = raw.numel() / out.numel();
   const int64_t chunks = head_chunks(likelihood_, out.positions(), out.channels);
-  const bool apart = raw.is_cuda() && log_prob.defined() && chunks > 1;
+  const bool apart = runs_cuda(raw) && log_prob.defined() && chunks > 1;
   const at::Tensor partial = apart ? aten::empty({samples * chunks}, options_) : at::Tensor();
   FASTVAE_DISPATCH(raw, {
     const HeadResidual<scalar_t> args{raw.const_data_ptr<scalar_t>(),

@@ -96,7 +96,7 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
   const at::Tensor grad_x = out.wants_x ? aten::zeros({x.numel()}, options) : at::Tensor();
   const bool any_parameter = out.wants_parameters();
 
-  const int64_t stacked = flow.z.is_cpu() ? kStackedStepsOnCpu : kStackedStepsOnCuda;
+  const int64_t stacked = runs_cuda(flow.z) ? kStackedStepsOnCuda : kStackedStepsOnCpu;
   const int64_t slots = out.factors != nullptr ? K + 1 : std::min(K + 1, stacked);
   const at::Tensor workspace = store ? at::Tensor() : reused({slots * B * flow.program->tape_numel()}, options);
   const at::Tensor forces = store ? stashed_forces(flow, stash) : aten::empty({2, B, d}, options);
@@ -135,7 +135,7 @@ void sweep_flow_backward(const Flow& flow, const FlowPath& path, const FlowCotan
   }
   const at::Tensor grad_momentum = aten::empty({B, d}, options);
   // The terms of one step, or, handed out or summed in one go, of all.
-  const int64_t kept = out.factors != nullptr || !flow.z.is_cpu() ? K : 1;
+  const int64_t kept = out.factors != nullptr || runs_cuda(flow.z) ? K : 1;
   const at::Tensor all_step_terms = out.step_size.defined() ? aten::empty({kept, B, d}, options) : at::Tensor();
   const at::Tensor all_alpha_terms = out.alpha.defined() ? aten::empty({kept, B, d}, options) : at::Tensor();
   for (int64_t k = K - 1; k >= 0; --k) {

@@ -21,7 +21,7 @@ namespace {
 // GEMM; on a GPU they take 32 MB of its L2, and a product has a tile for each multiprocessor.
 constexpr int64_t kTileRowsOnCpu = 256, kTileRowsOnCuda = 2048;
 
-int64_t tile_rows(const at::Tensor& tensor) { return tensor.is_cpu() ? kTileRowsOnCpu : kTileRowsOnCuda; }
+int64_t tile_rows(const at::Tensor& tensor) { return runs_cuda(tensor) ? kTileRowsOnCuda : kTileRowsOnCpu; }
 
 // One layer as the sums see it: [samples, terms, features].
 struct Layer {
@@ -158,7 +158,7 @@ void add_layers(const std::vector<Layer>& layers, const at::Tensor& out) {
     }
   };
   // A device takes one after the other; of too few tiles to share out, each product is shared out instead.
-  if (!out.is_cpu() || tiles_a * tiles_b < at::get_num_threads()) {
+  if (runs_cuda(out) || tiles_a * tiles_b < at::get_num_threads()) {
     run(0, tiles_a * tiles_b);
   } else {
     at::parallel_for(0, tiles_a * tiles_b, 1, run);

@@ -11,6 +11,7 @@
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/launch.h"
 #include "../common/operator.h"
 #include "../common/recycling.h"
 #include "../common/replay.h"
@@ -69,7 +70,7 @@ struct Jacobian {
     if (samples == 0 || count == 0) {
       return;
     }
-    const int64_t budget = (z.is_cpu() ? kTileBytesOnCpu : kTileBytesOnCuda) / z.element_size();
+    const int64_t budget = (runs_cuda(z) ? kTileBytesOnCuda : kTileBytesOnCpu) / z.element_size();
     const int64_t for_latents = budget - JacobianSweep::numel_per_sample(program);
     // A decoder of one Linear layer keeps nothing for a latent.
     const int64_t of_latent = std::max<int64_t>(1, JacobianSweep::numel_per_latent(program));

@@ -45,7 +45,7 @@ at::Tensor sample_keys(const at::Tensor& x) {
   at::Tensor rows = x.contiguous().view({x.size(0), x.size(0) == 0 ? 0 : x.numel() / x.size(0)}).view(at::kByte);
   constexpr int64_t kWord = 8;
   const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
-  if (rows.is_cuda() && (rows.size(1) % kWord != 0 || address % kWord != 0)) {
+  if (runs_cuda(rows) && (rows.size(1) % kWord != 0 || address % kWord != 0)) {
     // A new tensor, and so an aligned one.
     at::Tensor padded = aten::zeros({rows.size(0), (rows.size(1) + kWord - 1) / kWord * kWord}, rows.options());
     padded.narrow(1, 0, rows.size(1)).copy_(rows);

@@ -35,7 +35,7 @@ at::Tensor sum_to_step(const at::Tensor& terms, const at::Tensor& step_size) {
 // How many samples share a row of terms: a row is at most what a core does at a time, and sums few enough numbers.
 int64_t samples_of_row(const at::Tensor& first) {
   constexpr int64_t kMost = 64;
-  return first.is_cpu() ? std::clamp<int64_t>(kGrain / std::max<int64_t>(1, first.size(1)), 1, kMost) : 1;
+  return runs_cuda(first) ? 1 : std::clamp<int64_t>(kGrain / std::max<int64_t>(1, first.size(1)), 1, kMost);
 }
 
 // Room for the terms of one kind, [rows, d].

@@ -7,6 +7,7 @@
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/launch.h"
 #include "../common/operator.h"
 #include "../network/network.h"
 
@@ -18,12 +19,12 @@ constexpr int64_t kTileBytesOnCpu = int64_t{2} << 20;
 constexpr int64_t kTileBytesOnCuda = int64_t{256} << 20;
 constexpr int64_t kTileRows = 4096;
 
-int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, bool cpu) {
+int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, bool cuda) {
   int64_t widest = 1;
   for (const at::Tensor& part : room_of_one) {
     widest = std::max<int64_t>(widest, part.numel() * part.element_size());
   }
-  return std::clamp<int64_t>((cpu ? kTileBytesOnCpu : kTileBytesOnCuda) / widest, 1, kTileRows);
+  return std::clamp<int64_t>((cuda ? kTileBytesOnCuda : kTileBytesOnCpu) / widest, 1, kTileRows);
 }
 
 // [S, B], for z [S, B, d] and x [B, elements].
@@ -45,7 +46,7 @@ at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList
   }
   const at::Tensor dense = z_in.contiguous();
   const at::Tensor z = dense.view({draws * samples, dim}), flat = log_prob.view({-1});
-  const int64_t limit = tile_rows(network.make_forward_room(1), z.is_cpu());
+  const int64_t limit = tile_rows(network.make_forward_room(1), runs_cuda(z));
   // A tile is a part of one draw of all samples, or several draws of them.
   const int64_t together = std::clamp<int64_t>(limit / samples, 1, draws);
   const int64_t tile = std::min(limit, together * samples);

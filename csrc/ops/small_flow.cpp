@@ -48,7 +48,7 @@ constexpr int64_t kCudaTasks = 256;
 
 bool fits_cuda([[maybe_unused]] const Program& program, [[maybe_unused]] int64_t dim,
                [[maybe_unused]] int64_t element_size, [[maybe_unused]] at::Device device) {
-#ifdef FASTVAE_WITH_CUDA
+#ifdef FASTVAE_HAS_CUDA_KERNELS
   return element_size == sizeof(float) ? cuda::small_flow_fits(bind<float>(program, {}, {}), dim, device.index())
                                        : cuda::small_flow_fits(bind<double>(program, {}, {}), dim, device.index());
 #else
@@ -82,7 +82,7 @@ void sum_tasks(const Program& program, const SmallFlowBackward<T>& args, const s
 // a step.
 template <typename T>
 void sum_samples(const at::Tensor& terms, const at::Tensor& out) {
-  if (!terms.is_cpu()) {
+  if (runs_cuda(terms)) {
     aten::sum_out(out, terms, /*dim=*/1);
     return;
   }
@@ -99,7 +99,7 @@ void sum_samples(const at::Tensor& terms, const at::Tensor& out) {
   }
 }
 
-#ifdef FASTVAE_WITH_CUDA
+#ifdef FASTVAE_HAS_CUDA_KERNELS
 template <typename T>
 SmallFlowSum<T> sum_of(const Program& program, const SmallFlowBackward<T>& args,
                        const std::vector<at::Tensor>& gradients) {
@@ -135,7 +135,8 @@ bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, 
   if (program.stages.back().activation.kind != Activation::kIdentity) {
     return false;
   }
-  return device.is_cpu() ? weights * element_size <= kSmallWeightBytes : fits_cuda(program, dim, element_size, device);
+  return runs_cuda(device) ? fits_cuda(program, dim, element_size, device)
+                           : weights * element_size <= kSmallWeightBytes;
 }
 
 StashShape small_flow_stash(const Program& program, int64_t dim, int64_t element_size) {
@@ -194,7 +195,7 @@ void run_small_flow_backward(const Flow& flow, const FlowPath& path, const FlowC
     args.dim = d;
     args.steps = K;
     const int64_t lanes = kSmallFlowLanes<scalar_t>;
-    const bool on_cpu = flow.z.is_cpu();
+    const bool on_cpu = !runs_cuda(flow.z);
     args.tasks = std::min<int64_t>((B + lanes - 1) / lanes, on_cpu ? int64_t{at::get_num_threads()} : kCudaTasks);
     at::Tensor partial, tangents;
     const bool wants_parameters = out.wants_parameters();
@@ -220,10 +221,9 @@ void run_small_flow_backward(const Flow& flow, const FlowPath& path, const FlowC
     if (on_cpu) {
       sum_tasks(*flow.program, args, out.parameters);
     }
-#ifdef FASTVAE_WITH_CUDA
+#ifdef FASTVAE_HAS_CUDA_KERNELS
     else {
-      cuda::small_flow_sum(sum_of(*flow.program, args, out.parameters),
-                           c10::cuda::getCurrentCUDAStream(flow.z.get_device()).stream());
+      cuda::small_flow_sum(sum_of(*flow.program, args, out.parameters), current_stream(flow.z.device()));
     }
 #endif
   });
