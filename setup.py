@@ -3,6 +3,8 @@
 Environment variables:
     FASTVAE_CUDA         auto (default: CUDA kernels if nvcc and a CUDA build of torch are there), 1 or 0
     TORCH_CUDA_ARCH_LIST architectures to compile for (default: 8.0 9.0a 10.0+PTX, as far as nvcc knows them)
+    FASTVAE_EMULATE_CUDA 1: CPU tensors take the glue's CUDA branches, and the CUDA kernels run on the CPU, in any
+                         folder under build/emulated (`make test-cuda-emulated`); default: 0
     FASTVAE_SANITIZE     sanitizers, as -fsanitize takes them: address (`make test-asan`); default: none
     MAX_JOBS             parallel compiler processes
 """
@@ -145,9 +147,13 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 
+EMULATED = os.environ.get("FASTVAE_EMULATE_CUDA", "0") == "1"
+EMULATED_FOLDER = ROOT / "build" / "emulated"
+
+
 def cuda_wanted() -> bool:
     """Whether to compile the CUDA kernels: decided by nvcc and torch's build, never by a visible GPU."""
-    switch = os.environ.get("FASTVAE_CUDA", "auto")
+    switch = "0" if EMULATED else os.environ.get("FASTVAE_CUDA", "auto")
     if switch not in ("auto", "0", "1"):
         raise SystemExit(f"FASTVAE_CUDA: expected auto, 0 or 1, got {switch!r}")
     nvcc = shutil.which("nvcc") or (
@@ -169,6 +175,19 @@ def sources(*patterns: str) -> list[str]:
 
 
 FOLDERS = ("common", "ops", "network", "kernels/cpu")
+
+
+def emulated_sources() -> list[str]:
+    """The CUDA sources as C++, behind the host's stand-in for CUDA; their kernels keep names that can be asked for."""
+    shim = ROOT / "tests" / "cpp" / "host_cuda.h"
+    folder = EMULATED_FOLDER / "sources"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")):
+        text = f'#include "{shim}"\n#pragma GCC visibility push(default)\n#include "{path}"\n'
+        wrapper = folder / f"{path.stem}.cpp"
+        if not wrapper.exists() or wrapper.read_text() != text:
+            wrapper.write_text(text)
+    return sources("build/emulated/sources/*.cpp", "tests/cpp/emulated_launches.cpp")
 
 
 def extension():
@@ -197,6 +216,16 @@ def extension():
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
         link_args = [f"-fsanitize={sanitizers}"]
     files = sources("csrc/*.cpp", *(f"csrc/{folder}/*.cpp" for folder in FOLDERS))
+    if EMULATED:
+        # Threads as on a device; few blocks, so that small arrays take several strides over the grid.
+        macros += [
+            ("FASTVAE_EMULATE_CUDA", None),
+            ("FASTVAE_CUDA_THREADS", "256"),
+            ("FASTVAE_CUDA_MAX_BLOCKS", "7"),
+        ]
+        macros.append(("FASTVAE_NO_CLONES", None))
+        compile_args.append("-O1")
+        files += emulated_sources()
     options = {"cxx": compile_args}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
@@ -303,6 +332,11 @@ class BuildExtension(cpp_extension.BuildExtension):
     """
 
     def run(self) -> None:
+        if EMULATED and (self.inplace or EMULATED_FOLDER not in Path(self.build_lib).resolve().parents):
+            stop(
+                "FASTVAE_EMULATE_CUDA=1 is for tests and slow. It builds under build/emulated, never in the place of "
+                "another build: make test-cuda-emulated"
+            )
         for extension in self.extensions:
             extension.extra_compile_args["cxx"] = check_compiler(extension.extra_compile_args["cxx"])
         with contextlib.nullcontext() if self.verbose else silent_unless_failing():

@@ -17,6 +17,12 @@
 #include "ops/norm_activation.h"
 #include "straight_code.h"
 
+#ifdef FASTVAE_EMULATE_CUDA
+namespace fastvae {
+void bind_emulation(pybind11::module_& m);  // tests/cpp/emulated_launches.cpp
+}
+#endif
+
 namespace {
 
 std::string cpu_instruction_set() {
@@ -39,6 +45,11 @@ pybind11::dict build_info() {
 #else
   info["cuda"] = false;
   info["cuda_architectures"] = "";
+#endif
+#ifdef FASTVAE_EMULATE_CUDA
+  info["cuda_emulated"] = true;
+#else
+  info["cuda_emulated"] = false;
 #endif
 #ifdef _OPENMP
   info["openmp"] = true;
@@ -160,6 +171,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this shared object was built with.");
   fastvae::bind_straight_code(m);
   bind_operators(m);
+#ifdef FASTVAE_EMULATE_CUDA
+  fastvae::bind_emulation(m);
+#endif
   pybind11::class_<fastvae::NetworkCopies>(m, "NetworkCopies", "A copy of a network for each sample, trained by Adam.")
       .def(pybind11::init([](const std::string& network, const std::vector<at::Tensor>& parameters, const at::Tensor& x,
                              double lr, double beta1, double beta2, double eps, double weight_decay, int64_t steps) {

@@ -24,6 +24,8 @@ def describe() -> list[tuple[str, str]]:
     build = raw.build_info()
     architectures = build["cuda_architectures"] or "none named"
     cuda = f"CUDA {_build.TORCH_CUDA}, architectures {architectures}" if build["cuda"] else "no (CPU build)"
+    if build["cuda_emulated"]:
+        cuda = "emulated on the CPU, for tests"
     running_cuda = "a CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
     openmp = "with OpenMP" if build["openmp"] else "without OpenMP"
     return [

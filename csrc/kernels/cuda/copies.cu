@@ -56,7 +56,7 @@ struct RowChunk {
 // is null. All threads of the block must call.
 template <typename T, typename Term>
 __device__ void sum_rows(const CopiedRows<T>& layer, const RowChunk<T>& chunk, T* out, const Term& term) {
-  __shared__ T of_lane[kThreads];
+  FASTVAE_SHARED(T, of_lane, [kThreads]);
   for (int64_t o = chunk.column; chunk.lane < chunk.lanes && o < layer.out; o += chunk.width) {
     T sum = T(0);
     for (int64_t j = chunk.first + chunk.lane; j < chunk.end; j += chunk.lanes) {
@@ -193,7 +193,8 @@ __global__ void copies_norm_kernel(const CopiesNorm<T> args) {
 template <typename T>
 __global__ void copies_norm_reverse_kernel(const CopiesNormReverse<T> args) {
   constexpr int kWarps = kThreads / kWarp;
-  __shared__ T of_gamma[kWarps][kWarp], of_beta[kWarps][kWarp];
+  FASTVAE_SHARED(T, of_gamma, [kWarps][kWarp]);
+  FASTVAE_SHARED(T, of_beta, [kWarps][kWarp]);
   const int64_t groups = (args.channels + kWarp - 1) / kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int64_t block = blockIdx.x; block < args.samples * groups; block += gridDim.x) {

@@ -29,7 +29,8 @@ __device__ T column_sum(const GramProduct<T>& args, int64_t sample, int64_t colu
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gram_product_kernel(const GramProduct<T> args) {
-  __shared__ T of_column[kThreads + kThreads / kWarp];  // every 32 numbers one is left out, against bank conflicts
+  // Every 32 numbers one is left out, against bank conflicts.
+  FASTVAE_SHARED(T, of_column, [kThreads + kThreads / kWarp]);
   const auto place = [](int64_t i) { return i + i / kWarp; };
   const int64_t columns = args.samples_b * args.terms_b, pairs = pairs_of_block(args);
   const int64_t chunks = (args.samples_b + pairs - 1) / pairs;

@@ -2,9 +2,8 @@
 // that does not depend on timing (no atomics), so that results repeat to the bit.
 //
 // The same sources run on a CPU for their logic: tests/cpp/host_cuda.h, included in front of them, defines what is
-// under
-// __CUDACC__ here. So kernels use only FASTVAE_CUDA_LAUNCH, FASTVAE_DYNAMIC_SHARED, __shared__, __syncthreads and
-// __shfl_xor_sync besides the built-in indices.
+// under __CUDACC__ here. So kernels use only FASTVAE_CUDA_LAUNCH, FASTVAE_SHARED, FASTVAE_DYNAMIC_SHARED, __syncthreads
+// and __shfl_xor_sync besides the built-in indices.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +18,9 @@
 
 #define FASTVAE_CUDA_LAUNCH(KERNEL, GRID, BLOCK, SHARED, STREAM, ...) \
   KERNEL<<<GRID, BLOCK, SHARED, static_cast<cudaStream_t>(STREAM)>>>(__VA_ARGS__)
+
+// An array in the block's shared memory: FASTVAE_SHARED(T, sums, [kWarps][kWarp]).
+#define FASTVAE_SHARED(TYPE, NAME, SIZES) __shared__ TYPE NAME SIZES
 
 // Names the block's dynamic shared memory as an array of TYPE.
 #define FASTVAE_DYNAMIC_SHARED(TYPE, NAME)                         \
@@ -152,7 +154,7 @@ void sum_chunks(const T* partial, T* out, int64_t rows, int64_t chunks, int64_t 
 // Over a block of kThreads, the result in thread 0. Every thread of the block must call.
 template <typename T>
 __device__ T block_sum(T value) {
-  __shared__ T of_warp[kThreads / kWarp];
+  FASTVAE_SHARED(T, of_warp, [kThreads / kWarp]);
   value = warp_sum(value);
   __syncthreads();  // the last call's sums have been read
   if (threadIdx.x % kWarp == 0) {
