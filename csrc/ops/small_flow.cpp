@@ -78,6 +78,12 @@ void sum_tasks(const Program& program, const SmallFlowBackward<T>& args, const s
   }
 }
 
+// The tape as a GPU's kernels read it, 16 bytes at a time: whoever kept it may hand back a view at any number.
+at::Tensor aligned(const at::Tensor& tape) {
+  const bool is_aligned = reinterpret_cast<uintptr_t>(tape.const_data_ptr()) % 16 == 0;
+  return is_aligned || !runs_cuda(tape) ? tape : tape.clone();
+}
+
 // out [K, n] = the sum of terms [K, B, n] over the samples. On a CPU without an ATen call, which would cost as much as
 // a step.
 template <typename T>
@@ -175,6 +181,7 @@ void run_small_flow_backward(const Flow& flow, const FlowPath& path, const FlowC
   }
   const at::Tensor step_terms = out.step_size.defined() ? aten::empty({K, B, d}, options) : at::Tensor();
   const at::Tensor alpha_terms = out.alpha.defined() ? aten::empty({K, B, 1}, options) : at::Tensor();
+  const at::Tensor tape = aligned(path.stash);
   FASTVAE_DISPATCH(flow.z, {
     const std::vector<at::Tensor> parameters = dense(flow.parameters);
     SmallFlowBackward<scalar_t> args{};
@@ -182,7 +189,7 @@ void run_small_flow_backward(const Flow& flow, const FlowPath& path, const FlowC
     args.x = flow.x.const_data_ptr<scalar_t>();
     args.step = flow.step_size.const_data_ptr<scalar_t>();
     args.alpha = flow.alpha.const_data_ptr<scalar_t>();
-    args.tape = path.stash.const_data_ptr<scalar_t>();
+    args.tape = tape.const_data_ptr<scalar_t>();
     args.grad_z_in = data_or_null<scalar_t>(cotangents.z);
     args.grad_rho_in = data_or_null<scalar_t>(cotangents.rho);
     args.grad_log_px = data_or_null<scalar_t>(cotangents.log_px);
