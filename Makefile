@@ -4,6 +4,7 @@
 #   make test        Python tests and C++ kernel tests                     (ARGS="-k leapfrog")
 #   make test-all    the slow tests too, and all under sanitizers
 #   make test-asan   the operators' Python tests with the extension under AddressSanitizer
+#   make test-cuda-emulated   Python tests on a build whose CUDA kernels and glue run on the CPU  (EMULATED_TESTS=tests: all)
 #   make fuzz        one fuzzer, as long as you like                      (ARGS="raw_entries --seconds 600"; all: the lot)
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
@@ -26,7 +27,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 BENCHMARKS := $(addprefix bench-,flow models jacobian consistency likelihoods log_likelihood ais operators regret tracin scale zoo \
   encoders)
-.PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs notebooks wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
+.PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan test-cuda-emulated fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs notebooks wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -113,7 +114,7 @@ demo: build/.extension
 test: test-cpp test-py
 
 # Tests run side by side, so a thread that has nothing to do must not spin.
-test-py test-slow test-asan zoo: export OMP_WAIT_POLICY := PASSIVE
+test-py test-slow test-asan test-cuda-emulated zoo: export OMP_WAIT_POLICY := PASSIVE
 PYTEST_ARGS := -q -n auto --maxprocesses 4 --dist worksteal
 
 test-py: build/.extension
@@ -145,6 +146,21 @@ test-asan: build/asan/.built
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/lib \
 	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" -k "not compile and not inductor" $(ASAN_TESTS) $(ARGS)
+
+build/emulated/.built: $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py fastvae/*/*/*.py tests/cpp/host_*.h) \
+  tests/cpp/emulated_launches.cpp setup.py $(VENV)/.packages
+	FASTVAE_EMULATE_CUDA=1 $(PY) setup.py --quiet build --build-base build/emulated --build-lib build/emulated/lib
+	touch $@
+
+# Those of the operators and of what drives them; they reach every kernel.
+EMULATED_TESTS := $(wildcard tests/test_flow_*.py tests/test_leapfrog*.py tests/test_jacobian_l1*.py tests/test_grad_dot.py)
+
+# Of all tests or of those named, but not of a part that ARGS selects, every kernel must have been launched.
+test-cuda-emulated: build/emulated/.built
+	rm -rf build/emulated/launches
+	PYTHONPATH=build/emulated/lib FASTVAE_LAUNCHES=$(CURDIR)/build/emulated/launches \
+	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" $(EMULATED_TESTS) $(ARGS)
+	$(if $(ARGS),,$(PY) scripts/emulated_launches.py build/emulated/launches)
 
 test-sanitizers: build/cpp/asan/.built build/cpp/tsan/.built
 	ctest --preset asan

@@ -146,7 +146,6 @@ import torch
 from setuptools import setup
 from torch.utils import cpp_extension
 
-
 EMULATED = os.environ.get("FASTVAE_EMULATE_CUDA", "0") == "1"
 EMULATED_FOLDER = ROOT / "build" / "emulated"
 

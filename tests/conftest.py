@@ -6,6 +6,8 @@ lies there, and so does what they draw with a generator of the CPU.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +64,17 @@ def pytest_configure(config: pytest.Config) -> None:
         mode = _DefaultDevice(device)
         mode.__enter__()
         config.add_cleanup(lambda: mode.__exit__(None, None, None))
+
+
+def pytest_sessionfinish() -> None:
+    """Leave what this process launched on a build that emulates CUDA (scripts/emulated_launches.py)."""
+    folder = os.environ.get("FASTVAE_LAUNCHES")
+    if folder:
+        from fastvae._extension import raw
+
+        path = Path(folder) / f"{os.getpid()}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(raw.emulated_launches()), encoding="utf-8")
 
 
 @pytest.fixture(
