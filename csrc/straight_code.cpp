@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/launch.h"
 #include "common/replay.h"
 
 namespace fastvae {
@@ -308,7 +309,7 @@ class StraightCode {
 
   bool are_on_one_gpu(const Variables& variables) const {
     const auto is_there = [&](int64_t number) {
-      return variables[number].isTensor() && runs_on_gpu(variables[number].toTensor()) &&
+      return variables[number].isTensor() && runs_cuda(variables[number].toTensor()) &&
              variables[number].toTensor().device() == variables[read_inputs_[0]].toTensor().device();
     };
     return !read_inputs_.empty() && std::all_of(read_inputs_.begin(), read_inputs_.end(), is_there) &&

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from emulation import of_cpu_kernels
 
 import fastvae
 
@@ -53,6 +54,7 @@ assert len(runtimes) == 1, runtimes
 """
 
 
+@of_cpu_kernels
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc, which is Linux's")
 def test_two_threads_and_one_runtime() -> None:
     here, package = Path(__file__).parent, Path(fastvae.__file__).parents[1]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from counting import Work, held_bytes, made_nodes, names_of_nodes, saved_tensors
+from emulation import of_cpu_kernels
 from torch import Tensor, nn
 from zoo import ZOO, Problem, problem
 
@@ -226,6 +227,7 @@ def test_kernels_multiply_no_more_often_than_the_mathematics_says(name: str, ope
         assert found == most
 
 
+@of_cpu_kernels
 @parametrised([*SWEPT, *LOWERED])
 def test_calls_are_no_more_than_recorded(name: str, operator: str) -> None:
     case: Counted | Lowered = {**SWEPT, **LOWERED}[name]

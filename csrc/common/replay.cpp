@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "aten.h"
+#include "launch.h"
 #ifdef FASTVAE_WITH_CUDA
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -24,16 +25,6 @@
 #endif
 
 namespace fastvae {
-
-bool runs_on_gpu([[maybe_unused]] const at::Tensor& tensor) {
-#if defined(FASTVAE_WITH_CUDA)
-  return tensor.is_cuda();
-#elif defined(FASTVAE_EMULATE_CUDA)
-  return true;
-#else
-  return false;
-#endif
-}
 
 namespace {
 
@@ -195,10 +186,10 @@ bool is_wanted() {
 // Whether a graph can take the place of a call: nobody else captures or looks on, and nothing has to be refused.
 bool may_replay(const std::vector<at::Tensor>& inputs) {
   const auto is_plain = [](const at::Tensor& tensor) {
-    return !tensor.defined() || (runs_on_gpu(tensor) && tensor.layout() == at::kStrided && !tensor.is_conj() &&
+    return !tensor.defined() || (runs_cuda(tensor) && tensor.layout() == at::kStrided && !tensor.is_conj() &&
                                  !tensor.is_neg() && !tensor._fw_grad(/*level=*/0).defined());
   };
-  const auto is_any = [](const at::Tensor& tensor) { return tensor.defined() && runs_on_gpu(tensor); };
+  const auto is_any = [](const at::Tensor& tensor) { return tensor.defined() && runs_cuda(tensor); };
   return is_wanted() && std::any_of(inputs.begin(), inputs.end(), is_any) &&
          std::all_of(inputs.begin(), inputs.end(), is_plain) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          !is_capturing();
@@ -424,7 +415,7 @@ Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& in
     ++captures_in_all;
     failed = graph->held > memory_of_gpu() / kPartOfOne ||
              std::any_of(graph->results.begin(), graph->results.end(),
-                         [](const at::Tensor& result) { return result.defined() && !runs_on_gpu(result); });
+                         [](const at::Tensor& result) { return result.defined() && !runs_cuda(result); });
   } catch (const std::exception&) {
     failed = true;
   }

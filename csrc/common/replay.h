@@ -36,9 +36,6 @@ struct Lasting {
   size_t parameters = 0, leased = 0;
 };
 
-// Whether what is done with it could come from a graph.
-bool runs_on_gpu(const at::Tensor& tensor);
-
 // Graphs by the form of the inputs. A graph reads an input where it lies if it has lain there before, and a copy
 // otherwise; it is replayed once nobody uses the results of its last run. From any thread.
 class Replays {

@@ -20,8 +20,12 @@ std::string name_of(const void* kernel) {
   char* const demangled = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, nullptr);
   std::string name = demangled == nullptr ? found.dli_sname : demangled;
   std::free(demangled);
-  // "void fastvae::cuda::NAME<TYPES>(ARGUMENTS)", of whose types none has a parenthesis.
-  name = name.substr(0, name.find('('));
+  // "void fastvae::cuda::NAME<TYPES>(ARGUMENTS)", of whose types some have parentheses.
+  size_t end = 0;
+  for (int depth = 0; end < name.size() && (depth > 0 || name[end] != '('); ++end) {
+    depth += name[end] == '<' ? 1 : (name[end] == '>' ? -1 : 0);
+  }
+  name.resize(end);
   const std::string space = "fastvae::cuda::";
   const size_t begin = name.find(space);
   return begin == std::string::npos ? name : name.substr(begin + space.size());

@@ -4,6 +4,8 @@
 // what a kernel may use. Says nothing about speed.
 #pragma once
 
+#include <pthread.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -62,6 +64,8 @@ struct Known {
 };
 inline std::map<const void*, Known> kernels;
 inline std::mutex mutex;  // of the above and of `blocks`
+// A process that forks while another of its threads launches leaves its child no locked mutex.
+inline const int at_fork = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
 
 template <typename Kernel>
 const void* address_of(Kernel kernel) {
