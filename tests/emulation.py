@@ -6,7 +6,8 @@ import pytest
 
 from fastvae._extension import raw
 
+EMULATED: bool = raw.build_info()["cuda_emulated"]
+
 of_cpu_kernels = pytest.mark.skipif(
-    raw.build_info()["cuda_emulated"],
-    reason="of the CPU's kernels, which no tensor reaches where CUDA is emulated",
+    EMULATED, reason="of the CPU's kernels, which no tensor reaches where CUDA is emulated"
 )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from emulation import EMULATED
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -377,6 +378,7 @@ print("sound")
 """
 
 
+@pytest.mark.skipif(EMULATED, reason="a process that has used a GPU cannot fork: replays hold locks there")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_threads_and_forked_loaders_at_once(tmp_path: Path) -> None:
     """Three Python threads and two forked workers use the ops while torch's own two threads do."""
