@@ -154,8 +154,9 @@ build/emulated/.built: $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastva
 
 # Those of the operators and of what drives them, which reach every kernel.
 EMULATED_TESTS := $(wildcard tests/test_flow_*.py tests/test_leapfrog*.py tests/test_jacobian_l1*.py tests/test_log_px*.py \
-  $(patsubst %,tests/test_%.py,copied_networks elbo gaussian_kl grad_dot hardening likelihood_regret network_operators noise \
-  raw_entries replays straight_code))
+  tests/test_influence*.py $(patsubst %,tests/test_%.py,consistency copied_networks densities elbo encoder_zoo gaussian_kl \
+  geometry gpu_smoke grad_dot hardening learned_likelihoods likelihood_regret likelihoods model_training models network \
+  network_operators noise ood penalties raw_entries replays straight_code weights))
 
 # Without ARGS, which may select a part, every kernel must have been launched.
 test-cuda-emulated: build/emulated/.built
