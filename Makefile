@@ -5,6 +5,7 @@
 #   make test-all    the slow tests too, and all under sanitizers
 #   make test-asan   the operators' Python tests with the extension under AddressSanitizer
 #   make test-cuda-emulated   Python tests on a build whose CUDA kernels and glue run on the CPU  (EMULATED_TESTS=tests: all)
+#                    (test-cuda-emulated-asan: under AddressSanitizer)
 #   make fuzz        one fuzzer, as long as you like                      (ARGS="raw_entries --seconds 600"; all: the lot)
 #   make lint        clang-format, clang-tidy, ruff, mypy
 #   make format      clang-format and ruff put the sources in shape
@@ -27,7 +28,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 BENCHMARKS := $(addprefix bench-,flow models jacobian consistency likelihoods log_likelihood ais operators regret tracin scale zoo \
   encoders)
-.PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan test-cuda-emulated fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs notebooks wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
+.PHONY: demo test zoo test-pytorch-ood test-py test-cpp test-all test-slow test-sanitizers test-asan test-cuda-emulated test-cuda-emulated-asan fuzz lint format bench $(BENCHMARKS) cuda-check cuda-build docs notebooks wheel wheel-cuda sdist test-wheel test-wheel-cuda test-install clean build
 
 PYTHON ?= python3
 # With the version spelt out, pip takes a CPU build where one is at hand, and nothing drifts.
@@ -114,7 +115,7 @@ demo: build/.extension
 test: test-cpp test-py
 
 # Tests run side by side, so a thread that has nothing to do must not spin.
-test-py test-slow test-asan test-cuda-emulated zoo: export OMP_WAIT_POLICY := PASSIVE
+test-py test-slow test-asan test-cuda-emulated test-cuda-emulated-asan zoo: export OMP_WAIT_POLICY := PASSIVE
 PYTEST_ARGS := -q -n auto --maxprocesses 4 --dist worksteal
 
 test-py: build/.extension
@@ -126,7 +127,7 @@ zoo: build/.extension $(VENV)/.zoo
 test-cpp: build/cpp/default/.built
 	ctest --preset default
 
-test-all: test test-slow test-sanitizers test-asan
+test-all: test test-slow test-sanitizers test-asan test-cuda-emulated test-cuda-emulated-asan
 
 test-slow: build/.extension
 	$(PY) -m pytest $(PYTEST_ARGS) -m "slow and not heavy" $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
@@ -137,18 +138,20 @@ build/asan/.built: $(SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py) setup.py $
 	FASTVAE_CUDA=0 FASTVAE_SANITIZE=address $(PY) setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	touch $@
 
+UNDER_ASAN = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0
 ASAN_TESTS := $(wildcard tests/test_flow_contract.py tests/test_flow_decoders.py tests/test_flow_gradients.py \
   tests/test_flow_options.py tests/test_flow_refusals.py tests/test_leapfrog*.py tests/test_jacobian_l1*.py \
   tests/test_grad_dot.py tests/test_hardening.py)
 
 # pytest and not python -m pytest, which would find the package of this folder first.
 test-asan: build/asan/.built
-	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan/lib \
+	$(UNDER_ASAN) PYTHONPATH=build/asan/lib \
 	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" -k "not compile and not inductor" $(ASAN_TESTS) $(ARGS)
 
-build/emulated/.built: $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py fastvae/*/*/*.py tests/cpp/host_*.h) \
-  tests/cpp/emulated_launches.cpp setup.py $(VENV)/.packages
+EMULATED_SOURCES := $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py fastvae/*/*/*.py tests/cpp/host_*.h) \
+  tests/cpp/emulated_launches.cpp setup.py
+build/emulated/.built: $(EMULATED_SOURCES) $(VENV)/.packages
 	FASTVAE_EMULATE_CUDA=1 $(PY) setup.py --quiet build --build-base build/emulated --build-lib build/emulated/lib
 	touch $@
 
@@ -164,6 +167,16 @@ test-cuda-emulated: build/emulated/.built
 	PYTHONPATH=build/emulated/lib FASTVAE_LAUNCHES=$(CURDIR)/build/emulated/launches \
 	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" -k "not compile and not inductor" $(EMULATED_TESTS) $(ARGS)
 	$(if $(ARGS),,$(PY) scripts/emulated_launches.py build/emulated/launches)
+
+build/emulated/asan/.built: $(EMULATED_SOURCES) $(VENV)/.packages
+	FASTVAE_SANITIZE=address FASTVAE_EMULATE_CUDA=1 $(PY) setup.py --quiet build --build-base build/emulated/asan \
+	  --build-lib build/emulated/asan/lib
+	touch $@
+
+test-cuda-emulated-asan: build/emulated/asan/.built
+	$(UNDER_ASAN) PYTHONPATH=build/emulated/asan/lib \
+	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" -k "not compile and not inductor" $(filter-out %hardening.py,$(ASAN_TESTS)) \
+	  $(patsubst %,tests/test_%.py,copied_networks elbo gaussian_kl likelihood_regret log_px noise replays) $(ARGS)
 
 test-sanitizers: build/cpp/asan/.built build/cpp/tsan/.built
 	ctest --preset asan
