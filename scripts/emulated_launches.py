@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "kernels" / "cuda"
-KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
+KERNEL = re.compile(r"__global__\s[^;{]*?\b(\w+_kernel)\s*\(")
 
 
 def kernels() -> dict[str, str]:

@@ -161,10 +161,17 @@ class Recording {
   }
 
   void replay(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& results) {
+    // Of numbers that an expanded result repeats, one each.
+    const auto once = [](at::Tensor result) {
+      for (int64_t axis = 0; axis < result.dim(); ++axis) {
+        result = result.stride(axis) == 0 && result.size(axis) > 1 ? result.narrow(axis, 0, 1) : result;
+      }
+      return result;
+    };
     const std::vector<at::Tensor> again = function_(inputs);
     for (size_t at = 0; at < results.size(); ++at) {
       if (results[at].defined() && !results[at].is_same(again[at])) {
-        results[at].copy_(again[at]);
+        once(results[at]).copy_(once(again[at]));
       }
     }
   }
