@@ -523,7 +523,7 @@ std::vector<at::Tensor> kept_results(const Replayed& run, size_t owned) {
 }
 
 std::string_view lasting_text(std::string_view text, const at::Tensor& like) {
-  if (!runs_on_gpu(like)) {
+  if (!runs_cuda(like)) {
     return text;
   }
   static std::mutex& mutex = *new std::mutex;
@@ -542,7 +542,7 @@ std::vector<at::Tensor> joined(std::initializer_list<at::Tensor> tensors, at::Te
 std::vector<at::Tensor> replayed(const CallText& call, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                                  size_t owned, const TensorFunction& function) {
   if (std::none_of(inputs.begin(), inputs.end(),
-                   [](const at::Tensor& input) { return input.defined() && runs_on_gpu(input); })) {
+                   [](const at::Tensor& input) { return input.defined() && runs_cuda(input); })) {
     return function(inputs);
   }
   std::string name(call.op);
