@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/_foreach_copy.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
@@ -18,11 +17,7 @@
 
 #include "aten.h"
 #include "launch.h"
-#ifdef FASTVAE_WITH_CUDA
-#include <ATen/cuda/CUDAGraph.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "recording.h"
 
 namespace fastvae {
 
@@ -40,22 +35,14 @@ constexpr int64_t kTried = 8, kWorthwhile = 4;
 constexpr int64_t kMostCopied = int64_t{16} << 20;
 // Parts of a GPU's memory that one graph and all of them may hold: results, and what is needed on the way to them.
 constexpr int64_t kPartOfOne = 32, kPartOfAll = 8;
-// Results that their caller owns, in bytes: whoever keeps a number of each step should not keep a graph with it.
-constexpr int64_t kMostOwned = int64_t{1} << 20;
 
-int64_t bytes_of(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.numel() * static_cast<int64_t>(tensor.element_size()) : 0;
-}
-
-int64_t bytes_of(const std::vector<at::Tensor>& tensors) {
+int64_t bytes_of_all(const std::vector<at::Tensor>& tensors) {
   int64_t bytes = 0;
   for (const at::Tensor& tensor : tensors) {
     bytes += bytes_of(tensor);
   }
   return bytes;
 }
-
-const void* place_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 
 void append(std::string& text, int64_t number) { text.append(reinterpret_cast<const char*>(&number), sizeof(number)); }
 
@@ -73,114 +60,6 @@ void append_form(std::string& text, const at::Tensor& tensor) {
 
 // Bytes that graphs hold, captures and replays so far, for whoever wants to know.
 std::atomic<int64_t> held_in_all{0}, captures_in_all{0}, replays_in_all{0};
-
-#ifdef FASTVAE_WITH_CUDA
-
-int64_t memory_of_gpu() {
-  size_t free = 0, total = 0;
-  thread_local std::unordered_map<int, int64_t> known;
-  const auto found = known.find(c10::cuda::current_device());
-  if (found != known.end()) {
-    return found->second;
-  }
-  C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-  return known[c10::cuda::current_device()] = static_cast<int64_t>(total);
-}
-
-int64_t reserved_bytes() {
-  constexpr size_t kAggregate = 0;
-  return c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device())
-      .reserved_bytes[kAggregate]
-      .current;
-}
-
-bool is_capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
-
-int64_t current_stream() { return static_cast<int64_t>(c10::cuda::getCurrentCUDAStream().id()); }
-
-// What a function calls, once for all.
-class Recording {
- public:
-  // No kernel runs.
-  std::vector<at::Tensor> capture(const TensorFunction& function, const std::vector<at::Tensor>& inputs) {
-    // A stream of this thread's own, and always the same: each has a workspace of cuBLAS. PyTorch hands out its streams
-    // again and again; what another thread did on this one would be captured, too. Few use those of high priority.
-    thread_local std::unordered_map<int, c10::cuda::CUDAStream> streams;
-    const c10::DeviceIndex device = c10::cuda::current_device();
-    auto stream = streams.find(device);
-    if (stream == streams.end()) {
-      stream = streams.emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device)).first;
-    }
-    const c10::cuda::CUDAStreamGuard aside(stream->second);
-    const c10::MempoolId_t pool = at::cuda::graph_pool_handle();
-    graph_.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
-    std::vector<at::Tensor> results;
-    try {
-      results = function(inputs);
-    } catch (...) {
-      end(device, pool);
-      throw;
-    }
-    graph_.capture_end();
-    return results;
-  }
-
-  void replay(const std::vector<at::Tensor>& /*inputs*/, const std::vector<at::Tensor>& /*results*/) {
-    graph_.replay();
-  }
-
- private:
-  // After a failure, of which more may follow.
-  void end(c10::DeviceIndex device, c10::MempoolId_t pool) {
-    try {
-      graph_.capture_end();
-    } catch (const c10::Error&) {
-      c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool);
-    }
-  }
-
-  at::cuda::CUDAGraph graph_;
-};
-
-#else
-
-int64_t memory_of_gpu() { return int64_t{8} << 30; }
-
-int64_t reserved_bytes() { return 0; }
-
-bool is_capturing() { return false; }
-
-int64_t current_stream() { return 0; }
-
-// Without a GPU: the same calls again, of the same memory.
-class Recording {
- public:
-  std::vector<at::Tensor> capture(const TensorFunction& function, const std::vector<at::Tensor>& inputs) {
-    function_ = function;
-    return function(inputs);
-  }
-
-  void replay(const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& results) {
-    // Of numbers that an expanded result repeats, one each.
-    const auto once = [](at::Tensor result) {
-      for (int64_t axis = 0; axis < result.dim(); ++axis) {
-        result = result.stride(axis) == 0 && result.size(axis) > 1 ? result.narrow(axis, 0, 1) : result;
-      }
-      return result;
-    };
-    const std::vector<at::Tensor> again = function_(inputs);
-    for (size_t at = 0; at < results.size(); ++at) {
-      if (results[at].defined() && !results[at].is_same(again[at])) {
-        once(results[at]).copy_(once(again[at]));
-      }
-    }
-  }
-
- private:
-  TensorFunction function_;
-};
-
-#endif
 
 bool is_wanted() {
   static const bool wanted = [] {
@@ -206,7 +85,7 @@ bool may_replay(const std::vector<at::Tensor>& inputs) {
 std::string form_of(const std::string& name, const std::vector<at::Tensor>& inputs) {
   std::string text = name;
   const at::Context& context = at::globalContext();
-  append(text, current_stream());
+  append(text, stream_id());
   append(text, static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)) * 16 +
                    static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV)));
   append(text, (context.deterministicAlgorithms() ? 1 : 0) + (context.deterministicCuDNN() ? 2 : 0) +
@@ -392,7 +271,7 @@ Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& in
   if (!due) {
     std::vector<at::Tensor> results = function(inputs);
     const std::lock_guard<std::mutex> locked(mutex_);
-    form_named().results = bytes_of(results);
+    form_named().results = bytes_of_all(results);
     make_room();
     return {std::move(results), nullptr};
   }
@@ -417,7 +296,7 @@ Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& in
   try {
     const int64_t before = reserved_bytes();
     graph->results = graph->recording.capture(function, lying);
-    graph->held = std::max(reserved_bytes() - before, bytes_of(graph->results));
+    graph->held = std::max(reserved_bytes() - before, bytes_of_all(graph->results));
     held_in_all += graph->held;
     ++captures_in_all;
     failed = graph->held > memory_of_gpu() / kPartOfOne ||
@@ -449,78 +328,6 @@ void Replays::make_room() {
 }
 
 std::array<int64_t, 3> replay_counts() { return {captures_in_all, replays_in_all, held_in_all}; }
-
-namespace {
-
-// Where memory begins that is under a lease, with how many tensors share it.
-class LeasedPlaces {
- public:
-  void add(const void* place) {
-    const std::lock_guard<std::mutex> locked(mutex_);
-    ++counts_[place];
-  }
-  void remove(const void* place) {
-    const std::lock_guard<std::mutex> locked(mutex_);
-    if (const auto found = counts_.find(place); --found->second == 0) {
-      counts_.erase(found);
-    }
-  }
-  bool has(const void* place) {
-    const std::lock_guard<std::mutex> locked(mutex_);
-    return counts_.count(place) != 0;
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<const void*, int64_t> counts_;
-};
-
-// Never destroyed, as the graphs of the operators: at exit a tensor may die later, and there may be no driver any more.
-LeasedPlaces& leased_places() {
-  static LeasedPlaces& places = *new LeasedPlaces;
-  return places;
-}
-
-at::Tensor under_lease(const at::Tensor& tensor, const std::shared_ptr<const void>& lease) {
-  if (!tensor.defined()) {
-    return tensor;
-  }
-  if (tensor.numel() == 0) {
-    return aten::empty_like(tensor);
-  }
-  void* place = tensor.mutable_data_ptr();
-  leased_places().add(place);
-  return at::for_blob(place, tensor.sizes())
-      .strides(tensor.strides())
-      .deleter([lease](void* at) { leased_places().remove(at); })
-      .options(tensor.options())
-      .target_device(tensor.device())
-      .make_tensor();
-}
-
-}  // namespace
-
-bool is_under_lease(const at::Tensor& tensor) { return leased_places().has(place_of(tensor)); }
-
-std::vector<at::Tensor> kept_results(const Replayed& run, size_t owned) {
-  if (run.lease == nullptr) {
-    return run.results;
-  }
-  std::vector<at::Tensor> found, to, from;
-  for (const at::Tensor& result : run.results) {
-    if (found.size() < owned && result.defined() && result.numel() > 0 && bytes_of(result) <= kMostOwned) {
-      from.push_back(result);
-      to.push_back(aten::empty_like(result));
-      found.push_back(to.back());
-    } else {
-      found.push_back(under_lease(result, run.lease));
-    }
-  }
-  if (!to.empty()) {
-    at::_foreach_copy_(to, from);
-  }
-  return found;
-}
 
 std::string_view lasting_text(std::string_view text, const at::Tensor& like) {
   if (!runs_cuda(like)) {

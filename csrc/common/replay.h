@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
@@ -14,10 +13,14 @@
 #include <unordered_map>
 #include <vector>
 
+#include "recording.h"
+
 namespace fastvae {
 
-// It looks at no number of its inputs, changes none of them, and owns what it captures.
-using TensorFunction = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
+inline int64_t bytes_of(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.numel() * static_cast<int64_t>(tensor.element_size()) : 0;
+}
+inline const void* place_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 
 struct Replayed {
   std::vector<at::Tensor> results;
