@@ -29,7 +29,7 @@ from fastvae._extension import raw
 T = TypeVar("T")
 Contestant = Callable[[], object]
 
-_WARM_UP, _WARM_UP_SECONDS = 8, 2.0
+WARM_UP, WARM_UP_SECONDS = 8, 2.0
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def interleave(
     repeats, slow = {}, set()
     for name, contestant in contestants.items():
         start = time.perf_counter()
-        for _ in range(_WARM_UP):
+        for _ in range(WARM_UP):
             contestant()
-            if time.perf_counter() - start > _WARM_UP_SECONDS:
+            if time.perf_counter() - start > WARM_UP_SECONDS:
                 break
         once = clock(contestant, 1)
         if once > 200:

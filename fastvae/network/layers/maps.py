@@ -35,10 +35,11 @@ class Transposed:
     def __init__(self, apply: Callable[[Tensor], Tensor], shape: Sequence[int], like: Tensor) -> None:
         # One number, however many are looked at.
         empty = torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=like.dtype, device=like.device)
-        self._leaf = empty.requires_grad_()
+        leaf = empty.requires_grad_()
         with torch.enable_grad():
-            # The result itself is let go.
-            self._result, self._argument = get_gradient_edge(apply(self._leaf)), get_gradient_edge(self._leaf)
+            # The tensors themselves are let go, but for what operators on a GPU look at.
+            self._result, self._argument = get_gradient_edge(apply(leaf)), get_gradient_edge(leaf)
+        self._leaf = None if like.is_cpu else leaf
 
     def __call__(self, dy: Tensor) -> Tensor:
         """Of a cotangent of the result."""
@@ -51,7 +52,7 @@ class Transposed:
         A GPU gets the operators that autograd calls, which may look at the argument's sizes: what is a call of Python's
         has no place in a CUDA graph. For a CPU it is one call.
         """
-        if dy.is_cpu:
+        if self._leaf is None:
             return kernel(self, dy)
         fixed(self._leaf)
         return self(dy)
