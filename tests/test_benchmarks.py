@@ -277,8 +277,8 @@ def test_interleaved_rounds_give_each_contestant_its_turn() -> None:
         "a": (30.0, 4),
         "b": (250.0, 4),
     }
-    # After what warms up and a call that sets the repeats, a turn is a timed call, before it an untimed one for a short contestant,
-    # and the order rotates.
+    # After what warms up and a call that sets the repeats, a turn is a timed call, before it an untimed one for a short
+    # contestant, and the order rotates.
     learned = len(contestants) * (timing.WARM_UP + 1)
     assert "".join(calls[learned:]) == "aab" + "baa" + "aab" + "baa"
 
