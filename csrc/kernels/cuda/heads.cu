@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 1)
 #pragma unroll
       for (int k = 0; k < kHeld; k += kPack) {
         const int first = k * kLanes + lane * kPack;
-        Logits found;
+        Logits found{};
         if (first < own) {
           found = *reinterpret_cast<const Logits*>(a + first);
         }
