@@ -290,9 +290,10 @@ _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 def most_numbers(device: str) -> int:
     """Numbers that a run keeps on a kind of device, beyond which asking the rules is nothing beside the work.
 
-    A recorder holds all of them. A GPU is done with them sooner than with being asked.
+    A recorder holds all of them. A GPU is done with them sooner than with being asked; where there is none, tensors of
+    that device have no numbers.
     """
-    if device != "cuda":
+    if device != "cuda" or not torch.cuda.is_available():
         return _MOST_NUMBERS
     return min(_MOST_ON_A_GPU, torch.cuda.get_device_properties().total_memory // _PART_OF_A_GPU)
 
