@@ -404,24 +404,14 @@ class StraightCode {
   py::object held_;
 };
 
-void append_number(std::string& text, int64_t number) {
-  text.append(reinterpret_cast<const char*>(&number), sizeof(number));
-}
-
 // All of values that a sweep may depend on besides tensors' numbers, for comparison: bytes, and what is no tensor.
-void append_form(py::handle values, std::string& text, py::list& others) {
+void append_forms(py::handle values, std::string& text, py::list& others) {
   for (const py::handle value : py::reinterpret_borrow<py::sequence>(values)) {
     if (THPVariable_Check(value.ptr())) {
-      const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
-      append_number(text, tensor.dim());
-      for (const auto& numbers : {tensor.sizes(), tensor.strides()}) {
-        text.append(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
-      }
-      append_number(text, static_cast<int64_t>(tensor.scalar_type()));
-      append_number(text, static_cast<int64_t>(tensor.device().type()) * 256 + tensor.device().index());
+      append_form(text, THPVariable_Unpack(value.ptr()));
     } else if (py::isinstance<py::list>(value) || py::isinstance<py::tuple>(value)) {
       append_number(text, -1);
-      append_form(value, text, others);
+      append_forms(value, text, others);
       append_number(text, -2);
     } else {
       append_number(text, -3);
@@ -433,7 +423,7 @@ void append_form(py::handle values, std::string& text, py::list& others) {
 py::tuple form_of(const py::sequence& values) {
   std::string text;
   py::list others;
-  append_form(values, text, others);
+  append_forms(values, text, others);
   return py::make_tuple(py::bytes(text), py::tuple(others));
 }
 

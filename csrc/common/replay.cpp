@@ -10,14 +10,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
-#include <optional>
 #include <set>
 #include <string_view>
 #include <utility>
 
-#include "aten.h"
 #include "launch.h"
-#include "recording.h"
 
 namespace fastvae {
 
@@ -44,20 +41,6 @@ int64_t bytes_of_all(const std::vector<at::Tensor>& tensors) {
   return bytes;
 }
 
-void append(std::string& text, int64_t number) { text.append(reinterpret_cast<const char*>(&number), sizeof(number)); }
-
-void append_form(std::string& text, const at::Tensor& tensor) {
-  if (!tensor.defined()) {
-    append(text, -1);
-    return;
-  }
-  append(text, tensor.dim());
-  append(text, static_cast<int64_t>(tensor.scalar_type()) * 256 + tensor.device().index());
-  for (const auto& numbers : {tensor.sizes(), tensor.strides()}) {
-    text.append(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
-  }
-}
-
 // Bytes that graphs hold, captures and replays so far, for whoever wants to know.
 std::atomic<int64_t> held_in_all{0}, captures_in_all{0}, replays_in_all{0};
 
@@ -75,21 +58,20 @@ bool may_replay(const std::vector<at::Tensor>& inputs) {
     return !tensor.defined() || (runs_cuda(tensor) && tensor.layout() == at::kStrided && !tensor.is_conj() &&
                                  !tensor.is_neg() && !tensor._fw_grad(/*level=*/0).defined());
   };
-  const auto is_any = [](const at::Tensor& tensor) { return tensor.defined() && runs_cuda(tensor); };
-  return is_wanted() && std::any_of(inputs.begin(), inputs.end(), is_any) &&
-         std::all_of(inputs.begin(), inputs.end(), is_plain) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !is_capturing();
+  return is_wanted() && std::all_of(inputs.begin(), inputs.end(), is_plain) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_capturing();
 }
 
 // What the calls depend on besides name and inputs.
 std::string form_of(const std::string& name, const std::vector<at::Tensor>& inputs) {
   std::string text = name;
   const at::Context& context = at::globalContext();
-  append(text, stream_id());
-  append(text, static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)) * 16 +
-                   static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV)));
-  append(text, (context.deterministicAlgorithms() ? 1 : 0) + (context.deterministicCuDNN() ? 2 : 0) +
-                   (context.benchmarkCuDNN() ? 4 : 0));
+  append_number(text, stream_id());
+  append_number(text,
+                static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)) * 16 +
+                    static_cast<int64_t>(context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV)));
+  append_number(text, (context.deterministicAlgorithms() ? 1 : 0) + (context.deterministicCuDNN() ? 2 : 0) +
+                          (context.benchmarkCuDNN() ? 4 : 0));
   for (const at::Tensor& input : inputs) {
     append_form(text, input);
   }
@@ -97,6 +79,23 @@ std::string form_of(const std::string& name, const std::vector<at::Tensor>& inpu
 }
 
 }  // namespace
+
+void append_number(std::string& text, int64_t number) {
+  text.append(reinterpret_cast<const char*>(&number), sizeof(number));
+}
+
+void append_form(std::string& text, const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    append_number(text, -1);
+    return;
+  }
+  append_number(text, tensor.dim());
+  for (const auto& numbers : {tensor.sizes(), tensor.strides()}) {
+    text.append(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
+  }
+  append_number(text, static_cast<int64_t>(tensor.scalar_type()));
+  append_number(text, static_cast<int64_t>(tensor.device().type()) * 256 + tensor.device().index());
+}
 
 struct Replays::Graph {
   Graph() = default;
@@ -237,11 +236,10 @@ Replayed Replays::replay(Form& form, const std::shared_ptr<Graph>& graph, const 
     at::_foreach_copy_(to, from);
   }
   graph->recording.replay(lying, graph->results);
-  const std::shared_ptr<const void> lease = graph;
   // Not the graph's own count: forms hold it, too.
-  const auto shared = std::make_shared<const std::shared_ptr<const void>>(lease);
-  graph->lease = shared;
-  return {graph->results, shared};
+  const auto lease = std::make_shared<const std::shared_ptr<Graph>>(graph);
+  graph->lease = lease;
+  return {graph->results, lease};
 }
 
 Replayed Replays::run(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,

@@ -22,6 +22,10 @@ inline int64_t bytes_of(const at::Tensor& tensor) {
 }
 inline const void* place_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 
+// All of a tensor that calls depend on besides its numbers, as bytes to compare.
+void append_form(std::string& text, const at::Tensor& tensor);
+void append_number(std::string& text, int64_t number);
+
 struct Replayed {
   std::vector<at::Tensor> results;
   // While it lives nobody writes to the results' memory, which is the graph's. Null: they are as any other tensors.
@@ -48,7 +52,8 @@ class Replays {
   Replays(const Replays&) = delete;
   Replays& operator=(const Replays&) = delete;
 
-  // function(inputs), after two runs in this form from a graph; name: what else it depends on.
+  // function(inputs), after two runs in this form from a graph; name: what else it depends on. Some input lies on a
+  // GPU.
   Replayed run(const std::string& name, const std::vector<at::Tensor>& inputs, const Lasting& lasting,
                const TensorFunction& function);
 

@@ -10,6 +10,7 @@ nowhere) leaves a reason in ``failure``; then there is no tape, and nothing else
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,12 +58,11 @@ def kernel(function: Callable[..., Any], *args: Any) -> Any:
         return recorder.note(function, args)
 
 
-def fixed(tensor: Tensor) -> Tensor:
-    """A tensor that is the same in every run, from elsewhere."""
+def fixed(tensor: Tensor) -> None:
+    """Say that a tensor from elsewhere is the same in every run."""
     recorder: Recorder | None = getattr(_state, "recorder", None)
     if recorder is not None:
         recorder.name_constant(tensor)
-    return tensor
 
 
 def outside(function: Callable[..., Any], *args: Any) -> Any:
@@ -290,10 +290,15 @@ _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 def most_numbers(device: str) -> int:
     """Numbers that a run keeps on a kind of device, beyond which asking the rules is nothing beside the work.
 
-    A recorder holds all of them. A GPU is done with them sooner than with being asked; where there is none, tensors of
-    that device have no numbers.
+    A recorder holds all of them.
     """
-    if device != "cuda" or not torch.cuda.is_available():
+    return _most_on_a_gpu() if device == "cuda" else _MOST_NUMBERS
+
+
+@functools.cache
+def _most_on_a_gpu() -> int:
+    """It is done with them sooner than with being asked; where there is none, its tensors have no numbers."""
+    if not torch.cuda.is_available():
         return _MOST_NUMBERS
     return min(_MOST_ON_A_GPU, torch.cuda.get_device_properties().total_memory // _PART_OF_A_GPU)
 
