@@ -102,3 +102,10 @@ def _open() -> ModuleType:
 
 raw = _open()
 """The extension module ``fastvae._C``."""
+
+
+def has_kernels_for(tensor: torch.Tensor) -> bool:
+    """Whether this build has kernels for tensors of that device and dtype."""
+    device = tensor.device.type
+    known = device == "cpu" or (device == "cuda" and raw.build_info()["cuda"])
+    return known and tensor.dtype in (torch.float32, torch.float64)

@@ -13,6 +13,7 @@
 #include "copies.h"
 #include "keyed_noise.h"
 #include "math/activations.h"
+#include "math/element_heads.h"
 #include "math/likelihoods.h"
 #include "norm_activation.h"
 #include "small_network.h"
@@ -103,6 +104,40 @@ struct HeadTangent {
   int64_t channels;
   LikelihoodSpec likelihood;
 };
+
+// Likelihoods of element_heads.h, of whose elements each has its outputs in y [samples, outputs, size]: residual = w r
+// and, where wanted, log_prob = sum of w ll over a sample; an element of weight 0 counts as 0, whatever it is. Index:
+// samples.
+template <typename T>
+struct ElementHeadResidual {
+  const T* y;
+  const T* x;       // [samples, size]
+  const T* weight;  // the same, or null for 1
+  T* residual;      // as y; null if only the log probability is wanted
+  T* log_prob;      // [samples] or null
+  int64_t samples;
+  int64_t size;
+  ElementHeadSpec likelihood;
+  T* partial = nullptr;  // CUDA: as in HeadResidual
+};
+
+// delta_dot = w S dot + cotangent * residual. Index: samples.
+template <typename T>
+struct ElementHeadTangent {
+  const T* y;
+  const T* x;
+  const T* weight;     // or null
+  const T* dot;        // as y
+  const T* residual;   // as y; null without a cotangent
+  const T* cotangent;  // [samples] or null
+  T* delta_dot;
+  int64_t samples;
+  int64_t size;
+  ElementHeadSpec likelihood;
+};
+
+// As head_chunks.
+inline int64_t element_head_chunks(int64_t size) { return (size + 4095) / 4096; }
 
 // The first half of a leapfrog step; arrays are [samples, dim]. Index: samples.
 template <typename T>
@@ -285,26 +320,28 @@ struct GramProduct {
   bool accumulate;  // add to out
 };
 
-#define FASTVAE_FOR_EACH_KERNEL(DECLARE)            \
-  DECLARE(unfold, Unfold)                           \
-  DECLARE(fold, Fold)                               \
-  DECLARE(bias_activation, BiasActivation)          \
-  DECLARE(activation_reverse, ActivationReverse)    \
-  DECLARE(activation_tangent, ActivationTangent)    \
-  DECLARE(activation_adjoint, ActivationAdjoint)    \
-  DECLARE(head_residual, HeadResidual)              \
-  DECLARE(head_tangent, HeadTangent)                \
-  DECLARE(kick_drift, KickDrift)                    \
-  DECLARE(kick_temper, KickTemper)                  \
-  DECLARE(kick_temper_backward, KickTemperBackward) \
-  DECLARE(kick_drift_backward, KickDriftBackward)   \
-  DECLARE(gaussian_kl, GaussianKl)                  \
-  DECLARE(gaussian_kl_backward, GaussianKlBackward) \
-  DECLARE(small_flow, SmallFlow)                    \
-  DECLARE(small_flow_backward, SmallFlowBackward)   \
-  DECLARE(jacobian_tangent, JacobianTangent)        \
-  DECLARE(jacobian_head, JacobianHead)              \
-  DECLARE(jacobian_adjoint, JacobianAdjoint)        \
+#define FASTVAE_FOR_EACH_KERNEL(DECLARE)              \
+  DECLARE(unfold, Unfold)                             \
+  DECLARE(fold, Fold)                                 \
+  DECLARE(bias_activation, BiasActivation)            \
+  DECLARE(activation_reverse, ActivationReverse)      \
+  DECLARE(activation_tangent, ActivationTangent)      \
+  DECLARE(activation_adjoint, ActivationAdjoint)      \
+  DECLARE(head_residual, HeadResidual)                \
+  DECLARE(head_tangent, HeadTangent)                  \
+  DECLARE(element_head_residual, ElementHeadResidual) \
+  DECLARE(element_head_tangent, ElementHeadTangent)   \
+  DECLARE(kick_drift, KickDrift)                      \
+  DECLARE(kick_temper, KickTemper)                    \
+  DECLARE(kick_temper_backward, KickTemperBackward)   \
+  DECLARE(kick_drift_backward, KickDriftBackward)     \
+  DECLARE(gaussian_kl, GaussianKl)                    \
+  DECLARE(gaussian_kl_backward, GaussianKlBackward)   \
+  DECLARE(small_flow, SmallFlow)                      \
+  DECLARE(small_flow_backward, SmallFlowBackward)     \
+  DECLARE(jacobian_tangent, JacobianTangent)          \
+  DECLARE(jacobian_head, JacobianHead)                \
+  DECLARE(jacobian_adjoint, JacobianAdjoint)          \
   DECLARE(gram_product, GramProduct)
 
 namespace cpu {

@@ -73,6 +73,7 @@ class Likelihood(ABC):
     """Whether params are the logits of probabilities, for which a Sigmoid's output would be a mistake."""
     _in_unit_interval: ClassVar[bool] = False
     _has_own_density: ClassVar[bool] = False
+    _has_own_elements: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -84,6 +85,8 @@ class Likelihood(ABC):
 
         # A spec says what these do where they are; redefined further down they do something else.
         cls._has_own_density = any(depth(name) < depth("spec") for name in _OF_SPEC)
+        of_elements = min(depth("spec"), depth("element_spec"))
+        cls._has_own_elements = any(depth(name) < of_elements for name in (*_OF_SPEC, "_element_data"))
 
     @property
     def values_per_element(self) -> int:
@@ -100,8 +103,29 @@ class Likelihood(ABC):
         """Whether the fused operators can take this likelihood."""
         return not self._has_own_density and self.spec != ""
 
-    def base_measure(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The part of log p(x) that depends on x alone and that kernels leave out: [B], or None if they do not."""
+    @property
+    def element_spec(self) -> str:
+        """The likelihood as the kernels of independent elements read it, which take all outputs of a network that is
+        read as a graph; empty where they do not know it.
+        """
+        return self.spec
+
+    @property
+    def has_element_kernel(self) -> bool:
+        """Whether these kernels can take this likelihood."""
+        return not self._has_own_elements and self.element_spec != ""
+
+    def _element_data(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x as they take it."""
+        return self.as_float(x, dtype)
+
+    def base_measure(self, x: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor | None:
+        """The part of log p(x) that depends on x alone and that kernels leave out: [B], or None if they do not.
+
+        Args:
+            x, weight: as of ``log_prob``; the weight of the shape of x.
+            dtype: of the result.
+        """
         return None
 
     @abstractmethod

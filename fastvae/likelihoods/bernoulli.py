@@ -75,6 +75,11 @@ class ContinuousBernoulli(Likelihood):
     of_logits: ClassVar[bool] = True
     _in_unit_interval: ClassVar[bool] = True
 
+    @property
+    def element_spec(self) -> str:
+        """See ``Likelihood``."""
+        return "continuous_bernoulli"
+
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
         a, x, weight = self._match_weighted(params, x, weight)
@@ -105,7 +110,6 @@ _LOG_SINH_RATIO = (
 """log(sinh(h) / h) by powers of h^2, from the first on."""
 _LANGEVIN = tuple(2 * (n + 1) * c for n, c in enumerate(_LOG_SINH_RATIO))
 """(coth(h) - 1 / h) / h, the derivative over h."""
-_LANGEVIN_SLOPE = tuple((2 * n + 1) * c for n, c in enumerate(_LANGEVIN))
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
@@ -131,12 +135,3 @@ def langevin(h: Tensor) -> Tensor:
     far = (1 / torch.tanh(size) - 1 / size) * h.sign()
     near = h.clamp(-_NEAR, _NEAR)
     return torch.where(h.abs() < _NEAR, near * _polynomial(near * near, _LANGEVIN), far)
-
-
-def langevin_slope(h: Tensor) -> Tensor:
-    """Its derivative, 1 / h^2 - 1 / sinh(h)^2."""
-    size = h.abs().clamp(min=_NEAR)
-    e = torch.exp(-2 * size)
-    far = 1 / size.square() - 4 * e / (1 - e).square()
-    near = h.clamp(-_NEAR, _NEAR)
-    return torch.where(h.abs() < _NEAR, _polynomial(near * near, _LANGEVIN_SLOPE), far)

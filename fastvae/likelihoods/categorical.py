@@ -55,6 +55,11 @@ class Categorical(Likelihood):
         """The likelihood as the C++ parser reads it."""
         return f"categorical {self.num_classes}"
 
+    @property
+    def element_spec(self) -> str:
+        """Empty: its outputs depend on each other."""
+        return ""
+
     def check(self, x: Tensor) -> None:
         """As ``Likelihood.check``; also ValueError for an integer that is no class."""
         if not _holds_classes(x):
@@ -148,6 +153,14 @@ class DiscretizedLogistic(Likelihood):
     def values_per_element(self) -> int:
         """2."""
         return 2
+
+    @property
+    def element_spec(self) -> str:
+        """See ``Likelihood``."""
+        return f"discretized_logistic {self.num_classes} {float(self.min_scale)!r}"
+
+    def _element_data(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return Categorical(self.num_classes).classes(x).to(dtype)
 
     def check(self, x: Tensor) -> None:
         """As ``Categorical.check``."""

@@ -20,9 +20,13 @@ __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 class Counts(Likelihood):
     """What likelihoods of counts share."""
 
-    def base_measure(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def base_measure(self, x: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor | None:
         """log p(x) where the mean is x: [B]. Kernels compute what is missing to it, and that is small."""
-        return self._at_own_mean(x.detach().flatten(1).to(dtype)).sum(1)
+        counts = x.detach().flatten(1).to(dtype)
+        if weight is None:
+            return self._at_own_mean(counts).sum(1)
+        each = weight.flatten(1).to(dtype)
+        return total(self._at_own_mean(counts.masked_fill(each == 0, 0)), each)
 
     def _at_own_mean(self, x: Tensor) -> Tensor:
         """log p of each element where its mean is x."""
@@ -99,6 +103,11 @@ class _Dispersed(Counts):
                 f"{self.dispersion!r}"
             )
 
+    def _at_own_mean(self, x: Tensor) -> Tensor:
+        """Of the negative binomial; of a 0 it is 0, whatever inflates it."""
+        r, _ = _dispersion(x, self.dispersion, [])
+        return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + _stirling_rest(x + r) - _stirling_rest(r)
+
 
 @dataclass(frozen=True)
 class NegativeBinomial(_Dispersed):
@@ -124,10 +133,6 @@ class NegativeBinomial(_Dispersed):
     def spec(self) -> str:
         """The likelihood as the C++ parser reads it; empty where the dispersion is the decoder's."""
         return "" if isinstance(self.dispersion, str) else f"negative_binomial {float(self.dispersion)!r}"
-
-    def _at_own_mean(self, x: Tensor) -> Tensor:
-        r, _ = _dispersion(x, self.dispersion, [])
-        return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + _stirling_rest(x + r) - _stirling_rest(r)
 
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
@@ -161,6 +166,12 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
     def values_per_element(self) -> int:
         """3 where the dispersion is the decoder's, else 2."""
         return 3 if self.dispersion == "decoder" else 2
+
+    @property
+    def element_spec(self) -> str:
+        """See ``Likelihood``; empty where the dispersion is the decoder's."""
+        known = not isinstance(self.dispersion, str)
+        return f"zero_inflated_negative_binomial {float(self.dispersion)!r}" if known else ""
 
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""

@@ -38,6 +38,11 @@ class GaussianHead(Likelihood):
         """2."""
         return 2
 
+    @property
+    def element_spec(self) -> str:
+        """See ``Likelihood``."""
+        return f"gaussian_head {float(self.min_scale)!r}"
+
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
         params, x, weight = self._match_weighted(params, x, weight)

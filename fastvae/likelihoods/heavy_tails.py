@@ -72,6 +72,11 @@ class StudentT(Likelihood):
     def __post_init__(self) -> None:
         set_positive(self, "df", "scale")
 
+    @property
+    def element_spec(self) -> str:
+        """See ``Likelihood``."""
+        return f"student_t {float(self.df)!r} {float(self.scale)!r}"
+
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log density of a sample: [B]; see ``Likelihood.log_prob``."""
         location, x, weight = self._match_weighted(params, x, weight)

@@ -1,22 +1,20 @@
 """log p(x | y) at the network's end: residual r = d log p / dy, curvature times a vector, and the gradients to x.
 
-Bernoulli: r = x - sigmoid(y), S v = -p (1 - p) v. Gaussian: r = (x - y) / scale^2, S v = -v / scale^2. Further formulas
-are in closed_heads.py. Any other likelihood's ``log_prob`` is read and swept like a network (density.py); where it
-cannot be read, or the gradient to x is wanted, by two passes of autograd through it. Where x's elements have weights,
-log p, r and S of each are times its own.
+Likelihoods of independent elements have kernels, whose formulas are in csrc/kernels/math/element_heads.h. Any other's
+``log_prob`` is read and swept like a network (density.py); where it cannot be read, or the gradient to x is wanted, by
+two passes of autograd through it. Where x's elements have weights, log p, r and S of each are times its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from fastvae._extension import has_kernels_for
+from fastvae.likelihoods import Categorical, Likelihood
 from fastvae.likelihoods.weighted import WeightedLikelihood
-from fastvae.network.closed_heads import ClosedForm, closed_form_of
 from fastvae.network.density import density_of, tensors_of
 from fastvae.network.facts import key_of
 from fastvae.network.layers import Point, Products
@@ -151,25 +149,38 @@ class _Closed(Head):
         return of_outputs * self.density._weight_of_outputs(self.weight, of_outputs)
 
 
-class _Elementwise(_Closed):
-    """A head of elements y and x in one flat order."""
+class _ElementHead(_Closed):
+    """A head of independent elements, by the kernels of csrc/kernels/math/element_heads.h."""
 
-    def __init__(self, likelihood: Likelihood, x: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(likelihood, x, likelihood.as_float(x.detach(), dtype))
-        self.checked = False
+    def __init__(self, likelihood: Likelihood, x: Tensor, density: Likelihood, dtype: torch.dtype) -> None:
+        super().__init__(likelihood, x, density._element_data(x.detach(), dtype))
+        self.text = density.element_spec
+        self.own = None if self.weight is None else self.weight.to(dtype)
+        self.base = density.base_measure(x, dtype, self.weight)
+        self.is_ordered = False
 
-    def _data(self, y: Tensor) -> Tensor:
-        """x in the shape and layout of y."""
-        if not self.checked:
-            self.rows = torch.empty_like(y).copy_(self.rows.reshape(y.shape))
-            self.checked = True
-        return self.rows
+    def form(self) -> tuple[Any, list[Tensor]]:
+        """See ``Head``."""
+        facts, tensors = super().form()
+        own = [each for each in (self.own, self.base) if each is not None]
+        return (facts, self.base is None), [*tensors, *own]
+
+    def _elements(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x and its weights, of the shape and layout of y where an element has one output."""
+        if not self.is_ordered:
+            if self.density.values_per_element == 1:
+                self.rows = torch.empty_like(y).copy_(self.rows.reshape(y.shape))
+                if self.own is not None:
+                    self.own = torch.empty_like(y).copy_(self.own.reshape(y.shape))
+            self.is_ordered = True
+        return self.rows, self.own
 
     def at(self, y: Tensor) -> AtOutput:
         """See ``Head``."""
-        # It also refuses shapes that do not fit.
-        log_px = self.log_px(y)
-        return AtOutput(y, log_px, self._weighed(self._residual(self._inside(y), self._data(y))))
+        if y.shape[0] != len(self.rows) or y.numel() != self.rows.numel() * self.density.values_per_element:
+            self.log_px(y)  # says what does not fit
+        log_px, residual = _ELEMENT_HEAD(y, *self._elements(y), self.text, True)
+        return AtOutput(y, log_px if self.base is None else log_px + self.base, residual)
 
     def adjoint(
         self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
@@ -177,72 +188,10 @@ class _Elementwise(_Closed):
         """See ``Head``."""
         if self.of_x:
             return super().adjoint(at, dot, of_log_px)
-        found = None if dot is None else self._weighed(self._curved(self._inside(at.y), dot))
-        return at.plus_value(found, of_log_px), None
-
-    def _residual(self, y: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _curved(self, y: Tensor, dot: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class _BernoulliHead(_Elementwise):
-    def _residual(self, y: Tensor, x: Tensor) -> Tensor:
-        return x - torch.sigmoid(y)
-
-    def _curved(self, y: Tensor, dot: Tensor) -> Tensor:
-        p = torch.sigmoid(y)
-        return (p * p - p) * dot
-
-
-class _GaussianHead(_Elementwise):
-    def _residual(self, y: Tensor, x: Tensor) -> Tensor:
-        return (x - y) / self.density.scale**2  # type: ignore[attr-defined]
-
-    def _curved(self, y: Tensor, dot: Tensor) -> Tensor:
-        return dot * (-1 / self.density.scale**2)  # type: ignore[attr-defined]
-
-
-class _ClosedHead(_Closed):
-    """A head of several outputs an element (closed_heads.py)."""
-
-    def __init__(self, likelihood: Likelihood, x: Tensor, dtype: torch.dtype, formulas: ClosedForm) -> None:
-        super().__init__(likelihood, x, formulas.data(x.detach(), dtype))
-        self._formulas = formulas
-
-    def at(self, y: Tensor) -> AtOutput:
-        """See ``Head``."""
-        # It also refuses shapes that do not fit.
-        log_px = self.log_px(y)
-        parts, x = self._parts(self._inside(y))
-        return AtOutput(y, log_px, self._weighed(torch.cat(self._formulas.first(parts, x), 1)))
-
-    def adjoint(
-        self, at: AtOutput, dot: Tensor | None, of_log_px: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See ``Head``."""
         if dot is None:
             return at.plus_value(None, of_log_px), None
-        parts, x = self._parts(self._inside(at.y))
-        dots = dot.chunk(self._formulas.parts, 1)
-        found: list[Tensor | None] = [None] * len(dots)
-
-        def add(i: int, term: Tensor) -> None:
-            known = found[i]
-            found[i] = term if known is None else known + term
-
-        for (i, j), curvature in self._formulas.second(parts, x).items():
-            add(i, curvature * dots[j])
-            if i != j:
-                add(j, curvature * dots[i])
-        known = [part for part in found if part is not None]
-        curved = self._weighed(torch.cat(known, 1)) if known else None
-        return at.plus_value(curved, of_log_px), None
-
-    def _parts(self, y: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        parts = y.chunk(self._formulas.parts, 1)
-        return parts, self.rows.reshape(parts[0].shape)
+        residual = None if of_log_px is None else at.residual
+        return _ELEMENT_ADJOINT(at.y, *self._elements(at.y), dot, residual, of_log_px, self.text), None
 
 
 class _CategoricalHead(_Closed):
@@ -340,17 +289,27 @@ class _Swept(Head):
 def make_head(likelihood: Likelihood, x: Tensor, like: Tensor) -> Head:
     """The head of a likelihood, for outputs of the dtype of ``like``."""
     density = likelihood.likelihood if isinstance(likelihood, WeightedLikelihood) else likelihood
-    closed: dict[type, Any] = {Bernoulli: _BernoulliHead, Gaussian: _GaussianHead}
-    kind = closed.get(type(density))
-    if kind is not None and density.has_kernel:
-        head: Head = kind(likelihood, x, like.dtype)
-        return head
+    if density.has_element_kernel and has_kernels_for(like):
+        return _ElementHead(likelihood, x, density, like.dtype)
     if x.requires_grad:
         return Head(likelihood, x)
     if type(density) is Categorical:
         return _CategoricalHead(likelihood, x, density)
-    formulas = closed_form_of(density)
-    if formulas is not None:
-        return _ClosedHead(likelihood, x, like.dtype, formulas)
     # A density is read as a function of y and x alone.
     return _Swept(likelihood, x) if density is likelihood else Head(likelihood, x)
+
+
+_ELEMENT_HEAD = torch.ops.fastvae_internal.element_head.default
+_ELEMENT_ADJOINT = torch.ops.fastvae_internal.element_head_adjoint.default
+
+
+@torch.library.register_fake("fastvae_internal::element_head")
+def _(
+    y: Tensor, x: Tensor, weight: Tensor | None, likelihood: str, wants_residual: bool
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape[:1]), torch.empty_like(y) if wants_residual else y.new_empty(0)
+
+
+@torch.library.register_fake("fastvae_internal::element_head_adjoint")
+def _(y: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(y)

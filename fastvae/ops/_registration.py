@@ -138,11 +138,13 @@ def lower_or_read(
     condition: Tensor | None = None,
     flat: bool = True,
     read: bool = True,
+    forward_only: bool = False,
     stacklevel: int = 4,
 ) -> LoweredNetwork | ReadNetwork | None:
     """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
-    Kernels take no condition, and no codes that are not vectors (``flat``).
+    Kernels take no condition, and no codes that are not vectors (``flat``); those that run forward only take likelihoods
+    of independent elements that the others do not.
 
     Where there are no kernels for decoder or likelihood, the decoder read for the sweeps in PyTorch (unless ``read`` is
     False). None where that is impossible, too: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning
@@ -153,7 +155,9 @@ def lower_or_read(
     if not is_compiling():
         check_is_module(f"fastvae::{name}: decoder", decoder)
     strip = likelihood is not None and likelihood.probs
-    without_kernel = likelihood is not None and not likelihood.has_kernel
+    without_kernel = likelihood is not None and not (
+        likelihood.has_kernel or (forward_only and likelihood.has_element_kernel)
+    )
     asked: tuple[bool, ...] = (flat, condition is None, without_kernel, likelihood is None)
     if likelihood is not None:
         asked += (isinstance(likelihood, Bernoulli), likelihood.of_logits, strip)

@@ -72,13 +72,16 @@ def log_px(
     # Kernels know of no conditions, nor of weights.
     network = None
     if condition is None and weight is None:
-        network = lower_or_read(*("log_px", decoder, z, "own operators", like), flat=z.dim() == 3, read=False)
+        kinds = {"flat": z.dim() == 3, "read": False, "forward_only": True}
+        network = lower_or_read(*("log_px", decoder, z, "own operators", like), **kinds)
     if not isinstance(network, LoweredNetwork):
         with torch.no_grad():
             return reference.log_px(decoder, z, x, like, condition=condition, weight=weight)
-    observed = like.as_float(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
+    data = like.as_float(x, z.dtype) if like.has_kernel else like._element_data(x, z.dtype)
+    observed = data.reshape(x.shape[0], math.prod(x.shape[1:]))
     refuse_forward_mode("log_px", z, observed, *network.tensors)
-    found = torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, like.spec)
+    text = like.spec if like.has_kernel else like.element_spec
+    found = torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, text)
     base = like.base_measure(x, z.dtype)
     return found if base is None else found + base
 

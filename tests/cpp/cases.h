@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <new>
 #include <random>
 #include <string>
@@ -209,6 +210,56 @@ void for_each_head(const LikelihoodSpec& likelihood, int64_t samples, int64_t po
               args.positions = positions;
               args.channels = channels;
               args.likelihood = likelihood;
+              return args;
+            });
+    }
+  }
+}
+
+template <typename T, typename Visitor>
+void for_each_element_head(const ElementExample& of, int64_t samples, int64_t size, Visitor visit) {
+  const std::string where = " likelihood " + std::to_string(static_cast<int>(of.spec.kind)) + " [" +
+                            std::to_string(samples) + ", " + std::to_string(size) + "]";
+  const int64_t all = samples * of.outputs * size;
+  for (const bool weighted : {true, false}) {
+    const auto data = [=](Arena<T>& arena, auto& args) {
+      args.y = arena.random(all, -4.0, 4.0);
+      T* x = arena.random(samples * size, 0.0, 5.0);
+      T* weight = weighted ? arena.random(samples * size, -1.0, 2.0) : nullptr;
+      for (int64_t i = 0; i < samples * size; ++i) {
+        x[i] = std::floor(x[i]);
+        if (weighted && weight[i] < T(0)) {
+          weight[i] = T(0);
+          x[i] = std::numeric_limits<T>::quiet_NaN();
+        }
+      }
+      args.x = x;
+      args.weight = weight;
+      args.samples = samples;
+      args.size = size;
+      args.likelihood = of.spec;
+    };
+    for (const int wanted : {0, 1, 2}) {  // residual only; both; log probability only
+      visit("element_head_residual" + where + (weighted ? " weighted" : "") + " wanted " + std::to_string(wanted),
+            samples, [=](Arena<T>& arena) {
+              ElementHeadResidual<T> args{};
+              data(arena, args);
+              args.residual = wanted == 2 ? nullptr : arena.output(all);
+              args.log_prob = wanted == 0 ? nullptr : arena.output(samples);
+              const int64_t chunks = element_head_chunks(size);
+              args.partial = wanted != 0 && chunks > 1 ? arena.scratch(samples * chunks) : nullptr;
+              return args;
+            });
+    }
+    for (const bool with_cotangent : {true, false}) {
+      visit("element_head_tangent" + where + (weighted ? " weighted" : "") + (with_cotangent ? " cotangent" : ""),
+            samples, [=](Arena<T>& arena) {
+              ElementHeadTangent<T> args{};
+              data(arena, args);
+              args.dot = arena.random(all);
+              args.residual = with_cotangent ? arena.random(all) : nullptr;
+              args.cotangent = with_cotangent ? arena.random(samples) : nullptr;
+              args.delta_dot = arena.output(all);
               return args;
             });
     }
@@ -487,6 +538,10 @@ void for_each_case(Visitor visit) {
     for_each_head<T>(likelihood, 2, 173, 2, visit);
   }
   for_each_head<T>({Likelihood::kBernoulli}, 2, 1, 5000, visit);
+  for (const ElementExample& of : element_heads()) {
+    for_each_element_head<T>(of, 3, 37, visit);
+  }
+  for_each_element_head<T>(element_heads().back(), 2, 5000, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 256}, 2, 5, 512, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 300}, 2, 3, 300, visit);
   for_each_head<T>({Likelihood::kCategorical, 1.0, 3}, 3, 45, 6, visit);

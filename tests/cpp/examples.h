@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "math/activations.h"
+#include "math/element_heads.h"
 #include "math/likelihoods.h"
 
 namespace cases {
@@ -54,6 +55,33 @@ auto with_head(const LikelihoodSpec& spec, const Use& use) {
       break;
   }
   return decltype(use(math::BernoulliHead<double>(spec))){};
+}
+
+// Every likelihood of elements, with numbers at which each of its branches is met, and how many outputs it has.
+struct ElementExample {
+  ElementHeadSpec spec;
+  int outputs;
+};
+
+inline const std::vector<ElementExample>& element_heads() {
+#define CASE(KIND, Rules) \
+  {{ElementHead::KIND, {Rules<double>::kNumbers == 2 ? 5.0 : 0.7, 0.7}}, Rules<double>::kOutputs},
+  static const std::vector<ElementExample> all = {FASTVAE_ELEMENT_HEADS(CASE)};
+#undef CASE
+  return all;
+}
+
+// use(Rules<double>(numbers)) of one.
+template <typename Use>
+void with_element_head(const ElementHeadSpec& spec, const Use& use) {
+  switch (spec.kind) {
+#define CASE(KIND, Rules)             \
+  case ElementHead::KIND:             \
+    use(Rules<double>(spec.numbers)); \
+    break;
+    FASTVAE_ELEMENT_HEADS(CASE)
+#undef CASE
+  }
 }
 
 }  // namespace cases

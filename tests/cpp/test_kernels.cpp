@@ -1,5 +1,6 @@
 // Each CPU kernel against the formula of kernels.h in the plainest loop, and split into ranges: bitwise the same.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
 
@@ -190,6 +191,57 @@ void naive(const HeadTangent<T>& args) {
       args.grad_x[index] += static_cast<T>(cross * u[0]);
     }
   }
+}
+
+// use(rules, an element's outputs, x and weight, where its outputs lie) for each element of a call.
+template <typename Args, typename Use>
+void each_element(const Args& args, const Use& use) {
+  with_element_head(args.likelihood, [&](const auto& rules) {
+    constexpr int kOutputs = std::decay_t<decltype(rules)>::kOutputs;
+    for (int64_t sample = 0; sample < args.samples; ++sample) {
+      for (int64_t j = 0; j < args.size; ++j) {
+        double y[kOutputs];
+        std::array<int64_t, kOutputs> places;
+        for (int i = 0; i < kOutputs; ++i) {
+          places[i] = (sample * kOutputs + i) * args.size + j;
+          y[i] = args.y[places[i]];
+        }
+        const int64_t at = sample * args.size + j;
+        const double weight = args.weight == nullptr ? 1.0 : args.weight[at];
+        use(rules, y, weight == 0 ? 0.0 : static_cast<double>(args.x[at]), weight, places, sample);
+      }
+    }
+  });
+}
+
+template <typename T>
+void naive(const ElementHeadResidual<T>& args) {
+  std::vector<double> sums(args.samples, 0.0);
+  each_element(args, [&](const auto& rules, const double* y, double x, double w, const auto& places, int64_t sample) {
+    double r[2];
+    sums[sample] += w * rules.first(y, x, r);
+    for (size_t i = 0; i < places.size() && args.residual != nullptr; ++i) {
+      args.residual[places[i]] = static_cast<T>(w * r[i]);
+    }
+  });
+  for (int64_t sample = 0; sample < args.samples && args.log_prob != nullptr; ++sample) {
+    args.log_prob[sample] = static_cast<T>(sums[sample]);
+  }
+}
+
+template <typename T>
+void naive(const ElementHeadTangent<T>& args) {
+  each_element(args, [&](const auto& rules, const double* y, double x, double w, const auto& places, int64_t sample) {
+    double v[2], bent[2];
+    for (size_t i = 0; i < places.size(); ++i) {
+      v[i] = args.dot[places[i]];
+    }
+    rules.second(y, x, v, bent);
+    for (size_t i = 0; i < places.size(); ++i) {
+      const double of_value = args.cotangent == nullptr ? 0.0 : args.cotangent[sample] * args.residual[places[i]];
+      args.delta_dot[places[i]] = static_cast<T>(w * bent[i] + of_value);
+    }
+  });
 }
 
 template <typename T>

@@ -270,7 +270,42 @@ void test_head(const Head& head) {
   }
 }
 
+// The derivatives of a likelihood of elements, of its own density, against differences.
+template <typename Rules>
+void test_element_head(const Rules& rules) {
+  constexpr double h = 1e-5, tolerance = 1e-8;
+  constexpr int n = Rules::kOutputs;
+  for (const double x : {0.0, 1.0, 4.0}) {
+    for (double a = -2.937; a < 3.0; a += 0.173) {
+      for (const double b : {-3.1, -0.2, 1.3}) {
+        double y[2] = {a, b}, r[2], up[2], down[2], bent[2];
+        rules.first(y, x, r);
+        for (int i = 0; i < n; ++i) {
+          const double middle = y[i];
+          y[i] = middle + h;
+          const double above = rules.first(y, x, up);
+          y[i] = middle - h;
+          const double slope = (above - rules.first(y, x, down)) / (2 * h);
+          y[i] = middle;
+          CHECK(std::abs(r[i] - slope) <= tolerance * (1 + std::abs(slope)), "%s at %g, %g, %g: residual %d %g, not %g",
+                Rules::kName, a, b, x, i, r[i], slope);
+          const double v[2] = {i == 0 ? 1.0 : 0.0, i == 1 ? 1.0 : 0.0};
+          rules.second(y, x, v, bent);
+          for (int j = 0; j < n; ++j) {
+            const double bend = (up[j] - down[j]) / (2 * h);
+            CHECK(std::abs(bent[j] - bend) <= tolerance * (1 + std::abs(bend)),
+                  "%s at %g, %g, %g: second derivative %d %d %g, not %g", Rules::kName, a, b, x, i, j, bent[j], bend);
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_heads() {
+  for (const cases::ElementExample& of : cases::element_heads()) {
+    cases::with_element_head(of.spec, [](const auto& rules) { test_element_head(rules); });
+  }
 #define CASE(KIND, Head) test_head(Head<double>(fastvae::LikelihoodSpec{fastvae::Likelihood::KIND, 0.7}));
   FASTVAE_INDEPENDENT_HEADS(CASE)
 #undef CASE

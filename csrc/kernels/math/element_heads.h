@@ -1,0 +1,289 @@
+// Likelihoods whose elements are independent, each with n outputs y of its own: ll(y; x), the residual r_i = d ll / d
+// y_i and the second derivatives S_ij, from y. (A network in C++ keeps r alone, likelihoods.h, for those where it says
+// all.)
+//
+//   one output      the heads of likelihoods.h
+//   StudentT        u = (x - y) / s;  ll = -(d + 1)/2 log(1 + u^2 / d) + const      r = (d + 1)/s u / (u^2 + d)
+//                   S = (d + 1)/s^2 (u^2 - d) / (u^2 + d)^2
+//   ContinuousBernoulli  h = y / 2;  ll = (x - 1/2) y - log(sinh(h) / h)            r = x - 1/2 - L(h)/2
+//                   S = -L'(h)/4,  L(h) = coth(h) - 1/h
+//   Gaussian of a mean and a log scale l, at least a floor;  u = (x - y) e^-l;  ll = -u^2/2 - l + const
+//                   r = u e^-l, u^2 - 1      S = -e^-2l, -2 u e^-l, -2 u^2
+//   DiscretizedLogistic of mean and log scale: of class x with ends u, l and w = u - l
+//                   ll = log sigmoid(u) + log sigmoid(-l) + log(1 - e^-w); the first or second alone at the ends
+//   ZeroInflated    of a log mean and a logit g: sigmoid(g) [x = 0] + sigmoid(-g) NegativeBinomial(x)
+//
+// Of counts, ll is relative to what it is where the mean is x, as in likelihoods.h.
+#pragma once
+
+#include <string_view>
+
+#include "likelihoods.h"
+
+namespace fastvae {
+
+// each(kind, rules) for all of them: their text, kernels of both compilers and tests follow from this list.
+#define FASTVAE_ELEMENT_HEADS(each)                                                                                   \
+  each(kBernoulli, math::BernoulliRules) each(kGaussian, math::GaussianRules) each(kLaplace, math::LaplaceRules)      \
+      each(kPoisson, math::PoissonRules) each(kNegativeBinomial, math::NegativeBinomialRules)                         \
+          each(kStudentT, math::StudentTRules) each(kContinuousBernoulli, math::ContinuousBernoulliRules)             \
+              each(kGaussianHead, math::GaussianHeadRules) each(kDiscretizedLogistic, math::DiscretizedLogisticRules) \
+                  each(kZeroInflatedNegativeBinomial, math::ZeroInflatedNegativeBinomialRules)
+
+#define FASTVAE_ENUMERATOR(KIND, Rules) KIND,
+enum class ElementHead : int { FASTVAE_ELEMENT_HEADS(FASTVAE_ENUMERATOR) };
+#undef FASTVAE_ENUMERATOR
+
+struct ElementHeadSpec {
+  ElementHead kind = ElementHead::kBernoulli;
+  double numbers[2] = {1.0, 1.0};  // that follow the name in its text
+};
+
+namespace math {
+
+template <int kCount>
+struct RulesFacts {
+  static constexpr int kOutputs = kCount;
+  static constexpr int kNumbers = 0;      // that follow the name
+  static constexpr bool kIsHead = false;  // whether it is in likelihoods.h, too
+};
+
+// What needs r alone, here from y.
+template <typename Head, typename T>
+struct OneOutput : RulesFacts<1> {
+  static constexpr const char* kName = Head::kName;
+  static constexpr int kNumbers = std::string_view(Head::kNumber).empty() ? 0 : 1;
+  static constexpr bool kIsHead = true;
+  Head head;
+  FASTVAE_HOST_DEVICE explicit OneOutput(const double* numbers) : head(LikelihoodSpec{Likelihood(), numbers[0]}) {}
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const HeadValue<T> both = head.both(y[0], x);
+    r[0] = both.residual;
+    return both.log_prob;
+  }
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    out[0] = head.curvature(head.residual(y[0], x), x) * v[0];
+  }
+};
+template <typename T>
+using BernoulliRules = OneOutput<BernoulliHead<T>, T>;
+template <typename T>
+using GaussianRules = OneOutput<GaussianHead<T>, T>;
+template <typename T>
+using LaplaceRules = OneOutput<LaplaceHead<T>, T>;
+template <typename T>
+using PoissonRules = OneOutput<PoissonHead<T>, T>;
+template <typename T>
+using NegativeBinomialRules = OneOutput<NegativeBinomialHead<T>, T>;
+
+template <typename T>
+struct StudentTRules : RulesFacts<1> {
+  static constexpr const char* kName = "student_t";
+  static constexpr int kNumbers = 2;  // df, scale
+  T df, precision, factor, constant;
+  FASTVAE_HOST_DEVICE explicit StudentTRules(const double* numbers)
+      : df(static_cast<T>(numbers[0])),
+        precision(static_cast<T>(1.0 / numbers[1])),
+        factor(static_cast<T>((numbers[0] + 1.0) / numbers[1])),
+        constant(static_cast<T>(half_step_of_lgamma(numbers[0] / 2.0) -
+                                0.5 * std::log(3.14159265358979323846 * numbers[0]) - std::log(numbers[1]))) {}
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const T u = (x - y[0]) * precision, far = u * u / df;
+    r[0] = factor * u / (u * u + df);
+    const T growth = far < Ieee<T>::kInfinity ? math::log1p(far) : far;  // NaN stays NaN
+    return constant - T(0.5) * (df + T(1)) * growth;
+  }
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    const T u = (x - y[0]) * precision, square = u * u, sum = square + df;
+    out[0] = factor * precision * (square - df) / (sum * sum) * v[0];
+  }
+
+ private:
+  // lgamma(y + 1/2) - lgamma(y), also for large y, where both are.
+  FASTVAE_HOST_DEVICE static double half_step_of_lgamma(double y) {
+    return y < 1e4 ? std::lgamma(y + 0.5) - std::lgamma(y)
+                   : 0.5 * std::log(y) - 1.0 / (8.0 * y) + 1.0 / (192.0 * y * y * y);
+  }
+};
+
+// log(sinh(h) / h), coth(h) - 1/h and its derivative. Below h = 1/2 by series, whose terms fall as (h / pi)^2; the last
+// two follow from the first one's, term by term.
+template <typename T>
+struct SinhRatio {
+  T h, size, near;
+  bool is_near;
+  static constexpr int kTerms = 11;
+  FASTVAE_HOST_DEVICE explicit SinhRatio(T half) : h(half) {
+    const T positive = half < T(0) ? -half : half;
+    is_near = positive < T(0.5);
+    size = is_near ? T(0.5) : positive;
+    near = is_near ? half * half : T(0);
+  }
+  FASTVAE_HOST_DEVICE static constexpr double coefficient(int n) {
+    constexpr double kLog[kTerms] = {1.0 / 6,
+                                     -1.0 / 180,
+                                     1.0 / 2835,
+                                     -1.0 / 37800,
+                                     1.0 / 467775,
+                                     -691.0 / 3831077250,
+                                     2.0 / 127702575,
+                                     -3617.0 / 2605132530000,
+                                     43867.0 / 350813659321125,
+                                     -174611.0 / 15313294652906250,
+                                     155366.0 / 147926426347074375};
+    return kLog[n];
+  }
+  // sum over n of near^n of the log's coefficients, times 2 (n + 1) once for L / h, and 2 n + 1 as well for L'.
+  template <int kDerivatives>
+  FASTVAE_HOST_DEVICE T series() const {
+    T sum = T(0);
+#pragma GCC unroll 11
+    for (int n = kTerms - 1; n >= 0; --n) {
+      const double of_first = kDerivatives > 0 ? 2.0 * (n + 1) : 1.0, of_second = kDerivatives > 1 ? 2.0 * n + 1 : 1.0;
+      sum = sum * near + static_cast<T>(coefficient(n) * of_first * of_second);
+    }
+    return sum;
+  }
+  FASTVAE_HOST_DEVICE T slope(T e) const {  // L(h), e = e^-2 size
+    const T far = (T(1) + e) / (T(1) - e) - T(1) / size;
+    return is_near ? h * series<1>() : (h < T(0) ? -far : far);
+  }
+  FASTVAE_HOST_DEVICE T decay() const { return math::exp(T(-2) * size); }
+  FASTVAE_HOST_DEVICE T value(T e) const {
+    const T far = size + math::log((T(1) - e) / (T(2) * size));
+    return is_near ? near * series<0>() : far;
+  }
+  FASTVAE_HOST_DEVICE T bend() const {
+    const T e = decay(), rest = T(1) - e;
+    const T far = T(1) / (size * size) - T(4) * e / (rest * rest);
+    return is_near ? series<2>() : far;
+  }
+};
+
+template <typename T>
+struct ContinuousBernoulliRules : RulesFacts<1> {
+  static constexpr const char* kName = "continuous_bernoulli";
+  FASTVAE_HOST_DEVICE explicit ContinuousBernoulliRules(const double*) {}
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const SinhRatio<T> ratio(T(0.5) * y[0]);
+    const T e = ratio.decay();
+    r[0] = (x - T(0.5)) - T(0.5) * ratio.slope(e);
+    return (x - T(0.5)) * y[0] - ratio.value(e);
+  }
+  FASTVAE_HOST_DEVICE void second(const T* y, T, const T* v, T* out) const {
+    out[0] = T(-0.25) * SinhRatio<T>(T(0.5) * y[0]).bend() * v[0];
+  }
+};
+
+// A log scale with a floor, below which there is no gradient to it.
+template <typename T>
+struct FlooredScale {
+  T inverse, log_scale, counts;
+  FASTVAE_HOST_DEVICE FlooredScale(T given, T floor) : log_scale(given < floor ? floor : given) {
+    inverse = math::exp(-log_scale);
+    counts = given < floor ? T(0) : T(1);
+  }
+};
+
+template <typename T>
+struct GaussianHeadRules : RulesFacts<2> {
+  static constexpr const char* kName = "gaussian_head";
+  static constexpr int kNumbers = 1;  // the least scale
+  T floor;
+  FASTVAE_HOST_DEVICE explicit GaussianHeadRules(const double* numbers) : floor(static_cast<T>(std::log(numbers[0]))) {}
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const FlooredScale<T> scale(y[1], floor);
+    const T u = (x - y[0]) * scale.inverse;
+    r[0] = u * scale.inverse;
+    r[1] = (u * u - T(1)) * scale.counts;
+    return T(-0.5) * u * u - scale.log_scale - T(0.91893853320467274178);
+  }
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    const FlooredScale<T> scale(y[1], floor);
+    const T u = (x - y[0]) * scale.inverse, twice = T(-2) * u * scale.counts;
+    out[0] = scale.inverse * (twice * v[1] - scale.inverse * v[0]);
+    out[1] = twice * (scale.inverse * v[0] + u * v[1]);
+  }
+};
+
+template <typename T>
+struct DiscretizedLogisticRules : RulesFacts<2> {
+  static constexpr const char* kName = "discretized_logistic";
+  static constexpr int kNumbers = 2;  // classes, the least scale; x is a class
+  T last, floor;
+  FASTVAE_HOST_DEVICE explicit DiscretizedLogisticRules(const double* numbers)
+      : last(static_cast<T>(numbers[0] - 1.0)), floor(static_cast<T>(std::log(numbers[1]))) {}
+
+  // Of the terms of ll: w, and the slopes 1 - sigmoid(u), sigmoid(l) and 1 / (e^w - 1), 0 where a class has none.
+  struct Interval {
+    FlooredScale<T> scale;
+    T upper, lower, width, log_prob, of_upper, of_lower, of_width;
+    FASTVAE_HOST_DEVICE Interval(const DiscretizedLogisticRules& rules, const T* y, T x) : scale(y[1], rules.floor) {
+      width = scale.inverse / rules.last;
+      upper = ((x + T(0.5)) / rules.last - y[0]) * scale.inverse;
+      lower = ((x - T(0.5)) / rules.last - y[0]) * scale.inverse;
+      const bool is_first = x == T(0), is_last = x == rules.last;
+      const SigmoidSoftplus<T> above = math::sigmoid_softplus(-upper), below = math::sigmoid_softplus(lower);
+      // log(1 - e^-w), with what rounding takes from a difference near 1.
+      const T e = math::exp(-width), rest = width < T(0.69314718055994530942) ? -math::expm1(-width) : T(1) - e;
+      const T lost = width < T(0.69314718055994530942) ? T(0) : (T(1) - rest) - e;
+      const T within = math::log(rest) + lost / rest;
+      const T of_ends = is_last ? T(0) : above.softplus;
+      log_prob = (is_first ? T(0) : -below.softplus) - of_ends + (is_first || is_last ? T(0) : within);
+      of_upper = is_last ? T(0) : above.sigmoid;
+      of_lower = is_first ? T(0) : below.sigmoid;
+      of_width = is_first || is_last ? T(0) : e / rest;
+    }
+  };
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const Interval at(*this, y, x);
+    r[0] = (at.of_lower - at.of_upper) * at.scale.inverse;
+    r[1] = (at.of_lower * at.lower - at.of_upper * at.upper - at.of_width * at.width) * at.scale.counts;
+    return at.log_prob;
+  }
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    const Interval at(*this, y, x);
+    const T a = at.of_upper, b = at.of_lower, q = at.of_width, inverse = at.scale.inverse;
+    const T bent_a = a * (T(1) - a), bent_b = b * (T(1) - b), bent_q = q * (T(1) + q);
+    const T au = bent_a * at.upper, bl = bent_b * at.lower, qw = bent_q * at.width;
+    const T cross = (a - b - au - bl) * inverse * at.scale.counts;
+    out[0] = cross * v[1] - (bent_a + bent_b) * inverse * inverse * v[0];
+    out[1] = cross * v[0] + ((a - au) * at.upper - (b + bl) * at.lower + (q - qw) * at.width) * at.scale.counts * v[1];
+  }
+};
+
+template <typename T>
+struct ZeroInflatedNegativeBinomialRules : RulesFacts<2> {
+  static constexpr const char* kName = "zero_inflated_negative_binomial";
+  static constexpr int kNumbers = 1;  // the dispersion
+  NegativeBinomialHead<T> counts;
+  FASTVAE_HOST_DEVICE explicit ZeroInflatedNegativeBinomialRules(const double* numbers)
+      : counts(LikelihoodSpec{Likelihood(), numbers[0]}) {}
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const HeadValue<T> counted = counts.both(y[0], x);
+    const T n = counted.log_prob, g = y[1];
+    const SigmoidSoftplus<T> logit = math::sigmoid_softplus(g), other = math::sigmoid_softplus(n - g);
+    // log(sigmoid(g) + sigmoid(-g) e^n) = softplus(n - g) - softplus(-g), without the parts that cancel.
+    const T apart = n - g < T(0) ? g - n : n - g, size = g < T(0) ? -g : g;
+    const T larger = g < T(0) ? (n > g ? n : g) : T(0);
+    const T zero = larger + math::log1p_unit(math::exp(-apart)) - math::log1p_unit(math::exp(-size));
+    const bool is_zero = !(x > T(0));
+    r[0] = is_zero ? counted.residual * other.sigmoid : counted.residual;
+    r[1] = is_zero ? (T(1) - other.sigmoid) - logit.sigmoid : -logit.sigmoid;
+    return is_zero ? zero : n - logit.softplus;
+  }
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    const HeadValue<T> counted = counts.both(y[0], x);
+    const T bent = counts.curvature(counted.residual, x), of_zero = math::sigmoid(y[1]);
+    const T c = math::sigmoid(counted.log_prob - y[1]), spread = c * (T(1) - c);
+    const bool is_zero = !(x > T(0));
+    const T slope = -counted.residual;  // r p where x is 0
+    const T cross = is_zero ? spread * slope : T(0);
+    const T of_mean = is_zero ? c * bent + spread * slope * slope : bent;
+    out[0] = of_mean * v[0] + cross * v[1];
+    out[1] = cross * v[0] + ((is_zero ? spread : T(0)) - of_zero * (T(1) - of_zero)) * v[1];
+  }
+};
+
+}  // namespace math
+}  // namespace fastvae
