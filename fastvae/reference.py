@@ -26,6 +26,7 @@ from fastvae._second_order import (
 )
 from fastvae.decoding import conditioned, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.learned import base_measure
 from fastvae.likelihoods.weighted import weighted
 from fastvae.likelihoods.weights import expanded
 
@@ -405,7 +406,19 @@ def log_px(
 
     The decoder runs in parts of about 2**20 outputs (on a GPU 2**22), of one draw or of several.
     """
-    like = resolve(likelihood)
+    return log_px_in_parts(decoder, z, x, resolve(likelihood), condition, weight)
+
+
+def log_px_in_parts(
+    decoder: Callable[..., Tensor],
+    z: Tensor,
+    x: Tensor,
+    like: Likelihood,
+    condition: Tensor | None,
+    weight: Tensor | None,
+    fused: Callable[[Likelihood, Tensor, Tensor, Tensor | None], Tensor | None] | None = None,
+) -> Tensor:
+    """``log_px``; by ``fused``, which is ``relative_log_prob``, where it knows the likelihood."""
     weight = None if weight is None else expanded("log_px", weight, x)
     draws, samples = z.shape[:2]
     outputs = max(1, math.prod(x.shape[1:]) * like.values_per_element)
@@ -420,6 +433,13 @@ def log_px(
         check_output("log_px", params, len(repeated))
         own = None if weight is None else weight[start : start + rows]
         own = None if own is None else own.expand(len(codes), *own.shape).flatten(0, 1)
+        found = None if fused is None else fused(like, params, repeated, own)
+        if found is not None:
+            base = base_measure(
+                like, data, found.dtype, None if weight is None else weight[start : start + rows]
+            )
+            found = found.reshape(codes.shape[:2])
+            return found if base is None else found + base
         return weighted("log_px", like, own, repeated).log_prob(params, repeated).reshape(codes.shape[:2])
 
     found = [

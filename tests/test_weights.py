@@ -164,7 +164,7 @@ def test_flow_and_its_gradient(name: str, kind: str) -> None:
             network,
             x,
             None,
-            SumOfElements(likelihood, weight),
+            SumOfElements(likelihood, weight, is_exact=True),
             of_x and seed > 3,
             seed,
         )

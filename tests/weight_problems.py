@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_problems import seeded
 from torch import Tensor
 
@@ -107,12 +108,35 @@ def holed(x: Tensor, weight: Tensor) -> Tensor:
     return x.masked_fill(weight == 0, float("nan"))
 
 
+def lgamma(y: Tensor) -> Tensor:
+    """By recurrence and Stirling's series, whose derivatives by autograd have all digits, too."""
+    far = y + 20
+    of_series = 1 / (12 * far) - 1 / (360 * far**3) + 1 / (1260 * far**5) - 1 / (1680 * far**7)
+    stirling = (far - 0.5) * far.log() - far + 0.5 * math.log(2 * math.pi) + of_series
+    return stirling - sum((y + k).log() for k in range(20))
+
+
+def counts_log_prob(params: Tensor, x: Tensor) -> Tensor:
+    """Of one element, [rows, 1], with the decoder's log dispersion as its last output; of three, zero-inflated."""
+    log_mean, *logits, log_r = params.chunk(params.shape[1], 1)
+    r, of_mean = log_r.exp(), F.logsigmoid(log_mean - log_r)
+    found = lgamma(x + r) - lgamma(r) - lgamma(x + 1) + r * F.logsigmoid(log_r - log_mean)
+    found = found + x * of_mean
+    if logits:
+        counted = found - F.softplus(logits[0], threshold=700)
+        zero = torch.logaddexp(-F.softplus(-logits[0], threshold=700), counted)
+        found = torch.where(x > 0, counted, zero)
+    return found.sum(1)
+
+
 @dataclass(frozen=True)
 class SumOfElements(Likelihood):
     """The oracle: one element's log p at a time, those of weight 0 never looked at."""
 
     inner: Likelihood
     weight: Tensor
+    is_exact: bool = False
+    """Without PyTorch's trigamma, lgamma's second derivative, which is right to 5e-10 in float64."""
 
     @property
     def values_per_element(self) -> int:
@@ -128,5 +152,7 @@ class SumOfElements(Likelihood):
         own = self.weight.repeat_interleave(len(x) // len(self.weight), 0)
         given, data = own.expand(x.shape).reshape(len(x), -1), x.reshape(len(x), -1)
         kept = given != 0
-        terms = self.inner.log_prob(each[kept], data[kept][:, None]) * given[kept]
+        of_gamma = self.is_exact and getattr(self.inner, "dispersion", 0.0) == "decoder"
+        density = counts_log_prob if of_gamma else self.inner.log_prob
+        terms = density(each[kept], data[kept][:, None]) * given[kept]
         return terms.new_zeros(len(x)).index_add(0, kept.nonzero()[:, 0], terms)

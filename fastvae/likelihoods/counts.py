@@ -104,7 +104,9 @@ class _Dispersed(Counts):
             )
 
     def _at_own_mean(self, x: Tensor) -> Tensor:
-        """Of the negative binomial; of a 0 it is 0, whatever inflates it."""
+        """Of the negative binomial, as far as it depends on x alone; of a 0 it is 0, whatever inflates it."""
+        if isinstance(self.dispersion, str):
+            return _poisson_at_own_mean(x)
         r, _ = _dispersion(x, self.dispersion, [])
         return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + _stirling_rest(x + r) - _stirling_rest(r)
 
@@ -133,6 +135,11 @@ class NegativeBinomial(_Dispersed):
     def spec(self) -> str:
         """The likelihood as the C++ parser reads it; empty where the dispersion is the decoder's."""
         return "" if isinstance(self.dispersion, str) else f"negative_binomial {float(self.dispersion)!r}"
+
+    @property
+    def element_spec(self) -> str:
+        """See ``Likelihood``."""
+        return self.spec or "dispersed_counts"
 
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
@@ -169,9 +176,10 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
 
     @property
     def element_spec(self) -> str:
-        """See ``Likelihood``; empty where the dispersion is the decoder's."""
-        known = not isinstance(self.dispersion, str)
-        return f"zero_inflated_negative_binomial {float(self.dispersion)!r}" if known else ""
+        """See ``Likelihood``."""
+        if isinstance(self.dispersion, str):
+            return "zero_inflated_dispersed_counts"
+        return f"zero_inflated_counts {float(self.dispersion)!r}"
 
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""

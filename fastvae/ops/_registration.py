@@ -143,8 +143,8 @@ def lower_or_read(
 ) -> LoweredNetwork | ReadNetwork | None:
     """The decoder's layers, down to the likelihood's natural parameters where one is given, compared at z [..., d].
 
-    Kernels take no condition, and no codes that are not vectors (``flat``); those that run forward only take likelihoods
-    of independent elements that the others do not.
+    Kernels take no condition, and no codes that are not vectors (``flat``); those that run forward only take
+    likelihoods of independent elements that the others do not.
 
     Where there are no kernels for decoder or likelihood, the decoder read for the sweeps in PyTorch (unless ``read`` is
     False). None where that is impossible, too: ``fastvae.ops.<name>`` then runs PyTorch's ``instead``, and a warning

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.learned import relative_log_prob
 from fastvae.lowering import LoweredNetwork
+from fastvae.network.tape import is_plain
 from fastvae.ops._registration import (
     cast_under_autocast,
     check_condition,
@@ -72,11 +74,13 @@ def log_px(
     # Kernels know of no conditions, nor of weights.
     network = None
     if condition is None and weight is None:
-        kinds = {"flat": z.dim() == 3, "read": False, "forward_only": True}
-        network = lower_or_read(*("log_px", decoder, z, "own operators", like), **kinds)
+        network = lower_or_read(
+            *("log_px", decoder, z, "own operators", like), flat=z.dim() == 3, read=False, forward_only=True
+        )
     if not isinstance(network, LoweredNetwork):
         with torch.no_grad():
-            return reference.log_px(decoder, z, x, like, condition=condition, weight=weight)
+            fused = relative_log_prob if is_plain(z) and is_plain(x) else None
+            return reference.log_px_in_parts(decoder, z, x, like, condition, weight, fused)
     data = like.as_float(x, z.dtype) if like.has_kernel else like._element_data(x, z.dtype)
     observed = data.reshape(x.shape[0], math.prod(x.shape[1:]))
     refuse_forward_mode("log_px", z, observed, *network.tensors)

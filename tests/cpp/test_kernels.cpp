@@ -218,7 +218,7 @@ template <typename T>
 void naive(const ElementHeadResidual<T>& args) {
   std::vector<double> sums(args.samples, 0.0);
   each_element(args, [&](const auto& rules, const double* y, double x, double w, const auto& places, int64_t sample) {
-    double r[2];
+    double r[3];
     sums[sample] += w * rules.first(y, x, r);
     for (size_t i = 0; i < places.size() && args.residual != nullptr; ++i) {
       args.residual[places[i]] = static_cast<T>(w * r[i]);
@@ -232,7 +232,7 @@ void naive(const ElementHeadResidual<T>& args) {
 template <typename T>
 void naive(const ElementHeadTangent<T>& args) {
   each_element(args, [&](const auto& rules, const double* y, double x, double w, const auto& places, int64_t sample) {
-    double v[2], bent[2];
+    double v[3], bent[3];
     for (size_t i = 0; i < places.size(); ++i) {
       v[i] = args.dot[places[i]];
     }

@@ -278,7 +278,7 @@ void test_element_head(const Rules& rules) {
   for (const double x : {0.0, 1.0, 4.0}) {
     for (double a = -2.937; a < 3.0; a += 0.173) {
       for (const double b : {-3.1, -0.2, 1.3}) {
-        double y[2] = {a, b}, r[2], up[2], down[2], bent[2];
+        double y[3] = {a, b, 0.7 - b}, r[3], up[3], down[3], bent[3];
         rules.first(y, x, r);
         for (int i = 0; i < n; ++i) {
           const double middle = y[i];
@@ -289,7 +289,7 @@ void test_element_head(const Rules& rules) {
           y[i] = middle;
           CHECK(std::abs(r[i] - slope) <= tolerance * (1 + std::abs(slope)), "%s at %g, %g, %g: residual %d %g, not %g",
                 Rules::kName, a, b, x, i, r[i], slope);
-          const double v[2] = {i == 0 ? 1.0 : 0.0, i == 1 ? 1.0 : 0.0};
+          const double v[3] = {i == 0 ? 1.0 : 0.0, i == 1 ? 1.0 : 0.0, i == 2 ? 1.0 : 0.0};
           rules.second(y, x, v, bent);
           for (int j = 0; j < n; ++j) {
             const double bend = (up[j] - down[j]) / (2 * h);

@@ -11,13 +11,19 @@
 //                   r = u e^-l, u^2 - 1      S = -e^-2l, -2 u e^-l, -2 u^2
 //   DiscretizedLogistic of mean and log scale: of class x with ends u, l and w = u - l
 //                   ll = log sigmoid(u) + log sigmoid(-l) + log(1 - e^-w); the first or second alone at the ends
-//   ZeroInflated    of a log mean and a logit g: sigmoid(g) [x = 0] + sigmoid(-g) NegativeBinomial(x)
+//   NegativeBinomial of a log mean a and a log dispersion l;  m = e^a, d = e^l, n = x + d, w = (m - x) / (m + d)
+//                   ll = x (a - log x) - n log(1 + (m - x) / n) - log(1 + x / d)/2 + S(n) - S(d)       S, D: gamma.h
+//                   r = -d w, d (w - log(1 + (m - x) / n) + D(n) - D(d));  S with q = m / (m + d):
+//                   -n q (1 - q), -d q w, r_l + d^2 (w^2 / n + D'(n) - D'(d))
+//   ZeroInflated    of a log mean, a logit g and maybe a log dispersion: sigmoid(g) [x = 0] + sigmoid(-g)
+//   NegativeBinomial
 //
 // Of counts, ll is relative to what it is where the mean is x, as in likelihoods.h.
 #pragma once
 
 #include <string_view>
 
+#include "gamma.h"
 #include "likelihoods.h"
 
 namespace fastvae {
@@ -28,7 +34,9 @@ namespace fastvae {
       each(kPoisson, math::PoissonRules) each(kNegativeBinomial, math::NegativeBinomialRules)                         \
           each(kStudentT, math::StudentTRules) each(kContinuousBernoulli, math::ContinuousBernoulliRules)             \
               each(kGaussianHead, math::GaussianHeadRules) each(kDiscretizedLogistic, math::DiscretizedLogisticRules) \
-                  each(kZeroInflatedNegativeBinomial, math::ZeroInflatedNegativeBinomialRules)
+                  each(kDispersedCounts, math::DispersedCountsRules)                                                  \
+                      each(kZeroInflatedCounts, math::ZeroInflatedCountsRules)                                        \
+                          each(kZeroInflatedDispersedCounts, math::ZeroInflatedDispersedCountsRules)
 
 #define FASTVAE_ENUMERATOR(KIND, Rules) KIND,
 enum class ElementHead : int { FASTVAE_ELEMENT_HEADS(FASTVAE_ENUMERATOR) };
@@ -224,15 +232,18 @@ struct DiscretizedLogisticRules : RulesFacts<2> {
       lower = ((x - T(0.5)) / rules.last - y[0]) * scale.inverse;
       const bool is_first = x == T(0), is_last = x == rules.last;
       const SigmoidSoftplus<T> above = math::sigmoid_softplus(-upper), below = math::sigmoid_softplus(lower);
-      // log(1 - e^-w), with what rounding takes from a difference near 1.
-      const T e = math::exp(-width), rest = width < T(0.69314718055994530942) ? -math::expm1(-width) : T(1) - e;
-      const T lost = width < T(0.69314718055994530942) ? T(0) : (T(1) - rest) - e;
-      const T within = math::log(rest) + lost / rest;
-      const T of_ends = is_last ? T(0) : above.softplus;
-      log_prob = (is_first ? T(0) : -below.softplus) - of_ends + (is_first || is_last ? T(0) : within);
+      // log(1 - e^-w), with what rounding takes from a difference near 1; of a class without it log(1) = 0. (Choices
+      // between operands, not between results: in a branch of its own the logarithm would keep the loop scalar.)
+      const bool is_near = width < T(0.69314718055994530942);
+      const T of_exp = math::exp(-width), of_expm1 = -math::expm1(-width);
+      const T difference = is_near ? of_expm1 : T(1) - of_exp, lost = is_near ? T(0) : (T(1) - difference) - of_exp;
+      const T e = is_first || is_last ? T(0) : of_exp, rest = is_first || is_last ? T(1) : difference;
+      const T within = math::log(rest) + (is_first || is_last ? T(0) : lost) / rest;
+      const T of_first = is_first ? T(0) : below.softplus, of_last = is_last ? T(0) : above.softplus;
+      log_prob = within - of_first - of_last;
       of_upper = is_last ? T(0) : above.sigmoid;
       of_lower = is_first ? T(0) : below.sigmoid;
-      of_width = is_first || is_last ? T(0) : e / rest;
+      of_width = e / rest;
     }
   };
   FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
@@ -252,37 +263,113 @@ struct DiscretizedLogisticRules : RulesFacts<2> {
   }
 };
 
+// A negative binomial's log probability n of x with its derivatives to log mean and log dispersion.
 template <typename T>
-struct ZeroInflatedNegativeBinomialRules : RulesFacts<2> {
-  static constexpr const char* kName = "zero_inflated_negative_binomial";
-  static constexpr int kNumbers = 1;  // the dispersion
-  NegativeBinomialHead<T> counts;
-  FASTVAE_HOST_DEVICE explicit ZeroInflatedNegativeBinomialRules(const double* numbers)
-      : counts(LikelihoodSpec{Likelihood(), numbers[0]}) {}
+struct CountTerms {
+  T value;
+  T of_mean, of_dispersion;
+  T mean_mean, mean_dispersion, dispersion_dispersion;
+};
+
+// With a dispersion that is a number: nothing is said of its derivatives.
+template <typename T>
+struct FixedDispersion {
+  static constexpr int kOutputs = 1, kNumbers = 1;
+  NegativeBinomialHead<T> head;
+  FASTVAE_HOST_DEVICE explicit FixedDispersion(const double* numbers)
+      : head(LikelihoodSpec{Likelihood(), numbers[0]}) {}
+  FASTVAE_HOST_DEVICE CountTerms<T> terms(T a, T, T x) const {
+    const HeadValue<T> both = head.both(a, x);
+    return {both.log_prob, both.residual, T(0), head.curvature(both.residual, x), T(0), T(0)};
+  }
+};
+
+template <typename T>
+struct GivenDispersion {
+  static constexpr int kOutputs = 2, kNumbers = 0;
+  FASTVAE_HOST_DEVICE explicit GivenDispersion(const double*) {}
+  FASTVAE_HOST_DEVICE CountTerms<T> terms(T a, T l, T x) const {
+    const T m = math::exp(a), d = math::exp(l), n = x + d;
+    const T growth = math::log1p((m - x) / n), q = m / (m + d), w = (m - x) / (m + d);
+    const StirlingRest<T> of_sum = stirling_rest(n), of_dispersion = stirling_rest(d);
+    const T value =
+        x * (a - log_of_count(x)) - n * growth - T(0.5) * math::log1p(x / d) + (of_sum.value - of_dispersion.value);
+    const T slope = d * ((w - growth) + (of_sum.slope - of_dispersion.slope));
+    const T bend = d * (d * (w * w / n + (of_sum.bend - of_dispersion.bend)));
+    return {value, -d * w, slope, -n * q * (T(1) - q), -d * q * w, slope + bend};
+  }
+};
+
+template <typename T>
+struct DispersedCountsRules : RulesFacts<2> {
+  static constexpr const char* kName = "dispersed_counts";
+  GivenDispersion<T> counts;
+  FASTVAE_HOST_DEVICE explicit DispersedCountsRules(const double* numbers) : counts(numbers) {}
   FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
-    const HeadValue<T> counted = counts.both(y[0], x);
-    const T n = counted.log_prob, g = y[1];
-    const SigmoidSoftplus<T> logit = math::sigmoid_softplus(g), other = math::sigmoid_softplus(n - g);
-    // log(sigmoid(g) + sigmoid(-g) e^n) = softplus(n - g) - softplus(-g), without the parts that cancel.
-    const T apart = n - g < T(0) ? g - n : n - g, size = g < T(0) ? -g : g;
-    const T larger = g < T(0) ? (n > g ? n : g) : T(0);
-    const T zero = larger + math::log1p_unit(math::exp(-apart)) - math::log1p_unit(math::exp(-size));
-    const bool is_zero = !(x > T(0));
-    r[0] = is_zero ? counted.residual * other.sigmoid : counted.residual;
-    r[1] = is_zero ? (T(1) - other.sigmoid) - logit.sigmoid : -logit.sigmoid;
-    return is_zero ? zero : n - logit.softplus;
+    const CountTerms<T> at = counts.terms(y[0], y[1], x);
+    r[0] = at.of_mean;
+    r[1] = at.of_dispersion;
+    return at.value;
   }
   FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
-    const HeadValue<T> counted = counts.both(y[0], x);
-    const T bent = counts.curvature(counted.residual, x), of_zero = math::sigmoid(y[1]);
-    const T c = math::sigmoid(counted.log_prob - y[1]), spread = c * (T(1) - c);
-    const bool is_zero = !(x > T(0));
-    const T slope = -counted.residual;  // r p where x is 0
-    const T cross = is_zero ? spread * slope : T(0);
-    const T of_mean = is_zero ? c * bent + spread * slope * slope : bent;
-    out[0] = of_mean * v[0] + cross * v[1];
-    out[1] = cross * v[0] + ((is_zero ? spread : T(0)) - of_zero * (T(1) - of_zero)) * v[1];
+    const CountTerms<T> at = counts.terms(y[0], y[1], x);
+    out[0] = at.mean_mean * v[0] + at.mean_dispersion * v[1];
+    out[1] = at.mean_dispersion * v[0] + at.dispersion_dispersion * v[1];
   }
+};
+
+// Outputs: the log mean, the logit g of a zero whatever is counted, and the log dispersion where it is an output.
+template <typename Counts, typename T>
+struct ZeroInflated : RulesFacts<Counts::kOutputs + 1> {
+  static constexpr int kNumbers = Counts::kNumbers;
+  static constexpr int kLast = Counts::kOutputs;  // 1: no log dispersion
+  Counts counts;
+  FASTVAE_HOST_DEVICE explicit ZeroInflated(const double* numbers) : counts(numbers) {}
+
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const CountTerms<T> at = counts.terms(y[0], y[kLast], x);
+    const T n = at.value, g = y[1];
+    const SigmoidSoftplus<T> logit = math::sigmoid_softplus(g), other = math::sigmoid_softplus(n - g);
+    // log(sigmoid(g) + sigmoid(-g) e^n) = softplus(n - g) - softplus(-g), without the parts that cancel.
+    const T larger = g < T(0) ? (n > g ? n : g) : T(0);
+    const T zero = larger + math::log1p_unit(math::exp(-absolute(n - g))) - math::log1p_unit(math::exp(-absolute(g)));
+    const bool is_zero = !(x > T(0));
+    const T counted = is_zero ? other.sigmoid : T(1);  // the part of it that was counted
+    r[0] = counted * at.of_mean;
+    if constexpr (kLast == 2) {
+      r[2] = counted * at.of_dispersion;
+    }
+    r[1] = (is_zero ? T(1) - other.sigmoid : T(0)) - logit.sigmoid;
+    return is_zero ? zero : n - logit.softplus;
+  }
+
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    const CountTerms<T> at = counts.terms(y[0], y[kLast], x);
+    const bool is_zero = !(x > T(0));
+    const T of_zero = math::sigmoid(y[1]), share = math::sigmoid(at.value - y[1]);
+    const T counted = is_zero ? share : T(1), spread = is_zero ? share * (T(1) - share) : T(0);
+    // Along v: what n and g change, and the share with them.
+    const T of_dispersion = kLast == 2 ? v[kLast] : T(0);
+    const T moved = spread * (at.of_mean * v[0] + at.of_dispersion * of_dispersion - v[1]);
+    out[0] = counted * (at.mean_mean * v[0] + at.mean_dispersion * of_dispersion) + moved * at.of_mean;
+    if constexpr (kLast == 2) {
+      out[2] =
+          counted * (at.mean_dispersion * v[0] + at.dispersion_dispersion * of_dispersion) + moved * at.of_dispersion;
+    }
+    out[1] = -moved - of_zero * (T(1) - of_zero) * v[1];
+  }
+};
+
+template <typename T>
+struct ZeroInflatedCountsRules : ZeroInflated<FixedDispersion<T>, T> {
+  static constexpr const char* kName = "zero_inflated_counts";
+  using ZeroInflated<FixedDispersion<T>, T>::ZeroInflated;
+};
+
+template <typename T>
+struct ZeroInflatedDispersedCountsRules : ZeroInflated<GivenDispersion<T>, T> {
+  static constexpr const char* kName = "zero_inflated_dispersed_counts";
+  using ZeroInflated<GivenDispersion<T>, T>::ZeroInflated;
 };
 
 }  // namespace math
