@@ -88,8 +88,13 @@ def log_px_of_codes(
     likelihood: Likelihood,
     condition: Tensor | None,
     weight: Tensor | None,
+    fused: Callable[..., Tensor | None] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """log p(x | z) [S, B] as a function of codes [S, B, d], which go through the decoder as one batch."""
+    """log p(x | z) [S, B] as a function of codes [S, B, d], which go through the decoder as one batch.
+
+    Args:
+        fused: ``fused_log_prob``, to be asked before the likelihood is.
+    """
 
     def of_codes(z: Tensor) -> Tensor:
         each, own = x, None if weight is None else expanded(owner, weight, x)
@@ -97,7 +102,10 @@ def log_px_of_codes(
             each = x.repeat(len(z), *(1 for _ in x.shape[1:]))
             own = None if own is None else own.repeat(len(z), *(1 for _ in x.shape[1:]))
         params = natural_parameters(conditioned(decoder, condition), z.flatten(0, 1), likelihood)
-        return weighted(owner, likelihood, own, each).log_prob(params, each).reshape(z.shape[:2])
+        found = None if fused is None else fused(likelihood, params, each, own)
+        if found is None:
+            found = weighted(owner, likelihood, own, each).log_prob(params, each)
+        return found.reshape(z.shape[:2])
 
     return of_codes
 
@@ -117,13 +125,14 @@ def elbo_terms(
     *,
     condition: Tensor | None = None,
     weight: Tensor | None = None,
+    fused: Callable[..., Tensor | None] | None = None,
 ) -> ElboTerms:
-    """The terms of :func:`elbo` at noise [S, B, d], from the networks as they are."""
+    """The terms of :func:`elbo` at noise [S, B, d], from the networks as they are; fused: of ``log_px_of_codes``."""
     like, given = resolve(likelihood), (condition, weight)
     mu, logvar = posterior_of("elbo", encoder, x, like, noise.dtype, *given)
     if noise.shape[1:] != mu.shape:
         raise ValueError(f"elbo: noise: expected {list(mu.shape)} as means, got {list(noise.shape[1:])}")
-    return terms_at(mu, logvar, noise, log_px_of_codes("elbo", decoder, x, like, *given))
+    return terms_at(mu, logvar, noise, log_px_of_codes("elbo", decoder, x, like, *given, fused))
 
 
 def elbo(

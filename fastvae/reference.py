@@ -26,7 +26,7 @@ from fastvae._second_order import (
 )
 from fastvae.decoding import conditioned, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
-from fastvae.likelihoods.learned import base_measure
+from fastvae.likelihoods.fused import base_measure
 from fastvae.likelihoods.weighted import weighted
 from fastvae.likelihoods.weights import expanded
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_compiling
-from fastvae._extension import has_kernels_for
 from fastvae.arguments import expect_positive, is_integer
 from fastvae.likelihoods.base import Likelihood
 
-__all__ = ["LearnedLikelihood", "base_measure", "relative_log_prob", "without_parameters"]
+__all__ = ["LearnedLikelihood", "without_parameters"]
 
 
 class LearnedLikelihood(nn.Module, Likelihood):
@@ -154,34 +153,3 @@ def without_parameters(decoder: nn.Module, likelihood: Likelihood) -> tuple[nn.M
     # Not train(), which would set what is inside the user's decoder.
     known.training = decoder.training
     return known, likelihood.head
-
-
-def relative_log_prob(
-    likelihood: Likelihood, params: Tensor, x: Tensor, weight: Tensor | None
-) -> Tensor | None:
-    """log p(x | params) without its base measure and without a gradient, by one kernel: [B]; None where there is none.
-
-    Args:
-        likelihood: with parameters of its own or without.
-        params, x: as of ``Likelihood.log_prob``.
-        weight: of the shape of x.
-    """
-    if isinstance(likelihood, LearnedLikelihood):
-        params, likelihood = likelihood._appended(params), likelihood.head
-    if not (likelihood.has_element_kernel and has_kernels_for(params)):
-        return None
-    likelihood._match(params, x)  # says what does not fit
-    data = likelihood._element_data(x, params.dtype)
-    own = None if weight is None else weight.to(params.dtype)
-    found: Tensor = torch.ops.fastvae_internal.element_head(
-        params, data, own, likelihood.element_spec, False
-    )[0]
-    return found
-
-
-def base_measure(
-    likelihood: Likelihood, x: Tensor, dtype: torch.dtype, weight: Tensor | None
-) -> Tensor | None:
-    """What ``relative_log_prob`` leaves out: [B], or None if it is nothing."""
-    density = likelihood.head if isinstance(likelihood, LearnedLikelihood) else likelihood
-    return density.base_measure(x, dtype, weight)

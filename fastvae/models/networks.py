@@ -12,6 +12,7 @@ from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import given
 from fastvae.decoding import check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.fused import fused_log_prob
 from fastvae.likelihoods.weights import check_takes_weight, expanded, filled
 from fastvae.lowering import LoweredNetwork
 from fastvae.models.inputs import (
@@ -161,8 +162,11 @@ class EncoderDecoder(nn.Module):
         like = self.likelihood
         if weight is not None:
             check_takes_weight(like)
-        # A module is called as one, so that hooks on it see it.
         params = self.decode(z, **given(condition=condition))
+        found = fused_log_prob(like, params, x, weight)
+        if found is not None:
+            return found
+        # A module is called as one, so that hooks on it see it.
         return (like if isinstance(like, nn.Module) else like.log_prob)(params, x, **given(weight=weight))
 
     def _split(self, output: object, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from fastvae._extension import raw
 from fastvae.arguments import given
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.fused import fused_log_prob
 from fastvae.lowering import LoweredNetwork, lower
 from fastvae.lowering.running import output_of
 from fastvae.ops._registration import (
@@ -82,7 +83,8 @@ def elbo(
         by_kernels = fused(encoder, decoder, x, like, noise.shape[1])
         found = None if by_kernels is None else by_kernels.terms(noise[None])
     if found is None:
-        found = elbo_terms(encoder, decoder, x, noise[None], like, condition=condition, weight=weight)
+        more = {"condition": condition, "weight": weight}
+        found = elbo_terms(encoder, decoder, x, noise[None], like, **more, fused=fused_log_prob)
     return found.log_px[0] - beta * found.kl
 
 

@@ -16,6 +16,7 @@ from fastvae._extension import raw
 from fastvae.arguments import expect_choice, expect_integers
 from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
+from fastvae.likelihoods.fused import fused_log_prob
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.lowering.checks import check_uncoupled
 from fastvae.lowering.effects import has_no_effects
@@ -96,7 +97,7 @@ def iwae_bound(
     source = noise_of(mu, noise, generator)
     options: dict[str, Any] = {"estimator": estimator, "beta": beta}
     if not is_tileable(decoder, x):
-        log_px = log_px_of_codes(owner, decoder, x, like, *besides)
+        log_px = log_px_of_codes(owner, decoder, x, like, *besides, fused_log_prob)
         return bound_at(mu, logvar, source(0, draws).to(mu), log_px, **options)
     return tiled_bound(
         decoder, x, mu, logvar, source, draws, like, condition=condition, weight=weight, **options

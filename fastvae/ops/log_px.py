@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvae import reference
 from fastvae.likelihoods import Likelihood, resolve
-from fastvae.likelihoods.learned import relative_log_prob
+from fastvae.likelihoods.fused import relative_log_prob
 from fastvae.lowering import LoweredNetwork
 from fastvae.network.tape import is_plain
 from fastvae.ops._registration import (

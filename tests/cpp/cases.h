@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
-#include <limits>
 #include <new>
 #include <random>
 #include <string>
@@ -230,7 +229,7 @@ void for_each_element_head(const ElementExample& of, int64_t samples, int64_t si
         x[i] = std::floor(x[i]);
         if (weighted && weight[i] < T(0)) {
           weight[i] = T(0);
-          x[i] = std::numeric_limits<T>::quiet_NaN();
+          x[i] = T(1e30);  // whatever it is
         }
       }
       args.x = x;
