@@ -145,7 +145,7 @@ struct SinhRatio {
   template <int kDerivatives>
   FASTVAE_HOST_DEVICE T series() const {
     T sum = T(0);
-#pragma GCC unroll 11
+    FASTVAE_UNROLL
     for (int n = kTerms - 1; n >= 0; --n) {
       const double of_first = kDerivatives > 0 ? 2.0 * (n + 1) : 1.0, of_second = kDerivatives > 1 ? 2.0 * n + 1 : 1.0;
       sum = sum * near + static_cast<T>(coefficient(n) * of_first * of_second);

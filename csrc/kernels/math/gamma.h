@@ -50,7 +50,7 @@ FASTVAE_HOST_DEVICE StirlingRest<T> stirling_rest(T given) {
   // Far from 8 the steps are taken of 1, and their parts left out.
   const T start = is_near ? y : T(1);
   T product = T(1), inverses = T(0), squares = T(0);
-#pragma GCC unroll 8
+  FASTVAE_UNROLL
   for (int k = 0; k < 8; ++k) {
     const T step = start + T(k), inverse = T(1) / step;
     product *= step;

@@ -1,4 +1,5 @@
-// What both compilers need to read the mathematics: qualifiers, and a bit cast that vectorises.
+// What both compilers need to read the mathematics: qualifiers, loops of up to 16 terms written out, and a bit cast
+// that vectorises.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,14 @@
 #define FASTVAE_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define FASTVAE_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define FASTVAE_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // the host's half of a CUDA file, which knows neither
+#define FASTVAE_UNROLL
+#else
+#define FASTVAE_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace fastvae::math {
