@@ -11,7 +11,7 @@ import torch
 
 import fastvae
 from benchmarks.papers.likelihood_regret import __main__ as script
-from benchmarks.papers.likelihood_regret.training import resized
+from benchmarks.papers.likelihood_regret.training import resized, trained
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -58,6 +58,23 @@ def test_the_experiment_in_small(
     script.main([*arguments, "--resume", "--regrets", "regret"])
     fewer = json.loads((tmp_path / "out" / "likelihood_regret.json").read_text())["scores"]
     assert fewer == {name: scores[name] for name in scores if name != "regret, posterior"}
+
+
+def test_steps_are_those_asked_for(tmp_path: Path) -> None:
+    images = fastvae.data.ImageDataset(torch.zeros(8, 1, 32, 32, dtype=torch.uint8))
+    words = f"--ood - --checkpoint {tmp_path} --checkpoint-steps 2 --batch-size 4 --width 2 --latent-dim 3".split()
+
+    def weights(folder: str, *steps: int) -> torch.Tensor:
+        for count in steps:
+            arguments = script.parse([*words, "--checkpoint", str(tmp_path / folder), "--steps", str(count)])
+            model = trained(images, arguments, background=False)
+        history = fastvae.History.load(tmp_path / folder / "model" / "history.json")
+        assert history.steps[-1] == count
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    at_once = weights("one", 5)
+    assert torch.equal(weights("two", 3, 5), at_once), "stopped within an epoch"
+    assert torch.equal(weights("three", 6, 5), at_once), "more than asked for were taken before"
 
 
 def test_images_are_resized_to_bytes() -> None:

@@ -59,6 +59,8 @@ def test_categorical_is_channel_major() -> None:
                 logits = params[:, 5 * c : 5 * c + 5, i, j]
                 expected += D.Categorical(logits=logits).log_prob(torch.round(4 * x[:, c, i, j]))
     torch.testing.assert_close(likelihood.log_prob(params, x), expected, rtol=1e-12, atol=0)
+    last = params.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(likelihood.log_prob(last, x), expected, rtol=1e-12, atol=0)
     flat = params[:, :, 0, 0]
     corner = x[:, :, 0, 0]
     as_image = likelihood.log_prob(flat[:, :, None, None], corner[:, :, None, None])

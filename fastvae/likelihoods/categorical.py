@@ -91,7 +91,10 @@ class Categorical(Likelihood):
         own, flat, weight = self._match_weighted(params, x, weight)
         logits = self._logits(params if weight is None else own.reshape(params.shape))
         index = self.classes(flat).reshape(logits.shape[0], logits.shape[1], 1, logits.shape[3])
-        found = logits.gather(2, index).squeeze(2) - torch.logsumexp(logits, 2)
+        if logits.stride(2) == 1:  # channels last: classes stay side by side, without a copy
+            found = torch.log_softmax(logits.mT, 3).gather(3, index.mT).squeeze(3)
+        else:
+            found = torch.log_softmax(logits, 2).gather(2, index).squeeze(2)
         if flat.is_floating_point():
             # 1, or NaN where x is NaN or infinite: no class, which the sample and its gradient must show.
             found = found * (1 + 0 * flat.detach().to(found.dtype)).reshape(found.shape)

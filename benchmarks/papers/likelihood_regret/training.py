@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -38,9 +39,11 @@ def new_model(channels: int, arguments: Namespace) -> fastvae.VAE:
 def trained(images: ImageDataset, arguments: Namespace, *, background: bool) -> fastvae.VAE:
     """A model after the asked number of steps, resumed from its folder if there is a part of them."""
     model = new_model(images.images.shape[1], arguments).to(arguments.device)
+    model = model.to(memory_format=torch.channels_last)  # in which CPUs train it half as fast again
     steps = arguments.background_steps if background else arguments.steps
-    # An "epoch" is as many steps as lie between checkpoints.
+    # An "epoch" is as many steps as lie between checkpoints; the last one may be shorter.
     epoch = min(arguments.checkpoint_steps, steps)
+    epochs = math.ceil(steps / epoch)
     generator = torch.Generator().manual_seed(arguments.seed)
     sampler = RandomSampler(images, num_samples=epoch * arguments.batch_size, generator=generator)
     loader = DataLoader(images, arguments.batch_size, sampler=sampler, generator=generator)
@@ -48,12 +51,13 @@ def trained(images: ImageDataset, arguments: Namespace, *, background: bool) -> 
     history = fastvae.fit(
         model,
         MutatedImages(loader) if background else loader,
-        epochs=steps // epoch,
+        epochs=epochs,
+        max_steps=steps,
         optimizer=functools.partial(torch.optim.Adam, lr=arguments.lr),
         run_dir=folder,
+        checkpoint_every=epochs,
+        keep_latest=True,
         seed=arguments.seed,
     )
-    for path in history.checkpoints[:-1]:
-        path.unlink(missing_ok=True)
     print(f"{folder.name}: {steps} steps, last training loss {history.train_loss[-1]:.1f} nats", flush=True)
-    return model.eval()
+    return model.to(memory_format=torch.contiguous_format).eval()
