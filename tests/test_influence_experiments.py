@@ -51,9 +51,6 @@ def test_influence_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFix
 def test_ranks_and_what_is_made_of_them() -> None:
     scores = torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0])
     assert experiment.ranks(scores).tolist() == [4, 1, 2.5, 2.5, 5]
-    positive = torch.tensor([True, False, False, True, False])
-    # Pairs: 3 beats 1, 2 and not 5; 2 beats 1, ties with 2, loses to 5.
-    assert experiment.auroc(scores, positive) == pytest.approx(3.5 / 6)
     assert experiment.rank_correlation(scores, scores.exp()) == pytest.approx(1)
     assert experiment.rank_correlation(scores, -scores) == pytest.approx(-1)
 
@@ -85,6 +82,9 @@ def test_retrieval_experiment_in_small(
     assert (tmp_path / "out" / "retrieval.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="--resume, or another"):
         run()
+    shares = results["retrieval"]["own_strongest_by_checkpoints"]
+    assert len(shares) == 2 and shares[-1] == results["retrieval"]["own_strongest"]
+    assert results["foreign"]["area"] <= results["foreign"]["largest_area"] == 1
     monkeypatch.setattr(experiment, "tracin_of", None)
     assert run("--resume") == results, "scores are kept"
     assert run("--resume", "--skip-common-noise", "--name", "other") == results, "written elsewhere"
@@ -93,6 +93,36 @@ def test_retrieval_experiment_in_small(
     assert shared.pop("own_strongest_common_noise") <= 1 and other["retrieval"] == shared
     with pytest.raises(SystemExit):
         run("--resume", "--epochs", "5")
+
+
+def test_checkpoints_add_up(tmp_path: Path) -> None:
+    x = torch.rand(12, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    words = "--epochs 3 --checkpoints 3 --num-samples 2 --width 8 --latent-dim 2 --lr 0.01 --batch-size 5"
+    arguments = retrieval.parse(words.split())
+    model, history = experiment.trained(x, tmp_path, arguments)
+    together = experiment.tracin_of(model, x, history.checkpoints, arguments).influence(x[:4])
+    one_by_one = [
+        experiment.scores_of(
+            lambda of: experiment.tracin_of(model, x, [of], arguments), x[:4], path, tmp_path / path.stem
+        )
+        for path in history.checkpoints
+    ]
+    # float32, sums of some hundred products, in another order.
+    torch.testing.assert_close(sum(one_by_one), together, rtol=1e-4, atol=1e-5 * float(together.abs().max()))
+
+
+def test_losses_are_means_over_draws(tmp_path: Path) -> None:
+    x = torch.rand(7, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    arguments = retrieval.parse(
+        ["--epochs", "1", "--checkpoints", "1", "--width", "8", "--latent-dim", "2", "--num-samples", "4000"]
+    )
+    model, _ = experiment.trained(x, tmp_path, arguments)
+    found = experiment.mean_loss(model, x, arguments)
+    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        each = torch.stack([model(one.expand(4000, -1, -1, -1), noise=noise[None]) for one in x]).double()
+    error = each.std(1) * (2 / 4000) ** 0.5
+    assert ((found - each.mean(1)).abs() < 5 * error).all()
 
 
 def test_networks_are_the_papers() -> None:

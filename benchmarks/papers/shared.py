@@ -14,7 +14,7 @@ from torch import nn
 
 import fastvae
 
-from .. import writing
+from .. import provenance, writing
 from ..writing import write
 
 Row = dict[str, Any]
@@ -39,6 +39,22 @@ def build_model(
         step_size=torch.full((steps, 1), arguments.step_size),
         on_divergence="drop",
     )
+
+
+def circumstances() -> Row:
+    """What is recorded of every run beside its settings."""
+    return {
+        "threads": torch.get_num_threads(),
+        "machine": provenance.processor(),
+        "torch": torch.__version__,
+        "fastvae": fastvae.__version__,
+        "commit": provenance.commit(),
+    }
+
+
+def measured_on(settings: Row) -> str:
+    """The same, below a table."""
+    return "Commit {commit}, torch {torch}, threads: {threads} ({machine}).\n".format_map(settings)
 
 
 def claim_folder(folder: Path, settings: Row, resume: bool) -> None:

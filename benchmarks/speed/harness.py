@@ -7,12 +7,7 @@ or does not agree with float64 is left out with a note, and ends the run if it i
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
-import os
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import collect_env
 
-from .. import writing
+from .. import provenance, writing
 from . import report
 from .timing import (
     Contestant,
@@ -288,30 +282,14 @@ def environment_of(device: torch.device, packages: Sequence[str] = ()) -> dict[s
     """What a reader needs to judge the numbers: machine, versions, commit, date."""
     from fastvae import info
 
-    cpu = re.search(r"^Model name:\s*(.+)$", collect_env.get_cpu_info(collect_env.run) or "", re.MULTILINE)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "CPU": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} logical",
+        "CPU": provenance.processor(),
         **{name: value for name, value in info.describe() if not name.startswith("installed")},
-        **{name: version_of(name) for name in ("jax", *packages)},
-        "commit": _commit(),
+        **{name: provenance.version_of(name) for name in ("jax", *packages)},
+        "commit": provenance.commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    if known := os.environ.get("FASTVAE_COMMIT"):  # of a copy without its history
-        return known
-    words = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= with changes"]
-    done = subprocess.run(words, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def device_slug(device: torch.device) -> str:

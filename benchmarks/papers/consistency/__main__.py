@@ -38,7 +38,7 @@ from fastvae.data import Compose, RandomAffine, binarize, load
 from fastvae.models import BaseVAE
 from fastvae.penalties import Consistency
 
-from ..shared import Row, claim_folder, stored, table, write_results
+from ..shared import Row, circumstances, claim_folder, measured_on, stored, table, write_results
 
 LATENTS = 16
 MODELS: dict[str, tuple[type[BaseVAE], dict[str, Any]]] = {
@@ -203,7 +203,7 @@ def as_text(lines: Sequence[Row], settings: Row) -> str:
         f"{settings['interpolation']} interpolation. Means "
         f"over seeds ± standard deviation over seeds. The paper finds every model improved, and 76.93 nats on "
         f"binarised MNIST for its NVAE, which is not covered; networks and epochs are far below the paper's.\n\n"
-        f"{table(rows, columns)}\n"
+        f"{table(rows, columns)}\n\n{measured_on(settings)}"
     )
 
 
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for consistent in (False, True)
     ]
     rows: list[Row] = []
-    settings |= {"torch": torch.__version__, "fastvae": fastvae.__version__}
+    settings |= circumstances()
     for index, (network, seed, kind, consistent) in enumerate(tqdm(jobs, unit="model", disable=None), 1):
         rows.append(train_and_measure(network, kind, consistent, seed, grey, binary, test, arguments))
         if index % (2 * len(MODELS)) == 0:

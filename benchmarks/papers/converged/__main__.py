@@ -26,10 +26,9 @@ from pathlib import Path
 
 import torch
 
-import fastvae
 from fastvae.data import binarize, load
 
-from ..shared import Row, claim_folder
+from ..shared import Row, circumstances, claim_folder
 from . import report
 from .training import MODELS, Unit
 
@@ -63,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_samples": arguments.num_samples,
         "ais_images": min(arguments.ais_images, len(test)),
         "ais_temperatures": arguments.ais_temperatures,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     rows: list[Row] = []
     for seed in range(arguments.seeds):

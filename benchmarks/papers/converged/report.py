@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shared import Row, table, write_results
+from ..shared import Row, measured_on, table, write_results
 from .training import MODELS
 
 PUBLISHED = "VAE 83.20, HVAE with K = 10 82.62 on 50,000 MNIST images"
@@ -109,7 +109,8 @@ def as_text(rows: Sequence[Row], settings: Row) -> str:
         f"of {settings['batch_size']}. NLL of {settings['test_images']} test images by {settings['num_samples']} "
         f"importance samples; AIS with {settings['ais_temperatures']} temperatures and 16 chains from the encoder's "
         f"posterior on the first {settings['ais_images']} of them. Paper: {PUBLISHED}.\n\n{first}\n\nBelow 0 HVAE is "
-        f"better. The standard error is over images, for all seeds over seeds.\n\n{second}\n"
+        f"better. The standard error is over images, for all seeds over seeds.\n\n{second}\n\n"
+        f"{measured_on(settings)}"
     )
 
 

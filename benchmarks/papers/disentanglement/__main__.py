@@ -20,11 +20,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-import fastvae
-
-from ..shared import Row, claim_folder, write_results
+from ..shared import Row, circumstances, claim_folder, write_results
 from . import comparison, report
 
 
@@ -43,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "points": arguments.points,
         "clusters": arguments.clusters,
         "test_images": arguments.test_images,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     summary = comparison.summaries(rows, arguments.rho)
     text = report.as_text(rows, summary, settings)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shared import Row, table
+from ..shared import Row, measured_on, table
 from .comparison import MODELS, PUBLISHED, SCORES
 
 COLOURS = dict(zip(MODELS, ("tab:gray", "tab:red"), strict=True))
@@ -55,7 +55,8 @@ def as_text(rows: Sequence[Row], summary: Sequence[Row], settings: Row) -> str:
         f"{table(rows, single)}\n\n"
         f"A training step with the penalty takes {paces[MODELS[1]] / paces[MODELS[0]]:.2f} times the time of one "
         f"without. ELBO (beta 1) and J1 (sum of |dy/dz| of an image) are means over {settings['test_images']} new "
-        "images; a code is active if the variance of its mean over them is above 0.01.\n"
+        "images; a code is active if the variance of its mean over them is above 0.01.\n\n"
+        f"{measured_on(settings)}"
     )
 
 

@@ -21,11 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fastvae
-
 from ...writing import write_json
+from ..shared import circumstances
 from . import measures, report, training
 
 NUM_DATA = 10_000
@@ -59,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dims": dims,
         "seeds": num_seeds,
         "iterations": iterations,
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     written = {"settings": settings, "verdicts": verdicts, **results}
     write_json(arguments.out / "gaussian.json", written, allow_nan=True)

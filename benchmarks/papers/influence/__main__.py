@@ -21,12 +21,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-import fastvae
 from fastvae.data import load
 
-from ..shared import Row, write_results
+from ..shared import Row, circumstances, write_results
 from . import measures, report
 
 
@@ -48,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "mixture_slope": measures.slope(mixture, "train", "error"),
         "sampling_slope": measures.slope(sampling, "draws", "error"),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     text = report.as_text(classical, sampling, noise, settings)
     print(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shared import Row, table
+from ..shared import Row, measured_on, table
 from .measures import slope
 
 
@@ -42,7 +42,7 @@ def as_text(classical: Sequence[Row], sampling: Sequence[Row], noise: Sequence[R
         f"Training images that are their own strongest proponent among all {settings['images']}, with independent "
         f"noise on both sides, S = {settings['fewest_draws']}: {2 * settings['pairs']} of them, mean of "
         f"{settings['trials']} seeds. What the same draws at every checkpoint get wrong adds up over checkpoints; "
-        f"what fresh ones get wrong averages out.\n\n{third}\n"
+        f"what fresh ones get wrong averages out.\n\n{third}\n\n{measured_on(settings)}"
     )
 
 

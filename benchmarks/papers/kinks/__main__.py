@@ -18,12 +18,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-import fastvae
 from fastvae.data import load
 
-from ..shared import Row, write_results
+from ..shared import Row, circumstances, write_results
 from . import gradients, report, training
 
 
@@ -48,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": Path(load(arguments.data).name).name,
         **{name: getattr(arguments, name) for name in names},
         **widths,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     summary = report.summaries(rows)
     text = report.as_text(found, summary, settings)

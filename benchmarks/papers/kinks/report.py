@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shared import Row, table
+from ..shared import Row, measured_on, table
 
 
 def summaries(rows: Sequence[Row]) -> list[Row]:
@@ -84,7 +84,7 @@ def as_text(gradients: Sequence[Row], summary: Sequence[Row], settings: Row) -> 
         f"**Training.** VAEs, {settings['seeds']} seeds, Adam {settings['lr']:g}, batches of {settings['batch_size']}; "
         f"small: {settings['small']}, {settings['small_steps']} steps on 2,000 samples of four factors; dense: "
         f"{settings['dense']}, {settings['steps']} steps on {settings['data']}. The objective of unseen data, in nats, "
-        f"is reconstruction + KL + gamma J1 with J1 exact for all.\n\n{second}\n"
+        f"is reconstruction + KL + gamma J1 with J1 exact for all.\n\n{second}\n\n{measured_on(settings)}"
     )
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.papers.likelihood_regret --data fashion-mnist --ood mnist10k.npz
     python -m benchmarks.papers.likelihood_regret --data fashion-mnist --ood mnist10k.npz --full
     python -m benchmarks.papers.likelihood_regret --data fashion-mnist --ood mnist10k.npz --resume
+    python -m benchmarks.papers.likelihood_regret --data mnist10k.npz --ood fashion-mnist --name likelihood_regret-mnist
 
 Setting of Xiao, Yan, Amit, Likelihood Regret, NeurIPS 2020: DCGAN networks at 32x32, 100 latent variables, a
 256-way categorical likelihood of every pixel, Adam. The paper trains for 200 epochs of batches of 128; the
@@ -11,7 +12,7 @@ the posterior of each image alone; NLL; input complexity; the likelihood ratio t
 
 A run that was stopped goes on with --resume: training from its last checkpoint, and scores from the last chunk of
 images; more --steps than before continue the training. Tables and figure are also written, after each score, as
-likelihood_regret.json, .md and .png.
+likelihood_regret.json, .md and .png (or another --name).
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from pathlib import Path
 
 import torch
 
-import fastvae
 from fastvae import plot
 from fastvae.data import load
 
-from ..shared import Row, claim_folder, write_results
-from .report import as_text, measures
+from ..shared import Row, circumstances, claim_folder, write_results
+from .report import as_text, measures, published_for
 from .scores import OPTIONAL, all_scores
 from .training import resized, trained
 
@@ -62,19 +62,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ood_images": len(chosen["foreign"]),
         "num_samples": arguments.num_samples,
         "regret_steps": arguments.regret_steps,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
+    published = published_for(settings["data"], settings["ood"])
     for scores in all_scores(model, background, chosen, arguments):
-        rows = measures(scores, "held out", "foreign")
+        rows = measures(scores, "held out", "foreign", published)
         text = as_text(rows, settings)
         values = {name: {key: value.tolist() for key, value in by.items()} for name, by in scores.items()}
         results = {"settings": settings, "measures": rows, "scores": values}
-        write_results(arguments.out, "likelihood_regret", results, text)
-        (arguments.out / "likelihood_regret.png").write_bytes(plot.png(plot.score_histograms(scores)))
+        write_results(arguments.out, arguments.name, results, text)
+        (arguments.out / f"{arguments.name}.png").write_bytes(plot.png(plot.score_histograms(scores)))
     print(text)
-    print(f"Written: {arguments.out}/likelihood_regret.json, .md and .png")
+    print(f"Written: {arguments.out / arguments.name}.json, .md and .png")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,6 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/likelihood_regret"), help="of states")
     parser.add_argument("--resume", action="store_true", help="go on from the states in --checkpoint")
+    parser.add_argument("--name", default="likelihood_regret", help="of the files written")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/papers"), help="folder")
     arguments = parser.parse_args(argv)
     for name, usual, full in (

@@ -39,7 +39,8 @@ def new_model(channels: int, arguments: Namespace) -> fastvae.VAE:
 def trained(images: ImageDataset, arguments: Namespace, *, background: bool) -> fastvae.VAE:
     """A model after the asked number of steps, resumed from its folder if there is a part of them."""
     model = new_model(images.images.shape[1], arguments).to(arguments.device)
-    model = model.to(memory_format=torch.channels_last)  # in which CPUs train it half as fast again
+    # In which CPUs train it half as fast again.
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = arguments.background_steps if background else arguments.steps
     # An "epoch" is as many steps as lie between checkpoints; the last one may be shorter.
     epoch = min(arguments.checkpoint_steps, steps)

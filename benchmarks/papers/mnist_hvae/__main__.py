@@ -25,10 +25,9 @@ from pathlib import Path
 
 import torch
 
-import fastvae
 from fastvae.data import binarize, load
 
-from ..shared import Row, claim_folder, write_results
+from ..shared import Row, circumstances, claim_folder, write_results
 from . import report
 from .comparison import HVAE, compare, differences, summaries
 
@@ -48,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps": arguments.steps,
         "test_images": len(test),
         "num_samples": arguments.num_samples,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     seeds: list[dict[str, Row]] = []
     for seed in range(arguments.seeds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shared import Row, table
+from ..shared import Row, measured_on, table
 from .comparison import EQUAL_STEPS, EQUAL_TIME, HVAE
 
 
@@ -42,7 +42,7 @@ def as_text(models: Sequence[Row], paired: Sequence[Row], settings: Row) -> str:
         f"({settings['epochs']:.1f} epochs); {settings['test_images']} test images, "
         f"{settings['num_samples']} importance samples each. In nats; NLL and -ELBO are per image.\n\n{first}"
         f"\n\nPaired by test image; below 0 HVAE is better. Train -ELBO is the mean over the last epoch; "
-        f"diverged counts trajectories of training that were given up.\n\n{second}\n"
+        f"diverged counts trajectories of training that were given up.\n\n{second}\n\n{measured_on(settings)}"
     )
 
 

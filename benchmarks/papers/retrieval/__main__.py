@@ -12,7 +12,7 @@ figures of theirs:
 2. strongest proponents of test images that have the test image's label;
 3. images of another kind (--foreign) hidden in the training set of a second run, found by their self-influence.
 
-A run that was stopped goes on with --resume: training from its last checkpoint, proponents from the last 50 queries.
+A run that was stopped goes on with --resume: training and proponents from the last checkpoint.
 Tables and figure are also written as each of the two runs ends, as retrieval.json, .md and .png (or another --name).
 """
 
@@ -22,28 +22,25 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-import fastvae
 from fastvae.data import load
 
-from ..shared import Row, claim_folder
+from ..shared import Row, circumstances, claim_folder
 from . import experiment, report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     train, test = load(arguments.data, split="train"), load(arguments.data, split="test")
-    names = ("width", "latent_dim", "beta", "optimizer", "lr", "batch_size", "epochs", "seed", "device")
+    names = (
+        *("width", "latent_dim", "beta", "optimizer", "lr", "batch_size", "epochs", "checkpoints", "seed"),
+        "device",
+    )
     settings: Row = {"data": Path(train.name).name, "train_images": len(train)}
     settings |= {name: getattr(arguments, name) for name in names}
     claim_folder(arguments.checkpoint, settings, arguments.resume)
     settings |= {
-        "checkpoints": arguments.checkpoints,
         "num_samples": arguments.num_samples,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     results: Row = {"retrieval": experiment.retrieval(train, test, arguments)}
     report.write_all(results, settings, arguments.out / arguments.name)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastvae
 from fastvae.architectures import tracin_decoder, tracin_encoder
+from fastvae.atomic import write_atomically
 from fastvae.data import ImageDataset
 from fastvae.influence import TracIn
+from fastvae.metrics import ood_metrics
+from fastvae.noise import keys_of
 
 from ..shared import Row, stored
-
-QUERIES_AT_ONCE = 50
-"""Each time all training images are gone through for every checkpoint, and what was found is kept."""
 
 QUERY_SEED = 1
 """Of the queries' noise, other than that of the training images: common noise flatters an image's own gradient."""
@@ -45,57 +48,78 @@ def trained(x: Tensor, folder: Path, arguments: argparse.Namespace) -> tuple[fas
 def tracin_of(
     model: fastvae.VAE,
     x: Tensor,
-    history: fastvae.History,
+    checkpoints: Sequence[Path],
     arguments: argparse.Namespace,
     query_seed: int | None = QUERY_SEED,
 ) -> TracIn:
-    return TracIn(model, x, history.checkpoints, num_samples=arguments.num_samples, query_seed=query_seed)
+    return TracIn(model, x, checkpoints, num_samples=arguments.num_samples, query_seed=query_seed)
 
 
-def strongest(tracin: TracIn, queries: Tensor, k: int, file: Path, key: Row) -> Tensor:
-    """Indices of the k strongest proponents, [M, k]; what a run that was stopped had found is read again."""
-    found = []
-    for index, part in enumerate(queries.split(QUERIES_AT_ONCE)):
+def scores_of(tracin: Callable[[Path], TracIn], queries: Tensor, checkpoint: Path, file: Path) -> Tensor:
+    """What one checkpoint adds to the scores of the queries, [M, N], for which the training images are gone through
+    once; read from ``file`` where a run that was stopped had found it.
 
-        def compute(part: Tensor = part) -> Row:
-            return {"indices": tracin.influence(part, k=k, show_progress=True)[0].tolist()}
-
-        kept = file.with_name(f"{file.stem}-{index}.json")
-        found.append(torch.tensor(stored(kept, key | {"part": len(part)}, compute)["indices"]))
-    return torch.cat(found)
+    It adds the same beside others: noise is keyed by a checkpoint's weights, and its part of the training is in it.
+    """
+    key = keys_of(queries).tolist()
+    if file.exists() and (found := torch.load(file, weights_only=True))["key"] == key:
+        return Tensor(found["scores"])
+    scores = tracin(checkpoint).influence(queries, show_progress=True)
+    assert isinstance(scores, Tensor)
+    write_atomically(file, functools.partial(torch.save, {"key": key, "scores": scores}))
+    return scores
 
 
 def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Namespace) -> Row:
-    """Strongest proponents of training images and of test images."""
+    """Strongest proponents of training images and of test images, by so many of the checkpoints as there are then."""
     folder = arguments.checkpoint / "plain"
     x, labels = train.tensors()
     model, history = trained(x, folder, arguments)
     generator = torch.Generator().manual_seed(arguments.seed)
     own = torch.randperm(len(train), generator=generator)[: arguments.queries]
     others = torch.randperm(len(test), generator=generator)[: arguments.queries]
+    queries = torch.cat([x[own], test.tensors()[0][others]])
 
-    def with_common_noise() -> Row:
-        """How much of what is missing is the error of S draws: here an image's own is left out."""
-        same_noise = tracin_of(model, x, history, arguments, query_seed=None)
-        common = strongest(same_noise, x[own], 1, folder / "common.json", key)
-        return {"own_strongest_common_noise": float((common[:, 0] == own).double().mean())}
+    def summed(images: Tensor, name: str, **options: Any) -> Iterator[Tensor]:
+        """Scores after one checkpoint, after two, ..."""
+        total = torch.zeros(len(images), len(x))
+        for checkpoint in history.checkpoints:
+            file = folder / f"{name}-S{arguments.num_samples}-{checkpoint.stem}.scores"
+            total += scores_of(
+                lambda of: tracin_of(model, x, [of], arguments, **options), images, checkpoint, file
+            )
+            yield total
+
+    def own_strongest(scores: Tensor) -> float:
+        return float((scores[: len(own)].argmax(1) == own).double().mean())
 
     def compute() -> Row:
-        tracin = tracin_of(model, x, history, arguments)
-        mine = strongest(tracin, x[own], 10, folder / "own.json", key)
-        theirs = strongest(tracin, test.tensors()[0][others], 10, folder / "others.json", key)
-        scores: Row = {
+        by_checkpoints = []
+        for scores in summed(queries, "independent"):
+            by_checkpoints.append(own_strongest(scores))
+        found = scores.topk(min(10, len(x)), 1).indices
+        mine, theirs = found[: len(own)], found[len(own) :]
+        row: Row = {
             "queries": len(own),
-            "own_strongest": float((mine[:, 0] == own).double().mean()),
+            "own_strongest": by_checkpoints[-1],
+            "own_strongest_by_checkpoints": by_checkpoints,
             "not_own": own[mine[:, 0] != own].tolist(),
         }
         if labels is not None and test.labels is not None:
-            same = labels[theirs] == test.labels[others][:, None]
-            scores["same_label"] = float(same[:, 0].double().mean())
-            scores["same_label_of_ten"] = float(same.double().mean())
-        return scores
+            same = (labels[theirs] == test.labels[others][:, None]).double()
+            # Of ten proponents of one image: the images are what was drawn.
+            of_ten = same.mean(1)
+            row["same_label"] = float(same[:, 0].mean())
+            row["same_label_of_ten"] = float(of_ten.mean())
+            row["same_label_of_ten_error"] = float(of_ten.std() / math.sqrt(len(of_ten)))
+        return row
 
-    key = {name: getattr(arguments, name) for name in ("queries", "num_samples", "checkpoints", "epochs")}
+    def with_common_noise() -> Row:
+        """How much of what is missing is the error of S draws: here an image's own is left out."""
+        found = [own_strongest(scores) for scores in summed(x[own], "common", query_seed=None)]
+        return {"own_strongest_common_noise": found[-1]}
+
+    key = {name: getattr(arguments, name) for name in ("queries", "num_samples")}
     row = {"train_loss": history.train_loss[-1], **stored(folder / "scores.json", key, compute)}
     if not arguments.skip_common_noise:
         row |= stored(folder / "common-noise.json", key, with_common_noise)
@@ -116,22 +140,40 @@ def foreign(train: ImageDataset, strangers: ImageDataset, arguments: argparse.Na
     model, history = trained(x, folder, arguments)
 
     def compute() -> Row:
-        tracin = tracin_of(model, x, history, arguments)
+        tracin = tracin_of(model, x, history.checkpoints, arguments)
         influence = tracin.self_influence(show_progress=True).double()
-        model.eval()
-        with torch.no_grad():
-            loss = torch.cat([model(part.to(arguments.device)).cpu() for part in x.split(1000)]).double()
+        scores = {"auroc": influence, "auroc_of_loss": mean_loss(model, x, arguments)}
+        if arguments.num_samples > 1:
+            # Without what the variance of S draws adds, which is larger for some images than for others.
+            scores["auroc_unbiased"] = tracin.self_influence(show_progress=True, unbiased=True).double()
         found = is_foreign[influence.argsort(descending=True)].double().cumsum(0)
-        return {
+        row: Row = {
             "hidden": len(hidden),
-            "auroc": auroc(influence, is_foreign),
-            "auroc_of_loss": auroc(loss, is_foreign),
-            "rank_correlation_with_loss": rank_correlation(influence, loss),
+            "of": len(x),
+            "area": float((found / len(hidden)).mean()),
+            "largest_area": 1 - (len(hidden) - 1) / (2 * len(x)),
+            "rank_correlation_with_loss": rank_correlation(influence, scores["auroc_of_loss"]),
             "found": found.long().tolist(),
         }
+        for name, values in scores.items():
+            measures = ood_metrics(values[~is_foreign], values[is_foreign])
+            row |= {name: measures.auroc, f"{name}_interval": measures.auroc_interval}
+        return row
 
-    key = {name: getattr(arguments, name) for name in ("hidden", "num_samples", "checkpoints", "epochs")}
+    key = {name: getattr(arguments, name) for name in ("hidden", "num_samples")}
     return {"train_loss": history.train_loss[-1], **stored(folder / "scores.json", key, compute)}
+
+
+@torch.no_grad()
+def mean_loss(model: fastvae.VAE, x: Tensor, arguments: argparse.Namespace) -> Tensor:
+    """Of the trained model, the mean over as many draws as the influence has: [N] float64."""
+    losses = torch.zeros(len(x), dtype=torch.float64)
+    generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
+    for first in range(0, len(x), 1000):
+        part = x[first : first + 1000].to(arguments.device)
+        for _ in range(arguments.num_samples):
+            losses[first : first + len(part)] += model.eval().objective(part, generator=generator).loss.cpu()
+    return losses / arguments.num_samples
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -139,13 +181,6 @@ def ranks(scores: Tensor) -> Tensor:
     _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]
-
-
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    """The chance that a positive scores higher than a negative, ties counting half."""
-    count = int(positive.sum())
-    above = float(ranks(scores)[positive].sum()) - count * (count + 1) / 2
-    return above / (count * (len(scores) - count))
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

@@ -29,7 +29,7 @@ from fastvae.models.adaptation import conservation
 from fastvae.ops import trajectory
 from fastvae.progress import bar_of
 
-from ..shared import Row, table, training_seconds, write_results
+from ..shared import Row, circumstances, table, training_seconds, write_results
 
 SCALE = 0.1
 MODELS: dict[str, dict[str, Any] | None] = {
@@ -178,9 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: Row = {"data": name, "train_images": len(images) - split, "held_out_images": split}
     settings |= {key: getattr(arguments, key) for key in ("steps", "seeds", "batch_size", "leapfrog_steps")}
     settings |= {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastvae": fastvae.__version__,
+        **circumstances(),
     }
     rows: list[Row] = []
     bar = bar_of(arguments.seeds * len(MODELS), "step sizes", "run", True)
