@@ -68,6 +68,34 @@ def test_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == printed
 
 
+def test_differences_are_paired_by_seed() -> None:
+    # Seeds differ by 10, each pair by 1, 1 and 4: the spread over seeds would hide it.
+    nll = {False: (100.0, 110.0, 120.0), True: (99.0, 109.0, 116.0)}
+    rows = [
+        {**dict.fromkeys((*consistency.MEASURES, "nll_error"), 0.0), "network": "dense", "model": "VAE"}
+        | {"consistent": consistent, "seed": seed, "nll": nll[consistent][seed]}
+        for seed in (2, 0, 1)
+        for consistent in (True, False)
+    ]
+    without, line = consistency.summary(rows)
+    assert "nll_gain" not in without and line["nll_gain"] == -2
+    assert line["nll_gain_error"] == pytest.approx(1)  # sqrt(3) / sqrt(3)
+    settings = dict.fromkeys(
+        (
+            "data",
+            "train_images",
+            "epochs",
+            "batch_size",
+            "test_images",
+            "num_samples",
+            "interpolation",
+            "torch",
+        ),
+        0,
+    )
+    assert "-2.00 ± 1.00" in consistency.as_text([without, line], settings)
+
+
 def test_measures_are_those_of_the_model() -> None:
     model = consistency.build("dense", "VAE", True, (1, 4, 4), 0, "nearest")
     generator = torch.Generator().manual_seed(0)

@@ -53,8 +53,9 @@ def circumstances() -> Row:
 
 
 def measured_on(settings: Row) -> str:
-    """The same, below a table."""
-    return "Commit {commit}, torch {torch}, threads: {threads} ({machine}).\n".format_map(settings)
+    """The same, below a table; runs of before it was recorded have no commit and no machine."""
+    known = {"commit": "unknown", "threads": "unknown", "machine": "not recorded", **settings}
+    return "Commit {commit}, torch {torch}, threads: {threads} ({machine}).\n".format_map(known)
 
 
 def claim_folder(folder: Path, settings: Row, resume: bool) -> None:
