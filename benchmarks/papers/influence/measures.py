@@ -6,7 +6,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -129,7 +129,8 @@ def common_noise(
 def checkpoint_noise(x: Tensor, arguments: argparse.Namespace) -> list[Row]:
     """The share of training images that are their own strongest proponent, for each number of checkpoints.
 
-    Independent noise on both sides: the same at every checkpoint, or fresh at each.
+    Independent noise on both sides: the same at every checkpoint, or fresh at each. Errors are standard errors over
+    the seeds of the noise.
     """
     most, draws = max(arguments.checkpoints), min(arguments.draws)
     every = max(1, arguments.epochs // most)
@@ -149,7 +150,11 @@ def checkpoint_noise(x: Tensor, arguments: argparse.Namespace) -> list[Row]:
                 }
                 for name, indices in found.items():
                     shares[name].append(float((indices == own).double().mean()))
-            rows.append({"checkpoints": count, **{name: mean(each) for name, each in shares.items()}})
+            row: Row = {"checkpoints": count}
+            for name, each in shares.items():
+                error = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+                row |= {name: mean(each), f"{name}_error": error}
+            rows.append(row)
     return rows
 
 

@@ -27,7 +27,9 @@ def as_text(classical: Sequence[Row], sampling: Sequence[Row], noise: Sequence[R
         [
             ("checkpoints", "checkpoints", "d"),
             ("common", "the same noise at each", ".1%"),
+            ("common_error", "s.e.", ".1%"),
             ("fresh", "fresh noise at each (ours)", ".1%"),
+            ("fresh_error", "s.e.", ".1%"),
         ],
     )
     return (
@@ -41,7 +43,8 @@ def as_text(classical: Sequence[Row], sampling: Sequence[Row], noise: Sequence[R
         f"power {slope(sampling, 'draws', 'error'):.2f} (theory: -0.5).\n\n{second}\n\n"
         f"Training images that are their own strongest proponent among all {settings['images']}, with independent "
         f"noise on both sides, S = {settings['fewest_draws']}: {2 * settings['pairs']} of them, mean of "
-        f"{settings['trials']} seeds. What the same draws at every checkpoint get wrong adds up over checkpoints; "
+        f"{settings['trials']} seeds of the noise, with its standard error. "
+        f"What the same draws at every checkpoint get wrong adds up over checkpoints; "
         f"what fresh ones get wrong averages out.\n\n{third}\n\n{measured_on(settings)}"
     )
 
