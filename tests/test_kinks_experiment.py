@@ -38,7 +38,7 @@ def test_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_gains_are_paired_by_seed() -> None:
     rows = [
         {
-            **dict.fromkeys(("reconstruction", "kl", "penalty", "step_ms"), 1.0),
+            **dict.fromkeys(("reconstruction", "kl", "penalty"), 1.0),
             **{"network": "small", "activation": "ReLU", "gamma": 1.0, "seed": seed},
             **{"estimator": estimator, "objective": 10.0 * seed - (seed + 1) * (estimator != "exact")},
         }

@@ -29,7 +29,7 @@ from fastvae.models.adaptation import conservation
 from fastvae.ops import trajectory
 from fastvae.progress import bar_of
 
-from ..shared import Row, circumstances, table, training_seconds, write_results
+from ..shared import Row, circumstances, measured_on, table, training_seconds, write_results
 
 SCALE = 0.1
 MODELS: dict[str, dict[str, Any] | None] = {
@@ -162,7 +162,8 @@ def as_text(lines: Sequence[Row], settings: Row) -> str:
         f"HVAE (K = {settings['leapfrog_steps']}, free tempering) and VAE with a Gaussian of scale {SCALE} on "
         f"{settings['train_images']} colour images of 32x32 ({settings['data']}), {settings['steps']} steps of "
         f"{settings['batch_size']} images, Adam 1e-3: minus the ELBO of {settings['held_out_images']} held-out images "
-        f"in nats, means over seeds.\n\n{table(lines, COLUMNS)}\n"
+        f"in nats, means over seeds.\n\n{table(lines, COLUMNS)}\n\n"
+        f"{measured_on(settings)}"
     )
 
 
