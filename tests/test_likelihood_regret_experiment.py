@@ -11,6 +11,7 @@ import torch
 
 import fastvae
 from benchmarks.papers.likelihood_regret import __main__ as script
+from benchmarks.papers.likelihood_regret.report import published_for
 from benchmarks.papers.likelihood_regret.training import resized, trained
 
 pytest.importorskip("matplotlib")
@@ -101,6 +102,11 @@ def test_steps_are_those_asked_for(tmp_path: Path) -> None:
     at_once = weights("one", 5)
     assert torch.equal(weights("two", 3, 5), at_once), "stopped within an epoch"
     assert torch.equal(weights("three", 6, 5), at_once), "more than asked for were taken before"
+
+
+def test_published_figures_are_of_one_pair_of_data_sets() -> None:
+    assert published_for("fashion-mnist", "mnist10k.npz")["regret"] == "0.99"
+    assert not published_for("mnist10k.npz", "fashion-mnist")
 
 
 def test_images_are_resized_to_bytes() -> None:
