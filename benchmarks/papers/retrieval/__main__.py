@@ -13,7 +13,7 @@ figures of theirs:
 3. images of another kind (--foreign) hidden in the training set of a second run, found by their self-influence.
 
 A run that was stopped goes on with --resume: training and proponents from the last checkpoint.
-Tables and figure are also written as each of the two runs ends, as retrieval.json, .md and .png (or another --name).
+Tables and figure are also written as each figure is there, as retrieval.json, .md and .png (or another --name).
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_samples": arguments.num_samples,
         **circumstances(),
     }
-    results: Row = {"retrieval": experiment.retrieval(train, test, arguments)}
-    report.write_all(results, settings, arguments.out / arguments.name)
+    results: Row = {}
+    for found in experiment.retrieval(train, test, arguments):
+        results["retrieval"] = found
+        report.write_all(results, settings, arguments.out / arguments.name)
     if arguments.foreign is not None:
         results["foreign"] = experiment.foreign(train, load(arguments.foreign, split="test"), arguments)
         report.write_all(results, settings, arguments.out / arguments.name)

@@ -70,15 +70,14 @@ def scores_of(tracin: Callable[[Path], TracIn], queries: Tensor, checkpoint: Pat
     return scores
 
 
-def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Namespace) -> Row:
-    """Strongest proponents of training images and of test images, by so many of the checkpoints as there are then."""
+def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Strongest proponents of training images, of test images, of the first with common noise: all so far."""
     folder = arguments.checkpoint / "plain"
     x, labels = train.tensors()
     model, history = trained(x, folder, arguments)
     generator = torch.Generator().manual_seed(arguments.seed)
     own = torch.randperm(len(train), generator=generator)[: arguments.queries]
     others = torch.randperm(len(test), generator=generator)[: arguments.queries]
-    queries = torch.cat([x[own], test.tensors()[0][others]])
 
     def summed(images: Tensor, name: str, **options: Any) -> Iterator[Tensor]:
         """Scores after one checkpoint, after two, ..."""
@@ -90,40 +89,43 @@ def retrieval(train: ImageDataset, test: ImageDataset, arguments: argparse.Names
             )
             yield total
 
-    def own_strongest(scores: Tensor) -> float:
-        return float((scores[: len(own)].argmax(1) == own).double().mean())
+    def shares(name: str, **options: Any) -> list[float]:
+        """Of training images that are their own strongest proponent after each checkpoint."""
+        return [
+            float((scores.argmax(1) == own).double().mean()) for scores in summed(x[own], name, **options)
+        ]
 
-    def compute() -> Row:
-        by_checkpoints = []
-        for scores in summed(queries, "independent"):
-            by_checkpoints.append(own_strongest(scores))
+    def of_training_images() -> Row:
+        found = shares("own")
+        return {"own_strongest": found[-1], "own_strongest_by_checkpoints": found}
+
+    def of_test_images() -> Row:
+        *_, scores = summed(test.tensors()[0][others], "others")
         found = scores.topk(min(10, len(x)), 1).indices
-        mine, theirs = found[: len(own)], found[len(own) :]
-        row: Row = {
-            "queries": len(own),
-            "own_strongest": by_checkpoints[-1],
-            "own_strongest_by_checkpoints": by_checkpoints,
-            "not_own": own[mine[:, 0] != own].tolist(),
+        assert labels is not None and test.labels is not None
+        same = (labels[found] == test.labels[others][:, None]).double()
+        # Of ten proponents of one image: the images are what was drawn.
+        of_ten = same.mean(1)
+        return {
+            "same_label": float(same[:, 0].mean()),
+            "same_label_of_ten": float(of_ten.mean()),
+            "same_label_of_ten_error": float(of_ten.std() / math.sqrt(len(of_ten))),
         }
-        if labels is not None and test.labels is not None:
-            same = (labels[theirs] == test.labels[others][:, None]).double()
-            # Of ten proponents of one image: the images are what was drawn.
-            of_ten = same.mean(1)
-            row["same_label"] = float(same[:, 0].mean())
-            row["same_label_of_ten"] = float(of_ten.mean())
-            row["same_label_of_ten_error"] = float(of_ten.std() / math.sqrt(len(of_ten)))
-        return row
 
     def with_common_noise() -> Row:
         """How much of what is missing is the error of S draws: here an image's own is left out."""
-        found = [own_strongest(scores) for scores in summed(x[own], "common", query_seed=None)]
-        return {"own_strongest_common_noise": found[-1]}
+        return {"own_strongest_common_noise": shares("common", query_seed=None)[-1]}
 
     key = {name: getattr(arguments, name) for name in ("queries", "num_samples")}
-    row = {"train_loss": history.train_loss[-1], **stored(folder / "scores.json", key, compute)}
+    row: Row = {"train_loss": history.train_loss[-1], "queries": len(own)}
+    parts = {"own": of_training_images}
+    if labels is not None and test.labels is not None:
+        parts["labels"] = of_test_images
     if not arguments.skip_common_noise:
-        row |= stored(folder / "common-noise.json", key, with_common_noise)
-    return row
+        parts["common-noise"] = with_common_noise
+    for name, compute in parts.items():
+        row |= stored(folder / f"{name}.json", key, compute)
+        yield dict(row)
 
 
 def foreign(train: ImageDataset, strangers: ImageDataset, arguments: argparse.Namespace) -> Row:
