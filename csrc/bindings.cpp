@@ -6,8 +6,13 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <deque>
+#include <functional>
 #include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
+#include "common/operator.h"
 #include "common/product.h"
 #include "common/recycling.h"
 #include "network/copies.h"
@@ -134,6 +139,27 @@ void bind_operators(pybind11::module_& m) {
   }
 }
 
+// A function or a method that is no operator, behind the question that is asked where operators are registered.
+template <typename Result, typename... Args, typename Called>
+auto untransformed_call(const char* name, Called called) {
+  return [op = std::string("fastvae::") + name, called](Args... args) -> Result {
+    fastvae::refuse_transformed(op, static_cast<const std::decay_t<Args>&>(args)...);
+    return called(std::forward<Args>(args)...);
+  };
+}
+template <typename Result, typename... Args>
+auto untransformed(const char* name, Result (*function)(Args...)) {
+  return untransformed_call<Result, Args...>(name, function);
+}
+template <typename Class, typename Result, typename... Args>
+auto untransformed(const char* name, Result (Class::*method)(Args...)) {
+  return untransformed_call<Result, Class&, Args...>(name, std::mem_fn(method));
+}
+template <typename Class, typename Result, typename... Args>
+auto untransformed(const char* name, Result (Class::*method)(Args...) const) {
+  return untransformed_call<Result, const Class&, Args...>(name, std::mem_fn(method));
+}
+
 // A function of Python's, from cotangents and to gradients as lists with None in the place of zero.
 class GradientInPython final : public fastvae::DifferentiableGradient {
  public:
@@ -166,6 +192,8 @@ class GradientInPython final : public fastvae::DifferentiableGradient {
 
 PYBIND11_MODULE(_C, m) {
   using pybind11::arg;
+  constexpr const char *kCopies = "network_copies", *kAdam = "copies_adam", *kCopied = "copied_convolution",
+                       *kRules = "norm_activation";
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
   m.doc() = "The operators of fastvae by their schemas; use fastvae.ops.";
   m.def("build_info", &build_info, "What this shared object was built with.");
@@ -175,43 +203,49 @@ PYBIND11_MODULE(_C, m) {
   fastvae::bind_emulation(m);
 #endif
   pybind11::class_<fastvae::NetworkCopies>(m, "NetworkCopies", "A copy of a network for each sample, trained by Adam.")
-      .def(pybind11::init([](const std::string& network, const std::vector<at::Tensor>& parameters, const at::Tensor& x,
-                             double lr, double beta1, double beta2, double eps, double weight_decay, int64_t steps) {
-             return std::make_unique<fastvae::NetworkCopies>(
-                 network, parameters, x, fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay}, steps);
-           }),
+      .def(pybind11::init(untransformed(
+               kCopies,
+               +[](const std::string& network, const std::vector<at::Tensor>& parameters, const at::Tensor& x,
+                   double lr, double beta1, double beta2, double eps, double weight_decay, int64_t steps) {
+                 return std::make_unique<fastvae::NetworkCopies>(
+                     network, parameters, x, fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay}, steps);
+               })),
            unlocked, arg("network"), arg("parameters"), arg("x"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
            arg("weight_decay"), arg("steps"))
       .def("forward", &fastvae::NetworkCopies::forward, unlocked)
-      .def("update", &fastvae::NetworkCopies::update, unlocked, arg("grad"))
+      .def("update", untransformed(kCopies, &fastvae::NetworkCopies::update), unlocked, arg("grad"))
       .def("parameters", &fastvae::NetworkCopies::parameters, unlocked);
   pybind11::class_<fastvae::CopiesAdam>(m, "CopiesAdam", "Adam on the parameters of every sample, on a CPU.")
-      .def(pybind11::init([](const std::vector<at::Tensor>& values, double lr, double beta1, double beta2, double eps,
-                             double weight_decay) {
-             return std::make_unique<fastvae::CopiesAdam>(values,
-                                                          fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay});
-           }),
+      .def(pybind11::init(untransformed(
+               kAdam,
+               +[](const std::vector<at::Tensor>& values, double lr, double beta1, double beta2, double eps,
+                   double weight_decay) {
+                 return std::make_unique<fastvae::CopiesAdam>(
+                     values, fastvae::AdamSettings{lr, beta1, beta2, eps, weight_decay});
+               })),
            unlocked, arg("values"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"), arg("weight_decay"))
-      .def("step", &fastvae::CopiesAdam::step, unlocked, arg("gradients"), arg("inputs"));
+      .def("step", untransformed(kAdam, &fastvae::CopiesAdam::step), unlocked, arg("gradients"), arg("inputs"));
   using Copied = fastvae::CopiedConvolutionRules;
   pybind11::class_<Copied>(m, "CopiedConvolutionRules", "A convolution with weights of every sample's own, on a CPU.")
       .def(pybind11::init<const std::vector<int64_t>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
                           const std::vector<int64_t>&, int64_t>(),
            arg("kernel"), arg("stride"), arg("padding"), arg("dilation"), arg("groups"))
-      .def("smaller", &Copied::smaller, unlocked, arg("larger"), arg("weight"), arg("bias"))
-      .def("larger", &Copied::larger, unlocked, arg("smaller"), arg("weight"), arg("bias"), arg("sizes"))
-      .def("weight", &Copied::weight, unlocked, arg("larger"), arg("smaller"), arg("samples"));
+      .def("smaller", untransformed(kCopied, &Copied::smaller), unlocked, arg("larger"), arg("weight"), arg("bias"))
+      .def("larger", untransformed(kCopied, &Copied::larger), unlocked, arg("smaller"), arg("weight"), arg("bias"),
+           arg("sizes"))
+      .def("weight", untransformed(kCopied, &Copied::weight), unlocked, arg("larger"), arg("smaller"), arg("samples"));
   using Rules = fastvae::NormActivationRules;
   pybind11::class_<Rules>(m, "NormActivationRules", "The four rules of a norm and the activation behind it, on a CPU.")
       .def(pybind11::init<const std::string&, int64_t, double, const std::string&>(), arg("statistics"), arg("groups"),
            arg("eps"), arg("activation"))
-      .def("forward", &Rules::forward, unlocked, arg("x"), arg("gain"), arg("bias"), arg("mean"), arg("s"))
-      .def("reverse", &Rules::reverse, unlocked, arg("dy"), arg("x"), arg("gain"), arg("bias"), arg("mean"), arg("s"),
-           arg("affine"))
-      .def("tangent", &Rules::tangent, unlocked, arg("x_dot"), arg("x"), arg("gain"), arg("bias"), arg("mean"),
+      .def("forward", untransformed(kRules, &Rules::forward), unlocked, arg("x"), arg("gain"), arg("bias"), arg("mean"),
            arg("s"))
-      .def("adjoint", &Rules::adjoint, unlocked, arg("dy_dot"), arg("dy"), arg("x_dot"), arg("x"), arg("gain"),
-           arg("bias"), arg("mean"), arg("s"), arg("affine"));
+      .def("reverse", untransformed(kRules, &Rules::reverse), unlocked, arg("dy"), arg("x"), arg("gain"), arg("bias"),
+           arg("mean"), arg("s"), arg("affine"))
+      .def("tangent", untransformed(kRules, &Rules::tangent), unlocked, arg("x_dot"), arg("x"), arg("gain"),
+           arg("bias"), arg("mean"), arg("s"))
+      .def("adjoint", untransformed(kRules, &Rules::adjoint), unlocked, arg("dy_dot"), arg("dy"), arg("x_dot"),
+           arg("x"), arg("gain"), arg("bias"), arg("mean"), arg("s"), arg("affine"));
   pybind11::class_<fastvae::Recycling>(m, "Recycling", "Inside, large results take the memory of those that died.")
       .def(pybind11::init<>())
       .def("__reduce__",
@@ -220,17 +254,18 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("__enter__", &fastvae::Recycling::enter)
       .def("__exit__", [](fastvae::Recycling& self, const pybind11::args&) { self.leave(); });
-  m.def(
-      "differentiable_elbo_terms",
-      [](const at::Tensor& x, const at::Tensor& noise, const std::vector<at::Tensor>& encoder_parameters,
-         const std::vector<at::Tensor>& decoder_parameters, const std::string& encoder, const std::string& decoder,
-         const std::string& likelihood, pybind11::function again) {
-        const auto gradient = c10::make_intrusive<GradientInPython>(std::move(again));
-        const pybind11::gil_scoped_release unlocked_here;
-        return fastvae::differentiable_elbo_terms(x, noise, encoder_parameters, decoder_parameters, encoder, decoder,
-                                                  likelihood, gradient);
-      },
-      arg("x"), arg("noise"), arg("encoder_parameters"), arg("decoder_parameters"), arg("encoder"), arg("decoder"),
-      arg("likelihood"), arg("again"),
-      "The operator elbo_terms with autograd; again: its gradient in operations that can be differentiated.");
+  m.def("differentiable_elbo_terms",
+        untransformed(
+            "elbo_terms",
+            +[](const at::Tensor& x, const at::Tensor& noise, const std::vector<at::Tensor>& encoder_parameters,
+                const std::vector<at::Tensor>& decoder_parameters, const std::string& encoder,
+                const std::string& decoder, const std::string& likelihood, pybind11::function again) {
+              const auto gradient = c10::make_intrusive<GradientInPython>(std::move(again));
+              const pybind11::gil_scoped_release unlocked_here;
+              return fastvae::differentiable_elbo_terms(x, noise, encoder_parameters, decoder_parameters, encoder,
+                                                        decoder, likelihood, gradient);
+            }),
+        arg("x"), arg("noise"), arg("encoder_parameters"), arg("decoder_parameters"), arg("encoder"), arg("decoder"),
+        arg("likelihood"), arg("again"),
+        "The operator elbo_terms with autograd; again: its gradient in operations that can be differentiated.");
 }

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/launch.h"
+#include "common/operator.h"
 #include "common/replay.h"
 
 namespace fastvae {
@@ -27,6 +28,7 @@ using c10::IValue;
 using torch::jit::Stack;
 
 constexpr int64_t kNone = -1;
+const std::string kOp = "fastvae::straight_code";
 
 // Variables by number; what has died is empty.
 using Variables = std::vector<IValue>;
@@ -212,6 +214,9 @@ class StraightCode {
     Variables variables(variables_);
     for (size_t at = 0; at < inputs_.size(); ++at) {
       variables[inputs_[at]] = from_python(given[at]);
+      if (variables[inputs_[at]].isTensor()) {
+        refuse_transformed(kOp, variables[inputs_[at]].toTensor());
+      }
     }
     for (size_t at = 0; at < taken_.size(); ++at) {
       variables[taken_[at]] = before->values[at];

@@ -1,5 +1,6 @@
 // Every entry of the library, the raw ones included, opens with an EntryGuard: below it ATen neither records graphs
-// nor autocasts. What cannot be honoured there, forward-mode tangents, is refused instead of dropped.
+// nor autocasts. What cannot be honoured there, forward-mode tangents, was refused where it was registered
+// (operator.h).
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -7,27 +8,13 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <functional>
-#include <initializer_list>
-
 #include "check.h"
 
 namespace fastvae {
 
-inline void refuse_forward_mode(const char* op, const at::Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.defined() || !tensor._fw_grad(/*level=*/0).defined(), "fastvae::", op,
-                              ": forward-mode differentiation is not supported and would give zeros; use the same "
-                              "function of fastvae.reference");
-}
-
 class EntryGuard {
  public:
-  EntryGuard(const char* op, std::initializer_list<std::reference_wrapper<const at::Tensor>> inputs)
-      : device_(device_of(op, inputs.begin()->get())) {
-    for (const at::Tensor& input : inputs) {
-      refuse_forward_mode(op, input);
-    }
-  }
+  EntryGuard(const char* op, const at::Tensor& first) : device_(device_of(op, first)) {}
 
  private:
   // None in the place of a tensor arrives as an undefined one.

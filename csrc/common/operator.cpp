@@ -5,6 +5,10 @@
 namespace fastvae {
 namespace {
 
+bool is_differentiated_by_func(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::FuncTorchGradWrapper);
+}
+
 struct RefusedGradient : Function<RefusedGradient> {
   static constexpr const char* kMessage = "message";
 
@@ -41,11 +45,9 @@ class RefusesGradient final : public c10::OperatorKernel {
   explicit RefusesGradient(std::string message) : message_(std::move(message)) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) const {
-    variable_list inputs;
-    if (at::GradMode::is_enabled()) {
-      inputs = tensors_of(torch::jit::last(*stack, op.schema().arguments().size()));
-    }
-    if (!any_requires_grad(inputs)) {
+    const variable_list inputs = tensors_of(torch::jit::last(*stack, op.schema().arguments().size()));
+    refuse_transformed(op.schema().name(), inputs);
+    if (!at::GradMode::is_enabled() || !any_requires_grad(inputs)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       op.callBoxed(stack);
       return;
@@ -72,13 +74,23 @@ std::string about_second_derivative(const std::string& name) {
 
 }  // namespace
 
-torch::CppFunction refuses_gradient(std::string message) {
-  return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<RefusesGradient>(std::move(message)));
+void refuse_transformed(const std::string& op, const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    return;
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), op,
+                              ": forward-mode differentiation is not supported and would give zeros; use the same "
+                              "function of fastvae.reference");
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_differentiated_by_func(tensor), op,
+                              ": torch.func transforms (grad, vjp, jvp, ...) are not supported; use the same function "
+                              "of fastvae.reference inside them");
 }
 
-torch::CppFunction differentiated_once(const std::string& name) {
-  return refuses_gradient(about_second_derivative(name));
+Autograd refuses_gradient(std::string message) {
+  return {torch::CppFunction::makeFromBoxedFunctor(std::make_unique<RefusesGradient>(std::move(message)))};
 }
+
+Autograd differentiated_once(const std::string& name) { return refuses_gradient(about_second_derivative(name)); }
 
 variable_list differentiated_once(const std::string& name, const variable_list& inputs,
                                   const std::function<variable_list()>& compute) {

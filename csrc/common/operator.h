@@ -7,7 +7,10 @@
 //   }
 //
 // What only fastvae itself calls, and nothing differentiates, is in a library of its own, without gradient and fake
-// kernel:  TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) { m.def("f(Tensor x) -> Tensor", &f); }
+// kernel:  TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) { define_internal<&f>(m, "f(Tensor x) -> Tensor"); }
+//
+// Forward-mode tangents, and tensors of torch.func.grad, vjp or jvp, are refused where a function is registered: below
+// autograd PyTorch hands on the plain tensors, and the tangent would be zero in silence.
 //
 // Autograd is in C++ because a Python registration costs about 0.5 ms a call for an op that takes a list of tensors,
 // more than the flow through a small network itself [measured].
@@ -43,15 +46,22 @@ std::string& registered_name() {
   return name;
 }
 
+// What is registered at the autograd key, by a function that asks refuse_transformed first.
+struct Autograd {
+  torch::CppFunction function;
+};
+
+inline std::string name_of(const std::string& schema) { return schema.substr(0, schema.find('(')); }
+
 // A build without CUDA kernels answers a CUDA tensor from the same function, with an error that says what to do.
 template <auto kFunction>
-void define_operator(torch::Library& m, const std::string& schema, torch::CppFunction autograd) {
-  const std::string name = schema.substr(0, schema.find('('));
+void define_operator(torch::Library& m, const std::string& schema, Autograd autograd) {
+  const std::string name = name_of(schema);
   registered_name<kFunction>() = "fastvae::" + name;
   m.def(schema.c_str());
   m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CPU, kFunction));
   m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CUDA, kFunction));
-  m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd, std::move(autograd)));
+  m.impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd, std::move(autograd.function)));
 }
 
 // A registered function through the dispatcher: one key below autograd inside forward(), from the top inside
@@ -68,12 +78,60 @@ struct Op<kFunction> {
   }
 };
 
+// --- the tensors of an argument or a result
+
+template <typename T>
+constexpr bool kIsTensors = std::is_same_v<T, at::Tensor> || std::is_same_v<T, OptionalTensor> ||
+                            std::is_same_v<T, at::TensorList> || std::is_same_v<T, variable_list>;
+
+// Calls visit(tensor, whether autograd counts it among the inputs) for every tensor of an argument or a result.
+template <typename Visitor, typename T>
+void each_tensor(const Visitor& visit, const T& value) {
+  if constexpr (std::is_same_v<T, at::Tensor>) {
+    visit(value, true);
+  } else if constexpr (std::is_same_v<T, OptionalTensor>) {
+    const at::Tensor tensor = value.value_or(at::Tensor());
+    visit(tensor, tensor.defined());
+  } else if constexpr (std::is_same_v<T, std::vector<OptionalTensor>>) {
+    std::for_each(value.begin(), value.end(), [&](const OptionalTensor& each) { each_tensor(visit, each); });
+  } else if constexpr (kIsTensors<T>) {
+    std::for_each(value.begin(), value.end(), [&](const at::Tensor& tensor) { visit(tensor, true); });
+  }
+}
+
+// --- what is refused before a function is called
+
+// Raises for a tensor with a forward-mode tangent or one that torch.func differentiates; `op` is fastvae::<name>.
+void refuse_transformed(const std::string& op, const at::Tensor& tensor);
+
+template <typename... Args>
+void refuse_transformed(const std::string& op, const Args&... args) {
+  (each_tensor([&op](const at::Tensor& tensor, bool) { refuse_transformed(op, tensor); }, args), ...);
+}
+
+// A function, the registered one or its autograd, behind that question.
+template <auto kRegistered, auto kCalled = kRegistered>
+struct Untransformed;
+template <auto kRegistered, typename Result, typename... Args, Result (*kCalled)(Args...)>
+struct Untransformed<kRegistered, kCalled> {
+  static Result call(Args... args) {
+    refuse_transformed(registered_name<kRegistered>(), static_cast<const std::decay_t<Args>&>(args)...);
+    return kCalled(std::forward<Args>(args)...);
+  }
+};
+
+template <auto kFunction>
+void define_internal(torch::Library& m, const std::string& schema) {
+  registered_name<kFunction>() = "fastvae::" + name_of(schema);
+  m.def(schema.c_str(), &Untransformed<kFunction>::call);
+}
+
 // --- operators without a derivative, among them every gradient: a missing formula would silently drop terms
 
 // The autograd of such an operator, whatever its signature: a gradient that is wanted of it raises the message.
-torch::CppFunction refuses_gradient(std::string message);
+Autograd refuses_gradient(std::string message);
 // The same for the gradient of the operator `name`; or for what a function computes of some inputs, below autograd.
-torch::CppFunction differentiated_once(const std::string& name);
+Autograd differentiated_once(const std::string& name);
 variable_list differentiated_once(const std::string& name, const variable_list& inputs,
                                   const std::function<variable_list()>& compute);
 
@@ -89,23 +147,6 @@ inline void drop_unneeded(variable_list& gradients, const std::vector<int64_t>& 
     if (needs[i] == 0) {
       gradients[i] = at::Tensor();
     }
-  }
-}
-
-template <typename T>
-constexpr bool kIsTensors = std::is_same_v<T, at::Tensor> || std::is_same_v<T, OptionalTensor> ||
-                            std::is_same_v<T, at::TensorList> || std::is_same_v<T, variable_list>;
-
-// Calls visit(tensor, whether autograd counts it among the inputs) for every tensor of an argument or a result.
-template <typename Visitor, typename T>
-void each_tensor(const Visitor& visit, const T& value) {
-  if constexpr (std::is_same_v<T, at::Tensor>) {
-    visit(value, true);
-  } else if constexpr (std::is_same_v<T, OptionalTensor>) {
-    const at::Tensor tensor = value.value_or(at::Tensor());
-    visit(tensor, tensor.defined());
-  } else if constexpr (kIsTensors<T>) {
-    std::for_each(value.begin(), value.end(), [&](const at::Tensor& tensor) { visit(tensor, true); });
   }
 }
 
@@ -288,9 +329,15 @@ struct Differentiable<kForward, Rule> : Function<Differentiable<kForward, Rule>>
   }
 };
 
+// The autograd of an operator by a function of its own, with the operator's arguments.
+template <auto kForward, auto kAutograd>
+Autograd differentiated_by() {
+  return {torch::CppFunction(&Untransformed<kForward, kAutograd>::call)};
+}
+
 template <auto kForward, typename Rule>
-torch::CppFunction differentiable() {
-  return torch::CppFunction(&Differentiable<kForward, Rule>::call);
+Autograd differentiable() {
+  return differentiated_by<kForward, &Differentiable<kForward, Rule>::call>();
 }
 
 }  // namespace fastvae

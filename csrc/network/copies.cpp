@@ -42,7 +42,7 @@ at::Tensor for_each_sample(const at::Tensor& tensor, int64_t samples) {
 NetworkCopies::NetworkCopies(const std::string& network, const std::vector<at::Tensor>& parameters, const at::Tensor& x,
                              const AdamSettings& settings, int64_t steps)
     : settings_(settings), max_steps_(steps), tensors_(parameters.size()) {
-  const EntryGuard guard(kOp, {x});
+  const EntryGuard guard(kOp, x);
   check_floating(kOp, "x", x);
   FASTVAE_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, kOp, "x", "shape [B, n] with B, n > 0",
                       describe(x));
@@ -258,7 +258,7 @@ void NetworkCopies::activate(size_t l, const at::Tensor& a) {
 }
 
 at::Tensor NetworkCopies::forward() {
-  const EntryGuard guard(kOp, {input_});
+  const EntryGuard guard(kOp, input_);
   for (size_t l = first_; l < depth(); ++l) {
     activate(l, affine(l));
   }
@@ -350,7 +350,7 @@ at::Tensor NetworkCopies::convolution_reverse(size_t l, const at::Tensor& delta)
 }
 
 void NetworkCopies::update(const at::Tensor& grad) {
-  const EntryGuard guard(kOp, {grad});
+  const EntryGuard guard(kOp, grad);
   check_like(kOp, "grad", grad, input_, "x");
   check_sizes(kOp, "grad", grad, {samples_, program_->output().numel()});
   FASTVAE_CHECK_VALUE(steps_ < max_steps_, kOp, "update", c10::str("at most ", max_steps_, " steps"), steps_ + 1);
@@ -377,7 +377,7 @@ void NetworkCopies::update(const at::Tensor& grad) {
 }
 
 std::vector<at::Tensor> NetworkCopies::parameters() {
-  const EntryGuard guard(kOp, {input_});
+  const EntryGuard guard(kOp, input_);
   std::vector<at::Tensor> found(tensors_);
   for (size_t l = first_; l < depth(); ++l) {
     const Stage& stage = this->stage(l);

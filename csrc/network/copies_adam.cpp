@@ -18,7 +18,7 @@ bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.has_value
 CopiesAdam::CopiesAdam(const std::vector<at::Tensor>& values, const AdamSettings& settings)
     : values_(values), settings_(settings) {
   for (const at::Tensor& value : values) {
-    const EntryGuard guard(kOp, {value});
+    const EntryGuard guard(kOp, value);
     check_floating(kOp, "values", value);
     FASTVAE_CHECK_VALUE(value.is_cpu() && value.is_contiguous() && value.dim() > 0, kOp, "values",
                         "contiguous CPU tensors [B, ...]", describe(value));
@@ -41,7 +41,7 @@ void CopiesAdam::step(const std::vector<std::optional<at::Tensor>>& gradients,
     if (!is_given(gradients[i])) {
       continue;
     }
-    const EntryGuard guard(kOp, {value, *gradients[i]});
+    const EntryGuard guard(kOp, value);
     check_like(kOp, "gradients", *gradients[i], value, "values");
     const at::Tensor gradient = gradients[i]->contiguous();
     at::Tensor input;

@@ -56,7 +56,6 @@ Network::Network(const char* op, const Program& program, const LikelihoodSpec& l
       mean_(program.stages.size()),
       rstd_(program.stages.size()) {
   for (const at::Tensor& tensor : tensors) {
-    refuse_forward_mode(op, tensor);
     check_like(op, "parameters", tensor, like, "z");
   }
   for (size_t l = 0; l < depth(); ++l) {

@@ -3,10 +3,9 @@
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
+#include "../common/operator.h"
 #include "../common/recycling.h"
 #include "../network/geometry.h"
-
-#include <torch/library.h>
 
 namespace fastvae {
 namespace {
@@ -16,7 +15,7 @@ namespace {
 at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& smaller, at::IntArrayRef kernel,
                                  at::IntArrayRef stride, at::IntArrayRef padding, int64_t samples) {
   constexpr const char* op = "convolution_gradients";
-  const EntryGuard guard(op, {larger, smaller});
+  const EntryGuard guard(op, larger);
   check_floating(op, "larger", larger);
   check_like(op, "smaller", smaller, larger, "larger");
   FASTVAE_CHECK_VALUE(larger.is_cpu(), op, "larger", "a CPU tensor", describe(larger));
@@ -62,10 +61,10 @@ at::Tensor convolution_gradients(const at::Tensor& larger, const at::Tensor& sma
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
-  m.def(
+  define_internal<&convolution_gradients>(
+      m,
       "convolution_gradients(Tensor larger, Tensor smaller, int[] kernel, int[] stride, int[] padding, int samples) "
-      "-> Tensor",
-      &convolution_gradients);
+      "-> Tensor");
 }
 
 }  // namespace fastvae

@@ -96,7 +96,7 @@ void CopiedConvolutionRules::check_weight(const at::Tensor& weight, const at::Te
 
 at::Tensor CopiedConvolutionRules::smaller(const at::Tensor& larger, const at::Tensor& weight,
                                            const std::optional<at::Tensor>& bias) const {
-  const EntryGuard guard(kOp, {larger, weight});
+  const EntryGuard guard(kOp, larger);
   check_images("larger", larger, dims_);
   FASTVAE_CHECK_VALUE(weight.dim() == 4, kOp, "weight", "four dimensions", describe(weight));
   const int64_t filters = weight.size(3);
@@ -130,7 +130,7 @@ at::Tensor CopiedConvolutionRules::smaller(const at::Tensor& larger, const at::T
 at::Tensor CopiedConvolutionRules::larger(const at::Tensor& smaller, const at::Tensor& weight,
                                           const std::optional<at::Tensor>& bias,
                                           const std::vector<int64_t>& sizes) const {
-  const EntryGuard guard(kOp, {smaller, weight});
+  const EntryGuard guard(kOp, smaller);
   check_images("smaller", smaller, dims_);
   FASTVAE_CHECK_VALUE(weight.dim() == 4, kOp, "weight", "four dimensions", describe(weight));
   FASTVAE_CHECK_VALUE(sizes.size() == dims_, kOp, "sizes", c10::str(dims_, " numbers"), at::IntArrayRef(sizes));
@@ -157,7 +157,7 @@ at::Tensor CopiedConvolutionRules::larger(const at::Tensor& smaller, const at::T
 }
 
 at::Tensor CopiedConvolutionRules::weight(const at::Tensor& larger, const at::Tensor& smaller, int64_t samples) const {
-  const EntryGuard guard(kOp, {larger, smaller});
+  const EntryGuard guard(kOp, larger);
   check_images("larger", larger, dims_);
   check_like(kOp, "smaller", smaller, larger, "larger");
   check_images("smaller", smaller, dims_);

@@ -132,7 +132,7 @@ ElboTerms elbo_terms(const at::Tensor& x, const at::Tensor& noise, at::TensorLis
                      std::string_view likelihood, bool store) {
   constexpr const char* op = "elbo_terms";
   constexpr size_t kOwned = 5;
-  const EntryGuard guard(op, {x, noise});
+  const EntryGuard guard(op, x);
   const size_t of_encoder = encoder_parameters.size(), of_both = of_encoder + decoder_parameters.size();
   const auto evaluate = [=, encoder = lasting_text(encoder, x), decoder = lasting_text(decoder, x),
                          likelihood = lasting_text(likelihood, x)](const std::vector<at::Tensor>& in) {
@@ -227,7 +227,7 @@ ElboGradients elbo_terms_backward(const OptionalTensor& grad_log_px, const Optio
                                   at::IntArrayRef needs) {
   constexpr const char* op = "elbo_terms_backward";
   constexpr size_t kStashes = 2, kBefore = 10;
-  const EntryGuard guard(op, {x, noise, mu, logvar, z, encoder_stash, decoder_stash});
+  const EntryGuard guard(op, x);
   const size_t of_encoder = encoder_parameters.size(), of_both = of_encoder + decoder_parameters.size();
   FASTVAE_CHECK_VALUE(needs.size() == of_both, op, "needs", c10::str(of_both, " flags"), needs.size());
   const auto differentiate = [=, encoder = lasting_text(encoder, x), decoder = lasting_text(decoder, x),
@@ -353,7 +353,7 @@ TORCH_LIBRARY_FRAGMENT(fastvae, m) {
       m,
       "elbo_terms(Tensor x, Tensor noise, Tensor[] encoder_parameters, Tensor[] decoder_parameters, str encoder, "
       "str decoder, str likelihood, bool store) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      torch::CppFunction(&elbo_terms_autograd));
+      differentiated_by<&elbo_terms, &elbo_terms_autograd>());
   define_operator<&elbo_terms_backward>(
       m,
       "elbo_terms_backward(Tensor? grad_log_px, Tensor? grad_kl, Tensor? grad_mu, Tensor? grad_logvar, "
@@ -364,10 +364,10 @@ TORCH_LIBRARY_FRAGMENT(fastvae, m) {
 }
 
 TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
-  m.def(
+  define_internal<&elbo_terms_stash>(
+      m,
       "elbo_terms_stash(str encoder, str decoder, str likelihood, int[][] encoder_shapes, int[][] decoder_shapes, "
-      "int elements, int latent_dim) -> (int, int)",
-      &elbo_terms_stash);
+      "int elements, int latent_dim) -> (int, int)");
 }
 
 }  // namespace fastvae

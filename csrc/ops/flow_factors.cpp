@@ -1,9 +1,9 @@
 // What TracIn asks of a model: the factors of per-sample gradients to its parameters, from one sweep of a decoder with
 // its likelihood, from one of a whole VAE, or from a Hamiltonian flow.
-#include <torch/library.h>
 
 #include "../common/aten.h"
 #include "../common/guard.h"
+#include "../common/operator.h"
 #include "../common/recycling.h"
 #include "flow.h"
 
@@ -34,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<Stage>> h
     const at::Tensor& alpha, at::TensorList parameters, const at::Tensor& z_steps, const at::Tensor& rho_steps,
     std::string_view network, std::string_view likelihood) {
   constexpr const char* op = "hamiltonian_flow_factors";
-  const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps});
+  const EntryGuard guard(op, z);
   const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
   const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
   FASTVAE_CHECK_VALUE(B > 0, op, "z", "at least one sample", describe(z));
@@ -85,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<Stage>> decoder_factors(const at:
                                                                        std::string_view network,
                                                                        std::string_view likelihood) {
   constexpr const char* op = "decoder_factors";
-  const EntryGuard guard(op, {z, x});
+  const EntryGuard guard(op, z);
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
   const at::Tensor log_px = aten::empty({z.size(0)}, z.options());
   at::Tensor grad_z = sweep.run(log_px);
@@ -96,7 +96,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<Stage>> decoder_factors(const at:
 std::tuple<at::Tensor, at::Tensor> decoder_gradient(const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
                                                     std::string_view network, std::string_view likelihood) {
   constexpr const char* op = "decoder_gradient";
-  const EntryGuard guard(op, {z, x});
+  const EntryGuard guard(op, z);
   const DecoderSweep sweep(op, z, x, parameters, network, likelihood);
   const at::Tensor log_px = aten::empty({z.size(0)}, z.options());
   return {log_px, sweep.run(log_px)};
@@ -111,7 +111,7 @@ std::tuple<std::vector<Stage>, std::vector<Stage>> vae_factors(const at::Tensor&
                                                                std::string_view decoder_text,
                                                                std::string_view likelihood) {
   constexpr const char* op = "vae_factors";
-  const EntryGuard guard(op, {x, noise});
+  const EntryGuard guard(op, x);
   check_floating(op, "x", x);
   check_like(op, "noise", noise, x, "x");
   FASTVAE_CHECK_VALUE(x.dim() == 2 && x.size(0) > 0, op, "x", "shape [B, n], B > 0", describe(x));
@@ -144,21 +144,21 @@ std::tuple<std::vector<Stage>, std::vector<Stage>> vae_factors(const at::Tensor&
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
-  m.def(
+  define_internal<&hamiltonian_flow_factors>(
+      m,
       "hamiltonian_flow_factors(Tensor? grad_z, Tensor? grad_rho, Tensor? grad_log_px, Tensor z, Tensor rho, Tensor x, "
       "Tensor step_size, Tensor alpha, Tensor[] parameters, Tensor z_steps, Tensor rho_steps, str network, "
-      "str likelihood) -> (Tensor, Tensor, Tensor, Tensor, " FASTVAE_STAGES ")",
-      &hamiltonian_flow_factors);
-  m.def(
+      "str likelihood) -> (Tensor, Tensor, Tensor, Tensor, " FASTVAE_STAGES ")");
+  define_internal<&decoder_factors>(
+      m,
       "decoder_factors(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) "
-      "-> (Tensor, Tensor, " FASTVAE_STAGES ")",
-      &decoder_factors);
-  m.def("decoder_gradient(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) -> (Tensor, Tensor)",
-        &decoder_gradient);
-  m.def(
+      "-> (Tensor, Tensor, " FASTVAE_STAGES ")");
+  define_internal<&decoder_gradient>(
+      m, "decoder_gradient(Tensor z, Tensor x, Tensor[] parameters, str network, str likelihood) -> (Tensor, Tensor)");
+  define_internal<&vae_factors>(
+      m,
       "vae_factors(Tensor x, Tensor noise, float beta, Tensor[] encoder_parameters, str encoder, "
-      "Tensor[] decoder_parameters, str decoder, str likelihood) -> (" FASTVAE_STAGES ", " FASTVAE_STAGES ")",
-      &vae_factors);
+      "Tensor[] decoder_parameters, str decoder, str likelihood) -> (" FASTVAE_STAGES ", " FASTVAE_STAGES ")");
 }
 
 }  // namespace fastvae

@@ -36,7 +36,7 @@ at::Tensor gaussian_kl(const at::Tensor& mu_q, const at::Tensor& logvar_q, const
                        const OptionalTensor& logvar_p) {
   constexpr const char* op = "gaussian_kl";
   const at::Tensor mean = tensor_or_undefined(mu_p), logvar = tensor_or_undefined(logvar_p);
-  const EntryGuard guard(op, {mu_q, logvar_q, mean, logvar});
+  const EntryGuard guard(op, mu_q);
   check_gaussians(op, mu_q, logvar_q, mean, logvar);
   const at::Tensor mu_q_ = dense(mu_q), logvar_q_ = dense(logvar_q), mu_p_ = dense(mean), logvar_p_ = dense(logvar);
   at::Tensor kl = aten::empty({mu_q.size(0)}, mu_q.options());
@@ -64,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_backward(
                                                                                 const OptionalTensor& logvar_p) {
   constexpr const char* op = "gaussian_kl_backward";
   const at::Tensor mean = tensor_or_undefined(mu_p), logvar = tensor_or_undefined(logvar_p);
-  const EntryGuard guard(op, {mu_q, logvar_q, mean, logvar, grad});
+  const EntryGuard guard(op, mu_q);
   check_gaussians(op, mu_q, logvar_q, mean, logvar);
   check_like(op, "grad", grad, mu_q, "mu_q");
   check_sizes(op, "grad", grad, mu_q.sizes().slice(0, 1));

@@ -57,7 +57,6 @@ std::vector<Layer> check_layers(const char* op, at::TensorList inputs_a, at::Ten
   const at::Tensor& first = inputs_a[0];
   check_floating(op, "inputs_a", first);
   const auto check_terms = [&](const char* name, const at::Tensor& tensor) {
-    refuse_forward_mode(op, tensor);
     check_like(op, name, tensor, first, "inputs_a");
     FASTVAE_CHECK_VALUE(tensor.dim() == 2 || tensor.dim() == 3, op, name, "shape [N, features] or [N, T, features]",
                         describe(tensor));
@@ -176,7 +175,7 @@ at::Tensor grad_dot(at::TensorList inputs_a, at::TensorList output_grads_a, at::
                     at::TensorList output_grads_b, at::IntArrayRef bias) {
   constexpr const char* op = "grad_dot";
   check_lists(op, inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
-  const EntryGuard guard(op, {inputs_a[0]});
+  const EntryGuard guard(op, inputs_a[0]);
   std::vector<Layer> layers = check_layers(op, inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
   at::Tensor out = aten::empty({inputs_a[0].size(0), inputs_b[0].size(0)}, inputs_a[0].options());
   if (out.numel() == 0) {
@@ -198,7 +197,7 @@ std::vector<at::Tensor> grad_dot_backward(const at::Tensor& grad, at::TensorList
                                           at::TensorList output_grads_b, at::IntArrayRef bias, at::IntArrayRef needs) {
   constexpr const char* op = "grad_dot_backward";
   check_lists(op, inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
-  const EntryGuard guard(op, {inputs_a[0], grad});
+  const EntryGuard guard(op, inputs_a[0]);
   const std::vector<Layer> layers = check_layers(op, inputs_a, output_grads_a, inputs_b, output_grads_b, bias);
   const size_t depth = layers.size();
   FASTVAE_CHECK_VALUE(needs.size() == 4 * depth, op, "needs", 4 * depth, needs.size());

@@ -44,7 +44,6 @@ Flow::Flow(const char* op_in, const at::Tensor& z_in, const at::Tensor& rho_in, 
       program(find_program(op, network_text, parameters_in, checked_dim(op, z_in), likelihood)),
       parameters(parameters_in) {
   for (const at::Tensor& tensor : parameters) {
-    refuse_forward_mode(op, tensor);
     check_like(op, "parameters", tensor, z_in, "z");
   }
   samples = z_in.size(0);
@@ -142,7 +141,7 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
                              std::string_view network, std::string_view likelihood, bool store, bool trajectory) {
   constexpr const char* op = "hamiltonian_flow";
   constexpr size_t kOwned = 3;
-  const EntryGuard guard(op, {z, rho, x, step_size, alpha});
+  const EntryGuard guard(op, z);
   const auto walk = [=, network = lasting_text(network, z),
                      likelihood = lasting_text(likelihood, z)](const std::vector<at::Tensor>& in) {
     const Flow flow(op, in[0], in[1], in[2], in[3], in[4], at::TensorList(in).slice(5), network, likelihood);
@@ -204,7 +203,7 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
                                         const at::Tensor& rho_steps, const at::Tensor& stash, std::string_view network,
                                         std::string_view likelihood, bool store, at::IntArrayRef needs) {
   constexpr const char* op = "hamiltonian_flow_backward";
-  const EntryGuard guard(op, {z, rho, x, step_size, alpha, z_steps, rho_steps, stash});
+  const EntryGuard guard(op, z);
   const size_t count = parameters.size();
   FASTVAE_CHECK_VALUE(needs.size() == 5 + count, op, "needs", c10::str(5 + count, " flags"), needs.size());
   const auto walk_back = [=, network = lasting_text(network, z), likelihood = lasting_text(likelihood, z),
@@ -265,10 +264,10 @@ TORCH_LIBRARY_FRAGMENT(fastvae, m) {
 }
 
 TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
-  m.def(
+  define_internal<&hamiltonian_flow_stash>(
+      m,
       "hamiltonian_flow_stash(str network, str likelihood, int[][] shapes, int latent_dim, int element_size, "
-      "int cuda_index) -> (int, int)",
-      &hamiltonian_flow_stash);
+      "int cuda_index) -> (int, int)");
 }
 
 }  // namespace fastvae

@@ -105,7 +105,7 @@ struct Jacobian {
 at::Tensor jacobian_l1(const at::Tensor& z, at::TensorList parameters, std::string_view network,
                        at::IntArrayRef latents, int64_t p, std::string_view reduction) {
   constexpr const char* op = "jacobian_l1";
-  const EntryGuard guard(op, {z});
+  const EntryGuard guard(op, z);
   std::vector<int64_t> numbers = latents.vec();
   numbers.push_back(p);
   const auto norm = [=, network = lasting_text(network, z), reduction = lasting_text(reduction, z),
@@ -136,7 +136,6 @@ std::vector<at::Tensor> norm_and_gradient(const char* op, const std::vector<at::
                       "a tensor with reduction 'none', and with no other", cotangent.defined());
   at::Tensor weight;
   if (cotangent.defined()) {
-    refuse_forward_mode(op, cotangent);
     check_like(op, "cotangent", cotangent, z, "z");
     check_sizes(op, "cotangent", cotangent, {B});
     weight = cotangent.contiguous();
@@ -166,7 +165,7 @@ JacobianGradients jacobian_l1_with_gradient(const OptionalTensor& cotangent, con
                                             at::IntArrayRef latents, int64_t p, std::string_view reduction,
                                             at::IntArrayRef needs) {
   constexpr const char* op = "jacobian_l1_with_gradient";
-  const EntryGuard guard(op, {z});
+  const EntryGuard guard(op, z);
   std::vector<int64_t> numbers = needs.vec();
   numbers.push_back(p);
   numbers.insert(numbers.end(), latents.begin(), latents.end());
@@ -265,7 +264,7 @@ at::Tensor jacobian_l1_autograd(const at::Tensor& z, at::TensorList parameters, 
 TORCH_LIBRARY_FRAGMENT(fastvae, m) {
   define_operator<&jacobian_l1>(
       m, "jacobian_l1(Tensor z, Tensor[] parameters, str network, int[] latents, int p, str reduction) -> Tensor",
-      torch::CppFunction(&jacobian_l1_autograd));
+      differentiated_by<&jacobian_l1, &jacobian_l1_autograd>());
   define_operator<&jacobian_l1_with_gradient>(
       m,
       "jacobian_l1_with_gradient(Tensor? cotangent, Tensor z, Tensor[] parameters, str network, int[] latents, int p, "

@@ -2,8 +2,7 @@
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
-
-#include <torch/library.h>
+#include "../common/operator.h"
 
 namespace fastvae {
 namespace {
@@ -20,7 +19,7 @@ const uint64_t* words_of(const at::Tensor& keys) {
 
 // keyed_bits or normal numbers, [rows, count].
 at::Tensor keyed_numbers(const char* op, const at::Tensor& keys, int64_t first, int64_t count, bool normal) {
-  const EntryGuard guard(op, {keys});
+  const EntryGuard guard(op, keys);
   check_keys(op, keys);
   FASTVAE_CHECK_VALUE(count >= 0, op, "count", "at least 0", count);
   const at::Tensor dense = keys.contiguous();
@@ -39,7 +38,7 @@ at::Tensor keyed_numbers(const char* op, const at::Tensor& keys, int64_t first, 
 // int64 keys [B] of the bytes of x [B, ...].
 at::Tensor sample_keys(const at::Tensor& x) {
   constexpr const char* op = "sample_keys";
-  const EntryGuard guard(op, {x});
+  const EntryGuard guard(op, x);
   check_device(op, "x", x);
   FASTVAE_CHECK_VALUE(x.dim() > 0, op, "x", "shape [B, ...]", describe(x));
   at::Tensor rows = x.contiguous().view({x.size(0), x.size(0) == 0 ? 0 : x.numel() / x.size(0)}).view(at::kByte);
@@ -74,9 +73,9 @@ at::Tensor keyed_normal(const at::Tensor& keys, int64_t first, int64_t count) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
-  m.def("sample_keys(Tensor x) -> Tensor", &sample_keys);
-  m.def("keyed_bits(Tensor keys, int first, int count) -> Tensor", &keyed_bits);
-  m.def("keyed_normal(Tensor keys, int first, int count) -> Tensor", &keyed_normal);
+  define_internal<&sample_keys>(m, "sample_keys(Tensor x) -> Tensor");
+  define_internal<&keyed_bits>(m, "keyed_bits(Tensor keys, int first, int count) -> Tensor");
+  define_internal<&keyed_normal>(m, "keyed_normal(Tensor keys, int first, int count) -> Tensor");
 }
 
 }  // namespace fastvae

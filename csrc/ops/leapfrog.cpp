@@ -48,7 +48,7 @@ int64_t stride_of(const at::Tensor& step_size) { return step_size.numel() == 1 ?
 std::tuple<at::Tensor, at::Tensor> leapfrog_kick_drift(const at::Tensor& z, const at::Tensor& rho,
                                                        const at::Tensor& force, const at::Tensor& step_size) {
   constexpr const char* op = "leapfrog_kick_drift";
-  const EntryGuard guard(op, {z, rho, force, step_size});
+  const EntryGuard guard(op, z);
   check_first(op, "z", z);
   check_state(op, "rho", rho, z, "z");
   check_state(op, "force", force, z, "z");
@@ -76,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_drift_b
     const at::Tensor& grad_z_next, const at::Tensor& grad_rho_half, const at::Tensor& z, const at::Tensor& rho,
     const at::Tensor& force, const at::Tensor& step_size) {
   constexpr const char* op = "leapfrog_kick_drift_backward";
-  const EntryGuard guard(op, {z, rho, force, step_size, grad_z_next, grad_rho_half});
+  const EntryGuard guard(op, z);
   check_first(op, "z", z);
   check_state(op, "grad_z_next", grad_z_next, z, "z");
   check_state(op, "grad_rho_half", grad_rho_half, z, "z");
@@ -113,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_drift_b
 at::Tensor leapfrog_kick_temper(const at::Tensor& rho_half, const at::Tensor& force, const at::Tensor& step_size,
                                 const at::Tensor& alpha) {
   constexpr const char* op = "leapfrog_kick_temper";
-  const EntryGuard guard(op, {rho_half, force, step_size, alpha});
+  const EntryGuard guard(op, rho_half);
   check_first(op, "rho_half", rho_half);
   check_state(op, "force", force, rho_half, "rho_half");
   check_step(op, step_size, rho_half, "rho_half");
@@ -141,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> leapfrog_kick_temper_
     const at::Tensor& grad_rho_next, const at::Tensor& rho_half, const at::Tensor& force, const at::Tensor& step_size,
     const at::Tensor& alpha) {
   constexpr const char* op = "leapfrog_kick_temper_backward";
-  const EntryGuard guard(op, {rho_half, force, step_size, alpha, grad_rho_next});
+  const EntryGuard guard(op, rho_half);
   check_first(op, "rho_half", rho_half);
   check_state(op, "grad_rho_next", grad_rho_next, rho_half, "rho_half");
   check_state(op, "force", force, rho_half, "rho_half");

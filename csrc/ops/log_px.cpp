@@ -64,7 +64,7 @@ class ElementTiles {
 at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList parameters,
                   std::string_view network_text, std::string_view likelihood_text) {
   constexpr const char* op = "log_px";
-  const EntryGuard guard(op, {z_in, x_in});
+  const EntryGuard guard(op, z_in);
   check_floating(op, "z", z_in);
   FASTVAE_CHECK_VALUE(z_in.dim() == 3 && z_in.size(2) > 0, op, "z", "shape [S, B, d] with d > 0", describe(z_in));
   const int64_t draws = z_in.size(0), samples = z_in.size(1), dim = z_in.size(2);

@@ -18,7 +18,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> log_px_pullback(const at::Tensor
                                                                 std::string_view likelihood_text,
                                                                 at::IntArrayRef needs) {
   constexpr const char* op = "log_px_pullback";
-  const EntryGuard guard(op, {z_in, x_in, cotangent});
+  const EntryGuard guard(op, z_in);
   const int64_t dim = checked_dim(op, z_in), codes = z_in.size(0);
   const LikelihoodSpec likelihood = parse_likelihood(op, likelihood_text);
   const std::shared_ptr<const Program> program = find_program(op, network_text, parameters, dim, likelihood);
@@ -56,10 +56,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> log_px_pullback(const at::Tensor
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
-  m.def(
+  define_internal<&log_px_pullback>(
+      m,
       "log_px_pullback(Tensor z, Tensor x, Tensor cotangent, Tensor[] parameters, str network, str likelihood, "
-      "int[] needs) -> (Tensor, Tensor[])",
-      &log_px_pullback);
+      "int[] needs) -> (Tensor, Tensor[])");
 }
 
 }  // namespace fastvae

@@ -17,7 +17,7 @@ namespace {
 bool is_for_kernel(const at::Tensor& tensor, const at::Tensor& like) {
   return tensor.is_cpu() && tensor.scalar_type() == like.scalar_type() && tensor.layout() == at::kStrided &&
          !tensor.is_neg() && !at::isTensorSubclassLike(tensor) &&
-         !(c10::GradMode::is_enabled() && tensor.requires_grad());
+         !(c10::GradMode::is_enabled() && tensor.requires_grad()) && !tensor._fw_grad(/*level=*/0).defined();
 }
 
 // [..., m, k] [k, n] -> [..., m, n]

@@ -170,12 +170,10 @@ struct NormActivationRules::Call {
   }
 };
 
-#define FASTVAE_NORM_GUARD(X) const EntryGuard guard(kOp, {X})
-
 std::tuple<at::Tensor, NormActivationRules::OptionalTensor, NormActivationRules::OptionalTensor>
 NormActivationRules::forward(const at::Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias,
                              const OptionalTensor& mean, const OptionalTensor& s) const {
-  FASTVAE_NORM_GUARD(x);
+  const EntryGuard guard(kOp, x);
   Call call(*this, x, gain, bias, mean, s);
   if (statistics_ == Statistics::kOfGroups || statistics_ == Statistics::kRootSquare) {
     const std::vector<int64_t> sizes{x.size(0), groups_};
@@ -200,7 +198,7 @@ std::tuple<at::Tensor, NormActivationRules::OptionalTensor, NormActivationRules:
 NormActivationRules::reverse(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& gain,
                              const OptionalTensor& bias, const OptionalTensor& mean, const OptionalTensor& s,
                              bool affine) const {
-  FASTVAE_NORM_GUARD(x);
+  const EntryGuard guard(kOp, x);
   Call call(*this, x, gain, bias, mean, s);
   call.expect_statistics();
   const at::Tensor of_y = call.row("dy", dy);
@@ -227,7 +225,7 @@ NormActivationRules::reverse(const at::Tensor& dy, const at::Tensor& x, const Op
 at::Tensor NormActivationRules::tangent(const at::Tensor& x_dot, const at::Tensor& x, const OptionalTensor& gain,
                                         const OptionalTensor& bias, const OptionalTensor& mean,
                                         const OptionalTensor& s) const {
-  FASTVAE_NORM_GUARD(x);
+  const EntryGuard guard(kOp, x);
   Call call(*this, x, gain, bias, mean, s);
   call.expect_statistics();
   const at::Tensor dot = call.row("x_dot", x_dot);
@@ -247,7 +245,7 @@ std::tuple<at::Tensor, NormActivationRules::OptionalTensor, NormActivationRules:
 NormActivationRules::adjoint(const OptionalTensor& dy_dot, const OptionalTensor& dy, const at::Tensor& x_dot,
                              const at::Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias,
                              const OptionalTensor& mean, const OptionalTensor& s, bool affine) const {
-  FASTVAE_NORM_GUARD(x);
+  const EntryGuard guard(kOp, x);
   Call call(*this, x, gain, bias, mean, s);
   call.expect_statistics();
   const at::Tensor dot = call.row("x_dot", x_dot);
