@@ -7,20 +7,22 @@ own (those at the moment of copying), and runs without the compiler and without 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
+import operator
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parallel import DistributedDataParallel
+
+from fastvae.held import INTERNAL, Held, UnknownValue
 
 __all__ = [
     "PrivateCopies",
@@ -37,13 +39,9 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _TRIES = 10
 """How often a model is copied that changes meanwhile."""
 
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_HOOKS = tuple(sorted(name for name in _INTERNAL if name.endswith("_hooks")))
+_HOOKS = tuple(sorted(name for name in INTERNAL if name.endswith("_hooks")))
 _CALLED_HOOKS = tuple(name for name in _HOOKS if "state_dict" not in name)
 """Those that a forward or a backward pass runs."""
-_SCALARS = frozenset(
-    {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format}
-)
 
 
 def twin_of(model: _Module, **own: Any) -> _Module:
@@ -147,14 +145,14 @@ class PrivateCopies:
     @contextmanager
     def borrowed(self, model: _Module) -> Iterator[_Module]:
         """A copy of the module as it is now, for the caller alone."""
-        facts = _facts(model)
-        copied = self._kept(facts, model) or private_copy(model)
+        facts, held = _facts(model)
+        copied = self._kept(facts, model, held) or private_copy(model)
         yield copied
         # What a forward changed in the copy must not reach the next call.
-        if facts is not None and _facts(copied) == facts:
+        if facts is not None and _facts(copied)[0] == facts:
             self._idle.append((facts, copied))
 
-    def _kept(self, facts: Any, model: _Module) -> _Module | None:
+    def _kept(self, facts: Any, model: _Module, held: Sequence[Tensor]) -> _Module | None:
         """A copy that is still right, with the tensors' values of now; those that are not are let go."""
         # Popping is atomic: no two threads get the same one.
         while self._idle:
@@ -163,17 +161,19 @@ class PrivateCopies:
             except IndexError:
                 break
             if facts is not None and known == facts:
-                _refresh(kept, model)
+                _refresh(kept, model, held)
                 return cast(_Module, kept)
         return None
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _refresh(made: nn.Module, model: nn.Module) -> None:
-    for old, new in zip(_tensors(made).values(), _tensors(model).values(), strict=True):
-        old.copy_(new)
-        old.requires_grad_(new.requires_grad)
+def _refresh(made: nn.Module, model: nn.Module, held: Sequence[Tensor]) -> None:
+    pairs = zip((*_tensors(made).values(), *_facts(made)[1]), (*_tensors(model).values(), *held), strict=True)
+    for old, new in pairs:
+        if old is not new:  # a copy shares what only a closure holds
+            old.copy_(new)
+            old.requires_grad_(new.requires_grad)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -263,13 +263,39 @@ def _copied(model: _Module, memo: dict[int, Any]) -> _Module:
     made: _Module = copy.deepcopy(model, memo)
     for module in made.modules():
         for name, value in vars(module).items():
-            if isinstance(value, FunctionType) and value.__closure__:
-                vars(module)[name] = _rebound(value, memo)
+            if name not in INTERNAL and (own := _rebound(value, memo)) is not value:
+                vars(module)[name] = own
     return made
 
 
-def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
-    """A function kept on a module, such as ``self.head = lambda z: self.out(z)``, on the copy's own parts."""
+def _rebound(value: Any, memo: Mapping[int, Any], depth: int = 4) -> Any:
+    """What a copy holds, with functions such as ``self.head = lambda z: self.out(z)`` on the copy's own parts."""
+    kind = type(value)
+    if depth == 0:
+        return value
+    if kind is FunctionType:
+        return _rebound_function(value, memo, depth) if value.__closure__ else value
+    if kind is MethodType:
+        function = _rebound(value.__func__, memo, depth - 1)
+        return value if function is value.__func__ else MethodType(function, value.__self__)
+    if kind in (list, dict):
+        # The copy's own, in place: others may hold it, too.
+        for place, entry in enumerate(value) if kind is list else value.items():
+            value[place] = _rebound(entry, memo, depth - 1)
+        return value
+    if kind is tuple:
+        entries = tuple(_rebound(entry, memo, depth - 1) for entry in value)
+        return value if all(map(operator.is_, entries, value)) else entries
+    if kind is functools.partial:
+        function, arguments = (_rebound(each, memo, depth - 1) for each in (value.func, value.args))
+        named = _rebound(value.keywords, memo, depth - 1)
+        if function is value.func and arguments is value.args:
+            return value
+        return functools.partial(function, *arguments, **named)
+    return value
+
+
+def _rebound_function(function: FunctionType, memo: Mapping[int, Any], depth: int) -> FunctionType:
     cells, changed = [], False
     for cell in function.__closure__ or ():
         try:
@@ -279,7 +305,7 @@ def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
             continue
         rebound = content
         if isinstance(content, FunctionType) and content is not function:
-            rebound = _rebound(content, memo)
+            rebound = _rebound(content, memo, depth - 1)
         elif isinstance(content, (nn.Module, Tensor, MethodType)):
             of = content.__self__ if isinstance(content, MethodType) else content
             if id(of) in memo:
@@ -302,7 +328,7 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     found = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name in _INTERNAL:
+            if name in INTERNAL:
                 continue
             try:
                 copy.deepcopy(value, _first_memo(model))
@@ -338,61 +364,36 @@ def _reaches(value: object, own: set[int], depth: int = 4) -> bool:
 # ---- what a copy depends on ----
 
 
-class _Unknown(Exception):  # noqa: N818
-    """A value of which nobody can say whether it changed."""
+def _facts(model: nn.Module) -> tuple[Any, list[Tensor]]:
+    """All that a copy depends on besides the tensors' values, to be compared, None if that cannot be told; and tensors.
 
-
-def _facts(model: nn.Module) -> tuple[Any, ...] | None:
-    """All that a copy depends on besides the tensors' values, to be compared; None if that cannot be told."""
-    numbers: dict[int, int] = {}
-
-    def number(part: object) -> int:
-        return numbers.setdefault(id(part), len(numbers))
-
+    These are those that it holds and has not registered.
+    """
+    held = Held(model)
     lines = []
     try:
         for module in model.modules():
             if _stand_in(module) is not None or any(getattr(module, hooks, None) for hooks in _CALLED_HOOKS):
-                return None
+                return None, []
             state = vars(module)
             tensors = []
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 form = None
                 if tensor is not None:
                     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-                        return None
-                    form = (number(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+                        return None, []
+                    form = (held.place(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
                 tensors.append((name, type(tensor), form))
-            children = tuple((name, None if m is None else number(m)) for name, m in module._modules.items())
+            children = tuple(
+                (name, None if m is None else held.place(m)) for name, m in module._modules.items()
+            )
             # A recurrent layer's copy has its attributes in another order.
             others = tuple(
-                (key, _plain(state[key], numbers))
+                (key, held.key(state[key]))
                 for key in sorted(state)
-                if key not in _INTERNAL and key != "training"
+                if key not in INTERNAL and key != "training"
             )
-            lines.append((type(module), number(module), tuple(tensors), children, others))
-    except (_Unknown, RecursionError):
-        return None
-    return tuple(lines)
-
-
-def _plain(value: Any, numbers: Mapping[int, int]) -> Any:
-    """A value that equals another only if the two are the same, and that no later change of ``value`` reaches."""
-    kind = type(value)
-    if kind in _SCALARS:
-        return kind, value
-    if id(value) in numbers:
-        return "part", numbers[id(value)]
-    if isinstance(value, np.generic):
-        return kind, value.item()
-    if kind is weakref.ref:
-        return kind, _plain(value(), numbers)
-    if issubclass(kind, (list, tuple, set, frozenset)) and kind.__module__ in ("builtins", "torch"):
-        return kind, tuple(_plain(entry, numbers) for entry in value)
-    if kind is dict or kind.__name__ == "OrderedDict":
-        return kind, tuple((_plain(key, numbers), _plain(entry, numbers)) for key, entry in value.items())
-    if isinstance(value, (type, BuiltinFunctionType)) or (kind is FunctionType and not value.__closure__):
-        return "object", value
-    if dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        return kind, tuple(_plain(getattr(value, field.name), numbers) for field in dataclasses.fields(value))
-    raise _Unknown
+            lines.append((type(module), held.place(module), tuple(tensors), children, others))
+    except UnknownValue:
+        return None, []
+    return tuple(lines), [tensor for _, tensor in held.tensors]

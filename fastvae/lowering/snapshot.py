@@ -1,9 +1,10 @@
 """What the reading of a module depended on, and the cheap check that it still holds.
 
-A node remembers the type of one module, its forward, training flag, hooks, plain attributes (numbers,
-strings, containers and configuration objects of those; anything else by identity), and the names of its
-parameters and children. One walk compares all that and picks up the current tensors. Children are compared by
-what they are and not by identity, so that the cache holds no module alive; tensors are never cached.
+A node remembers the type of one module, its forward, training flag, hooks, attributes (numbers, strings and
+containers of those as they are, what else ``fastvae.held`` knows by its key, anything else by identity), the names
+of its parameters and children, and what its functions read in closures and globals. One walk compares all that and
+picks up the current tensors. Children are compared by what they are and not by identity, so that the cache holds no
+module alive; tensors are never cached.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvae.held import INTERNAL, Held, UnknownValue
+
 from .checks import HOOKS
 from .errors import join
 from .hooked import computed_weights
 
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 # What recurrent layers keep of their parameters once more.
 _DERIVED = frozenset({"_flat_weights", "_flat_weight_refs"})
 # By exact type: a NumPy scalar that is not a number would not equal its own copy.
@@ -37,15 +39,21 @@ class Node:
     """
 
     def __init__(
-        self, path: str, module: nn.Module, wanted: set[tuple[str, str]], evaluated: tuple[str, ...] = ()
+        self,
+        path: str,
+        module: nn.Module,
+        wanted: set[tuple[str, str]],
+        evaluated: tuple[str, ...] = (),
+        facts: Held | None = None,
     ) -> None:
+        facts = Held(module) if facts is None else facts
         state = vars(module)
         self.path = path
         self.type = type(module)
         self.forward = getattr(self.type, "forward", None)
         optimized = self.type.__name__ == "OptimizedModule"
         computed = computed_weights(module)
-        ignored = _INTERNAL | _DERIVED if isinstance(module, nn.RNNBase) else _INTERNAL
+        ignored = INTERNAL | _DERIVED if isinstance(module, nn.RNNBase) else INTERNAL
         own = [] if optimized else [key for key in state if key not in ignored and key not in computed]
         plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
         self.plain = tuple(plain.items())
@@ -56,8 +64,11 @@ class Node:
         hooks = (dict(state[key]) if computed or not state[key] else None for key in HOOKS)
         self.values = (*hooks, *plain.values())
         held = {key: state[key] for key in own if key not in plain}
-        self.opaque = tuple((key, _reference(value)) for key, value in held.items())
-        self.configs = tuple((key, fields) for key, value in held.items() if (fields := _config(value)))
+        keys = {name: _key(facts, value) for name, value in held.items()}
+        self.held = tuple((name, key) for name, key in keys.items() if key is not None)
+        self.around = () if optimized else facts.around(module)
+        self.opaque = tuple((name, _reference(held[name])) for name, key in keys.items() if key is None)
+        self.configs = tuple((name, fields) for name, _ in self.opaque if (fields := _config(held[name])))
 
         parameters, buffers = module._parameters, module._buffers
         names = {name for at, name in wanted if at == path}
@@ -75,7 +86,7 @@ class Node:
         self.empty = tuple(name for name, child in module._modules.items() if child is None)
         inside = self.take_computed if "parametrizations" in self.names else ()
         self.children = {
-            name: Node(join(path, name), child, wanted, inside if name == "parametrizations" else ())
+            name: Node(join(path, name), child, wanted, inside if name == "parametrizations" else (), facts)
             for name, child in module._modules.items()
             if child is not None and name not in evaluated
         }
@@ -88,6 +99,8 @@ class Node:
             self.unread,
             self.empty,
             self.opaque,
+            self.held,
+            self.around,
         )
         self.rare = any(seldom)
 
@@ -113,6 +126,13 @@ def _is_plain(value: object, depth: int = 4) -> bool:
     if isinstance(value, dict):
         return depth > 0 and all(_is_plain(entry, depth - 1) for pair in value.items() for entry in pair)
     return type(value) in _SCALARS
+
+
+def _key(facts: Held, value: Any) -> Any:
+    try:
+        return facts.key(value)
+    except UnknownValue:
+        return None
 
 
 def _reference(value: Any) -> Callable[[], Any]:
@@ -168,7 +188,7 @@ def compile_program(root: Node) -> list[_Line]:
 def visit(module: nn.Module, program: list[_Line]) -> Collected | None:
     """Collect the tensors of a module whose structure is still the program's; None as soon as it is not."""
     collected = Collected([], [], [])
-    found = collected.found
+    found, facts = collected.found, Held(module)
     # Entry 0 holds the root; the children of line i are in entry i + 1.
     tables: list[dict[str, Any]] = [{"": module}]
     for parent, key, kind, forward, size, pick, values, names, count, takes, rare in program:
@@ -187,12 +207,12 @@ def visit(module: nn.Module, program: list[_Line]) -> Collected | None:
             if tensor is None:
                 return None
             found.append(tensor)
-        if rare is not None and not _visit_rare(inner, rare, collected):
+        if rare is not None and not _visit_rare(inner, rare, collected, facts):
             return None
     return collected
 
 
-def _visit_rare(module: nn.Module, node: Node, collected: Collected) -> bool:
+def _visit_rare(module: nn.Module, node: Node, collected: Collected, facts: Held) -> bool:
     state, parameters, buffers = vars(module), module._parameters, module._buffers
     if _present(buffers) != node.buffers:
         return False
@@ -212,4 +232,6 @@ def _visit_rare(module: nn.Module, node: Node, collected: Collected) -> bool:
         and all(module._modules[name] is None for name in node.empty)
         and all(state[key] is reference() for key, reference in node.opaque)
         and all(fields.items() <= vars(state[key]).items() for key, fields in node.configs)
+        and all(_key(facts, state[name]) == key for name, key in node.held)
+        and (not node.around or facts.around(module) == node.around)
     )

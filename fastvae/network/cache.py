@@ -11,12 +11,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastvae.held import follow
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
 from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
 from fastvae.lowering.snapshot import Node, compile_program, visit
 from fastvae.network.layers import registrations
 from fastvae.network.program import Program
-from fastvae.network.reading import copy_with_modes, follow, read_program
+from fastvae.network.reading import copy_with_modes, read_program
 from fastvae.network.sweeps import Sweeps
 from fastvae.network.verification import MANY, verify_output, verify_program
 from fastvae.noise import own_noise

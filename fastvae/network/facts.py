@@ -6,19 +6,14 @@ around it, has no key: what it does may change unseen.
 
 from __future__ import annotations
 
-import dis
-import functools
 from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
+from fastvae.held import global_names, is_ours
 from fastvae.likelihoods import Likelihood
 
 __all__ = ["key_of"]
-
-_OURS = ("torch", "fastvae", "math", "numpy", "builtins", "typing", "functools", "operator", "abc")
-"""Packages whose modules, classes and functions stay what they are."""
-
 
 _ASKED = ("__call__", "__getattr__", "__getattribute__")
 """Of the methods that Python itself calls, those that a density may come to."""
@@ -31,7 +26,7 @@ class _Unknown(Exception):  # noqa: N818
 def key_of(likelihood: Likelihood) -> Any:
     """What tells a likelihood's density from another's; None: it cannot be told."""
     kind = type(likelihood)
-    if _is_ours(kind.__module__):
+    if is_ours(kind.__module__):
         try:
             return kind, tuple((name, _plain(value)) for name, value in vars(likelihood).items())
         except _Unknown:
@@ -41,16 +36,12 @@ def key_of(likelihood: Likelihood) -> Any:
     try:
         found += [(name, _plain(value)) for name, value in vars(likelihood).items()]
         for each in kind.__mro__:
-            if not _is_ours(each.__module__):
+            if not is_ours(each.__module__):
                 visited.add(each)
                 found += _of_class(each, visited)
     except (_Unknown, TypeError, ValueError):  # what has no hash, and a variable without a value
         return None
     return tuple(found)
-
-
-def _is_ours(module: str | None) -> bool:
-    return (module or "builtins").partition(".")[0] in _OURS
 
 
 def _plain(value: Any) -> Any:
@@ -80,7 +71,7 @@ def _of_function(function: Any, visited: set[Any]) -> Iterator[Any]:
         return
     visited.add(function)
     yield function
-    for name in _names_in(function.__code__):
+    for name in global_names(function.__code__):
         if name in function.__globals__:
             yield from _of_value(name, function.__globals__[name], visited)
     for cell in function.__closure__ or ():
@@ -92,20 +83,9 @@ def _of_function(function: Any, visited: set[Any]) -> Iterator[Any]:
 def _of_value(name: str, value: Any, visited: set[Any]) -> Iterator[Any]:
     if isinstance(value, (BuiltinFunctionType, FunctionType, ModuleType, type)):
         module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "?")
-        if _is_ours(module):
+        if is_ours(module):
             yield value
         elif value not in visited:
             yield from _of_function(value, visited)
     else:
         yield name, _plain(value)
-
-
-@functools.lru_cache(maxsize=256)
-def _names_in(code: CodeType) -> tuple[str, ...]:
-    """The global names that it reads, and those of functions inside of it."""
-    read = (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    names = dict.fromkeys(read)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names.update(dict.fromkeys(_names_in(constant)))
-    return tuple(names)

@@ -7,6 +7,7 @@ random numbers are refused.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import warnings
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fastvae._compiling import exporting
 from fastvae._second_order import twice_differentiable
+from fastvae.held import INTERNAL, Held, Steps, UnknownValue
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.hooked import write_out
 from fastvae.lowering.tracing import READING
@@ -30,8 +32,8 @@ from fastvae.private import private_copy
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
-Held = dict[tuple[Any, ...], tuple[tuple[str, Any], ...]]
-"""The way to tensors that a module holds, by what tells them apart."""
+Ways = dict[tuple[Any, ...], Steps]
+"""The way to tensors that are not registered, by what tells them apart."""
 
 BATCH = 2
 """Samples of the batch that is run: torch.export takes one sample for a size that never changes."""
@@ -140,7 +142,7 @@ class _Traced(NamedTuple):
     """Numbers of samples at which the forward takes another way; None where the run's own is taken for a constant."""
 
 
-def _traced(module: nn.Module, examples: Sequence[Tensor], held: Held, batch: str) -> _Traced:
+def _traced(module: nn.Module, examples: Sequence[Tensor], held: Ways, batch: str) -> _Traced:
     """One run. The number of samples is a symbol ("named"), or where it can be ("any"), or the examples' ("fixed")."""
     from torch.export import Dim, export
 
@@ -157,7 +159,7 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], held: Held, batch: st
 
 
 def _of_two_batches(
-    module: nn.Module, examples: Sequence[Tensor], held: Held, turns: Sequence[int]
+    module: nn.Module, examples: Sequence[Tensor], held: Ways, turns: Sequence[int]
 ) -> Program:
     """For a forward that takes the number of samples for a constant: from a run with 2 and one with 5."""
     batches = BATCH, BATCH + 3
@@ -177,7 +179,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _written_down(exported: Any, held: Held, calls: list[Call], prefix: str) -> _Traced:
+def _written_down(exported: Any, held: Ways, calls: list[Call], prefix: str) -> _Traced:
     signature = exported.graph_signature
     constants = {**dict(exported.constants), **dict(exported.tensor_constants)}
     graph_module, numbers = exported.graph_module, {}
@@ -202,6 +204,10 @@ def _written_down(exported: Any, held: Held, calls: list[Call], prefix: str) -> 
         elif kind == "CONSTANT_TENSOR" and isinstance(constants.get(spec.target), Tensor):
             constant = constants[spec.target]
             steps = held.get(_identity(constant), ())
+            if constant.requires_grad and not steps:
+                raise UnsupportedLayer(
+                    "its forward reads a tensor that requires a gradient and is not its own"
+                )
             source = Source("", spec.target, steps, None if steps else constant.detach())
         else:
             raise UnsupportedLayer(f"its forward reads a {kind.lower().replace('_', ' ')} ({spec.target})")
@@ -251,39 +257,21 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _held_tensors(module: nn.Module) -> Held:
-    """The way from the module to tensors that it holds unregistered, such as those of modules in a plain list."""
-    found: Held = {}
-
-    def look(value: Any, steps: tuple[tuple[str, Any], ...], depth: int) -> None:
-        if isinstance(value, Tensor):
-            if value.layout == torch.strided and value.numel():
-                found.setdefault(_identity(value), steps)
-        elif depth == 0:
-            return
-        elif isinstance(value, nn.Module):
-            stores = (vars(value), value._parameters, value._buffers, value._modules)
-            for name in dict.fromkeys(name for store in stores for name in store if not name.startswith("_")):
-                look(getattr(value, name), (*steps, ("attribute", name)), depth - 1)
-        elif isinstance(value, (list, tuple)):
-            for place, entry in enumerate(value):
-                look(entry, (*steps, ("item", place)), depth - 1)
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                look(entry, (*steps, ("item", key)), depth - 1)
-
-    look(module, (), 12)
+def _held_tensors(module: nn.Module) -> Ways:
+    """The way to tensors that are not registered, such as those of modules in a plain list or in a closure."""
+    found: Ways = {}
+    for path, inner in module.named_modules():
+        steps: Steps = tuple(("attribute", name) for name in path.split(".") if name)
+        held = Held(module)
+        for name, value in vars(inner).items():
+            if name not in INTERNAL:
+                with contextlib.suppress(UnknownValue):
+                    held.key(value, (*steps, ("attribute", name)))
+        held.around(inner, steps)
+        for way, tensor in held.tensors:
+            if tensor.numel():
+                found.setdefault(_identity(tensor), way)
     return found
-
-
-def follow(module: nn.Module, steps: tuple[tuple[str, Any], ...]) -> Tensor:
-    """The tensor at the end of a source's steps."""
-    value: Any = module
-    for kind, key in steps:
-        value = getattr(value, key) if kind == "attribute" else value[key]
-    if not isinstance(value, Tensor):
-        raise TypeError
-    return value
 
 
 def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]) -> Operation:
@@ -336,4 +324,4 @@ def _schema(target: Any) -> list[Any]:
     return [] if schema is None else list(schema.arguments)
 
 
-__all__ = ["copy_with_modes", "follow", "read_program", "rows_of"]
+__all__ = ["copy_with_modes", "read_program", "rows_of"]

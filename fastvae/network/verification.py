@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._second_order import check_twice, twice_differentiable
+from fastvae.held import follow
 from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
 from fastvae.network.layers import Point, Products
-from fastvae.network.reading import copy_with_modes, follow, rows_of
+from fastvae.network.reading import copy_with_modes, rows_of
 from fastvae.network.sweeps import Inputs, Sweeps
 
 MANY = 65
