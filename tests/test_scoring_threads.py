@@ -348,3 +348,52 @@ def test_reading_a_decoder_leaves_other_threads_modules_alone() -> None:
     assert len(seen) >= 4
     assert all(pair == methods or pair[0] is nn.Linear for pair in seen)
     assert all(vars(method).get("__fx_already_patched") is None for method in methods)
+
+
+def test_networks_are_swept_while_another_thread_reads() -> None:
+    """torch.export says to all threads that they compile."""
+    net = fastvae.Network(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), "gaussian")
+    z, x = torch.rand(4, 2), torch.rand(4, 3)
+    expected = net.force(z, x)
+    found: list[Any] = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Linear(2, 3)
+
+        def forward(self, z: Tensor) -> Tensor:
+            def sweep() -> None:
+                try:
+                    found.append(net.force(*(part.clone() for part in (torch.ones(4, 2), torch.ones(4, 3)))))
+                except Exception as error:
+                    found.append(error)
+
+            called = threading.Thread(target=sweep)
+            called.start()
+            called.join()
+            return self.layers(z)
+
+    assert fastvae.Network(Watching(), "gaussian", z=torch.rand(3, 2)).lowered == 1
+    wanted = net.force(torch.ones(4, 2), torch.ones(4, 3))
+    assert len(found) >= 2
+    for each in found:
+        torch.testing.assert_close(each, wanted)
+    torch.testing.assert_close(net.force(z, x), expected)
+
+
+def test_readings_of_many_shapes_and_models_are_let_go() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from fastvae.network import cache
+
+    encoder = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.GroupNorm(1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    entries = len(FakeTensorMode.cache)
+    for size in range(3, 3 + cache._MOST_FORMS + 2):
+        x = torch.rand(2, 1, size, size)
+        network = cache.read_network(encoder, x, of_data=True)
+        assert cache.read_network(encoder, x, of_data=True).sweeps is network.sweeps
+    assert len(cache._known[encoder]) == cache._MOST_FORMS
+    assert len(FakeTensorMode.cache) == entries

@@ -135,6 +135,19 @@ _of_copies: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary(
 """What was read of a module's private copies, for the next ones: each score works on some of its own."""
 _lock = threading.RLock()
 
+_MOST_FORMS = 16
+"""Shapes, dtypes and the like of one module's inputs for which readings are kept: each holds code and constants."""
+
+
+def _remember(
+    store: WeakKeyDictionary[nn.Module, dict[Any, _Known]], module: nn.Module, key: Any, known: _Known
+) -> None:
+    """In place of the one that was read first, where there are many; under the lock."""
+    forms = store.setdefault(module, {})
+    if key not in forms and len(forms) >= _MOST_FORMS:
+        forms.pop(next(iter(forms)))
+    forms[key] = known
+
 
 def read_network(
     module: nn.Module,
@@ -166,10 +179,10 @@ def read_network(
             if found is None:
                 with own_noise():
                     fresh = _Known(module, z, condition, of_data)
-                _known.setdefault(module, {})[key] = fresh
+                _remember(_known, module, key, fresh)
                 origin = origin_of(module)
                 if origin is not None:
-                    _of_copies.setdefault(origin, {})[key] = fresh
+                    _remember(_of_copies, origin, key, fresh)
                 found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh, condition)
     known, tensors = found
     if len(z) > known.largest:
@@ -195,7 +208,7 @@ def _of_origin(
     for store in (_known, _of_copies):
         known = store.get(origin, {}).get(key)
         if known is not None:
-            _known.setdefault(module, {})[key] = known
+            _remember(_known, module, key, known)
             found = _current(module, key, condition)
             if found is not None:
                 return found

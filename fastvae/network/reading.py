@@ -144,13 +144,23 @@ class _Traced(NamedTuple):
 
 def _traced(module: nn.Module, examples: Sequence[Tensor], held: Ways, batch: str) -> _Traced:
     """One run. The number of samples is a symbol ("named"), or where it can be ("any"), or the examples' ("fixed")."""
+    import torch._dynamo.config as settings
     from torch.export import Dim, export
 
+    # A cache of the process that nothing empties: each reading would leave 70 KB in it and never ask for them.
+    without_cache = settings.patch(fake_tensor_cache_enabled=False)
     size = {"named": Dim("batch"), "any": Dim.AUTO, "fixed": None}[batch]
     shapes = None if size is None else tuple({0: size} for _ in examples)
     called = Called(module) if takes_any(module) else module
     try:
-        with torch.enable_grad(), twice_differentiable(), exporting(), quietly(), marked() as calls:
+        with (
+            torch.enable_grad(),
+            twice_differentiable(),
+            exporting(),
+            quietly(),
+            without_cache,
+            marked() as calls,
+        ):
             exported = simplified(export(called, tuple(examples), dynamic_shapes=shapes, strict=False))
     except Exception as error:
         text = f"torch.export cannot run its forward: {type(error).__name__}: {_first_line(error)}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
-from fastvae._compiling import is_captured, is_watched
+from fastvae._compiling import is_captured, is_compiling, is_watched
 from fastvae._extension import raw
 from fastvae.network.straight import CONSTANTS, MISSING, Call, Code, Held, Method, Variable, inputs_of
 
@@ -396,7 +396,7 @@ def check_same(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) 
 
 def is_plain(z: Tensor) -> bool:
     """Nobody else looks on: no mode of torch, no compiler, no CUDA graph, whose capture allows no look at numbers."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_watched():
+    if is_compiling() or torch._C._len_torch_dispatch_stack() or is_watched():
         return False
     if type(z) is not Tensor or z.dtype not in _ROUNDING:
         return False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
+from fastvae._compiling import is_compiling
 from fastvae.decoding import conditioned
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.learned import without_parameters
@@ -72,7 +73,7 @@ def log_px_and_force(
     """
     if torch.compiler.is_dynamo_compiling():
         return _outside_of_graphs(decoder, z, x, likelihood, condition=condition, weight=weight)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         raise UnsupportedLayer(f"fastvae.ops.{_NAME}: it has no kernel, so it cannot be exported")
     decoder, like, z = _checked(decoder, z, x, likelihood, condition, weight)
     network = read_decoder(_NAME, decoder, z, "autograd", like, condition)
