@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastvae import VAE
 from fastvae.influence import TracIn, UncoveredParameter
 
 
@@ -601,3 +602,20 @@ def test_what_rounds_in_one_layer_is_no_error_of_another() -> None:
     for of_last, off in ((torch.float64, 1e-6), (torch.float32, 1e-2)):
         with pytest.raises(UncoveredParameter, match="is off by"):
             influence(of_last, off)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_compiled_network_of_ours_is_swept_like_the_module_inside(part: str) -> None:
+    """A swept network names its tensors without torch.compile's part of their path."""
+    torch.manual_seed(0)
+    model = VAE(
+        nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)),
+        nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 6)),
+    )
+    x = images(7, 6)
+    plain = tracin(model, x, num_samples=2)
+    expected, coverage = plain.influence(x[:3]), str(plain.coverage())
+    setattr(model, part, torch.compile(getattr(model, part), backend="eager"))
+    compiled = tracin(model, x, num_samples=2)
+    torch.testing.assert_close(compiled.influence(x[:3]), expected)
+    assert str(compiled.coverage()).replace("_orig_mod.", "").split() == coverage.split()

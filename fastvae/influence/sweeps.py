@@ -97,15 +97,16 @@ def calls_of_vae(model: Any, x: Tensor, noise_of: Callable[[int], Tensor]) -> di
         ("decoder", of_decoder, decoder_stages),
     ):
         for weight, bias, h, delta, _, _ in stages:
-            name = _layer_name(root, network, weight, bias)
+            name = _layer_name(model, root, network, weight, bias)
             found.setdefault(name, []).append(Call(h, delta))
     return found
 
 
-def _layer_name(root: str, network: LoweredNetwork, weight: int, bias: int) -> str:
-    """The module of a stage, by its name in the model."""
+def _layer_name(model: Any, root: str, network: LoweredNetwork, weight: int, bias: int) -> str:
+    """The module of a stage, by its name in the model, which a lowered network has without torch.compile's part."""
     name = network.names[weight if weight >= 0 else bias].rpartition(".")[0]
-    return f"{root}.{name}" if name else root
+    compiled = type(getattr(model, root)).__name__ == "OptimizedModule"
+    return ".".join(part for part in (root, "_orig_mod" if compiled else "", name) if part)
 
 
 def flow_parameters(model: Any) -> list[str]:
@@ -194,7 +195,7 @@ class Sweep:
         return _FlowSweep.apply(self._entered(z), rho, x, eps.detach(), alpha.detach(), self)
 
     def _add(self, network: LoweredNetwork, weight: int, bias: int, calls: list[Call]) -> None:
-        self._calls.setdefault(_layer_name("decoder", network, weight, bias), []).extend(calls)
+        self._calls.setdefault(_layer_name(self.model, "decoder", network, weight, bias), []).extend(calls)
 
 
 class _DecoderSweep(torch.autograd.Function):
