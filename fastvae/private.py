@@ -83,6 +83,9 @@ def private_copy(model: _Module) -> _Module:
             )
     for part, own in zip(made.modules(), model.modules(), strict=True):
         _origins[part] = weakref.ref(origin_of(own) or own)
+        if isinstance(own, torch.jit.ScriptModule):  # Its parameters' copies ask for no gradient.
+            for copied, parameter in zip(part.parameters(False), own.parameters(False), strict=True):
+                copied.requires_grad_(parameter.requires_grad)
     return for_scoring(made)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
@@ -85,6 +86,8 @@ def ending_of_output(output: Tensor) -> Ending:
 def ending_of_module(module: nn.Module) -> Ending:
     """What the module does last, from its layers or a trace of its forward; "unknown" where neither tells."""
     if module._forward_hooks:
+        return "unknown"
+    if isinstance(module, torch.jit.ScriptModule):
         return "unknown"
     inner = module._modules.get("_orig_mod")
     if inner is not None:

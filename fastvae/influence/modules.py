@@ -266,9 +266,10 @@ def places_of(owners: Sequence[str], root: nn.Module) -> Iterator[str]:
     modules = dict(root.named_modules(remove_duplicate=False))
     for length in range(len(common), 0, -1):
         name = ".".join(common[:length])
-        # These are never called.
+        # These are never called, and TorchScript's modules take no hooks.
         if name and not isinstance(
-            modules[name], (nn.ModuleList, nn.ModuleDict, nn.ParameterList, ParametrizationList)
+            modules[name],
+            (nn.ModuleList, nn.ModuleDict, nn.ParameterList, ParametrizationList, torch.jit.ScriptModule),
         ):
             yield name
 

@@ -9,7 +9,6 @@ of a sample, draws of z.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -371,7 +370,7 @@ RULES: dict[type[nn.Module], Rule] = {
 
 def rule_of(module: nn.Module) -> Rule | str:
     """The rule of a module, or why it has none."""
-    forward: Callable[..., object] = type(module).forward
+    forward: object = getattr(type(module), "forward", None)
     for kind, rule in RULES.items():
         # A subclass counts if it computes the same; an instance with a forward of its own does not.
         if isinstance(module, kind) and forward is kind.forward and "forward" not in vars(module):

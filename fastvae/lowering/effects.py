@@ -36,7 +36,7 @@ def has_no_effects(module: nn.Module) -> bool:
     """Of a stock module, or of a forward that uses its own modules and well-known functions alone."""
     if type(module) in _CONTAINERS or stock_base(module) is not None:
         return True
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)
     if not isinstance(forward, FunctionType) or type(module).__call__ is not nn.Module.__call__:
         return False
     names = _names_in(forward.__code__)

@@ -63,11 +63,13 @@ def takes_condition(module: nn.Module) -> bool:
 
 def needs_condition(module: nn.Module) -> bool:
     """Whether a network cannot be called without a second argument."""
-    code = getattr(type(module).forward, "__code__", None)
+    # TorchScript's modules have none of a class of theirs.
+    forward = getattr(type(module), "forward", None)
+    code = getattr(forward, "__code__", None)
     # Cheap, as it is asked at each call: two arguments besides self, without defaults.
     if code is None or code.co_argcount != 3:
         return False
-    return not getattr(type(module).forward, "__defaults__", None)
+    return not getattr(forward, "__defaults__", None)
 
 
 def check_condition(owner: object, condition: object, rows: int) -> None:

@@ -118,7 +118,10 @@ class LoopedCopies(DifferentiatedCopies):
     """Any encoder at all: a module of its own for each image, one after the other; see ``DifferentiatedCopies``."""
 
     def _copied(self) -> list[Tensor]:
-        self._encoders = [private_copy(self._model.encoder).requires_grad_() for _ in range(len(self._x))]
+        self._encoders = [private_copy(self._model.encoder) for _ in range(len(self._x))]
+        for encoder in self._encoders:
+            for parameter in encoder.parameters():  # Of TorchScript's modules none is asked for as a whole.
+                parameter.requires_grad_()
         # Twins of the model share all but their children.
         children = self._model._modules
         self._models = [

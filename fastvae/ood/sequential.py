@@ -43,7 +43,8 @@ def refit_one(
     besides = given(condition=condition, weight=weight)
     private = private_copy(model)
     private.requires_grad_(False)
-    private.encoder.requires_grad_(True)
+    for parameter in private.encoder.parameters():
+        parameter.requires_grad_()
     optimizer = torch.optim.Adam(private.encoder.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     with torch.no_grad():
         like = private.encode(x, **besides)[0]
