@@ -268,6 +268,14 @@ NOT_READ: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Through(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))),
         "TorchScript",
     ),
+    "TorchScript, all of it": (
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh())),
+        "TorchScript",
+    ),
+    "torch.func.grad": (
+        of(lambda m, z: m.last(torch.func.grad(lambda h: h.sin().sum())(m.first(z)))),
+        "a tensor of a transform",
+    ),
     "DataParallel": (lambda: nn.DataParallel(Plain()), "scatters the batch"),
     "a hook that computes a weight, and another": (
         normed(lambda layer: hooked_twice(nn.utils.weight_norm(layer))),

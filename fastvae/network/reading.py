@@ -213,7 +213,12 @@ def _written_down(exported: Any, held: Ways, calls: list[Call], prefix: str) -> 
             source = Source(path, name)
         elif kind == "CONSTANT_TENSOR" and isinstance(constants.get(spec.target), Tensor):
             constant = constants[spec.target]
-            steps = held.get(_identity(constant), ())
+            try:
+                steps = held.get(_identity(constant), ())
+            except RuntimeError as error:  # A wrapper of torch.func's, without memory of its own.
+                raise UnsupportedLayer(
+                    f"its forward keeps a tensor of a transform ({spec.target})"
+                ) from error
             if constant.requires_grad and not steps:
                 raise UnsupportedLayer(
                     "its forward reads a tensor that requires a gradient and is not its own"
