@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.decoding import conditioned, natural_parameters
+from fastvae.decoding import called_on_copies, conditioned, natural_parameters
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.weighted import weighted
 from fastvae.likelihoods.weights import expanded, filled
@@ -76,7 +76,7 @@ def posterior_of(
     if weight is not None:
         x = filled(x, expanded(owner, weight, x))
     given = () if condition is None else (condition,)
-    output = encoder(likelihood.as_float(x, dtype), *given)
+    output = called_on_copies(encoder, likelihood.as_float(x, dtype), *given)
     mu, logvar = output.chunk(2, 1) if isinstance(output, Tensor) else output
     return mu, logvar
 

@@ -22,6 +22,7 @@ from fastvae._second_order import (
     twice_differentiable,
 )
 from fastvae.arguments import expect_numbers
+from fastvae.decoding import called_on_copies
 
 # Outputs of the rows (latent x sample) that go through the decoder together: 4 MiB of float32.
 _OUTPUTS_AT_ONCE = 2**20
@@ -291,7 +292,7 @@ def jacobian_l1(
 
     def decode(point: Tensor) -> Tensor:
         with twice_differentiable():
-            y = decoder(point)
+            y = called_on_copies(decoder, point)
         check_output("jacobian_l1", y, len(point))
         return torch.sigmoid(y) if output == "sigmoid" else y
 

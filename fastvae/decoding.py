@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from fastvae.likelihoods import Likelihood
     from fastvae.lowering import LoweredNetwork
 
-__all__ = ["check_decoder", "conditioned", "ends_in_sigmoid", "natural_parameters", "transformed"]
+__all__ = [
+    "called_on_copies",
+    "check_decoder",
+    "conditioned",
+    "ends_in_sigmoid",
+    "natural_parameters",
+    "transformed",
+]
 
 # As much as rounding puts a probability beyond 0 or 1.
 _SLACK = 1e-3
@@ -61,6 +68,14 @@ def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> LoweredNetwork 
     return network
 
 
+def called_on_copies(network: Callable[..., Any], *given: Tensor) -> Any:
+    """What a network makes of copies of tensors, which it may change in place (``x -= 0.5``, ``ReLU(inplace=True)``).
+
+    What was given is still needed: codes for a divergence, x for the likelihood, both by whoever holds them.
+    """
+    return network(*(tensor.clone() for tensor in given))
+
+
 def natural_parameters(
     decoder: Callable[..., Tensor], z: Tensor, likelihood: Likelihood, condition: Tensor | None = None
 ) -> Tensor:
@@ -76,13 +91,13 @@ def natural_parameters(
     """
     given = (z,) if condition is None else (z, condition)
     if is_compiling():
-        return likelihood.params_of_output(decoder(*given))
+        return likelihood.params_of_output(called_on_copies(decoder, *given))
     if not likelihood.probs or _is_compiled(decoder):
-        output = decoder(*given)
+        output = called_on_copies(decoder, *given)
         _look_at(output, decoder, likelihood)
         return likelihood.params_of_output(output)
     with SigmoidInputs() as inputs:
-        output = decoder(*given)
+        output = called_on_copies(decoder, *given)
     logits = inputs.logits_of(output)
     if logits is not None:
         return logits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvae._compiling import is_captured, is_compiling
 from fastvae.arguments import given
-from fastvae.decoding import check_decoder, natural_parameters, transformed
+from fastvae.decoding import called_on_copies, check_decoder, natural_parameters, transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.fused import fused_log_prob
 from fastvae.likelihoods.weights import check_takes_weight, expanded, filled
@@ -84,7 +84,7 @@ class EncoderDecoder(nn.Module):
         parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
         try:
-            output = self.encoder(self.likelihood.as_float(x, dtype), *second)
+            output = called_on_copies(self.encoder, self.likelihood.as_float(x, dtype), *second)
         except (RuntimeError, ValueError, TypeError) as error:
             if (better := explained(error, self, "encoder", x)) is None:
                 raise
