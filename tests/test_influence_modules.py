@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from influence_problems import images, tracin
+from influence_problems import images, tracin, vae_gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastvae import VAE
+from fastvae import HVAE, VAE
 from fastvae.influence import TracIn, UncoveredParameter
 
 
@@ -619,3 +619,25 @@ def test_a_compiled_network_of_ours_is_swept_like_the_module_inside(part: str) -
     compiled = tracin(model, x, num_samples=2)
     torch.testing.assert_close(compiled.influence(x[:3]), expected)
     assert str(compiled.coverage()).replace("_orig_mod.", "").split() == coverage.split()
+
+
+@pytest.mark.parametrize("uncovered", ["error", "materialise"])
+@pytest.mark.parametrize("kind", [VAE, HVAE])
+def test_a_layer_that_encoder_and_decoder_share(kind: type[VAE], uncovered: str) -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 5)
+    encoder = nn.Sequential(shared, nn.Tanh(), nn.Linear(5, 4))
+    decoder = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), shared, nn.Tanh(), nn.Linear(5, 6))
+    model = kind(encoder, decoder, **({"num_steps": 2} if kind is HVAE else {})).double()
+    x = images(7, 6)
+    found = tracin(model, x, uncovered=uncovered, num_samples=2)
+    if kind is HVAE and uncovered == "error":
+        with pytest.raises(UncoveredParameter):
+            found.influence(x[:2])
+        return
+    gradients = vae_gradients(model, x, 2).mean(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.testing.assert_close(
+            found.influence(x[:2]), gradients[:2] @ gradients.T, rtol=1e-10, atol=1e-10
+        )

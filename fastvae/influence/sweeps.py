@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastvae._extension import raw
@@ -45,13 +45,19 @@ def is_swept(model: Any) -> bool:
         stock = isinstance(model, VAE) and type(model).objective is VAE.objective
     if not stock or model.penalties or type(model).log_px is not BaseVAE.log_px:
         return False
-    if not model.likelihood.has_kernel:
+    if not model.likelihood.has_kernel or _share_a_layer(model.encoder, model.decoder):
         return False
     try:
         _lowered(model)
     except (UnsupportedLayer, ValueError):
         return False
     return True
+
+
+def _share_a_layer(one: nn.Module, other: nn.Module) -> bool:
+    """Whether a layer with parameters is part of both: watched in one, it has hooks in the other, too."""
+    layers = {id(layer) for layer in one.modules() if layer._parameters}
+    return any(id(layer) in layers for layer in other.modules())
 
 
 def calls_of_vae(model: Any, x: Tensor, noise_of: Callable[[int], Tensor]) -> dict[str, list[Call]] | None:
