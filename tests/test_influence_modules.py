@@ -621,6 +621,28 @@ def test_a_compiled_network_of_ours_is_swept_like_the_module_inside(part: str) -
     assert str(compiled.coverage()).replace("_orig_mod.", "").split() == coverage.split()
 
 
+class Outside(nn.Module):
+    """Holds its encoder, and reaches for the one in a closure."""
+
+    def __init__(self, holds: bool) -> None:
+        super().__init__()
+        self.encoder = inner = nn.Linear(6, 2)
+        self.loss = (lambda x: self.encoder(x)) if holds else [lambda x: inner(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.loss(x) if callable(self.loss) else self.loss[0](x)
+        return y.square().sum(1)
+
+
+@pytest.mark.parametrize("uncovered", ["error", "materialise"])
+def test_a_loss_of_other_weights_than_the_models_is_refused(uncovered: str) -> None:
+    """It was an IndexError, and scores of zero where everything was materialised."""
+    x = images(7, 6)
+    check("held", Outside(True), x, x[:2])
+    with pytest.raises(ValueError, match="depends on none of them: scores work on a copy"):
+        tracin(Outside(False).double(), x, uncovered=uncovered).influence(x[:2])
+
+
 @pytest.mark.parametrize("uncovered", ["error", "materialise"])
 @pytest.mark.parametrize("kind", [VAE, HVAE])
 def test_a_layer_that_encoder_and_decoder_share(kind: type[VAE], uncovered: str) -> None:

@@ -40,6 +40,7 @@ def audit(engine: Engine, evaluation: Evaluation, batch: Batch) -> dict[str, Ter
     numel = sum(parameter.numel() for parameter in engine.parameters.values())
     few = tuple(part[: max(2, min(AUDITED, _NUMBERS // numel))] for part in batch)
     own = evaluation.snapshot
+    _check_takes_part(engine, evaluation, few)
     try:
         _bind(engine, evaluation, Snapshot(1.0, private_copy(own.model).double()))
         return _compared(engine, evaluation, tuple(x.double() if x.is_floating_point() else x for x in few))
@@ -51,6 +52,24 @@ def audit(engine: Engine, evaluation: Evaluation, batch: Batch) -> dict[str, Ter
         return _compared(engine, evaluation, few)
     finally:
         _bind(engine, evaluation, own)
+
+
+def _check_takes_part(engine: Engine, evaluation: Evaluation, few: Batch) -> None:
+    """ValueError for a loss of other weights than those of the model, of which a copy is scored."""
+    parameters = list(evaluation.snapshot.model.parameters())
+    if len(engine.parameters) < len(parameters):
+        return  # Of a part of them these samples may well need none.
+    with torch.enable_grad():
+        loss = evaluation.losses(few).sum()
+    if loss.requires_grad and any(
+        gradient is not None for gradient in torch.autograd.grad(loss, parameters, allow_unused=True)
+    ):
+        return
+    raise ValueError(
+        "TracIn: model: expected a loss that depends on the model's parameters, got one that depends on none of them: "
+        "scores work on a copy of the model, whose forward or loss_fn must not reach for a module that it does not "
+        "hold, such as a global"
+    )
 
 
 def _bind(engine: Engine, evaluation: Evaluation, snapshot: Snapshot) -> None:
