@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import threading
@@ -22,7 +23,7 @@ from fastvae.network import cache
 from fastvae.network.cache import read_network
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*cannot be lowered"),
+    pytest.mark.filterwarnings("ignore:.*cannot be lowered|.*is not read"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -292,3 +293,44 @@ def test_autocast_at_the_first_reading() -> None:
         first = ops.jacobian_l1(module, z, "none")
     torch.testing.assert_close(first, ops.jacobian_l1(module, z, "none"), rtol=0, atol=0)
     torch.testing.assert_close(first, reference.jacobian_l1(module, z, "none"), rtol=1e-5, atol=1e-6)
+
+
+def keeps(m: Plain, z: Tensor) -> Tensor:
+    m.kept = m.first(z)  # type: ignore[assignment]
+    return m.last(m.slope * m.kept.sin())  # type: ignore[operator]
+
+
+class KeepsAndCounts(Plain):
+    """Not to be read, for the buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.slope = 0, 1.0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        return keeps(self, z)
+
+
+@pytest.mark.parametrize("make", [of(keeps, slope=1.0), KeepsAndCounts], ids=["read", "not read"])
+def test_what_each_forward_changes_does_not_make_it_read_again(make: Callable[[], nn.Module]) -> None:
+    module, z = made(make), codes()
+
+    def known() -> list[Any]:
+        with contextlib.suppress(UnsupportedLayer):
+            read_network(module, z)
+        return list(cache._known[module].values())
+
+    known()
+    module(z)
+    first = known()  # with the new attribute
+    for _ in range(2):
+        module(z)
+        assert known()[0] is first[0]
+    module.slope = 2.0
+    assert known()[0] is not first[0]
+    _, force = ops.log_px_and_force(module, z, torch.ones(len(z), 4, dtype=z.dtype))
+    expected = reference.log_px_and_force(module, z, torch.ones(len(z), 4, dtype=z.dtype), "bernoulli")[1]
+    torch.testing.assert_close(force, expected, rtol=1e-10, atol=1e-12)

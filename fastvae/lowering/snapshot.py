@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class Node:
 
     ``take_*`` name the tensors that the spec reads, in the order of their indices. ``evaluated`` names
     parametrisations whose result the spec reads: they hand their gradient on by themselves, so their inside
-    does not matter. The others may hide unused parameters.
+    does not matter. The others may hide unused parameters. ``restless`` names attributes, by path, that are not
+    compared.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Node:
         wanted: set[tuple[str, str]],
         evaluated: tuple[str, ...] = (),
         facts: Held | None = None,
+        restless: Mapping[str, frozenset[str]] = MappingProxyType({}),
     ) -> None:
         facts = Held(module) if facts is None else facts
         state = vars(module)
@@ -54,6 +57,7 @@ class Node:
         optimized = self.type.__name__ == "OptimizedModule"
         computed = computed_weights(module)
         ignored = INTERNAL | _DERIVED if isinstance(module, nn.RNNBase) else INTERNAL
+        ignored = ignored | restless.get(path, frozenset())
         own = [] if optimized else [key for key in state if key not in ignored and key not in computed]
         plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
         self.plain = tuple(plain.items())
@@ -86,7 +90,9 @@ class Node:
         self.empty = tuple(name for name, child in module._modules.items() if child is None)
         inside = self.take_computed if "parametrizations" in self.names else ()
         self.children = {
-            name: Node(join(path, name), child, wanted, inside if name == "parametrizations" else (), facts)
+            name: Node(
+                join(path, name), child, wanted, inside if name == "parametrizations" else (), facts, restless
+            )
             for name, child in module._modules.items()
             if child is not None and name not in evaluated
         }
@@ -147,6 +153,34 @@ def _config(value: Any) -> dict[str, Any]:
     if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or not hasattr(value, "__dict__"):
         return {}
     return {key: copy.deepcopy(entry) for key, entry in vars(value).items() if _is_plain(entry)}
+
+
+def changed_by(module: nn.Module, run: Callable[[], object]) -> dict[str, frozenset[str]]:
+    """The attributes that every run changes, by path: what a forward counts, or keeps of each call."""
+
+    def attributes() -> dict[str, dict[str, Any]]:
+        return {
+            path: {
+                key: copy.deepcopy(value) if _is_plain(value) else value
+                for key, value in vars(inner).items()
+                if key not in INTERNAL
+            }
+            for path, inner in module.named_modules(remove_duplicate=False)
+        }
+
+    run()
+    before = attributes()
+    run()
+    changed = {
+        path: frozenset(
+            key
+            for key, value in state.items()
+            if (value != before[path].get(key) if _is_plain(value) else value is not before[path].get(key))
+        )
+        for path, state in attributes().items()
+        if path in before
+    }
+    return {path: names for path, names in changed.items() if names}
 
 
 class Collected(NamedTuple):

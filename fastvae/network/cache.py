@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,10 +16,10 @@ from torch import Tensor, nn
 from fastvae.held import follow
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
 from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
-from fastvae.lowering.snapshot import Node, compile_program, visit
+from fastvae.lowering.snapshot import Node, changed_by, compile_program, visit
 from fastvae.network.layers import registrations
 from fastvae.network.program import Program
-from fastvae.network.reading import copy_with_modes, read_program
+from fastvae.network.reading import BATCH, copy_with_modes, read_program, rows_of
 from fastvae.network.sweeps import Sweeps
 from fastvae.network.verification import MANY, verify_output, verify_program
 from fastvae.noise import own_noise
@@ -41,6 +43,7 @@ class _Known:
         self.largest = sys.maxsize
         """The largest batch for which this is known to hold."""
         check_readable(module)
+        copied = None
         try:
             for path, inner in named(module):
                 check_module(path, inner, hooked=True)
@@ -71,7 +74,8 @@ class _Known:
             if program.is_aligned:
                 self.largest = MANY
             wanted = {(program.sources[at - 1].path, program.sources[at - 1].name) for at in program.used}
-        root = Node("", module, wanted)
+        restless = {} if copied is None else _restless(copied, z, condition, bool(self.sweeps))
+        root = Node("", module, wanted, restless=restless)
         self.lines = compile_program(root)
         self.names = [name for node in root.walk() for name in node.tensor_names()]
 
@@ -125,6 +129,31 @@ def _verified(
     sweeps = Sweeps(program, z.device.type)
     verify_program(copied, sweeps, z, condition, of_data=of_data)
     return sweeps
+
+
+def _restless(
+    copied: nn.Module, z: Tensor, condition: Tensor | None, is_read: bool
+) -> dict[str, frozenset[str]]:
+    """The attributes that each forward changes and that tell nothing of what was read: it would be read at every call.
+
+    Of a module that can be read those that are tensors, such as the last activation. Of one that cannot, all.
+    """
+    given = [rows_of(tensor, BATCH) for tensor in ((z,) if condition is None else (z, condition))]
+
+    def run() -> None:
+        copied(*(tensor.clone() for tensor in given))
+
+    with warnings.catch_warnings(), torch.no_grad(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        changed = changed_by(copied, run)
+        if is_read:
+            parts = dict(copied.named_modules(remove_duplicate=False))
+            changed = {
+                path: frozenset(name for name in names if isinstance(getattr(parts[path], name), Tensor))
+                for path, names in changed.items()
+            }
+        return changed
+    return {}
 
 
 _GONE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
