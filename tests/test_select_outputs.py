@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -119,3 +120,38 @@ def test_refusals_say_what_there_is() -> None:
         SelectOutputs(decoder, True)
     with pytest.raises(ValueError, match="places: expected at least one"):
         SelectOutputs(decoder)
+
+
+class OfDistributions(nn.Module):
+    """An encoder or a decoder that returns what it made of its outputs."""
+
+    def __init__(
+        self, inputs: int, outputs: int, made: Callable[[Tensor], torch.distributions.Distribution]
+    ) -> None:
+        super().__init__()
+        self.layer, self.made = nn.Linear(inputs, outputs), made
+
+    def forward(self, x: Tensor) -> torch.distributions.Distribution:
+        return self.made(self.layer(x))
+
+
+def test_distributions_are_refused_with_what_to_return() -> None:
+    """A normal distribution's scale is no log variance, which its parts named beside mu and logvar passed for."""
+
+    def normal(h: Tensor) -> torch.distributions.Distribution:
+        mu, scale = h.chunk(2, 1)
+        return torch.distributions.Normal(mu, scale.exp())
+
+    encoder = OfDistributions(8, 4, normal)
+    decoder = OfDistributions(2, 8, lambda h: torch.distributions.Bernoulli(logits=h, validate_args=False))
+    x = torch.rand(3, 8).round()
+    with pytest.raises(
+        ValueError, match=r"got a distribution, Normal; .* \(q\.mean, 2 \* q\.stddev\.log\(\)\)"
+    ):
+        VAE(encoder, nn.Linear(2, 8), latent_dim=2).loss(x)
+    with pytest.raises(
+        TypeError, match=r"got Bernoulli, a distribution; .*SelectOutputs\(decoder, 'logits'\)"
+    ):
+        VAE(nn.Linear(8, 4), decoder).loss(x)
+    VAE(nn.Linear(8, 4), SelectOutputs(decoder, "logits"), latent_dim=2).loss(x).backward()
+    HVAE(nn.Linear(8, 4), SelectOutputs(decoder, "logits"), latent_dim=2, num_steps=2).loss(x).backward()

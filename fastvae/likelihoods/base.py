@@ -186,9 +186,10 @@ class Likelihood(ABC):
     def params_of_output(self, output: Tensor) -> Tensor:
         """Natural parameters from what the decoder module returned. TypeError if that is no tensor."""
         if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: decoder output: expected a tensor [B, ...], got {type(output).__name__}"
-            )
+            found = type(output).__name__
+            if isinstance(output, torch.distributions.Distribution):
+                found += ", a distribution; its parameters are what to return, as by SelectOutputs(decoder, 'logits')"
+            raise TypeError(f"{type(self).__name__}: decoder output: expected a tensor [B, ...], got {found}")
         return output
 
     def log_prob_of_output(self, output: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:

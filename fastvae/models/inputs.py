@@ -139,6 +139,11 @@ def split_posterior(model: nn.Module, output: object, batch: int) -> tuple[Tenso
             raise refuse(f"a tensor {list(output.shape)}")
         mu, logvar = output.chunk(2, dim=1)
         return mu, logvar
+    if isinstance(output, torch.distributions.Distribution):
+        raise refuse(
+            f"a distribution, {type(output).__name__}; to mend it: return (q.mean, 2 * q.stddev.log()), of a normal "
+            "one with independent elements"
+        )
     if not (
         isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(o, Tensor) for o in output)
     ):
