@@ -149,6 +149,26 @@ def draw_module(rng: random.Random, latents: int) -> nn.Module:
     return module
 
 
+class Habitual(nn.Module):
+    """A decoder with a habit of people's forwards: it writes into its codes, or changes attributes of its own."""
+
+    HABITS = ("writes", "keeps", "counts")
+
+    def __init__(self, inner: nn.Module, habit: str) -> None:
+        super().__init__()
+        self.inner, self.habit, self.calls, self.in_place = inner, habit, 0, True
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.habit == "writes":
+            z = z.mul_(1.5) if self.in_place else 1.5 * z
+        elif self.habit == "keeps":
+            self.kept = z.detach()
+        else:
+            self.calls += 1
+        found: Tensor = self.inner(z)
+        return found
+
+
 def spoil(rng: random.Random, module: nn.Module, z: Tensor) -> Tensor:
     """Make one thing illegal; returns z, or another that does not fit."""
     kind = rng.randrange(6)

@@ -19,7 +19,7 @@ from fastvae import ops
 from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from fastvae.lowering import CoupledSamples
 
-from .decoders import draw_module, spoil
+from .decoders import Habitual, draw_module, spoil
 
 CASES = 20
 
@@ -108,7 +108,10 @@ OPERATORS: tuple[tuple[Run, Run], ...] = (
 def draw_case(rng: random.Random) -> tuple[nn.Module, Tensor, Case]:
     dtype = rng.choice([torch.float64, torch.float64, torch.float32])
     latents, batch = rng.randint(1, 4), rng.choice([0, 1, 1, 2, 3, 5])
-    module = draw_module(rng, latents).to(dtype)
+    module = draw_module(rng, latents)
+    if rng.random() < 0.25:
+        module = Habitual(module, rng.choice(Habitual.HABITS))
+    module = module.to(dtype)
     module.train(rng.random() < 0.2)
     for parameter in module.parameters():
         parameter.requires_grad_(rng.random() < 0.8)
@@ -118,7 +121,7 @@ def draw_case(rng: random.Random) -> tuple[nn.Module, Tensor, Case]:
     z.requires_grad_(rng.random() < 0.7)
     try:
         with torch.no_grad():
-            outputs = copy.deepcopy(module)(z[:1] if batch else z.new_zeros(1, latents)).shape[1:]
+            outputs = copy.deepcopy(module)(z[:1].clone() if batch else z.new_zeros(1, latents)).shape[1:]
     except Exception:
         outputs = torch.Size([4])
     likelihood: Likelihood = rng.choice([Gaussian(0.7), Bernoulli()])
@@ -218,6 +221,8 @@ def run_case(seed: int) -> str:
         assert all(torch.equal(state[name], tensor) for name, tensor in before[0].items())
     assert before[1] == [inner.training for inner in module.modules()]
     assert all(parameter.grad is None for parameter in module.parameters())
+    if isinstance(module, Habitual):
+        module.in_place = False  # The oracle's codes are still needed.
     eager = attempt(plain, module, z, case)
     assert not isinstance(ours, AssertionError) and not isinstance(eager, AssertionError), (ours, eager)
     if isinstance(ours, CoupledSamples):
