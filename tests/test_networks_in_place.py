@@ -126,3 +126,23 @@ def test_a_network_that_changes_its_input_in_place(decoder: Callable[[bool], nn.
         results.append(function(model_of(decoder, in_place, kind, **options), x).detach())
         assert torch.equal(x, given)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)  # the same numbers, in float64
+
+
+class Loss(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.encoder = Centred(in_place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x).square().sum(1)
+
+
+def test_tracin_of_any_module_that_changes_its_input() -> None:
+    given = torch.rand(ROWS, PIXELS, dtype=torch.float64, generator=seeded(2))
+    results = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        x = given.clone()
+        results.append(TracIn(Loss(in_place).double(), x, [None], lambda m, c: 1.0).influence(x[:2]))
+        assert torch.equal(x, given)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

@@ -121,6 +121,9 @@ class Evaluation:
         return losses
 
     def _of_rows(self, rows: Batch) -> Tensor:
+        rows = tuple(
+            part.clone() for part in rows
+        )  # A forward may write into them, x -= 0.5, and they come again.
         if self.loss_fn is None:
             losses = self.model(rows[0], **self._seen(rows).given)
             wanted = "model(x), with loss_fn=None,"
