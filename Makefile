@@ -13,7 +13,7 @@
 #   make bench-flow  one thing in depth: flow, models, jacobian, operators, consistency, log_likelihood, ais, regret, ...
 #   make zoo         the operators on other people's decoders, PyPI's installed        (ARGS="-k disent")
 #   make bench-zoo   and how quick they are on each, an hour               (ARGS=--quick, ARGS="--only mlp,disent-fc")
-#   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship; needs no GPU
+#   make cuda-check  nvcc compiles the CUDA kernels for every architecture we ship, and their grids are looked at; needs no GPU
 #   make cuda-build  the extension against a CUDA build of torch, in its own .venv-cuda (5 GB); needs no GPU
 #   make test-pytorch-ood   that build under pytorch-ood's loops, whose torchvision is built for CUDA
 #   make docs        guides, API and results as one site, build/docs/index.html    (notebooks: runs those of docs anew)
@@ -149,7 +149,7 @@ test-asan: build/asan/.built
 	$(UNDER_ASAN) PYTHONPATH=build/asan/lib \
 	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" -k "not compile and not inductor" $(ASAN_TESTS) $(ARGS)
 
-EMULATED_SOURCES := $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py fastvae/*/*/*.py tests/cpp/host_*.h) \
+EMULATED_SOURCES := $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py fastvae/*/*/*.py tests/cpp/host_*.h tests/cpp/moved_bytes.h) \
   tests/cpp/emulated_launches.cpp setup.py
 build/emulated/.built: $(EMULATED_SOURCES) $(VENV)/.packages
 	FASTVAE_EMULATE_CUDA=1 $(PY) setup.py --quiet build --build-base build/emulated --build-lib build/emulated/lib
@@ -158,7 +158,7 @@ build/emulated/.built: $(EMULATED_SOURCES) $(VENV)/.packages
 # Those of the operators and of what drives them, which reach every kernel.
 EMULATED_TESTS := $(wildcard tests/test_flow_*.py tests/test_leapfrog*.py tests/test_jacobian_l1*.py tests/test_log_px*.py \
   tests/test_influence*.py $(patsubst %,tests/test_%.py,consistency copied_networks densities elbo encoder_zoo gaussian_kl \
-  geometry gpu_smoke grad_dot hardening learned_likelihoods likelihood_regret likelihoods model_training models network \
+  geometry gpu_smoke grad_dot hardening launches learned_likelihoods likelihood_regret likelihoods model_training models network \
   network_operators noise ood penalties raw_entries replays straight_code weights))
 
 # Without ARGS, which may select a part, every kernel must have been launched.
@@ -206,8 +206,10 @@ bench-zoo bench-encoders: $(VENV)/.zoo
 $(BENCHMARKS): bench-%: build/.extension $(VENV)/.bench
 	$(PY) -m benchmarks.speed $* $(ARGS)
 
-cuda-check:
+# Without nvcc the script says so, and there is nothing to look at.
+cuda-check: build/emulated/.built
 	scripts/cuda_check.sh
+	! command -v nvcc >/dev/null || PYTHONPATH=build/emulated/lib $(PY) scripts/launches.py geometry build/cuda-report.txt
 
 cuda-build: .venv-cuda/.torch-$(TORCH_CUDA)
 	PYTHON=$(CURDIR)/$(CUDA_PY) scripts/cuda_build.sh

@@ -182,7 +182,7 @@ def emulated_sources() -> list[str]:
     folder = EMULATED_FOLDER / "sources"
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")):
-        text = f'#include "{shim}"\n#pragma GCC visibility push(default)\n#include "{path}"\n'
+        text = f'#pragma GCC visibility push(default)\n#include "{shim}"\n#include "{path}"\n'
         wrapper = folder / f"{path.stem}.cpp"
         if not wrapper.exists() or wrapper.read_text() != text:
             wrapper.write_text(text)
@@ -220,7 +220,7 @@ def extension():
         macros += [
             ("FASTVAE_EMULATE_CUDA", None),
             ("FASTVAE_CUDA_THREADS", "256"),
-            ("FASTVAE_CUDA_MAX_BLOCKS", "7"),
+            ("FASTVAE_HOST_BLOCKS", "7"),
         ]
         macros.append(("FASTVAE_NO_CLONES", None))
         compile_args.append("-O1")

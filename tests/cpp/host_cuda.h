@@ -14,8 +14,10 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "host_blocks.h"
+#include "moved_bytes.h"
 
 #define __global__
 #define __host__
@@ -30,9 +32,10 @@
 #ifndef FASTVAE_CUDA_THREADS
 #define FASTVAE_CUDA_THREADS 64
 #endif
-#ifndef FASTVAE_CUDA_MAX_BLOCKS
-#define FASTVAE_CUDA_MAX_BLOCKS 3
+#ifndef FASTVAE_HOST_BLOCKS
+#define FASTVAE_HOST_BLOCKS 3
 #endif
+#define FASTVAE_CUDA_MAX_BLOCKS (host_cuda::note != nullptr ? 4096 : FASTVAE_HOST_BLOCKS)
 #define FASTVAE_SHARED(TYPE, NAME, SIZES) \
   using NAME##_array = TYPE SIZES;        \
   static const char NAME##_key = 0;       \
@@ -63,6 +66,17 @@ struct Known {
   int64_t launches = 0;
 };
 inline std::map<const void*, Known> kernels;
+
+// A launch as a device would get it.
+struct Launch {
+  const void* kernel;
+  unsigned blocks, threads;
+  size_t shared_bytes;    // dynamic
+  int64_t moved_bytes;    // that it cannot do without
+  std::string arguments;  // their bytes, what lies between members zero
+};
+// Who is told of launches, or null. While somebody is, grids are as large as a device's.
+inline void (*note)(Launch&&) = nullptr;
 inline std::mutex mutex;  // of the above and of `blocks`
 // A process that forks while another of its threads launches leaves its child no locked mutex.
 inline const int at_fork = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
@@ -86,12 +100,35 @@ void check_launch(Kernel kernel, unsigned grid, unsigned threads, size_t shared_
   }
 }
 
+template <typename T>
+void append_bytes(std::string& text, T value) {
+#if __has_builtin(__builtin_clear_padding)
+  __builtin_clear_padding(&value);
+#endif
+  text.append(reinterpret_cast<const char*>(&value), sizeof(T));
+}
+
+// Of kernels that are no product's, nothing is known.
+template <typename... Args>
+int64_t moved_bytes_of(const Args&... args) {
+  if constexpr (requires { fastvae::moved_bytes(args...); }) {
+    return fastvae::moved_bytes(args...);
+  } else {
+    return 0;
+  }
+}
+
 template <typename... Parameters, typename... Args>
 void launch(void (*kernel)(Parameters...), unsigned grid, unsigned threads, size_t shared_bytes, const Args&... args) {
   const std::lock_guard<std::mutex> lock(mutex);
   check_launch(kernel, grid, threads, shared_bytes, (sizeof(Parameters) + ... + 0));
   Known& known = kernels[address_of(kernel)];
   ++known.launches;
+  if (note != nullptr) {
+    std::string arguments;
+    (append_bytes<Parameters>(arguments, args), ...);
+    note({address_of(kernel), grid, threads, shared_bytes, moved_bytes_of(args...), std::move(arguments)});
+  }
   const auto call = [&] { kernel(args...); };
   blocks.run(
       grid, threads, shared_bytes, known.shared_asked > 0 ? kMostShared : kSharedUnasked,

@@ -189,21 +189,24 @@ __global__ void copies_norm_kernel(const CopiesNorm<T> args) {
   }
 }
 
-// A block takes a warp of channels of a sample, which its warps sum over their share of the positions.
+// A block takes some channels of a sample, which its rows of threads sum over their share of the positions: few, so
+// that a sample is many blocks' and a thread's loads, one after the other, are few; as many as memory gives at once.
+constexpr int kNormChannels = 8;
+
 template <typename T>
 __global__ void copies_norm_reverse_kernel(const CopiesNormReverse<T> args) {
-  constexpr int kWarps = kThreads / kWarp;
-  FASTVAE_SHARED(T, of_gamma, [kWarps][kWarp]);
-  FASTVAE_SHARED(T, of_beta, [kWarps][kWarp]);
-  const int64_t groups = (args.channels + kWarp - 1) / kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  constexpr int kRows = kThreads / kNormChannels;
+  FASTVAE_SHARED(T, of_gamma, [kRows][kNormChannels]);
+  FASTVAE_SHARED(T, of_beta, [kRows][kNormChannels]);
+  const int64_t groups = (args.channels + kNormChannels - 1) / kNormChannels;
+  const int row = static_cast<int>(threadIdx.x) / kNormChannels, lane = static_cast<int>(threadIdx.x) % kNormChannels;
   for (int64_t block = blockIdx.x; block < args.samples * groups; block += gridDim.x) {
-    const int64_t sample = block / groups, channel = block % groups * kWarp + lane;
+    const int64_t sample = block / groups, channel = block % groups * kNormChannels + lane;
     const int64_t gamma = sample * args.channels + channel;
     T grad_gamma = T(0), grad_beta = T(0);
     if (channel < args.channels) {
       const T mean = args.mean[channel], rstd = args.rstd[channel], slope = args.affine[gamma] * rstd;
-      for (int64_t p = warp; p < args.positions; p += kWarps) {
+      for (int64_t p = row; p < args.positions; p += kRows) {
         const int64_t i = (sample * args.positions + p) * args.channels + channel;
         const T delta = args.delta[i];
         grad_gamma += delta * (args.h[i] - mean) * rstd;
@@ -213,11 +216,11 @@ __global__ void copies_norm_reverse_kernel(const CopiesNormReverse<T> args) {
         }
       }
     }
-    of_gamma[warp][lane] = grad_gamma;
-    of_beta[warp][lane] = grad_beta;
+    of_gamma[row][lane] = grad_gamma;
+    of_beta[row][lane] = grad_beta;
     __syncthreads();
-    if (warp == 0 && channel < args.channels) {
-      for (int other = 1; other < kWarps; ++other) {
+    if (row == 0 && channel < args.channels) {
+      for (int other = 1; other < kRows; ++other) {
         grad_gamma += of_gamma[other][lane];
         grad_beta += of_beta[other][lane];
       }
@@ -277,7 +280,7 @@ void copies_norm_launch(const CopiesNorm<T>& args, Stream stream) {
 template <typename T>
 void copies_norm_reverse_launch(const CopiesNormReverse<T>& args, Stream stream) {
   launch("copies_norm_reverse", copies_norm_reverse_kernel<T>,
-         Grid{args.samples * ((args.channels + kWarp - 1) / kWarp)}, stream, args);
+         Grid{args.samples * ((args.channels + kNormChannels - 1) / kNormChannels)}, stream, args);
 }
 
 FASTVAE_FOR_EACH_COPIES_KERNEL(FASTVAE_DEFINE_CUDA)

@@ -147,11 +147,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 1)
   }
 }
 
+// The chunks of a sample where nothing is summed over them: an independent number a thread.
+inline int64_t unsummed_chunks(const LikelihoodSpec& likelihood, int64_t positions, int64_t channels) {
+  return likelihood.kind == Likelihood::kCategorical ? head_chunks(likelihood, positions, channels)
+                                                     : (positions * channels + kThreads - 1) / kThreads;
+}
+
 template <typename T>
 void head_residual_launch(const HeadResidual<T>& args, Stream stream) {
-  const int64_t chunks = args.log_prob != nullptr && args.partial == nullptr
-                             ? 1
-                             : head_chunks(args.likelihood, args.positions, args.channels);
+  const int64_t chunks = args.log_prob == nullptr  ? unsummed_chunks(args.likelihood, args.positions, args.channels)
+                         : args.partial == nullptr ? 1
+                                                   : head_chunks(args.likelihood, args.positions, args.channels);
   const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) {
 #define FASTVAE_CASE(kind, Head)                                                                               \
@@ -224,7 +230,7 @@ __global__ void categorical_tangent_kernel(const HeadTangent<T> args, int64_t ch
 
 template <typename T>
 void head_tangent_launch(const HeadTangent<T>& args, Stream stream) {
-  const int64_t chunks = head_chunks(args.likelihood, args.positions, args.channels);
+  const int64_t chunks = unsummed_chunks(args.likelihood, args.positions, args.channels);
   const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) {
 #define FASTVAE_CASE(kind, Head)                                                                                 \

@@ -44,7 +44,15 @@ struct Grid {
   size_t shared_bytes = 0;
 };
 
-inline Grid grid_for_elements(int64_t count) { return {(count + kThreads - 1) / kThreads}; }
+// A thread an element. Few of them are spread over an H100's multiprocessors, in blocks of a warp at least.
+inline Grid grid_for_elements(int64_t count) {
+  constexpr int64_t kMultiprocessors = 132;
+  int threads = kThreads;
+  while (threads > kWarp && count < kMultiprocessors * threads) {
+    threads /= 2;
+  }
+  return {(count + threads - 1) / threads, threads};
+}
 
 inline void check(cudaError_t status, const char* kernel) {
   if (status != cudaSuccess) {

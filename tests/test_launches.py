@@ -1,0 +1,123 @@
+"""Launches of a call, counted and compared on the build that emulates CUDA (scripts/launches.py)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import EMULATED
+
+from fastvae import ops
+from scripts import load_script
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED_TORCH = "2.13"
+"""With which the table in docs/kernels.md was counted; another release may take an operator apart differently."""
+
+launches = load_script(ROOT / "scripts" / "launches.py") if EMULATED else None
+CASES = launches.CASES if launches else {}
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="launches are seen on the build that emulates CUDA")
+OPERATORS = list(launches.OPERATORS) if launches else ["operators"]
+
+
+def rows_of_docs() -> dict[str, str]:
+    lines = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
+    heading = f"| {' | '.join(launches.HEADING)} |"
+    rows = lines[lines.index(heading) + 2 :]
+    end = next(at for at, line in enumerate(rows) if not line.startswith("|"))
+    return {row.split("|")[1].strip(): row for row in rows[:end]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_table_in_the_docs_is_true(name: str) -> None:
+    both = launches.counts(CASES[name])
+    assert all(one.moved_bytes > 0 for found in both for one in found if isinstance(one, launches.Launch))
+    cells = [launches.row_of(name, both), rows_of_docs()[name]]
+    if not torch.__version__.startswith(RECORDED_TORCH + "."):
+        cells = [row.split("|")[2::2] for row in cells]  # of our kernels alone
+    assert cells[0] == cells[1], "run: PYTHONPATH=build/emulated/lib python scripts/launches.py table"
+
+
+def test_the_table_has_every_operator_and_no_other_call() -> None:
+    assert list(rows_of_docs()) == list(CASES)
+    assert {name.split(":")[0] for name in OPERATORS} == set(ops.__all__)
+
+
+def is_address(word: int) -> bool:
+    """Of a process's memory: no count, no float64 and no pair of float32 that anybody would pass."""
+    return 2**32 <= word < 2**47
+
+
+def difference(first: Sequence[object], second: Sequence[object]) -> str:
+    """Where two lists of launches differ in more than pointers, or nothing."""
+    if len(first) != len(second):
+        return f"{len(first)} and {len(second)} launches"
+    for at, (one, other) in enumerate(zip(first, second, strict=True)):
+        if isinstance(one, launches.Launch) and isinstance(other, launches.Launch):
+            if one[:-1] != other[:-1] or len(one.arguments) != len(other.arguments):
+                return f"launch {at}: {one} and {other}"
+            words = [
+                struct.unpack(f"<{len(each) // 8}Q", each)
+                for each in (launch.arguments + bytes(-len(launch.arguments) % 8) for launch in (one, other))
+            ]
+            for place, (a, b) in enumerate(zip(*words, strict=True)):
+                if a != b and not (is_address(a) and is_address(b)):
+                    return f"launch {at}, {one.kernel}, byte {8 * place} of its arguments: {a:#x} and {b:#x}"
+        elif one != other:
+            return f"launch {at}: {one} and {other}"
+    return ""
+
+
+def flat(case: str, times: int) -> list[list[object]]:
+    """The launches of a call and its gradient, several times over, from other numbers at other places."""
+    function, inputs = CASES[case](4)
+    held, found = [function()], []
+    for _ in range(times):
+        with torch.no_grad():
+            for tensor in inputs:
+                tensor.mul_(0.99)
+        result, forward = launches.launched(function)
+        held.append(result)
+        backward: list[object] = []
+        if inputs:
+            results = [
+                one for one in (result if isinstance(result, tuple) else (result,)) if one.requires_grad
+            ]
+            ones = [torch.rand_like(one) for one in results]
+            grads, backward = launches.launched(
+                lambda results=results, ones=ones: torch.autograd.grad(
+                    results, inputs, ones, allow_unused=True
+                )
+            )
+            held.append(grads)
+        found.append([*forward, *backward])
+    return found
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_but_pointers_differs_from_call_to_call(name: str) -> None:
+    """So that a CUDA graph of one call is one of all."""
+    first, second = flat(name, 2)
+    assert first
+    assert difference(first, second) == ""
+    waits = [one for one in first if one[0].startswith(("aten::_local_scalar_dense", "aten::nonzero"))]
+    assert not waits, "the host waits for a number, which no capture allows"
+
+
+def test_a_number_that_differs_is_seen() -> None:
+    z, rho, force = torch.randn(3, 4, 5)
+    step = torch.tensor(0.1)
+    ops.leapfrog_kick_drift(z, rho, force, step)
+    _, found = launches.launched(lambda: ops.leapfrog_kick_drift(z, rho, force, step))
+    _, wider = launches.launched(lambda: ops.leapfrog_kick_drift(z[:3], rho[:3], force[:3], step))
+    assert difference(found, found) == ""
+    assert "launch 0" in difference(found, wider)
+    (one,) = found
+    at = one.arguments.index(struct.pack("<Q", 4))  # samples
+    changed = one._replace(arguments=one.arguments[:at] + struct.pack("<Q", 5) + one.arguments[at + 8 :])
+    assert "byte" in difference(found, [changed])
+    assert one.kernel == "kick_drift_kernel<float>" and one.moved_bytes == 5 * 20 * 4
