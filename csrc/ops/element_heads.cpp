@@ -2,11 +2,10 @@
 // (kernels/math/element_heads.h). Check, allocate, launch.
 #include "element_heads.h"
 
-#include <torch/library.h>
-
 #include "../common/aten.h"
 #include "../common/guard.h"
 #include "../common/launch.h"
+#include "../common/operator.h"
 #include "../network/words.h"
 
 namespace fastvae {
@@ -104,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor> element_head(const at::Tensor& y, const at::T
                                                 const std::optional<at::Tensor>& weight, std::string_view likelihood,
                                                 bool wants_residual) {
   constexpr const char* op = "element_head";
-  const EntryGuard guard(op, {y, x});
+  const EntryGuard guard(op, y);
   const Call call(op, y, x, weight, likelihood);
   at::Tensor log_prob = aten::empty({call.samples()}, y.options());
   at::Tensor residual = wants_residual ? aten::empty_like(call.y) : aten::empty({0}, y.options());
@@ -117,7 +116,7 @@ at::Tensor element_head_adjoint(const at::Tensor& y, const at::Tensor& x, const 
                                 const at::Tensor& dot, const std::optional<at::Tensor>& residual,
                                 const std::optional<at::Tensor>& cotangent, std::string_view likelihood) {
   constexpr const char* op = "element_head_adjoint";
-  const EntryGuard guard(op, {y, x, dot});
+  const EntryGuard guard(op, y);
   const Call call(op, y, x, weight, likelihood);
   FASTVAE_CHECK_VALUE(residual.has_value() || !cotangent.has_value(), op, "residual", "a tensor beside a cotangent",
                       "None");
@@ -149,18 +148,15 @@ at::Tensor element_head_adjoint(const at::Tensor& y, const at::Tensor& x, const 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastvae_internal, m) {
-  m.def("element_head(Tensor y, Tensor x, Tensor? weight, str likelihood, bool wants_residual) -> (Tensor, Tensor)");
-  m.def(
+  const auto no_gradient = [] { return refuses_gradient("fastvae::element_head: what sweeps call has no gradient"); };
+  define_operator<&element_head>(
+      m, "element_head(Tensor y, Tensor x, Tensor? weight, str likelihood, bool wants_residual) -> (Tensor, Tensor)",
+      no_gradient());
+  define_operator<&element_head_adjoint>(
+      m,
       "element_head_adjoint(Tensor y, Tensor x, Tensor? weight, Tensor dot, Tensor? residual, Tensor? cotangent, "
-      "str likelihood) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(fastvae_internal, CPU, m) {
-  m.impl("element_head", &element_head);
-  m.impl("element_head_adjoint", &element_head_adjoint);
-}
-TORCH_LIBRARY_IMPL(fastvae_internal, CUDA, m) {
-  m.impl("element_head", &element_head);
-  m.impl("element_head_adjoint", &element_head_adjoint);
+      "str likelihood) -> Tensor",
+      no_gradient());
 }
 
 }  // namespace fastvae

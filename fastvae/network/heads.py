@@ -303,13 +303,31 @@ _ELEMENT_HEAD = torch.ops.fastvae_internal.element_head.default
 _ELEMENT_ADJOINT = torch.ops.fastvae_internal.element_head_adjoint.default
 
 
+def _check_one_device(name: str, y: Tensor, **tensors: Tensor | None) -> None:
+    from fastvae.ops._registration import check_one_device  # which imports this file
+
+    given = {argument: tensor for argument, tensor in tensors.items() if tensor is not None}
+    check_one_device(name, y, "y", **given)
+
+
 @torch.library.register_fake("fastvae_internal::element_head")
 def _(
     y: Tensor, x: Tensor, weight: Tensor | None, likelihood: str, wants_residual: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_one_device("element_head", y, x=x, weight=weight)
     return y.new_empty(y.shape[:1]), torch.empty_like(y) if wants_residual else y.new_empty(0)
 
 
 @torch.library.register_fake("fastvae_internal::element_head_adjoint")
-def _(y: Tensor, *_: Any) -> Tensor:
+def _(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    dot: Tensor,
+    residual: Tensor | None,
+    cotangent: Tensor | None,
+    likelihood: str,
+) -> Tensor:
+    of = {"x": x, "weight": weight, "dot": dot, "residual": residual, "cotangent": cotangent}
+    _check_one_device("element_head_adjoint", y, **of)
     return torch.empty_like(y)

@@ -231,6 +231,18 @@ _VALUES: dict[str, Any] = {
         )
     },
     "elbo_terms_backward.needs": lambda a: a.needs(len(a.encoder.tensors)),
+    **{
+        f"{entry}.{name}": value
+        for entry in ("element_head", "element_head_adjoint")
+        for name, value in {
+            **dict.fromkeys(("y", "dot", "residual"), lambda a: a.normal(B, 6)),
+            "x": lambda a: torch.rand(B, 6, dtype=a.dtype),
+            "weight": lambda a: random.choice((None, torch.rand(B, 6, dtype=a.dtype))),
+            "cotangent": lambda a: a.normal(B),
+            "likelihood": lambda a: random.choice(("student_t 3.5 0.7", "continuous_bernoulli")),
+            "wants_residual": lambda a: random.random() < 0.5,
+        }.items()
+    },
     "log_px_pullback.cotangent": lambda a: a.normal(B),
     "log_px_pullback.needs": lambda a: a.needs(0),
     "again": lambda a: lambda cotangents, x, noise: [],
