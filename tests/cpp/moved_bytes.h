@@ -172,6 +172,17 @@ template <template <typename> typename Arguments, typename T, typename... Others
 int64_t moved_bytes(const Arguments<T>& arguments, const Others&...) {
   return moved_numbers(arguments) * static_cast<int64_t>(sizeof(T));
 }
+// Their rules say how many outputs an element has.
+template <typename T, typename Rules>
+int64_t moved_bytes(const ElementHeadResidual<T>& a, const Rules&, const int64_t&) {
+  const int64_t of_element = Rules::kOutputs * given(a.y, a.residual) + given(a.x, a.weight);
+  return a.samples * (a.size * of_element + given(a.log_prob)) * static_cast<int64_t>(sizeof(T));
+}
+template <typename T, typename Rules>
+int64_t moved_bytes(const ElementHeadTangent<T>& a, const Rules&, const int64_t&) {
+  const int64_t of_element = Rules::kOutputs * given(a.y, a.dot, a.residual, a.delta_dot) + given(a.x, a.weight);
+  return a.samples * (a.size * of_element + given(a.cotangent)) * static_cast<int64_t>(sizeof(T));
+}
 inline int64_t moved_bytes(const SampleKeys& a) { return a.samples * (a.row_bytes + 8); }
 inline int64_t moved_bytes(const KeyedNumbers& a) { return a.rows * (a.count + 1) * 8; }
 // sum_chunks

@@ -77,9 +77,14 @@ __global__ void element_tangent_kernel(const ElementHeadTangent<T> args, const R
 #define FASTVAE_RESIDUAL_CASE(KIND, Rules) FASTVAE_CASE("element_head_residual", element_residual_kernel, KIND, Rules)
 #define FASTVAE_TANGENT_CASE(KIND, Rules) FASTVAE_CASE("element_head_tangent", element_tangent_kernel, KIND, Rules)
 
+// The chunks of a sample where nothing is summed over them: an element a thread.
+inline int64_t unsummed_element_chunks(int64_t size) { return (size + kThreads - 1) / kThreads; }
+
 template <typename T>
 void element_head_residual_launch(const ElementHeadResidual<T>& args, Stream stream) {
-  const int64_t chunks = args.log_prob != nullptr && args.partial == nullptr ? 1 : element_head_chunks(args.size);
+  const int64_t chunks = args.log_prob == nullptr  ? unsummed_element_chunks(args.size)
+                         : args.partial == nullptr ? 1
+                                                   : element_head_chunks(args.size);
   const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) { FASTVAE_ELEMENT_HEADS(FASTVAE_RESIDUAL_CASE) }
   if (args.log_prob != nullptr && args.partial != nullptr) {
@@ -89,7 +94,7 @@ void element_head_residual_launch(const ElementHeadResidual<T>& args, Stream str
 
 template <typename T>
 void element_head_tangent_launch(const ElementHeadTangent<T>& args, Stream stream) {
-  const int64_t chunks = element_head_chunks(args.size);
+  const int64_t chunks = unsummed_element_chunks(args.size);
   const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) { FASTVAE_ELEMENT_HEADS(FASTVAE_TANGENT_CASE) }
 }
