@@ -114,9 +114,10 @@ demo: build/.extension
 
 test: test-cpp test-py
 
-# Tests run side by side, so a thread that has nothing to do must not spin.
+# Tests run side by side, so a thread that has nothing to do must not spin. One worker more than there are cores: a third
+# of their time they wait, for processes of their own and for files.
 test-py test-slow test-asan test-cuda-emulated test-cuda-emulated-asan zoo: export OMP_WAIT_POLICY := PASSIVE
-PYTEST_ARGS := -q -n auto --maxprocesses 4 --dist worksteal
+PYTEST_ARGS := -q -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 
 test-py: build/.extension
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow" $(ARGS)

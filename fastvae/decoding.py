@@ -73,7 +73,19 @@ def called_on_copies(network: Callable[..., Any], *given: Tensor) -> Any:
 
     What was given is still needed: codes for a divergence, x for the likelihood, both by whoever holds them.
     """
-    return network(*(tensor.clone() for tensor in given))
+    return network(*(_copied(tensor) for tensor in given))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """ValueError where its owner has emptied its storage, of which PyTorch's copy ends the process."""
+    if not is_compiling() and type(tensor) is Tensor and not transformed() and tensor.numel():
+        with contextlib.suppress(RuntimeError):  # without memory of its own, such as a meta tensor
+            if tensor.untyped_storage().nbytes() == 0:
+                raise ValueError(
+                    f"a network's input: expected a tensor with its numbers, got {tensor.dtype} "
+                    f"{list(tensor.shape)} with an empty storage"
+                )
+    return tensor.clone()
 
 
 def natural_parameters(

@@ -179,7 +179,9 @@ class Held:
 
     def _module(self, module: nn.Module, steps: Steps) -> Any:
         """One that is not registered."""
-        if any(getattr(module, hooks, None) for hooks in _CALLED_HOOKS):
+        if isinstance(module, torch.jit.ScriptModule) or any(
+            getattr(module, hooks, None) for hooks in _CALLED_HOOKS
+        ):
             raise UnknownValue
         state = vars(module)
         names = [*module._parameters, *module._buffers, *module._modules]

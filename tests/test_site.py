@@ -76,6 +76,7 @@ INTERNAL = {
     "cuda_graphs",
     "decoding",
     "demo",
+    "held",
     "info",
     "modes",
     "private",

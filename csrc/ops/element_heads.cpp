@@ -20,7 +20,7 @@ std::optional<ElementLikelihood> find_element_likelihood(const char* op, std::st
     found = ElementLikelihood{{kind}, outputs, is_head};
     for (int i = 0; i < numbers; ++i) {
       found->spec.numbers[i] = to_number(op, "likelihood", words[i + 1]);
-      FASTVAE_CHECK_VALUE(found->spec.numbers[i] > 0.0, op, "likelihood", "numbers > 0", found->spec.numbers[i]);
+      FASTVAE_CHECK_VALUE(found->spec.numbers[i] > 0.0, op, "likelihood", "a number > 0", found->spec.numbers[i]);
     }
   };
 #define FASTVAE_TRY(KIND, Rules)                                                                     \

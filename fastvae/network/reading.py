@@ -273,10 +273,16 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _held_tensors(module: nn.Module) -> Ways:
-    """The way to tensors that are not registered, such as those of modules in a plain list or in a closure."""
+    """The way to tensors that are read past their registration, such as those in a plain list or in a closure.
+
+    They may be registered as well.
+    """
     found: Ways = {}
     for path, inner in module.named_modules():
         steps: Steps = tuple(("attribute", name) for name in path.split(".") if name)
+        for name, part in (*inner._parameters.items(), *inner._buffers.items()):
+            if part is not None and part.layout == torch.strided and part.numel():
+                found.setdefault(_identity(part), (*steps, ("attribute", name)))
         held = Held(module)
         for name, value in vars(inner).items():
             if name not in INTERNAL:
