@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from fastvae._compiling import is_captured, is_compiling
+from fastvae._compiling import is_captured, is_compiling, is_watched
 from fastvae.modes import modes_kept
 from fastvae.sigmoids import SigmoidInputs, ending_of_module, ending_of_output
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_decoder",
     "conditioned",
     "ends_in_sigmoid",
+    "is_unobserved",
     "natural_parameters",
     "transformed",
 ]
@@ -158,6 +160,13 @@ def ends_in_sigmoid(decoder: nn.Module, output: Tensor) -> bool:
 def transformed() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, ...) is at work, under which no value can be looked at."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_unobserved(tensor: object) -> bool:
+    """Whether nobody looks on who has to see PyTorch's own operators: a compiler, a mode, a transform, forward mode."""
+    if is_compiling() or type(tensor) not in (Tensor, nn.Parameter) or transformed():
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or is_watched() or forward_ad._current_level >= 0)
 
 
 def _look_at(output: Any, decoder: Any, likelihood: Likelihood) -> None:

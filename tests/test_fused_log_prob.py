@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_problems import seeded
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from weight_problems import LIKELIHOODS, PIXELS, data, weights
 
 from fastvae import VAE, Gaussian
@@ -108,10 +109,17 @@ def test_a_model_trains_by_it_and_hooks_are_called() -> None:
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     calls = []
-    handle = likelihood.register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(model.log_px(z, x), expected, rtol=1e-12, atol=1e-12)
-    handle.remove()
-    assert calls == [1]
+    for register in (
+        likelihood.register_forward_hook,
+        lambda hook: likelihood.register_full_backward_pre_hook(lambda *_: hook()),
+        lambda hook: register_module_forward_hook(lambda of, *_: hook() if of is likelihood else None),
+    ):
+        handle = register(lambda *_: calls.append(1))
+        found = model.log_px(z, x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        found.sum().backward()
+        handle.remove()
+    assert calls == [1, 1, 1]
     assert pickle.loads(pickle.dumps(model)).log_px(z, x).shape == (4,)
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fastvae._compiling import is_compiling, is_watched
 from fastvae._extension import has_kernels_for
-from fastvae.decoding import transformed
+from fastvae.decoding import is_unobserved
 from fastvae.likelihoods.base import Likelihood
 from fastvae.likelihoods.learned import LearnedLikelihood
 from fastvae.likelihoods.weights import expanded
+from fastvae.lowering.checks import has_hooks
 
 __all__ = ["base_measure", "fused_log_prob", "relative_log_prob"]
 
@@ -31,7 +30,7 @@ def fused_log_prob(
         likelihood: with parameters of its own or without.
         params, x, weight: as of ``Likelihood.log_prob``.
     """
-    if not (_is_plain(params) and _is_plain(x)) or (torch.is_grad_enabled() and x.requires_grad):
+    if not (is_unobserved(params) and is_unobserved(x)) or (torch.is_grad_enabled() and x.requires_grad):
         return None
     owner = type(likelihood).__name__
     own = None if weight is None else expanded(owner, weight, x)
@@ -61,23 +60,12 @@ def base_measure(
     return density.base_measure(x, dtype, weight)
 
 
-def _is_plain(tensor: object) -> bool:
-    """Whether nobody looks on who has to see PyTorch's own operators."""
-    if is_compiling() or type(tensor) not in (Tensor, nn.Parameter) or transformed():
-        return False
-    return not (torch._C._len_torch_dispatch_stack() or is_watched() or forward_ad._current_level >= 0)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 def _terms(
     likelihood: Likelihood, params: Tensor, x: Tensor, weight: Tensor | None
 ) -> tuple[Likelihood, Tensor, Tensor, Tensor | None] | None:
     """The likelihood without parameters of its own, and what its kernel takes; the weight of the shape of x."""
     if isinstance(likelihood, LearnedLikelihood):
-        if _has_hooks(likelihood) or type(likelihood) is not LearnedLikelihood:
+        if has_hooks(likelihood) or type(likelihood) is not LearnedLikelihood:
             return None
         params, likelihood = likelihood._appended(params), likelihood.head
     if not (likelihood.has_element_kernel and has_kernels_for(params)):

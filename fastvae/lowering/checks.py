@@ -186,3 +186,8 @@ def check_uncoupled(module: nn.Module) -> None:
                     "in training mode a sample's output depends on the other samples or on noise; " + remedy,
                 )
             )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches a module, or one inside it, or all modules there are."""
+    return any(_GLOBAL_HOOKS) or any(getattr(part, hooks) for part in module.modules() for hooks in HOOKS)

@@ -18,7 +18,7 @@ from fastvae.arguments import expect_numbers
 from fastvae.decoding import check_outputs, contradiction
 from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import HOOKS, PLAIN, check_is_module, check_uncoupled
+from fastvae.lowering.checks import PLAIN, check_is_module, check_uncoupled, has_hooks
 from fastvae.lowering.errors import NotADecoder
 from fastvae.network.cache import ReadNetwork, read_network
 from fastvae.network.chain import lowered_chain
@@ -296,11 +296,6 @@ def _refuse_codes(name: str, network: LoweredNetwork, z: Tensor) -> None:
             torch.ops.fastvae.jacobian_l1(z.detach(), tensors, network.spec, [], 1, "sum")
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("fastvae::jacobian_l1", f"fastvae::{name}")) from None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches a module, or one inside it."""
-    return any(getattr(part, hooks) for part in module.modules() for hooks in HOOKS)
 
 
 def _warn_of_decoder(name: str, decoder: nn.Module, text: str, stacklevel: int = 4) -> None:

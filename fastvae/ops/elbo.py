@@ -7,13 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from fastvae._compiling import is_compiling, is_watched
 from fastvae._elbo_reference import ElboTerms, elbo_terms, terms_at
 from fastvae._extension import raw
 from fastvae.arguments import given
-from fastvae.decoding import transformed
+from fastvae.decoding import is_unobserved
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.fused import fused_log_prob
 from fastvae.lowering import LoweredNetwork, lower
@@ -145,11 +143,7 @@ def fused(
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing is asked that only PyTorch's own operations can do."""
-    if is_compiling() or type(x) not in (Tensor, nn.Parameter) or transformed():
-        return False
-    if torch._C._len_torch_dispatch_stack() or is_watched():
-        return False
-    if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
+    if not is_unobserved(x) or torch.is_autocast_enabled(x.device.type):
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 

@@ -18,10 +18,10 @@ from fastvae.decoding import transformed
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.fused import fused_log_prob
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
-from fastvae.lowering.checks import check_uncoupled
+from fastvae.lowering.checks import check_uncoupled, has_hooks
 from fastvae.lowering.effects import has_no_effects
 from fastvae.noise import Stream, draws_of
-from fastvae.ops._registration import check_bound, check_condition, check_tensors, has_hooks
+from fastvae.ops._registration import check_bound, check_condition, check_tensors
 
 __all__ = ["is_tileable", "iwae_bound", "noise_of", "tiled_bound"]
 

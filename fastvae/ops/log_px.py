@@ -81,8 +81,7 @@ def log_px(
         with torch.no_grad():
             fused = relative_log_prob if is_plain(z) and is_plain(x) else None
             return reference.log_px_in_parts(decoder, z, x, like, condition, weight, fused)
-    data = like.as_float(x, z.dtype) if like.has_kernel else like._element_data(x, z.dtype)
-    observed = data.reshape(x.shape[0], math.prod(x.shape[1:]))
+    observed = like._element_data(x, z.dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
     refuse_forward_mode("log_px", z, observed, *network.tensors)
     text = like.spec if like.has_kernel else like.element_spec
     found = torch.ops.fastvae.log_px(z, observed, network.tensors, network.spec, text)
