@@ -2,26 +2,16 @@
 //
 // A block takes a chunk of a sample, as in heads.cu. Memory bound: an element's outputs, datum and weight are read
 // once.
-#include "launch.cuh"
+#include "heads.cuh"
 
 namespace fastvae::cuda {
-
-// The elements first <= j < end of a sample, a block's.
-struct ElementChunk {
-  __device__ ElementChunk(int64_t block, int64_t chunks, int64_t size) : sample(block / chunks) {
-    const int64_t each = (size + chunks - 1) / chunks;
-    first = block % chunks * each;
-    end = first + each < size ? first + each : size;
-  }
-  int64_t sample, first, end;
-};
 
 template <typename Rules, typename T>
 __global__ void element_residual_kernel(const ElementHeadResidual<T> args, const Rules rules, int64_t chunks) {
   constexpr int kOutputs = Rules::kOutputs;
   const int64_t n = args.size;
   for (int64_t block = blockIdx.x; block < args.samples * chunks; block += gridDim.x) {
-    const ElementChunk chunk(block, chunks, n);
+    const HeadChunk chunk(block, chunks, n);
     const int64_t offset = chunk.sample * kOutputs * n;
     T sum = T(0);
     for (int64_t j = chunk.first + threadIdx.x; j < chunk.end; j += blockDim.x) {
@@ -36,12 +26,7 @@ __global__ void element_residual_kernel(const ElementHeadResidual<T> args, const
         args.residual[offset + i * n + j] = w == T(0) ? T(0) : w * r[i];
       }
     }
-    if (args.log_prob != nullptr) {
-      sum = block_sum(sum);
-      if (threadIdx.x == 0) {
-        (args.partial == nullptr ? args.log_prob : args.partial)[block] = sum;
-      }
-    }
+    note_log_prob(args, block, sum);
   }
 }
 
@@ -50,7 +35,7 @@ __global__ void element_tangent_kernel(const ElementHeadTangent<T> args, const R
   constexpr int kOutputs = Rules::kOutputs;
   const int64_t n = args.size;
   for (int64_t block = blockIdx.x; block < args.samples * chunks; block += gridDim.x) {
-    const ElementChunk chunk(block, chunks, n);
+    const HeadChunk chunk(block, chunks, n);
     const int64_t offset = chunk.sample * kOutputs * n;
     const T c = args.cotangent == nullptr ? T(0) : args.cotangent[chunk.sample];
     for (int64_t j = chunk.first + threadIdx.x; j < chunk.end; j += blockDim.x) {
@@ -77,12 +62,9 @@ __global__ void element_tangent_kernel(const ElementHeadTangent<T> args, const R
 #define FASTVAE_RESIDUAL_CASE(KIND, Rules) FASTVAE_CASE("element_head_residual", element_residual_kernel, KIND, Rules)
 #define FASTVAE_TANGENT_CASE(KIND, Rules) FASTVAE_CASE("element_head_tangent", element_tangent_kernel, KIND, Rules)
 
-// The chunks of a sample where nothing is summed over them: an element a thread.
-inline int64_t unsummed_element_chunks(int64_t size) { return (size + kThreads - 1) / kThreads; }
-
 template <typename T>
 void element_head_residual_launch(const ElementHeadResidual<T>& args, Stream stream) {
-  const int64_t chunks = args.log_prob == nullptr  ? unsummed_element_chunks(args.size)
+  const int64_t chunks = args.log_prob == nullptr  ? unsummed_chunks(args.size)
                          : args.partial == nullptr ? 1
                                                    : element_head_chunks(args.size);
   const Grid grid{args.samples * chunks};
@@ -94,7 +76,7 @@ void element_head_residual_launch(const ElementHeadResidual<T>& args, Stream str
 
 template <typename T>
 void element_head_tangent_launch(const ElementHeadTangent<T>& args, Stream stream) {
-  const int64_t chunks = unsummed_element_chunks(args.size);
+  const int64_t chunks = unsummed_chunks(args.size);
   const Grid grid{args.samples * chunks};
   switch (args.likelihood.kind) { FASTVAE_ELEMENT_HEADS(FASTVAE_TANGENT_CASE) }
 }

@@ -4,33 +4,12 @@
 // fixed order a chunk, then one over chunks. Memory bound: under a categorical likelihood 16 lanes take an observed
 // number with its logits, 16 bytes at a time, which they read once and keep in registers (the first 256; beyond them,
 // three times). With more lanes the reductions would cost more than the logits.
-#include "launch.cuh"
+#include "heads.cuh"
 
 namespace fastvae::cuda {
 
 constexpr int kHeld = 16;   // logits that a lane keeps
 constexpr int kLanes = 16;  // that share an observed number
-
-// The chunk of a sample that a block works on: its numbers are first <= i < end.
-struct HeadChunk {
-  __device__ HeadChunk(int64_t block, int64_t chunks, int64_t numbers) : sample(block / chunks) {
-    const int64_t chunk = block % chunks, each = (numbers + chunks - 1) / chunks;
-    first = chunk * each;
-    end = first + each < numbers ? first + each : numbers;
-  }
-  int64_t sample, first, end;
-};
-
-// The sum of a block's log probabilities, where they are wanted. All threads of the block must call.
-template <typename T>
-__device__ void note_log_prob(const HeadResidual<T>& args, int64_t block, T sum) {
-  if (args.log_prob != nullptr) {
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) {
-      (args.partial == nullptr ? args.log_prob : args.partial)[block] = sum;
-    }
-  }
-}
 
 template <typename Head, typename T>
 __global__ void independent_head_kernel(const HeadResidual<T> args, const Head head, int64_t chunks) {
@@ -147,10 +126,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 1)
   }
 }
 
-// The chunks of a sample where nothing is summed over them: an independent number a thread.
+// As unsummed_chunks of a sample's numbers, but for those with a choice of classes.
 inline int64_t unsummed_chunks(const LikelihoodSpec& likelihood, int64_t positions, int64_t channels) {
   return likelihood.kind == Likelihood::kCategorical ? head_chunks(likelihood, positions, channels)
-                                                     : (positions * channels + kThreads - 1) / kThreads;
+                                                     : unsummed_chunks(positions * channels);
 }
 
 template <typename T>
