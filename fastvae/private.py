@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ from fastvae.held import INTERNAL, Held, UnknownValue
 
 __all__ = [
     "PrivateCopies",
-    "Turns",
     "copy_has_origin",
     "for_scoring",
     "origin_of",
@@ -112,23 +110,6 @@ def copy_has_origin(copy_of: nn.Module, origin: nn.Module) -> None:
 def origin_of(copy_of: nn.Module) -> nn.Module | None:
     """The module that a private copy, or a part of one, or a copy of it, was made from; None for any other."""
     return _origins.get(copy_of, lambda: None)()
-
-
-class Turns:
-    """A lock that may be pickled and copied, as a new one that nobody holds."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
-        """See above."""
-        return Turns, ()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 class PrivateCopies:

@@ -5,6 +5,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -16,6 +19,21 @@
 #include "aten.h"
 
 namespace fastvae {
+namespace {
+
+// One for all pools, and a fork waits for it: a loader's worker must not find it held by a thread that it does not
+// have. Never destroyed: tensors may outlive every static object.
+std::mutex& pools_mutex() {
+  static std::mutex& mutex = *new std::mutex;
+  return mutex;
+}
+
+#ifndef _WIN32
+[[maybe_unused]] const int kForksWait =
+    pthread_atfork([] { pools_mutex().lock(); }, [] { pools_mutex().unlock(); }, [] { pools_mutex().unlock(); });
+#endif
+
+}  // namespace
 
 // Blocks of CPU memory that nobody uses. Tensors may die on any thread, and after the pool.
 class Pool : public std::enable_shared_from_this<Pool> {
@@ -42,19 +60,21 @@ class Pool : public std::enable_shared_from_this<Pool> {
   };
 
   Block take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = free_.lower_bound(bytes);
-    if (found == free_.end() || found->first > 2 * bytes) {
-      return {bytes, fresh(bytes)};
+    {
+      const std::lock_guard<std::mutex> lock(pools_mutex());
+      const auto found = free_.lower_bound(bytes);
+      if (found != free_.end() && found->first <= 2 * bytes) {
+        Block block{found->first, std::move(found->second)};
+        free_.erase(found);
+        free_bytes_ -= block.bytes;
+        return block;
+      }
     }
-    Block block{found->first, std::move(found->second)};
-    free_.erase(found);
-    free_bytes_ -= block.bytes;
-    return block;
+    return {bytes, fresh(bytes)};
   }
 
   void give(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(pools_mutex());
     if (block.bytes <= most_bytes_ && free_bytes_ > most_bytes_ - block.bytes) {
       free_.clear();  // what is used again comes back soon
       free_bytes_ = 0;
@@ -82,7 +102,6 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   size_t most_bytes_;
   size_t free_bytes_ = 0;
-  std::mutex mutex_;
   std::multimap<size_t, c10::DataPtr> free_;
 };
 

@@ -35,8 +35,9 @@ from fastvae.influence.sharding import Share
 from fastvae.influence.snapshots import Snapshot, Snapshots
 from fastvae.influence.sweeps import is_swept
 from fastvae.influence.topk import KMostInfluentialResults, TopK
+from fastvae.locks import Turns
 from fastvae.models import BaseVAE
-from fastvae.private import Turns, private_copy
+from fastvae.private import private_copy
 from fastvae.progress import with_bar
 from fastvae.training import load_checkpoint
 from fastvae.wrappers import unwrap

@@ -8,13 +8,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastvae.locks import READING
+
 from .checks import PLAIN, check_module, check_readable, check_tensor, named
 from .effects import has_no_effects
 from .errors import ImpossibleLayer, UnsupportedLayer, join
 from .graph import read
 from .reading import Layer, Reading, Stacked, TensorRef
 from .snapshot import Collected, Node, compile_program, visit
-from .tracing import READING
 
 
 class Form(NamedTuple):

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Tracer
 
+from fastvae.locks import READING
+
 from .errors import NotADecoder, UnsupportedLayer
 from .reading import Reading, stock_base
 
@@ -81,8 +83,6 @@ class _Leaves(Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-# Tracing patches torch.nn.Module for the time it runs, and a reading meanwhile would take that for the user's doing.
-READING = threading.RLock()
 _GONE = object()
 
 

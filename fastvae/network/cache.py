@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.held import follow
+from fastvae.locks import READING
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
 from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
 from fastvae.lowering.snapshot import Node, changed_by, compile_program, visit
@@ -162,7 +162,6 @@ _GONE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueErr
 _known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
 _of_copies: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
 """What was read of a module's private copies, for the next ones: each score works on some of its own."""
-_lock = threading.RLock()
 
 _MOST_FORMS = 16
 """Shapes, dtypes and the like of one module's inputs for which readings are kept: each holds code and constants."""
@@ -201,7 +200,7 @@ def read_network(
     key = forms, torch.get_default_dtype(), registrations(), of_data
     found = _current(module, key, condition)
     if found is None:
-        with _lock:
+        with READING:
             found = _current(module, key, condition)
             if found is None:
                 found = _of_origin(module, key, condition)
@@ -215,7 +214,7 @@ def read_network(
                 found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh, condition)
     known, tensors = found
     if len(z) > known.largest:
-        with _lock, own_noise():
+        with READING, own_noise():
             known.compare_larger(module, z, condition)
     if known.coupled:
         raise CoupledSamples(known.coupled)

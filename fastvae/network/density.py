@@ -6,7 +6,6 @@ factorial, is computed once a call.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvae._compiling import is_captured
 from fastvae.likelihoods import Likelihood
+from fastvae.locks import READING
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.network.facts import key_of
 from fastvae.network.layers import Products, registrations
@@ -27,8 +27,9 @@ __all__ = ["density_of", "tensors_of"]
 
 _REMEMBERED = 32
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
-_known: OrderedDict[Any, Sweeps | None] = OrderedDict()
-_lock = threading.RLock()
+_known: OrderedDict[Any, Any] = OrderedDict()
+"""Sweeps or None."""
+_UNKNOWN = object()
 
 Derivatives = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor | None]]
 """Of y, a direction v and cotangents c of log p: log p, its gradient r, and the gradient of <r, v> + <c, log p>."""
@@ -58,7 +59,10 @@ def density_of(likelihood: Likelihood, y: Tensor, x: Tensor, by_autograd: Deriva
         return None
     forms = tuple((tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in (y, x))
     key = of_likelihood, forms, torch.get_default_dtype(), registrations()
-    with _lock:
+    found = _known.get(key, _UNKNOWN)
+    if found is not _UNKNOWN:
+        return found
+    with READING:
         if key not in _known:
             if is_captured(y):
                 return None

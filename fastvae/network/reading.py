@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from fastvae._compiling import exporting
 from fastvae._second_order import twice_differentiable
 from fastvae.held import INTERNAL, Held, Steps, UnknownValue
+from fastvae.locks import READING
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.hooked import write_out
-from fastvae.lowering.tracing import READING
 from fastvae.network.alignment import aligned
 from fastvae.network.functions import Call, marked
 from fastvae.network.program import Operation, Program, Slot, Source

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporaril
 
 from fastvae._compiling import is_captured, is_compiling, is_watched
 from fastvae._extension import raw
+from fastvae.locks import Turns
 from fastvae.network.straight import CONSTANTS, MISSING, Call, Code, Held, Method, Variable, inputs_of
 
 __all__ = [
@@ -307,7 +308,7 @@ class Tapes:
     """What was written down, by the form of the inputs."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._seen: dict[Any, int] = {}
         self._tapes: dict[Any, Any] = {}
         self.reasons: list[str] = []
@@ -315,7 +316,7 @@ class Tapes:
 
     def look_up(self, form: Any) -> tuple[Any, bool]:
         """The tape or None; then whether the run is to be written down."""
-        with self._lock:
+        with self._turns:
             tape, seen = self._tapes.get(form), self._seen.get(form, 0)
             if tape is not None or seen < 0:
                 return tape, False
@@ -328,14 +329,14 @@ class Tapes:
 
     def keep(self, form: Any, tape: Any) -> None:
         """From now on."""
-        with self._lock:
+        with self._turns:
             if len(self._tapes) >= _FORMS:
                 self._tapes.pop(next(iter(self._tapes)))
             self._tapes[form] = tape
 
     def give_up(self, form: Any, reason: str) -> None:
         """No tape of this form as long as it is remembered."""
-        with self._lock:
+        with self._turns:
             self._tapes.pop(form, None)
             self._seen[form] = -1
             self.reasons = [*self.reasons[-_FORMS:], reason]
