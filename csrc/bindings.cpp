@@ -15,6 +15,7 @@
 #include "common/operator.h"
 #include "common/product.h"
 #include "common/recycling.h"
+#include "kernels/cpu/bfloat16_product.h"
 #include "network/copies.h"
 #include "network/copies_adam.h"
 #include "ops/copied_convolution.h"
@@ -68,6 +69,7 @@ pybind11::dict build_info() {
 #endif
   info["cpu_instruction_set"] = cpu_instruction_set();
   info["cpu_products"] = fastvae::are_products_ours() ? "kernel" : "library";
+  info["cpu_bfloat16"] = fastvae::are_products_ours() && fastvae::cpu::kMultipliesBfloat16;
   return info;
 }
 

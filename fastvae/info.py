@@ -37,7 +37,7 @@ def describe() -> list[tuple[str, str]]:
         ("CUDA kernels", cuda),
         ("GPUs visible", _gpus()),
         ("CPU instruction set", build["cpu_instruction_set"]),
-        ("CPU matrix products", _PRODUCTS[build["cpu_products"]]),
+        ("CPU matrix products", _PRODUCTS[build["cpu_products"], build["cpu_bfloat16"]]),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical CPUs, kernels {openmp}"),
         ("compiler", build["compiler"]),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
@@ -45,7 +45,11 @@ def describe() -> list[tuple[str, str]]:
     ]
 
 
-_PRODUCTS = {"kernel": "fastvae's kernel", "library": "torch's BLAS"}
+_PRODUCTS = {
+    ("kernel", True): "fastvae's kernels, bfloat16 at precision medium",
+    ("kernel", False): "fastvae's kernel",
+    ("library", False): "torch's BLAS",
+}
 
 
 def _gpus() -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvae import Network, ops
 from fastvae._extension import raw
 
 SCRIPT = """
@@ -78,3 +81,58 @@ def test_wrong_sizes_are_errors() -> None:
     for b in (torch.randn(5, 2), torch.randn(4, 2, dtype=torch.float64)):
         with pytest.raises(RuntimeError):
             raw.matrix_product(a, b)
+
+
+@pytest.fixture
+def medium() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 50)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.first(z).tanh()
+        return self.last(h + self.middle(h).sigmoid())
+
+
+CHAIN = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 50))
+
+
+def flow_and_gradients(decoder: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z, rho = torch.randn(2, 24, 8, generator=generator).to(dtype)
+    x = torch.rand(24, 50, generator=generator).round().to(dtype)
+    decoder, leaf = copy.deepcopy(decoder).to(dtype), z.requires_grad_()
+    found = ops.hamiltonian_flow(decoder, leaf, rho, x, 0.05, torch.full((3,), 0.9, dtype=dtype))
+    gradients = torch.autograd.grad(sum(f.sum() for f in found), [leaf, *decoder.parameters()])
+    return [*(f.detach() for f in found), *gradients]
+
+
+@pytest.mark.parametrize("decoder", [CHAIN, Residual()], ids=["chain", "read"])
+def test_medium_precision_rounds_operands_to_bfloat16(decoder: nn.Module, medium: None) -> None:
+    expected = flow_and_gradients(decoder, torch.float64)
+    for actual, wanted in zip(flow_and_gradients(decoder, torch.float32), expected, strict=True):
+        assert actual.dtype == torch.float32
+        # 2^-9 for each operand of each product that a number has behind it; they do not all err one way.
+        assert float((actual - wanted).norm()) <= 2**-6 * float(wanted.norm())
+    assert Network(copy.deepcopy(decoder), z=torch.randn(4, 8)).lowered == 1
+
+
+def test_medium_precision_touches_nothing_but_float32(medium: None) -> None:
+    a, b = torch.randn(33, 40, dtype=torch.float64), torch.randn(40, 37, dtype=torch.float64)
+    found = raw.matrix_product(a, b)
+    torch.testing.assert_close(found, a @ b, rtol=1e-13, atol=1e-13)
+    narrow = raw.matrix_product(a.float(), b.float())
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, raw.matrix_product(a, b))
+    exact = raw.matrix_product(a.float(), b.float())
+    torch.testing.assert_close(exact.double(), found, rtol=1e-5, atol=1e-5)
+    if raw.build_info()["cpu_bfloat16"]:
+        rounded = a.bfloat16().double() @ b.bfloat16().double()
+        torch.testing.assert_close(narrow.double(), rounded, rtol=1e-5, atol=1e-5)

@@ -1,12 +1,15 @@
 #include "product.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
 #include <string_view>
+#include <type_traits>
 
+#include "../kernels/cpu/bfloat16_product.h"
 #include "../kernels/cpu/matrix_product.h"
 #include "aten.h"
 #include "launch.h"
@@ -55,19 +58,35 @@ double imbalance(int64_t units, int64_t threads) {
   return static_cast<double>((units + threads - 1) / threads * threads) / static_cast<double>(units);
 }
 
+template <typename T>
+using ProductKernel = void (*)(const cpu::MatrixProduct<T>&);
+
+// In bfloat16 only where torch.set_float32_matmul_precision("medium") asks for it.
+template <typename T>
+ProductKernel<T> product_kernel() {
+  if constexpr (std::is_same_v<T, float>) {
+    if (cpu::kMultipliesBfloat16 &&
+        at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+            at::Float32Precision::BF16) {
+      return &cpu::bfloat16_product;
+    }
+  }
+  return &cpu::matrix_product;
+}
+
 // Threads take columns, so that each copies its own panels of b, or rows where those are the fairer split.
 template <typename T>
-void split_product(const cpu::MatrixProduct<T>& product) {
+void split_product(ProductKernel<T> multiply, const cpu::MatrixProduct<T>& product) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (threads == 1 || 2 * product.m * product.n * product.k < kSplitWork) {
-    cpu::matrix_product(product);
+    multiply(product);
     return;
   }
   const auto split = [&](int64_t size, int64_t unit, auto part) {
     const int64_t units = (size + unit - 1) / unit;
     at::parallel_for(0, units, (units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * unit;
-      cpu::matrix_product(part(product, first, std::min(end * unit, size) - first));
+      multiply(part(product, first, std::min(end * unit, size) - first));
     });
   };
   constexpr int64_t kColumns = cpu::kProductColumns<T>;
@@ -90,12 +109,13 @@ bool is_ours(const at::Tensor& out, const at::Tensor& a) {
 }
 
 void product_by_kernel(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-  FASTVAE_DISPATCH(out, { split_product(product_of<scalar_t>(out, a, b, accumulate)); });
+  FASTVAE_DISPATCH(out, { split_product(product_kernel<scalar_t>(), product_of<scalar_t>(out, a, b, accumulate)); });
 }
 
 void products_by_kernel(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
   const int64_t count = out.size(0), work = 2 * out.size(1) * out.size(2) * a.size(2);
   FASTVAE_DISPATCH(out, {
+    const ProductKernel<scalar_t> multiply = product_kernel<scalar_t>();
     const auto first = product_of<scalar_t>(out, a, b, accumulate);
     const auto each = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -103,7 +123,7 @@ void products_by_kernel(const at::Tensor& out, const at::Tensor& a, const at::Te
         product.a += i * a.stride(0);
         product.b += i * b.stride(0);
         product.c += i * out.stride(0);
-        split_product(product);
+        split_product(multiply, product);
       }
     };
     if (count < at::get_num_threads()) {

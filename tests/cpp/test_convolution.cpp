@@ -4,8 +4,11 @@
 // test_kernels.cpp.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "cases.h"
+#include "cpu/bfloat16_product.h"
 #include "cpu/matrix_product.h"
 
 namespace cases {
@@ -171,15 +174,32 @@ void test_strided_product(const char* type, bool wide) {
   }
 }
 
+// As the processor rounds to bfloat16: to the nearest, ties to even.
+double as_bfloat16(double value) {
+  const float narrow = static_cast<float>(value);
+  uint32_t bits = 0;
+  std::memcpy(&bits, &narrow, sizeof(bits));
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+  float rounded = 0;
+  std::memcpy(&rounded, &bits, sizeof(bits));
+  return rounded;
+}
+
 // Every way in which operands lie, sizes that leave a remainder in each direction, and several blocks and panels; rows
 // are the same bits alone and among others.
 template <typename T>
-void test_matrix_product(const char* type) {
+void test_matrix_product(const char* type, void (*multiply)(const cpu::MatrixProduct<T>&), double (*as_read)(double)) {
   struct Size {
     int64_t m, n, k;
   };
-  for (const Size s : std::vector<Size>{
-           {1, 1, 1}, {3, 5, 7}, {14, 32, 16}, {29, 33, 300}, {470, 47, 20}, {15, 16, 257}, {130, 70, 65}}) {
+  for (const Size s : std::vector<Size>{{1, 1, 1},
+                                        {3, 5, 7},
+                                        {14, 32, 16},
+                                        {29, 33, 300},
+                                        {470, 47, 20},
+                                        {15, 16, 257},
+                                        {130, 70, 65},
+                                        {17, 9, 1100}}) {
     for (const bool a_in_rows : {false, true}) {
       for (const bool b_in_rows : {false, true}) {
         for (const bool accumulate : {false, true}) {
@@ -193,18 +213,18 @@ void test_matrix_product(const char* type) {
           std::fill_n(c, s.m * c_m, T(2));
           std::fill_n(alone, c_m, T(2));
           cpu::MatrixProduct<T> product{a, a_m, a_k, b, b_k, b_n, c, c_m, s.m, s.n, s.k, accumulate};
-          cpu::matrix_product(product);
+          multiply(product);
           const int64_t row = s.m / 2;
           product.a += row * a_m;
           product.c = alone;
           product.m = 1;
-          cpu::matrix_product(product);
+          multiply(product);
           double error = 0;
           for (int64_t i = 0; i < s.m; ++i) {
             for (int64_t j = 0; j < s.n; ++j) {
               double sum = accumulate ? 2 : 0;
               for (int64_t k = 0; k < s.k; ++k) {
-                sum += double(a[i * a_m + k * a_k]) * double(b[k * b_k + j * b_n]);
+                sum += as_read(double(a[i * a_m + k * a_k])) * as_read(double(b[k * b_k + j * b_n]));
               }
               error = std::max(error, std::abs(sum - double(c[i * c_m + j])));
             }
@@ -232,8 +252,12 @@ int main() {
     cases::test_strided_product<double>("double", wide);
   }
   if (fastvae::cpu::kWideRegisters) {
-    cases::test_matrix_product<float>("float");
-    cases::test_matrix_product<double>("double");
+    const auto as_it_is = [](double value) { return value; };
+    cases::test_matrix_product<float>("float", &fastvae::cpu::matrix_product, as_it_is);
+    cases::test_matrix_product<double>("double", &fastvae::cpu::matrix_product, as_it_is);
+  }
+  if (fastvae::cpu::kMultipliesBfloat16) {
+    cases::test_matrix_product<float>("bfloat16", &fastvae::cpu::bfloat16_product, &cases::as_bfloat16);
   }
   cases::test_convolutions<float>("float");
   cases::test_convolutions<double>("double");
