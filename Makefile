@@ -150,8 +150,8 @@ test-asan: build/asan/.built
 	$(UNDER_ASAN) PYTHONPATH=build/asan/lib \
 	  $(VENV)/bin/pytest $(PYTEST_ARGS) -m "not slow" -k "not compile and not inductor" $(ASAN_TESTS) $(ARGS)
 
-EMULATED_SOURCES := $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py fastvae/*/*/*.py tests/cpp/host_*.h tests/cpp/moved_bytes.h) \
-  tests/cpp/emulated_launches.cpp setup.py
+EMULATED_SOURCES := $(SOURCES) $(CUDA_SOURCES) $(wildcard fastvae/*.py fastvae/*/*.py fastvae/*/*/*.py tests/cpp/host_*.h tests/cpp/moved_bytes.h tests/cpp/emulated_*) \
+  setup.py
 build/emulated/.built: $(EMULATED_SOURCES) $(VENV)/.packages
 	FASTVAE_EMULATE_CUDA=1 $(PY) setup.py --quiet build --build-base build/emulated --build-lib build/emulated/lib
 	touch $@

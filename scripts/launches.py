@@ -50,6 +50,8 @@ class Launch(NamedTuple):
     threads: int
     dynamic_bytes: int
     moved_bytes: int
+    strangers: int
+    """Addresses among the arguments that are no memory of a tensor which lives: a device would read what is gone."""
     arguments: bytes
 
 

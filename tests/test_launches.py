@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from emulation import EMULATED
@@ -106,6 +107,31 @@ def test_nothing_but_pointers_differs_from_call_to_call(name: str) -> None:
     assert difference(first, second) == ""
     waits = [one for one in first if one[0].startswith(("aten::_local_scalar_dense", "aten::nonzero"))]
     assert not waits, "the host waits for a number, which no capture allows"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_points_to_the_memory_of_the_host(name: str) -> None:
+    """A device runs a kernel when the launch is long over, and what lived on the host's stack with it."""
+    ours = [one for one in flat(name, 1)[0] if isinstance(one, launches.Launch)]
+    assert [one for one in ours if one.strangers] == []
+
+
+def test_memory_of_the_host_is_seen() -> None:
+    on_the_host = torch.from_numpy(numpy.ones((3, 4, 5), dtype=numpy.float32))
+    z, rho, force = torch.randn(3, 4, 5)
+    step = torch.tensor(0.1)
+    for given, strangers in ((z, 0), (on_the_host[0], 1)):
+        _, (one,) = launches.launched(lambda z=given: ops.leapfrog_kick_drift(z, rho, force, step))
+        assert one.strangers == strangers
+
+
+def test_memory_is_poisoned_as_its_tensor_dies() -> None:
+    tensor = torch.zeros(1000)
+    begin = tensor.data_ptr()
+    del tensor
+    again = torch.empty(1000)
+    # At its beginning the heap keeps places of its own.
+    assert again.data_ptr() != begin or again[16:].isnan().all()
 
 
 def test_a_number_that_differs_is_seen() -> None:

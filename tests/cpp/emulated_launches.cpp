@@ -12,6 +12,7 @@
 #include <sstream>
 #include <vector>
 
+#include "emulated_memory.h"
 #include "host_cuda.h"
 
 namespace fastvae {
@@ -62,6 +63,7 @@ void reset_launches() {
 // A launch of ours, or a call of PyTorch's: its name, and all that it is called with but numbers of tensors.
 struct Written {
   host_cuda::Launch launch{};
+  int64_t strangers = 0;  // addresses among its arguments that are none of a tensor's memory
   std::string op, form;
 };
 std::vector<Written> written;
@@ -119,7 +121,7 @@ std::unique_ptr<at::ObserverContext> begin_call(const at::RecordFunction& call) 
     for (const c10::IValue& value : call.inputs()) {
       append_value(form, value);
     }
-    write({{}, op->schema().name() + "." + op->schema().overload_name(), form.str()});
+    write({{}, 0, op->schema().name() + "." + op->schema().overload_name(), form.str()});
   }
   return std::make_unique<Inside>();
 }
@@ -136,7 +138,10 @@ void write_launches(bool on) {
     const std::lock_guard<std::mutex> lock(host_cuda::mutex);
     host_cuda::note = nullptr;
     if (on) {
-      host_cuda::note = [](host_cuda::Launch&& launch) { write({std::move(launch), {}, {}}); };
+      host_cuda::note = [](host_cuda::Launch&& launch) {
+        const int64_t strangers = DeviceMemory::one().strangers(launch.arguments);
+        write({std::move(launch), strangers, {}, {}});
+      };
     }
   }
   if (on) {
@@ -158,7 +163,7 @@ py::list taken_launches() {
       taken.append(py::make_tuple(each.op, each.form));
     } else {
       taken.append(py::make_tuple(name_of(launch.kernel), launch.blocks, launch.threads, launch.shared_bytes,
-                                  launch.moved_bytes, py::bytes(launch.arguments)));
+                                  launch.moved_bytes, each.strangers, py::bytes(launch.arguments)));
     }
   }
   return taken;
@@ -167,13 +172,15 @@ py::list taken_launches() {
 }  // namespace
 
 void bind_emulation(py::module_& m) {
+  DeviceMemory::install();
   m.def("emulated_launches", &launches, "How often each CUDA kernel was launched since the last reset, by its name.");
   m.def("reset_emulated_launches", &reset_launches, "From now on no kernel was launched.");
   m.def("write_emulated_launches", &write_launches, py::arg("on"), "From now on write launches down, or no longer.");
   m.def(
       "taken_emulated_launches", &taken_launches,
       "Those written down since the last call, in order. Of ours: name, blocks, threads, dynamic shared memory, bytes "
-      "that it has to move, the bytes of its arguments. Of PyTorch's: operator, and what it was called with.");
+      "that it has to move, addresses among its arguments that are no memory of a living tensor, their bytes. Of "
+      "PyTorch's: operator, and what it was called with.");
 }
 
 }  // namespace fastvae

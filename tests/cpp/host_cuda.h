@@ -104,6 +104,9 @@ template <typename T>
 void append_bytes(std::string& text, T value) {
 #if __has_builtin(__builtin_clear_padding)
   __builtin_clear_padding(&value);
+  if constexpr (requires { value.network.likelihood; }) {
+    __builtin_clear_padding(&value.network.likelihood);  // which GCC 12 overlooks behind arrays of structures
+  }
 #endif
   text.append(reinterpret_cast<const char*>(&value), sizeof(T));
 }
