@@ -194,6 +194,12 @@ def log_likelihood(batch: int | None) -> Made:
     return lambda: model.log_likelihood(x, 8), []
 
 
+def ais(batch: int | None) -> Made:
+    """Annealed importance sampling of the same VAE, its step size given."""
+    model, x = fastvae.VAE(*dense()), torch.rand(batch or 128, 784)
+    return lambda: fastvae.metrics.ais(model, x, 2, 8, num_leapfrog_steps=2, step_size=0.1), []
+
+
 STEP, ALPHA = torch.full((32,), 0.1), torch.tensor(0.9)
 
 
@@ -233,6 +239,7 @@ METHODS: dict[str, Case] = {
         loss, lambda: fastvae.ConsistencyVAE(*images(), augment=RandomFlip()), shape=(1, 28, 28)
     ),
     "VAE.log_likelihood: the same, 8 samples": log_likelihood,
+    "ais: the same, 2 temperatures of 2 leapfrog steps, 8 chains": ais,
     "LikelihoodRegret: DCGAN, 8 images, 2 steps of 10 samples": part(regret, 2),
     "TracIn: its paper's MLPs, 64 training images x 100": tracin,
 }
