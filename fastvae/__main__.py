@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 where training came to numbers that are not finite; 2 for arguments or data that do not
         fit, after a message; 130 after Ctrl-C.
     """
-    parser = _Parser(prog="fastvae", description="Variational auto-encoders on your images.")
+    parser = _Parser(prog="fastvae", description="Variational auto-encoders on your images and tables.")
     parser.add_argument("--version", action="version", version=f"fastvae {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module, text in (
-        ("train", train, "train a model on a folder of pictures or other images"),
-        ("score", score, "write a score of every image as CSV"),
-        ("report", report, "write a page about a model and its images"),
+        ("train", train, "train a model on a folder of pictures, other images or a table"),
+        ("score", score, "write a score of every image or row as CSV"),
+        ("report", report, "write a page about a model and its images or rows"),
     ):
         module.add_arguments(
             commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")

@@ -104,6 +104,7 @@ def test_networks_say_what_made_them():
         "BY_NAME",
         "dcgan_states",
         "image_networks",
+        "table_networks",
     }
     decoder = architectures.dcgan_decoder(1, width=4)
     assert decoder.made_by["name"] == "dcgan_decoder"

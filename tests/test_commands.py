@@ -349,6 +349,11 @@ def test_ctrl_c(pictures: Path, tmp_path: Path) -> None:
         (["train", "{data}", "--seed", "x"], "--seed: invalid int value: 'x'"),
         (["train", "{tmp}/bad/one.bmp"], r"one\.bmp: a single image cannot be split, got split='train'$"),
         (["train", "{tmp}/sizes"], r"found 16x16: 1, .*; pass --size 64, say, to scale"),
+        (["train", "{data}", "--label", "a"], "--label: expected a table with columns, got images"),
+        (
+            ["train", "{data}", "--likelihood", "poisson"],
+            "expected bernoulli, gaussian, categorical of images",
+        ),
         (["train", "{data}", "--binarize"], "--binarize: expected --likelihood bernoulli, got gaussian"),
         (["train", "{data}", "--test-fraction", "2"], "test_fraction: expected a number between 0 and 1"),
         (["train", "{data}", "--out", "{tmp}/file/run"], r"file/run.*: Not a directory"),
@@ -404,7 +409,7 @@ def test_what_cannot_be_done_is_said(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2, "fastvae": "9.0"}, r"expected version 1, found 2, written by fastvae 9\.0"),
+        ({"version": 3, "fastvae": "9.0"}, r"expected version 2, found 3, written by fastvae 9\.0"),
         ({"format": "x"}, "expected what fastvae train wrote"),
         ({"settings": {}}, "other settings than this version has"),
         ({"settings": None}, "expected what fastvae train wrote"),

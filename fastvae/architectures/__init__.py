@@ -1,4 +1,4 @@
-"""Encoders and decoders, untrained: for images of any size, and those of the papers.
+"""Encoders and decoders, untrained: for images of any size, for tables, and those of the papers.
 
 Initial weights are PyTorch's where nothing else is said.
 """
@@ -16,6 +16,7 @@ from fastvae.architectures.papers import (
     tracin_decoder,
     tracin_encoder,
 )
+from fastvae.architectures.tables import table_decoder, table_encoder, table_networks
 
 __all__ = [
     "BY_NAME",
@@ -29,6 +30,9 @@ __all__ = [
     "image_networks",
     "jacobian_l1_decoder",
     "jacobian_l1_encoder",
+    "table_decoder",
+    "table_encoder",
+    "table_networks",
     "tracin_decoder",
     "tracin_encoder",
 ]

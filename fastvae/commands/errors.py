@@ -31,6 +31,8 @@ def mendable() -> Iterator[None]:
 _ADVICE = (
     (r"fastvae\.data\.load\(\.\.\., size=(\d+)\)", r"--size \1"),
     (r"\b(size|channels)=(\d+)", r"--\1 \2"),
+    (r"; a column of text can be .*", "; --label, --condition and --ignore take columns of text"),
+    (r"; what is missing takes weights, .*", ""),
     (r"; use split=.*| or pass labels=None .*|, or a larger max_unpacked", ""),
 )
 

@@ -1,4 +1,4 @@
-"""``fastvae report``: a page about a model and its images."""
+"""``fastvae report``: a page about a model and its images or rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from fastvae.commands.errors import mendable, positive
-from fastvae.commands.runs import load_images, load_run
+from fastvae.commands.runs import load_data, load_run
 from fastvae.training import History
 
 __all__ = ["add_arguments", "run"]
@@ -17,9 +17,13 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("run", type=Path, help="a folder that fastvae train wrote")
-    parser.add_argument("data", help="the images that it was trained on")
+    parser.add_argument("data", help="the images or the table that it was trained on")
     parser.add_argument(
-        "--foreign", nargs="+", default=[], metavar="DATA", help="images of other kinds, to be told from them"
+        "--foreign",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="images or tables of other kinds, to be told from them",
     )
     parser.add_argument("--out", type=Path, help="the report's folder (RUN/report)")
     parser.add_argument(
@@ -35,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
         write_report = importlib.import_module("fastvae.report").write_report
         history = options.run / "checkpoints" / "history.json"
         known = History.load(history) if history.exists() else None
-    train, test = (load_images(options.data, settings, split) for split in ("train", "test"))
-    foreign = [load_images(source, settings, "all", labelled=False) for source in options.foreign]
+    train, test = (load_data(options.data, settings, split) for split in ("train", "test"))
+    foreign = [load_data(source, settings, "all", labelled=False) for source in options.foreign]
     folder = options.out or options.run / "report"
     words = ["fastvae", "report", str(options.run), options.data]
     with mendable():

@@ -1,4 +1,4 @@
-"""``fastvae score``: a number for each image, as CSV."""
+"""``fastvae score``: a number for each image or row, as CSV."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from fastvae import ood
 from fastvae.atomic import write_atomically
 from fastvae.commands.errors import CommandError, mendable, positive, seed
-from fastvae.commands.runs import load_images, load_run
-from fastvae.data import ImageDataset
+from fastvae.commands.runs import RunData, load_data, load_run
+from fastvae.data import TableDataset
 from fastvae.models import BaseVAE
 from fastvae.noise import Stream, draws_of, keys_of
 from fastvae.progress import bar_of
@@ -75,11 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write file (or index) and score of every image; 0."""
     model, settings = load_run(options.run, options.device)
-    images = load_images(options.data, settings, options.split, labelled=False)
+    images = load_data(options.data, settings, options.split, labelled=False)
     if options.out is not None and not options.out.parent.is_dir():
         raise CommandError(f"--out {options.out}: expected a file in a folder that is there")
     _, samples, make = SCORES[options.score]
     with mendable():
+        if isinstance(images, TableDataset) and options.score == "complexity":
+            raise CommandError("--score complexity: expected images, got a table")
         detector = make(model, options.samples or samples, options.seed)
         values = _scores(detector, images, options, settings.binarize)
     # Names as the file system has them, whatever the terminal's encoding.
@@ -104,15 +106,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _scores(
-    detector: ood.Detector, images: ImageDataset, options: argparse.Namespace, binarised: bool
+    detector: ood.Detector, images: RunData, options: argparse.Namespace, binarised: bool
 ) -> torch.Tensor:
     device = next(detector.model.parameters()).device
     found = []
-    with bar_of(len(images), options.score, "image") as bar:
-        for batch in images.images.split(options.batch_size):
-            x = (_drawn(batch, options.seed) if binarised else batch.float() / 255).to(device)
-            found.append(detector.predict(x).double().cpu())
-            bar.update(len(batch))
+    is_table = isinstance(images, TableDataset)
+    with bar_of(len(images), options.score, "row" if is_table else "image") as bar:
+        for start in range(0, len(images), options.batch_size):
+            chosen = slice(start, start + options.batch_size)
+            besides: dict[str, torch.Tensor] = {}
+            if isinstance(images, TableDataset):
+                x = ((images.values[chosen] - images.mean) / images.scale).to(device)
+                if images.condition is not None:
+                    besides = {"condition": images.condition[chosen].to(device)}
+            else:
+                batch = images.images[chosen]
+                x = (_drawn(batch, options.seed) if binarised else batch.float() / 255).to(device)
+            found.append(detector.predict(x, **besides).double().cpu())
+            bar.update(len(x))
     return torch.cat(found)
 
 
@@ -122,12 +133,13 @@ def _drawn(images: torch.Tensor, seed: int) -> torch.Tensor:
     return (noise < images.double() / 255).float()
 
 
-def _as_csv(images: ImageDataset, values: torch.Tensor) -> str:
+def _as_csv(images: RunData, values: torch.Tensor) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("index" if images.files is None else "file", "score"))
+    names, kind = (images.rows, "row") if isinstance(images, TableDataset) else (images.files, "file")
+    writer.writerow(("index" if names is None else kind, "score"))
     writer.writerows(
         (name, f"{value:.9g}")
-        for name, value in zip(images.files or range(len(images)), values.tolist(), strict=True)
+        for name, value in zip(names or range(len(images)), values.tolist(), strict=True)
     )
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""``fastvae train``: from images to a trained model in a folder."""
+"""``fastvae train``: from images or a table to a trained model in a folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from typing import Any
 import torch
 
 from fastvae.commands.errors import CommandError, at_least, mendable, positive, seed, sides
-from fastvae.commands.models import LIKELIHOODS, MODELS, build_model
-from fastvae.commands.runs import RunSettings, device_of, load_images
-from fastvae.data import ImageDataset
+from fastvae.commands.models import (
+    LIKELIHOODS,
+    MODELS,
+    TABLE_LIKELIHOODS,
+    build_model,
+    likelihood_of,
+    start_at_means,
+)
+from fastvae.commands.runs import RunData, RunSettings, device_of, load_data
+from fastvae.data import ImageDataset, TableDataset
+from fastvae.data.tables import is_named, is_table
 from fastvae.models import BaseVAE
 from fastvae.network import Network
 from fastvae.training import Callback, History, Training, fit, load_checkpoint
@@ -27,6 +35,9 @@ __all__ = ["add_arguments", "run"]
 # Unless told otherwise: optimisation steps that show what a model can do, and how many checkpoints stay.
 _STEPS, _FEWEST_EPOCHS = 3000, 10
 _KEPT = 10
+# Of a model: images' and, at most, tables'.
+_LATENTS, _TABLE_LATENTS = 32, 16
+_CHANNELS, _UNITS = 16, 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         nargs="?",
-        help='a folder of pictures (subfolders: labels), IDX files, an .npy or .npz file or "digits"',
+        help="a folder of pictures (subfolders: labels), IDX files, a table (.csv, .tsv), an .npy or .npz file of "
+        'images or of a table, or "digits"',
     )
     parser.add_argument(
         "--out", type=Path, default=Path("fastvae-run"), help="the run's folder (%(default)s)"
@@ -56,22 +68,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--test-fraction",
         type=float,
-        help=f"of images without parts of their own ({default.test_fraction})",
+        help=f"of images without parts of their own, and of tables ({default.test_fraction})",
         **given,
     )
+    tables = parser.add_argument_group("tables (.csv, .tsv)")
+    tables.add_argument("--label", metavar="COLUMN", help='of labels ("label", if there is one)', **given)
+    tables.add_argument(
+        "--condition", nargs="+", metavar="COLUMN", help="given to the model, and not modelled", **given
+    )
+    tables.add_argument("--ignore", nargs="+", metavar="COLUMN", help="left out", **given)
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, help=f"({default.model})", **given)
     model.add_argument(
         "--likelihood",
-        choices=LIKELIHOODS,
-        help="of a pixel; bernoulli for grey images and gaussian, of learned scale, for colour",
+        choices=[*LIKELIHOODS, *(name for name in TABLE_LIKELIHOODS if name not in LIKELIHOODS)],
+        help="of a pixel; bernoulli for grey images and gaussian, of learned scale, for colour; of a number in a "
+        "table: bernoulli for 0 and 1, negative-binomial for counts, gaussian of standardised columns for others",
         **given,
     )
     model.add_argument(
-        "--latent-dim", type=positive(int), help=f"latent variables ({default.latent_dim})", **given
+        "--latent-dim",
+        type=positive(int),
+        help=f"latent variables ({_LATENTS}; of tables at most {_TABLE_LATENTS})",
+        **given,
     )
     model.add_argument(
-        "--width", type=positive(int), help=f"channels of the first layer ({default.width})", **given
+        "--width",
+        type=positive(int),
+        help=f"channels of the first layer ({_CHANNELS}); of tables hidden units ({_UNITS})",
+        **given,
     )
     model.add_argument("--beta", type=at_least(0), help=f"weight of the KL ({default.beta})", **given)
     training = parser.add_argument_group("training")
@@ -93,13 +118,22 @@ def run(options: argparse.Namespace) -> int:
     """Train, write the run's folder and say what came of it; 0, 1 without finite numbers, 130 after Ctrl-C."""
     folder: Path = options.out
     settings = _settings(options, folder)
+    if is_table(settings.data):
+        _check_nothing_is_of_images(options, settings)
     train, test = (
-        load_images(settings.data, settings, split, options.size, options.channels)
+        load_data(settings.data, settings, split, options.size, options.channels)
         for split in ("train", "test")
     )
+    if isinstance(train, TableDataset) and isinstance(test, TableDataset):
+        settings, train, test = _chosen_of_table(settings, train, test)
+    else:
+        settings = _chosen_of_images(settings, train)
     settings = _chosen(settings, train)
     with mendable():
-        model = build_model(settings, tuple(train.images.shape[1:]))
+        assert settings.shape is not None
+        model = build_model(settings, settings.shape)
+    if isinstance(train, TableDataset):
+        start_at_means(model, train, settings.likelihood)
     device = device_of(options.device)
     print(_introduced(train, test, model, settings, device), flush=True)
     try:
@@ -144,19 +178,71 @@ def _settings(options: argparse.Namespace, folder: Path) -> RunSettings:
         )
     if not given.get("data"):
         raise CommandError(
-            'DATA: expected a folder of pictures, IDX files, an .npy or .npz file or "digits", got nothing'
+            'DATA: expected a folder of pictures, IDX files, a table, an .npy or .npz file or "digits", got nothing'
         )
     return RunSettings(**given)
 
 
-def _chosen(settings: RunSettings, train: ImageDataset) -> RunSettings:
+def _chosen_of_images(settings: RunSettings, train: RunData) -> RunSettings:
     """With what the images decide, where nobody else has."""
+    assert isinstance(train, ImageDataset)
+    for name in ("label", "condition", "ignore"):
+        if getattr(settings, name) is not None:
+            raise CommandError(f"--{name}: expected a table with columns, got images")
     # What is scored later is brought into the same form.
     chosen = replace(settings, shape=list(train.images.shape[1:]))
     if chosen.likelihood == "auto":
         chosen.likelihood = "bernoulli" if train.images.shape[1] == 1 else "gaussian"
+    if chosen.likelihood not in LIKELIHOODS:
+        raise CommandError(
+            f"--likelihood: expected {', '.join(LIKELIHOODS)} of images, got {chosen.likelihood}"
+        )
     if chosen.binarize and chosen.likelihood != "bernoulli":
         raise CommandError(f"--binarize: expected --likelihood bernoulli, got {chosen.likelihood}")
+    chosen.latent_dim, chosen.width = chosen.latent_dim or _LATENTS, chosen.width or _CHANNELS
+    return chosen
+
+
+def _check_nothing_is_of_images(options: argparse.Namespace, settings: RunSettings) -> None:
+    """CommandError for options of images, with a table."""
+    of_images = {
+        "--size": options.size,
+        "--channels": options.channels,
+        "--binarize": settings.binarize or None,
+    }
+    for name, value in of_images.items():
+        if value is not None:
+            raise CommandError(f"{name}: expected images, got a table")
+    if settings.model == "consistency":
+        raise CommandError("--model consistency: expected images, which it turns and shifts, got a table")
+    if settings.likelihood not in ("auto", *TABLE_LIKELIHOODS):
+        names = ", ".join(TABLE_LIKELIHOODS)
+        raise CommandError(f"--likelihood: expected {names} of a table, got {settings.likelihood}")
+
+
+def _chosen_of_table(
+    settings: RunSettings, train: TableDataset, test: TableDataset
+) -> tuple[RunSettings, TableDataset, TableDataset]:
+    """With what the rows decide, where nobody else has; and the rows as the model sees them."""
+    chosen = replace(settings, shape=[train.values.shape[1]])
+    if chosen.likelihood == "auto":
+        chosen.likelihood = likelihood_of(train)
+    if chosen.likelihood == "gaussian" and chosen.mean is None:
+        train = train.standardized()
+        test = test.standardized(train.mean, train.scale)
+        chosen.mean, chosen.scale = train.mean.tolist(), train.scale.tolist()
+    if is_named(chosen.data):
+        chosen.columns = list(train.columns)
+    chosen.levels = dict(train.levels) or None
+    chosen.condition_dim = 0 if train.condition is None else train.condition.shape[1]
+    chosen.latent_dim = chosen.latent_dim or min(_TABLE_LATENTS, max(2, train.values.shape[1] // 2))
+    chosen.width = chosen.width or _UNITS
+    return chosen, train, test
+
+
+def _chosen(settings: RunSettings, train: RunData) -> RunSettings:
+    """With what the number of images or rows decides."""
+    chosen = replace(settings)
     if chosen.epochs is None:
         chosen.epochs = max(_FEWEST_EPOCHS, math.ceil(_STEPS / math.ceil(len(train) / chosen.batch_size)))
     if chosen.checkpoint_every is None:
@@ -196,8 +282,8 @@ class _TimeLimit(Callback):
 
 def _fit(
     model: BaseVAE,
-    train: ImageDataset,
-    test: ImageDataset,
+    train: RunData,
+    test: RunData,
     settings: RunSettings,
     folder: Path,
     device: torch.device,
@@ -223,6 +309,7 @@ def _fit(
             patience=settings.patience,
             callbacks=callbacks,
             binarize=settings.binarize,
+            condition=1 if settings.condition_dim else None,
             on_nonfinite="skip",
         )
         model.save(folder)
@@ -230,16 +317,23 @@ def _fit(
 
 
 def _introduced(
-    train: ImageDataset, test: ImageDataset, model: BaseVAE, settings: RunSettings, device: torch.device
+    train: RunData, test: RunData, model: BaseVAE, settings: RunSettings, device: torch.device
 ) -> str:
-    shape = "x".join(map(str, train.images.shape[1:]))
+    assert settings.shape is not None and settings.latent_dim is not None
+    if isinstance(train, TableDataset):
+        noun, shape = "rows", f"{settings.shape[0]:,} columns"
+        if settings.condition_dim:
+            shape += f" given {settings.condition_dim} others"
+    else:
+        noun, shape = "images", "x".join(map(str, settings.shape))
     labels = "" if train.labels is None else f", {train.labels.unique().numel()} labels"
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    z, given = (torch.zeros(2, size, device="cpu") for size in (settings.latent_dim, settings.condition_dim))
     share = Network(
-        model.decoder, model.likelihood, z=torch.zeros(2, settings.latent_dim, device="cpu")
+        model.decoder, model.likelihood, z=z, condition=given if settings.condition_dim else None
     ).lowered
     return (
-        f"images: {len(train):,} to train on and {len(test):,} to test on, {shape}{labels}\n"
+        f"{noun}: {len(train):,} to train on and {len(test):,} to test on, {shape}{labels}\n"
         f"model: {type(model).__name__}, {model.latent_dim} latent variables, {settings.likelihood} likelihood, "
         f"{parameters:,} parameters; decoder: {share:.0%} of its work in fused sweeps; on {device}\n"
         f"training: {settings.epochs} epochs of {math.ceil(len(train) / settings.batch_size)} steps"
@@ -247,15 +341,16 @@ def _introduced(
 
 
 def _concluded(model: BaseVAE, history: History, folder: Path, settings: RunSettings) -> str:
+    noun, each = ("rows", "a row") if len(settings.shape or ()) == 1 else ("images", "an image")
     best = history.val_loss[history.best_epoch - 1] if history.best_epoch else None
-    found = "-" if best is None else f"{best:.2f} nats an image, after epoch {history.best_epoch}"
+    found = "-" if best is None else f"{best:.2f} nats {each}, after epoch {history.best_epoch}"
     stopped = {"callback": "time", "patience": "patience"}.get(history.stopped, "epochs")
     skipped = sum(history.skipped)
     part = ", the last in part" if history.checkpoints[-1].name.startswith("step-") else ""
     return (
         f"trained: {len(history.steps)} epochs{part}, {history.steps[-1]:,} steps in {sum(history.seconds):.0f} s; "
         f"ended by {stopped}{f'; {skipped} steps were skipped, not finite' if skipped else ''}\n"
-        f"lowest loss of test images: {found}\n"
+        f"lowest loss of test {noun}: {found}\n"
         f"saved in {folder}; next: fastvae score {quote(str(folder))} DATA, "
         f"fastvae report {quote(str(folder))} {quote(settings.data)}"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-__all__ = ["ImageDataset", "binarize", "collate_binarized", "condition_of", "images_of"]
+__all__ = ["ImageDataset", "binarize", "collate_binarized", "condition_of", "images_of", "random_parts"]
 
 
 class ImageDataset(Dataset[tuple[Any, ...]]):
@@ -90,13 +90,18 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         The parts depend on ``seed`` and the number of images only, not on torch's global generator. Sizes
         below 1, or more images than there are, raise ValueError.
         """
-        if not sizes or min(sizes) < 1 or sum(sizes) > len(self):
-            raise ValueError(
-                f"ImageDataset.split: expected sizes of at least 1 that sum to at most {len(self)} "
-                f"(the images of {self.name}), got {sizes}"
-            )
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(int(seed)), device="cpu")
-        return tuple(self.subset(part) for part in order[: sum(sizes)].split(list(sizes)))
+        return tuple(self.subset(part) for part in random_parts(self, "images", sizes, seed))
+
+
+def random_parts(data: Any, noun: str, sizes: Sequence[int], seed: int) -> tuple[Tensor, ...]:
+    """Disjoint random indices of so many samples each, by ``seed`` and the number of samples; see ``ImageDataset``."""
+    if not sizes or min(sizes) < 1 or sum(sizes) > len(data):
+        raise ValueError(
+            f"{type(data).__name__}.split: expected sizes of at least 1 that sum to at most {len(data)} "
+            f"(the {noun} of {data.name}), got {sizes}"
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(int(seed)), device="cpu")
+    return order[: sum(sizes)].split(list(sizes))
 
 
 def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

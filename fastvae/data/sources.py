@@ -16,7 +16,7 @@ from fastvae.data.images import ImageDataset
 from fastvae.data.pictures import bytes_of
 from fastvae.progress import bar_of
 
-__all__ = ["as_bytes", "fitted", "from_array", "from_dataset", "is_dataset"]
+__all__ = ["as_bytes", "fitted", "from_array", "from_dataset", "is_dataset", "numbered"]
 
 _Array = np.ndarray[Any, Any]
 _KEYS = ("image", "img", "data", "pixel_values"), ("label", "labels", "target", "fine_label")
@@ -66,13 +66,14 @@ def from_array(source: _Array | Tensor, labels: Any, name: str) -> ImageDataset:
     values = _numpy(source, name)
     found = f"found {values.dtype} {list(values.shape)}"
     if values.ndim not in (3, 4):
-        raise ValueError(f"{name}: expected images as uint8 [N, H, W] or [N, C, H, W], {found}")
+        remedy = "; fastvae.data.load_table takes tables" if values.ndim == 2 else ""
+        raise ValueError(f"{name}: expected images as uint8 [N, H, W] or [N, C, H, W], {found}{remedy}")
     if values.ndim == 4 and values.shape[3] <= 4 < values.shape[1]:
         raise ValueError(
             f"{name}: expected images with channels first, [N, C, H, W], {found}; pass images.transpose(0, 3, 1, 2) "
             "(a tensor: permute)"
         )
-    numbers, classes = (None, None) if labels is None else _numbered(labels, name)
+    numbers, classes = (None, None) if labels is None else numbered(labels, name)
     images = torch.from_numpy(as_bytes(values, name))
     return ImageDataset(images if images.dim() == 4 else images[:, None], numbers, name, classes=classes)
 
@@ -111,7 +112,7 @@ def from_dataset(
         raise ValueError(
             f"{name}: expected a label for every image or for none, found {len(known)} for {len(labels)}"
         )
-    numbers, classes = _numbered(known, name) if known else (None, None)
+    numbers, classes = numbered(known, name) if known else (None, None)
     return ImageDataset(torch.stack(images), numbers, name, classes=classes or _classes_of(source, numbers))
 
 
@@ -132,7 +133,7 @@ def fitted(
     )
 
 
-def _numbered(labels: Any, name: str) -> tuple[Tensor, tuple[str, ...] | None]:
+def numbered(labels: Any, name: str) -> tuple[Tensor, tuple[str, ...] | None]:
     """Labels as int64, and their names where they are strings."""
     values = np.asarray(_numpy(labels, name) if isinstance(labels, Tensor) else labels)
     if values.dtype.kind == "U":

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["read_idx", "read_npy", "read_npz"]
+__all__ = ["keys_of_npz", "read_idx", "read_npy", "read_npz", "shape_of_npy"]
 
 _Array = np.ndarray[Any, Any]
 _DEFLATE = 1032
@@ -131,6 +131,24 @@ def read_npz(path: Path, names: Sequence[str], max_unpacked: int) -> dict[str, _
     return arrays
 
 
+def shape_of_npy(path: Path) -> tuple[int, ...] | None:
+    """What the header of an ``.npy`` file announces; None for anything else."""
+    try:
+        with open(path, "rb") as file:
+            return _header(file)[0]
+    except Exception:  # a damaged header can raise anything
+        return None
+
+
+def keys_of_npz(path: Path) -> set[str]:
+    """The names of the arrays of an ``.npz`` file; none of anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return set()
+
+
 class _BeyondLimitError(Exception):
     def __init__(self, announced: int) -> None:
         super().__init__(announced)
@@ -162,6 +180,15 @@ def _check_entry(entry: zipfile.ZipInfo, held: int, max_unpacked: int) -> None:
 
 def _check_header(file: IO[bytes], size: int) -> None:
     """ValueError unless an .npy entry of ``size`` bytes holds the array that its header announces."""
+    shape, dtype = _header(file)
+    # Objects are pickled and have no size; reading refuses them.
+    announced = file.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if not dtype.hasobject and (min(shape, default=0) < 0 or announced != size):
+        raise ValueError(f"{dtype} {list(shape)} needs {announced} bytes, found {size}")
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an .npy entry, read up to its values."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -169,7 +196,4 @@ def _check_header(file: IO[bytes], size: int) -> None:
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     else:
         raise ValueError(f"version {version} of the format, which plain arrays do not need")
-    # Objects are pickled and have no size; reading refuses them.
-    announced = file.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if not dtype.hasobject and (min(shape, default=0) < 0 or announced != size):
-        raise ValueError(f"{dtype} {list(shape)} needs {announced} bytes, found {size}")
+    return shape, dtype
