@@ -22,6 +22,10 @@ from fastvae.plot.latents import signed_colours
 from fastvae.plot.trajectories import energy
 
 X = torch.rand(20, 1, 6, 5, generator=torch.Generator().manual_seed(0)).round()
+ROWS = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+    [1.0, 2.0, 5.0, 0.1, 30.0]
+)
+COUNTS = torch.poisson(torch.tensor([[0.1, 5.0, 1.0, 4e4]]).expand(40, -1), torch.Generator().manual_seed(0))
 LABELS = torch.arange(20) % 3
 
 
@@ -70,6 +74,15 @@ FIGURES: dict[str, tuple[Callable[[], Figure], int, list[str]]] = {
     "chosen traversals": (lambda: plot.traversals(vae(), X, latents=[2], columns=3), 3, ["z2", "0.0"]),
     "wide traversals": (lambda: plot.traversals(vae(), X, span=12.5), 32, ["-12.5", "12.5"]),
     "jacobian": (lambda: plot.jacobian_columns(vae(), X[:3], latents=3), 9, ["image 1", "image 3", "latent"]),
+    "moments": (lambda: plot.column_moments(ROWS, ROWS[:9] + 1), 0, ["data", "samples", "means"]),
+    "moments of counts": (lambda: plot.column_moments(COUNTS, COUNTS[:20]), 0, ["standard deviations"]),
+    "values": (lambda: plot.reconstructed_values(ROWS, ROWS + 1), 0, ["value", "reconstruction"]),
+    "values of counts": (lambda: plot.reconstructed_values(COUNTS, COUNTS + 3.5), 0, ["value"]),
+    "effects": (
+        lambda: plot.column_effects(vae(), X.flatten(1), [f"a long name of {i}" for i in range(30)], latents=3), 1,
+        ["z0", "z2", "a long name o…", "standard deviations"],
+    ),
+    "effects on few columns": (lambda: plot.column_effects(vae(), X.flatten(1), columns=2, latents=[1]), 1, ["z1"]),
     "scatter": (lambda: plot.latent_scatter(vae(), X, LABELS), 0, ["label", "0", "1", "2"]),
     "scatter of codes": (lambda: plot.latent_scatter(torch.randn(9, 2)), 0, ["z0", "z1"]),
     "scatter of one latent": (lambda: plot.latent_scatter(torch.randn(9, 1)), 0, ["z0", "rank"]),

@@ -8,6 +8,7 @@ import re
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from browser import check_page, measured_page
 from fastvae.data import ImageDataset
 from fastvae.models import HVAE, IWAE, VAE, BaseVAE
 from fastvae.report import Picture, Section, Subject, Table, as_text, sections_of, write_page, write_report
+from fastvae.report.evidence import importance_samples
 from fastvae.report.foreign import outlier_scores
 from fastvae.report.influence import Influences, influences_of
 from fastvae.report.labels import auroc, suspicious_labels
@@ -347,10 +349,14 @@ def test_pages_of_names_that_are_no_text(tmp_path: Path) -> None:
         (
             {"train": torch.rand(3, 1, 8, 8)},
             TypeError,
-            "train: expected an ImageDataset, got Tensor; fastvae.data.load",
+            "train: expected an ImageDataset or a TableDataset, got Tensor; fastvae.data.load",
         ),
-        ({"foreign": torch.rand(3, 1, 8, 8)}, TypeError, "foreign: expected an ImageDataset, got Tensor"),
-        ({"foreign": {"a": "b"}}, TypeError, "foreign: expected an ImageDataset, got str"),
+        (
+            {"foreign": torch.rand(3, 1, 8, 8)},
+            TypeError,
+            "foreign: expected an ImageDataset or a TableDataset, got Tensor",
+        ),
+        ({"foreign": {"a": "b"}}, TypeError, "foreign: expected an ImageDataset or a TableDataset, got str"),
         ({"history": "history.json"}, TypeError, "history: expected a History, .* got str"),
         ({"seed": 0.5}, ValueError, "seed: expected an int, got 0.5"),
         (
@@ -386,11 +392,74 @@ def test_a_frozen_model_costs_what_asks_for_gradients() -> None:
     )
 
 
-def test_a_conditional_model_is_refused(tmp_path: Path) -> None:
-    class Conditioned(nn.Linear):
-        def forward(self, z: Tensor, condition: Tensor) -> Tensor:
-            return super().forward(z + condition)
+class Labelled(nn.Module):
+    """A network that is given a label, too."""
 
-    model = VAE(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), Conditioned(2, 64), latent_dim=2)
-    with pytest.raises(ValueError, match="write_report: model: expected one without a condition"):
-        write_report(model, data(3), data(3), tmp_path, progress=False)
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(2, 4)
+        self.layers = nn.Sequential(nn.Linear(inputs + 4, 16), nn.Tanh(), nn.Linear(16, outputs))
+
+    def forward(self, given: Tensor, label: Tensor) -> Tensor:
+        return self.layers(torch.cat((given.flatten(1), self.labels(label)), 1))
+
+
+def conditional(kind: type[BaseVAE] = VAE) -> BaseVAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(Labelled(64, 6), Labelled(3, 64), latent_dim=3)
+
+
+@pytest.mark.parametrize("kind", [VAE, HVAE])
+def test_a_conditional_model(kind: type[BaseVAE], tmp_path: Path) -> None:
+    """Every section of a model that is given labels; as tensors, they make the same page."""
+    train, test = data(60), data(30, seed=1)
+    foreign = {"others": data(20, seed=2)}
+    with warnings.catch_warnings():
+        # Not that its embeddings are run by PyTorch, of which operators warn once.
+        warnings.filterwarnings("error", "write_report", RuntimeWarning)
+        warnings.filterwarnings("ignore", "log_px", RuntimeWarning)
+        page = write_report(
+            conditional(kind),
+            train,
+            test,
+            tmp_path,
+            condition="labels",
+            foreign=foreign,
+            effort=EFFORT,
+            progress=False,
+        )
+    text = page.read_text(encoding="utf-8")
+    assert re.findall("[^>]*could not be (?:computed|compared)[^<]*", text) == []
+    assert "given a condition, a number for each image" in text
+    assert train.labels is not None and test.labels is not None
+    pair = train.labels, test.labels
+    subjects = [
+        Subject.of(conditional(kind), train, test, condition=each, effort=EFFORT) for each in ("labels", pair)
+    ]
+    scores = [outlier_scores(each, {"test": each.test})["NLL"]["test"] for each in subjects]
+    assert torch.equal(*scores)
+    # Of the rows that were chosen, and not of others.
+    subject = subjects[0]
+    assert subject.test_condition is not None and subject.test_labels is not None
+    assert torch.equal(subject.test_condition, subject.test_labels)
+    few, samples = len(scores[0]), min(200, importance_samples(subject, len(scores[0])))
+    own = fastvae.ood.NegativeLogLikelihood(conditional(kind).eval(), num_samples=samples, seed=0)
+    assert torch.equal(scores[0], own(subject.test[:few], condition=subject.test_labels[:few]))
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        (None, "condition: expected one for a conditional model"),
+        ("names", "condition: expected \"labels\" or two tensors, got 'names'"),
+        ((torch.zeros(3), torch.zeros(4)), "expected 3 rows, one a test sample, got \\[4\\]"),
+    ],
+)
+def test_conditions_that_do_not_fit(tmp_path: Path, condition: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_report(conditional(), data(3), data(3), tmp_path, condition=condition, progress=False)
+    with pytest.raises(ValueError, match="expected data with labels"):
+        unlabelled = data(3, labelled=False)
+        write_report(conditional(), unlabelled, unlabelled, tmp_path, condition="labels", progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,38 @@ def test_a_run_of_the_first_version(cells: Path, tmp_path: Path, capsys: pytest.
         del content["settings"][name]
     (tmp_path / "run.json").write_text(json.dumps({**content, "version": 1}))
     assert RunSettings.load(tmp_path) == RunSettings(data="d", shape=[1, 8, 8], latent_dim=3, width=2)
+
+
+def test_report(run: Path, cells: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("matplotlib", "jinja2", "sklearn"):
+        pytest.importorskip(name)
+    from browser import check_page
+
+    head, *lines = rows_of(cells.read_text())
+    strange = written(tmp_path / "strange.csv", [head, *([*row[:4], *row[:3:-1]] for row in lines)])
+    words = ["report", str(run), str(cells), "--foreign", str(strange), "--effort", "0.02"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert main([*words, "--out", str(tmp_path / "page")]) == 0
+    page = tmp_path / "page" / "index.html"
+    text = page.read_text(encoding="utf-8")
+    assert "could not" not in text and not re.search(
+        r"\bimages?\b", re.sub("<[^>]*>", "", text[text.index("<main") :])
+    )
+    for words_there in (
+        "cell",
+        "gene0",
+        "strange.csv",
+        "farthest from its reconstruction",
+        "proponents",
+        "given a condition, 3 for each row",
+    ):
+        assert words_there in text
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert {"Samples", "Foreign rows", "Influence of training rows", "Suspicious labels", "Latents"} <= set(
+        titles
+    )
+    check_page(page, tmp_path, titles)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ from sphinx.application import Sphinx
 # A page that is in no list, or a name without a page, ends the build.
 MENU = {
     "docs/index": {
-        "Start": ["docs/install", "docs/your-images", "docs/tour", "docs/which-method", "docs/notebooks/*"],
+        "Start": [
+            "docs/install",
+            "docs/your-images",
+            "docs/your-tables",
+            "docs/tour",
+            "docs/which-method",
+            "docs/notebooks/*",
+        ],
         "Guides": [
             "docs/bring-your-model",
             "docs/compose",

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae.data import ImageDataset, binarize
 from fastvae.demo.comparisons import Budget, consistency, hamiltonian, jacobian, train_hamiltonian
 from fastvae.report import Section, Subject, sections_of, write_page
-from fastvae.report.subject import resized
+from fastvae.report.choosing import resized
 
 __all__ = ["foreign_to", "mislabelled", "run_demo"]
 

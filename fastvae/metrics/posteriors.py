@@ -106,7 +106,13 @@ def negative_log_likelihood(
 
 
 def mutual_information(
-    model: BaseVAE, images: Images, *, num_samples: int = 1, chunk_size: int | None = None, seed: int = 0
+    model: BaseVAE,
+    images: Images,
+    *,
+    num_samples: int = 1,
+    chunk_size: int | None = None,
+    seed: int = 0,
+    condition: Place | None = None,
 ) -> float:
     """Mutual information of N images and their codes in nats: E_x KL(q(z | x) || p) - KL(q(z) || p).
 
@@ -121,6 +127,7 @@ def mutual_information(
         num_samples: codes an image.
         chunk_size: codes against all images at once; by default as many as give 2**22 densities.
         seed: of the codes.
+        condition: see :func:`posteriors`.
 
     Raises:
         ValueError: no images, num_samples or chunk_size below 1.
@@ -128,7 +135,7 @@ def mutual_information(
     expect_numbers("mutual_information", seed=seed)
     expect_at_least("mutual_information", 1, num_samples=num_samples)
     expect_at_least("mutual_information", 1, optional=True, chunk_size=chunk_size)
-    mu, logvar = (part.double() for part in posteriors(model, images))
+    mu, logvar = (part.double() for part in posteriors(model, images, condition=condition))
     generator = torch.Generator().manual_seed(int(seed))
     noise = torch.randn(num_samples, *mu.shape, generator=generator, dtype=torch.float64, device="cpu")
     codes = (mu + torch.exp(logvar / 2) * noise).flatten(0, 1)
@@ -145,7 +152,9 @@ def mutual_information(
     return float((own - log_q).mean())
 
 
-def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int:
+def active_units(
+    model: BaseVAE, images: Images, threshold: float = 0.01, *, condition: Place | None = None
+) -> int:
     """How many latents tell images apart: those with Var_x(E[z | x]) > threshold.
 
     Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016, section 5.
@@ -154,17 +163,18 @@ def active_units(model: BaseVAE, images: Images, threshold: float = 0.01) -> int
         model: a copy of it is measured, in eval mode; z is z_0 for an HVAE.
         images: see :func:`posteriors`; at least two.
         threshold: of the variance of the posterior means.
+        condition: see :func:`posteriors`.
 
     Raises:
         ValueError: fewer than two images.
     """
     expect_numbers("active_units", threshold=threshold)
-    means = posteriors(model, images)[0].double()
+    means = posteriors(model, images, condition=condition)[0].double()
     expect(len(means) >= 2, "active_units: images: expected at least 2", len(means))
     return int((means.var(0) > threshold).sum())
 
 
-def divergence_by_latent(model: BaseVAE, images: Images) -> Tensor:
+def divergence_by_latent(model: BaseVAE, images: Images, *, condition: Place | None = None) -> Tensor:
     """KL(q(z_i | x) || N(0, 1)) in nats, its mean over images: float64 [d], on the CPU.
 
     What each latent says of an image on average; near 0 of those that the model does not use.
@@ -172,11 +182,12 @@ def divergence_by_latent(model: BaseVAE, images: Images) -> Tensor:
     Args:
         model: a copy of it is measured, in eval mode; z is z_0 for an HVAE.
         images: see :func:`posteriors`.
+        condition: see :func:`posteriors`.
 
     Raises:
         ValueError: no images.
     """
-    mu, logvar = (part.double() for part in posteriors(model, images))
+    mu, logvar = (part.double() for part in posteriors(model, images, condition=condition))
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(0)
 
 

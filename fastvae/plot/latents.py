@@ -11,20 +11,26 @@ from matplotlib.ticker import FixedLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvae.arguments import expect_integers, expect_positive
+from fastvae.arguments import expect_integers, expect_positive, given
 from fastvae.metrics.posteriors import divergence_by_latent, private_model
 from fastvae.models import BaseVAE
 from fastvae.plot.drawing import COLOURS, FONT, INK, MUTED, WIDTH, empty_figure, panels
 from fastvae.plot.images import as_images, as_tensor, draw_image
 
-__all__ = ["jacobian_columns", "latent_scatter", "traversals"]
+__all__ = ["chosen_latents", "jacobian_columns", "latent_scatter", "traversals"]
 
 _LEGEND = 10
 """Labels that a legend names; more get a bar of colours."""
 
 
 def traversals(
-    model: BaseVAE, x: Tensor, *, latents: int | Sequence[int] = 5, columns: int = 8, span: float = 2.5
+    model: BaseVAE,
+    x: Tensor,
+    *,
+    latents: int | Sequence[int] = 5,
+    columns: int = 8,
+    span: float = 2.5,
+    condition: Tensor | None = None,
 ) -> Figure:
     """The first image of x as its mean code moves from -span to span along one latent, a line for each latent.
 
@@ -34,6 +40,7 @@ def traversals(
             largest KL(q(z_i | x) || N(0, 1)) first. Their numbers may be given instead.
         columns: values of a latent.
         span: the largest of them.
+        condition: [N, ...] of a conditional model.
 
     Raises:
         ValueError: no images, latents that the model does not have, or a span that is not finite.
@@ -41,13 +48,15 @@ def traversals(
     expect_integers("plot.traversals", 1, columns=columns)
     expect_positive("plot.traversals", span=span)
     private = private_model("plot.traversals", model)
-    chosen = _chosen("plot.traversals", private, x, latents)
+    chosen = chosen_latents("plot.traversals", private, x, latents, condition)
+    first = None if condition is None else condition[:1]
     values = torch.linspace(-span, span, columns, device="cpu")
     with torch.no_grad():
-        z = private.encode(x[:1])[0].repeat(len(chosen) * columns, 1)
+        z = private.encode(x[:1], **given(condition=first))[0].repeat(len(chosen) * columns, 1)
         column = torch.tensor(chosen, device=z.device).repeat_interleave(columns)
         z[torch.arange(len(z), device=z.device), column] = values.repeat(len(chosen)).to(z)
-        made = private.likelihood.mean(private.decode(z))
+        repeated = None if first is None else first.repeat(len(z), *[1] * (first.dim() - 1))
+        made = private.likelihood.mean(private.decode(z, **given(condition=repeated)))
     images = as_images("plot.traversals", made, x.shape[1:])
     ticks = [f"{value:.1f}" for value in values.tolist()]
     return _lines(images, [f"z{index}" for index in chosen], ticks, "value of the latent")
@@ -72,7 +81,7 @@ def jacobian_columns(
     if largest is not None:
         expect_positive("plot.jacobian_columns", largest=largest)
     private = private_model("plot.jacobian_columns", model)
-    chosen = _chosen("plot.jacobian_columns", private, x, latents)
+    chosen = chosen_latents("plot.jacobian_columns", private, x, latents)
     with torch.no_grad():
         z = private.encode(x)[0]
 
@@ -93,6 +102,7 @@ def latent_scatter(
     labels: Tensor | None = None,
     *,
     latents: Sequence[int] | None = None,
+    condition: Tensor | None = None,
 ) -> Figure:
     """Two latents of many codes against each other, coloured by label.
 
@@ -102,6 +112,7 @@ def latent_scatter(
         labels: integers [N], or None.
         latents: which two; None: those of a model that say most (see :func:`traversals`), the first two of codes. Of
             a single latent the codes are drawn against their rank.
+        condition: [N, ...] of a conditional model.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -112,9 +123,11 @@ def latent_scatter(
         if x is None:
             raise ValueError("plot.latent_scatter: x: expected samples for the model to encode, got None")
         private = private_model("plot.latent_scatter", codes)
-        chosen = _chosen("plot.latent_scatter", private, x, 2 if latents is None else latents)
+        chosen = chosen_latents(
+            "plot.latent_scatter", private, x, 2 if latents is None else latents, condition
+        )
         with torch.no_grad():
-            codes = private.encode(x)[0]
+            codes = private.encode(x, **given(condition=condition))[0]
     points = codes.detach().cpu().double()
     if labels is not None:
         labels = as_tensor("plot.latent_scatter", "labels", labels)
@@ -162,12 +175,22 @@ def signed_colours(images: Tensor, largest: float) -> Tensor:
     return torch.stack([1 + shade.clamp(max=0), 1 - shade.abs(), 1 - shade.clamp(min=0)], 1)
 
 
-def _chosen(owner: str, model: BaseVAE, x: Tensor, latents: int | Sequence[int]) -> list[int]:
+def chosen_latents(
+    owner: str,
+    model: BaseVAE,
+    x: Tensor,
+    latents: int | Sequence[int],
+    condition: Tensor | None = None,
+) -> list[int]:
+    """Which latents: those given, or so many that say most of x; ValueError, in the owner's name, for others."""
     if not len(x):
         raise ValueError(f"{owner}: x: expected at least one image, got none")
     if isinstance(latents, int):
         expect_integers(owner, 1, latents=latents)
-        return divergence_by_latent(model, x).argsort(descending=True)[:latents].tolist()
+        batches, place = (x, None) if condition is None else ([(x, condition)], 1)
+        return (
+            divergence_by_latent(model, batches, condition=place).argsort(descending=True)[:latents].tolist()
+        )
     known = model.latent_dim or 0
     if not latents or not all(0 <= index < known for index in latents):
         raise ValueError(f"{owner}: latents: expected numbers from 0 to {known - 1}, got {list(latents)}")

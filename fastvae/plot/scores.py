@@ -18,13 +18,16 @@ __all__ = ["score_histograms"]
 _BINS = 24
 
 
-def score_histograms(scores: Mapping[str, Mapping[str, Tensor | np.ndarray | Sequence[float]]]) -> Figure:
+def score_histograms(
+    scores: Mapping[str, Mapping[str, Tensor | np.ndarray | Sequence[float]]], *, noun: str = "images"
+) -> Figure:
     """A row for each score: at the left a histogram by set of samples, at the right ROC curves of the foreign sets.
 
     Histograms leave out the highest and lowest 1% of all values, which can be far away.
 
     Args:
         scores: [N] by score and by set, higher = more foreign; the first set is the one that is not foreign.
+        noun: what is scored, in the plural.
 
     Raises:
         ValueError: no scores, or scores that are not [N] with finite values.
@@ -51,7 +54,7 @@ def score_histograms(scores: Mapping[str, Mapping[str, Tensor | np.ndarray | Seq
             if key in foreign:
                 roc.plot(*_roc(values[inside], values[key]), color=colour, linewidth=1.4)
         histogram.set_title(name, size=FONT)
-        histogram.set(yticks=[], ylabel="share of images")
+        histogram.set(yticks=[], ylabel=f"share of {noun}")
         roc.plot([0, 1], [0, 1], color=GRID, linewidth=0.8)
         roc.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
         roc.set_title("ROC", size=FONT)

@@ -1,7 +1,8 @@
 """One page on a model and its data: what it makes, what it knows, what shaped it, what it runs on.
 
-subject.py     the model and the images that the page looks at, and how many each section can afford
+choosing.py    which images or rows a page looks at; subject.py: they and the model, how many a section can afford
 page.py        sections as one HTML file (page.html) and as text
+rows.py        rows of a table in words
 pictures.py    samples and reconstructions; evidence.py: bounds and likelihoods; latents.py: codes and traversals
 trajectory.py  the flow of a Hamiltonian VAE; foreign.py: outlier scores; influence.py: training images
 labels.py      training images whose labels look wrong

@@ -1,4 +1,4 @@
-"""Which images are foreign to the model: those of the test set that are most so, and other sets against it."""
+"""Which images or rows are foreign to the model: those of the test set that are most so, and other sets against it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastvae.metrics import OODMetrics, ood_metrics
 from fastvae.ood import Detector, InputComplexity, LikelihoodRegret, NegativeLogLikelihood
 from fastvae.report.evidence import importance_samples
 from fastvae.report.page import Picture, Section, Table
+from fastvae.report.rows import strange_rows
 from fastvae.report.subject import Subject
 from fastvae.report.wording import nats
 
@@ -24,15 +25,21 @@ _TEST = "test"
 
 
 def foreign_images(subject: Subject) -> Section:
-    """Outlier scores of test images, and of foreign sets if there are any."""
+    """Outlier scores of test samples, and of foreign sets if there are any."""
+    noun = subject.noun
+    title = f"Foreign {noun}s"
     sets = {_TEST: subject.test, **subject.foreign}
     scores = outlier_scores(subject, sets)
     regret, nll = scores["regret"][_TEST], scores["NLL"][_TEST]
-    pictures = [_most_foreign(subject, scores)]
+    pictures, listings = [], []
+    if subject.table is None:
+        pictures.append(_most_foreign(subject, scores))
+    else:
+        listings = [_most_foreign_rows(subject, name, by_set[_TEST]) for name, by_set in scores.items()]
     rows: list[list[str]] = []
     text = [
-        f"""NLL: −log p(x). Regret: what an image's likelihood gains from an encoder that is trained for it alone,
-        {_STEPS} steps (Xiao, Yan, Amit, NeurIPS 2020), of {len(regret)} images a set."""
+        f"""NLL: −log p(x). Regret: what the likelihood of one {noun} gains from an encoder trained for it alone,
+        {_STEPS} steps (Xiao, Yan, Amit, NeurIPS 2020), of {len(regret)} {noun}s a set."""
         + (
             " Complexity: NLL minus the length of the image as PNG, both in nats (Serra et al., ICLR 2020)."
             if "complexity" in scores
@@ -43,11 +50,11 @@ def foreign_images(subject: Subject) -> Section:
         first = int(regret.argmax())
         label = "" if subject.test_labels is None else f" (label {subject.label(subject.test_labels[first])})"
         verdict = (
-            f"The most foreign of {len(regret)} test images{label} has a likelihood regret of "
+            f"The most foreign of {len(regret)} test {noun}s{label} has a likelihood regret of "
             f"{nats(float(regret.max()))} nats, the median one {nats(float(regret.median()))}; by NLL it is "
             f"{nats(float(nll.max()))} and {nats(float(nll.median()))}."
         )
-        return Section("Foreign images", verdict, None, text, pictures=pictures)
+        return Section(title, verdict, None, text, pictures=pictures, listings=listings)
     found = {
         name: {key: ood_metrics(by_set[_TEST], by_set[key]) for key in subject.foreign}
         for name, by_set in scores.items()
@@ -56,28 +63,29 @@ def foreign_images(subject: Subject) -> Section:
         for key, measured in by_set.items():
             low, high = measured.auroc_interval
             rows.append([name, key, f"{measured.auroc:.2f}", f"{low:.2f} to {high:.2f}"])
-    pictures.append(
-        Picture(
-            plot.png(plot.image_blocks({name: images[:_SHOWN] for name, images in sets.items()})),
-            "Images of each set as the model sees them.",
+    if subject.table is None:
+        pictures.append(
+            Picture(
+                plot.png(plot.image_blocks({name: images[:_SHOWN] for name, images in sets.items()})),
+                "Images of each set as the model sees them.",
+            )
         )
-    )
-    pictures.append(
-        Picture(plot.png(plot.score_histograms(scores)), "Each score by set of images, with the ROC curves.")
-    )
+    histograms = plot.score_histograms(scores, noun=f"{noun}s")
+    pictures.append(Picture(plot.png(histograms), f"Each score by set of {noun}s, with the ROC curves."))
     text.append(
-        f"""AUROC: the probability that a foreign image scores higher than a test image (chance 0.5), with a 95%
-        bootstrap interval over the choice of at most {len(nll)} images of each set. Below 0.5 the foreign images look
+        f"""AUROC: the probability that a foreign {noun} scores higher than a test {noun} (chance 0.5), with a 95%
+        bootstrap interval over the choice of at most {len(nll)} {noun}s of each set. Below 0.5 the foreign {noun}s look
         more familiar than the model's own."""
     )
     verdict, worked = _judged(found)
     return Section(
-        "Foreign images",
+        title,
         verdict,
         worked,
         text,
-        Table(["score", "images", "AUROC", "95% interval"], rows, 2),
+        Table(["score", f"{noun}s", "AUROC", "95% interval"], rows, 2),
         pictures,
+        listings,
     )
 
 
@@ -93,16 +101,28 @@ def outlier_scores(subject: Subject, sets: dict[str, Tensor]) -> dict[str, dict[
     counts_values = isinstance(model.likelihood, Categorical) or (
         isinstance(model.likelihood, Bernoulli) and subject.is_binary
     )
-    if counts_values and subject.shape[0] in (1, 3):
+    if counts_values and subject.table is None and subject.shape[0] in (1, 3):
         detectors["complexity"] = InputComplexity(model, num_samples=samples, seed=seed)
     of_step = 3 * (subject.flops[0] + subject.flops_of_weight) + _UPDATE * subject.encoder_size
     regrets = subject.afford(
         _REGRETS, len(sets) * (_STEPS * of_step + 2 * samples * subject.flops_of_weight), least=8
     )
-    return {
-        name: {key: detector(x[: regrets if name == "regret" else count]).cpu() for key, x in sets.items()}
-        for name, detector in detectors.items()
-    }
+    conditions = {_TEST: subject.test_condition, **subject.foreign_conditions}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, detector in detectors.items():
+        most = regrets if name == "regret" else count
+        found[name] = {
+            key: detector(x[:most], **subject.given(conditions.get(key), most)).cpu()
+            for key, x in sets.items()
+        }
+    return found
+
+
+def _most_foreign_rows(subject: Subject, name: str, scores: Tensor) -> Table:
+    order = scores.argsort(descending=True)[:_SHOWN]
+    return strange_rows(
+        subject, "test", order, [nats(value) for value in scores[order].tolist()], f"{name}, nats"
+    )
 
 
 def _most_foreign(subject: Subject, scores: dict[str, dict[str, Tensor]]) -> Picture:

@@ -1,4 +1,4 @@
-"""Training images whose labels do not fit the images that are nearest to them."""
+"""Training images or rows whose labels do not fit those that are nearest to them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastvae import plot
 from fastvae.metrics import posteriors
 from fastvae.report.influence import Influences
 from fastvae.report.page import Picture, Section, Table
+from fastvae.report.rows import named_row
 from fastvae.report.subject import Subject
 from fastvae.report.wording import listed
 
@@ -32,15 +33,18 @@ def suspicious_labels(subject: Subject, found: Influences, *, wrong: Tensor | No
     labels, by_gradient = subject.train_labels[: found.count], found.proponents()
     k = by_gradient.shape[1]
     train = subject.train[: found.count]
-    by_code = _nearest(posteriors(subject.model, train)[0], k)
+    condition = None if subject.train_condition is None else subject.train_condition[: found.count]
+    batches, places = subject.batches(train, condition)
+    by_code = _nearest(posteriors(subject.model, batches, **places)[0], k)
+    noun = subject.noun
     votes = labels[torch.cat((by_gradient, by_code), 1)]
     majority, doubt = votes.mode(1).values, _doubt(votes, labels)
     order = doubt.argsort(descending=True, stable=True)[:_SHOWN]
     alone = int((doubt > 0.5).sum())
     verdict = (
-        f"{alone} of {found.count:,} labels look wrong: images nearest by gradient and by code agree on another one."
+        f"{alone} of {found.count:,} labels look wrong: {noun}s nearest by gradient and by code agree on another one."
         if alone
-        else f"No label of {found.count:,} stands against what the images nearest by gradient and by code agree on."
+        else f"No label of {found.count:,} stands against what the {noun}s nearest by gradient and by code agree on."
     )
     worked: bool | None = None
     table = None
@@ -50,28 +54,44 @@ def suspicious_labels(subject: Subject, found: Influences, *, wrong: Tensor | No
             "both together": doubt,
             "nearest by gradient (TracIn)": _doubt(labels[by_gradient], labels),
             "nearest codes": _doubt(labels[by_code], labels),
-            "nearest pixels": _doubt(labels[_nearest(train.flatten(1), k)], labels),
+            f"nearest {subject.element}s": _doubt(
+                labels[_nearest(subject.comparable(train).flatten(1), k)], labels
+            ),
         }
         verdict, worked, table = _as_planted(ways, planted)
-    name = "given label>what nearest images agree on"
-    figure = plot.image_blocks(
-        {name: train[order]},
-        columns=8 if subject.classes is None else 4,  # names take more room than numbers
-        captions={
-            name: [f"{subject.label(labels[index])}>{subject.label(majority[index])}" for index in order]
-        },
-    )
+    pictures, listings = [], []
+    if subject.table is None:
+        name = "given label>what nearest images agree on"
+        figure = plot.image_blocks(
+            {name: train[order]},
+            columns=8 if subject.classes is None else 4,  # names take more room than numbers
+            captions={
+                name: [f"{subject.label(labels[index])}>{subject.label(majority[index])}" for index in order]
+            },
+        )
+        pictures.append(Picture(plot.png(figure), "The most suspicious labels, the worst first."))
+    else:
+        cells = [
+            [named_row(subject, "train", index), subject.label(majority[index]), f"{float(doubt[index]):.2f}"]
+            for index in order.tolist()
+            if doubt[index] > 0
+        ]
+        if cells:
+            listings.append(
+                Table(["row (its label)", "what nearest rows agree on", "doubt, at most 1"], cells, 2)
+            )
     return Section(
         "Suspicious labels",
         verdict,
         worked,
         [
-            f"""The model never sees labels. For each training image vote the {k} others whose loss gradients point
-            most the same way (by the cosine), and the {k} whose codes are nearest; suspicious is an image whose label
+            f"""The model never sees labels. For each training {noun} vote the {k} others whose loss gradients point
+            most the same way (by the cosine), and the {k} whose codes are nearest; suspicious is one whose label
             they do not share, most of all where they agree on another."""
         ],
         table,
-        [Picture(plot.png(figure), "The most suspicious labels, the worst first.")],
+        pictures,
+        listings,
     )
 
 

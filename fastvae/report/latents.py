@@ -19,15 +19,17 @@ _NEIGHBOURS = 10
 def latents(subject: Subject) -> Section:
     """Active units, mutual information, labels read from codes, traversals, a scatter of codes."""
     model = subject.model
-    divergences = divergence_by_latent(model, subject.test)
-    active, count = active_units(model, subject.test), len(divergences)
-    information = mutual_information(model, subject.test, seed=subject.seed)
+    batches, places = subject.batches(subject.test, subject.test_condition)
+    divergences = divergence_by_latent(model, batches, **places)
+    active, count = active_units(model, batches, **places), len(divergences)
+    information = mutual_information(model, batches, seed=subject.seed, **places)
+    noun = subject.noun
     most = math.log(len(subject.test))
     rows = [
         ["active units (Var of the mean > 0.01)", f"{active} of {count}"],
         ["KL to the prior, all latents", f"{float(divergences.sum()):.2f} nats"],
         ["KL of the latent that says most", f"{float(divergences.max()):.2f} nats"],
-        [f"mutual information of image and code, at most {most:.2f}", f"{information:.2f} nats"],
+        [f"mutual information of {noun} and code, at most {most:.2f}", f"{information:.2f} nats"],
     ]
     verdict = f"{active} of {count} latents are active" if active else f"None of {count} latents is active"
     worked: bool | None = active > 0
@@ -36,22 +38,25 @@ def latents(subject: Subject) -> Section:
         of_codes, of_pixels = _accuracies(subject, labels[0], labels[1])
         rows += [
             [f"label read from {_NEIGHBOURS} nearest codes", f"{of_codes:.1%}"],
-            [f"label read from {_NEIGHBOURS} nearest images", f"{of_pixels:.1%}"],
+            [f"label read from {_NEIGHBOURS} nearest {noun}s", f"{of_pixels:.1%}"],
         ]
         better = "more" if of_codes > of_pixels else "fewer" if of_codes < of_pixels else "as many"
         verdict += (
-            f"; nearest codes name the label of {of_codes:.0%} of the test images, {better} than nearest images "
+            f"; nearest codes name the label of {of_codes:.0%} of the test {noun}s, {better} than nearest {noun}s "
             f"({of_pixels:.0%})"
         ).replace("as many than", "as many as")
+    x, besides = subject.here(subject.test), subject.given(subject.test_condition)
+    few = min(6, count)
+    if subject.table is None:
+        moved = plot.traversals(model, x, latents=few, **besides)
+        caption = "A test image as its code moves along one latent; a line for each of those that say most."
+    else:
+        moved = plot.column_effects(model, x, subject.table.columns, latents=few, **besides)
+        caption = "How far a test row's columns move with one latent, of those that say most; columns that move most."
+    scatter = plot.latent_scatter(model, x, subject.test_labels, **besides)
     figures = [
-        (
-            plot.traversals(model, subject.here(subject.test), latents=min(6, count)),
-            "A test image as its code moves along one latent; a line for each of those that say most.",
-        ),
-        (
-            plot.latent_scatter(model, subject.here(subject.test), subject.test_labels),
-            "Mean codes of the test images: the two latents that say most.",
-        ),
+        (moved, caption),
+        (scatter, f"Mean codes of the test {noun}s: the two latents that say most."),
     ]
     return Section(
         "Latents",
@@ -67,8 +72,13 @@ def latents(subject: Subject) -> Section:
 
 
 def _accuracies(subject: Subject, train: Tensor, test: Tensor) -> tuple[float, float]:
-    codes = [posteriors(subject.model, x)[0] for x in (subject.train, subject.test)]
+    codes = []
+    for x, condition in ((subject.train, subject.train_condition), (subject.test, subject.test_condition)):
+        batches, places = subject.batches(x, condition)
+        codes.append(posteriors(subject.model, batches, **places)[0])
+    values = [subject.comparable(x).flatten(1) for x in (subject.train, subject.test)]
+    of_values = values[0], train, values[1], test
     return (
         knn_accuracy(codes[0], train, codes[1], test, k=_NEIGHBOURS),
-        knn_accuracy(subject.train.flatten(1), train, subject.test.flatten(1), test, k=_NEIGHBOURS),
+        knn_accuracy(*of_values, k=_NEIGHBOURS),
     )

@@ -55,6 +55,8 @@ class Section:
     """Paragraphs; line breaks and indentation do not count."""
     table: Table | None = None
     pictures: Sequence[Picture] = field(default_factory=list)
+    listings: Sequence[Table] = ()
+    """Below the pictures: rows of data, say, of which there is none."""
     details: Sequence[tuple[str, str]] = ()
     """What is folded away: a heading and text as it stands."""
     is_appendix: bool = False

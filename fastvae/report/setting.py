@@ -48,20 +48,36 @@ def _late_change(history: History) -> float:
     return losses[-1] - losses[-quarter - 1] if len(losses) > quarter else 0.0
 
 
+def _prepared(subject: Subject) -> str:
+    prepared = (
+        "less their means, over their standard deviations" if subject.is_standardised else "as they are"
+    )
+    if subject.is_binarised:
+        prepared = "drawn from their grey values, once"
+    condition = subject.train_condition
+    if condition is None:
+        return prepared
+    size = "x".join(map(str, condition.shape[1:])) or "a number"
+    return f"{prepared}; given a condition, {size} for each {subject.noun}"
+
+
 def setting(subject: Subject, seconds: float) -> Section:
     """Data, model and versions."""
     shape, kind = "x".join(map(str, subject.shape)), article(type(subject.model).__name__)
     rows = [
         [
-            "training images",
+            f"training {subject.noun}s",
             f"{subject.names[0]}, {len(subject.train):,} of {subject.sizes[0]:,} looked at, {shape}",
         ],
-        ["test images", f"{subject.names[1]}, {len(subject.test):,} of {subject.sizes[1]:,} looked at"],
+        [
+            f"test {subject.noun}s",
+            f"{subject.names[1]}, {len(subject.test):,} of {subject.sizes[1]:,} looked at",
+        ],
         *(
-            ["foreign images", f"{name}, {len(images):,} looked at"]
+            [f"foreign {subject.noun}s", f"{name}, {len(images):,} looked at"]
             for name, images in subject.foreign.items()
         ),
-        ["pixels", "drawn from their grey values, once" if subject.is_binarised else "as they are"],
+        [f"{subject.element}s", _prepared(subject)],
         ["likelihood", str(subject.model.likelihood)],
         ["parameters", f"{subject.size:,}, {subject.encoder_size:,} of them in the encoder"],
         ["seed, effort", f"{subject.seed}, {subject.effort:g}"],

@@ -8,11 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvae import ops, reference
+from fastvae.decoding import conditioned
 from fastvae.influence import TracIn
 from fastvae.likelihoods import Bernoulli
 from fastvae.models import HVAE, IWAE, VAE
@@ -53,8 +55,9 @@ def speed(subject: Subject) -> Section:
     """Coverage of the decoder, and times."""
     model = subject.model
     with torch.no_grad():
-        z = model.encode(subject.here(subject.test[:_BATCH]))[0]
-    network = Network(model.decoder, model.likelihood, z=z)
+        x, given = subject.here(subject.test[:_BATCH]), subject.given(subject.test_condition, _BATCH)
+        z = model.encode(x, **given)[0]
+    network = Network(model.decoder, model.likelihood, z=z, **given)
     explained = network.explain()
     kernels = "Run by kernels" in explained
     found, failed = timed(subject)
@@ -113,9 +116,12 @@ def timed(subject: Subject) -> tuple[list[Timing], dict[str, str]]:
 def _pairs(subject: Subject) -> Iterator[tuple[str, Job, Job, bool]]:
     """Name, our way, the plain way, and whether both have the same noise."""
     model, x = subject.model, subject.here(subject.test[:_BATCH])
+    given = subject.given(subject.test_condition, _BATCH)
+    condition = given.get("condition")
+    plain_decoder = conditioned(model.decoder, condition)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     of_decoder = [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
-    mu, _ = (part.detach() for part in model.encode(x))
+    mu, _ = (part.detach() for part in model.encode(x, **given))
 
     def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
@@ -127,27 +133,27 @@ def _pairs(subject: Subject) -> Iterator[tuple[str, Job, Job, bool]]:
         def plain_loss() -> Tensor:
             if isinstance(model, IWAE):
                 return -reference.iwae_bound(
-                    *networks, noise, model.likelihood, estimator=model.estimator, beta=model.beta
+                    *networks, noise, model.likelihood, estimator=model.estimator, beta=model.beta, **given
                 )
-            return -reference.elbo(*networks, noise[0], model.likelihood, beta=model.beta)
+            return -reference.elbo(*networks, noise[0], model.likelihood, beta=model.beta, **given)
 
         yield (
             "training step",
-            lambda: gradients(model(x, noise=noise).mean(), parameters),
+            lambda: gradients(model(x, noise=noise, **given).mean(), parameters),
             lambda: gradients(plain_loss().mean(), parameters),
             True,
         )
     if isinstance(model, HVAE):
-        z, rho = start(model, x, subject.seed)
+        z, rho = start(model, x, subject.seed, condition)
         step, alpha = model.step_size.detach(), model.alpha.detach()
     else:
         noise = torch.randn(2, *mu.shape, generator=subject.generator(), device="cpu").to(mu)
         z, rho, step, alpha = mu, noise[0], mu.new_tensor(0.05), mu.new_full((5,), 0.95)
     z = z.requires_grad_()
 
-    def flow(by: Callable[..., tuple[Tensor, ...]]) -> Job:
+    def flow(by: Callable[..., tuple[Tensor, ...]], decoder: Any, besides: dict[str, Any]) -> Job:
         def run() -> tuple[Tensor, ...]:
-            end, momentum, log_px = by(model.decoder, z, rho, x, step, alpha, model.likelihood)
+            end, momentum, log_px = by(decoder, z, rho, x, step, alpha, model.likelihood, **besides)
             return gradients(
                 log_px.sum() - 0.5 * (end.square().sum() + momentum.square().sum()), [z, *of_decoder]
             )
@@ -156,43 +162,62 @@ def _pairs(subject: Subject) -> Iterator[tuple[str, Job, Job, bool]]:
 
     yield (
         f"flow of {len(alpha)} steps",
-        flow(ops.hamiltonian_flow),
-        flow(reference.hamiltonian_flow),
+        flow(ops.hamiltonian_flow, model.decoder, given),
+        flow(reference.hamiltonian_flow, plain_decoder, {}),
         True,
     )
     output = (
         "sigmoid" if isinstance(model.likelihood, Bernoulli) and not model.likelihood.probs else "identity"
     )
 
-    def jacobian(by: Callable[..., Tensor]) -> Job:
-        return lambda: gradients(by(model.decoder, z, output=output), of_decoder)
+    def jacobian(by: Callable[..., Tensor], decoder: Any, besides: dict[str, Any]) -> Job:
+        return lambda: gradients(by(decoder, z, output=output, **besides), of_decoder)
 
-    yield "Jacobian L1", jacobian(ops.jacobian_l1), jacobian(reference.jacobian_l1), True
+    yield (
+        "Jacobian L1",
+        jacobian(ops.jacobian_l1, model.decoder, given),
+        jacobian(reference.jacobian_l1, plain_decoder, {}),
+        True,
+    )
     codes = (mu + torch.randn(_CODES, *mu.shape, generator=subject.generator(), device="cpu").to(mu)).detach()
 
     def importance(by: Callable[..., Tensor]) -> Job:
         def run() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (by(model.decoder, codes, x, model.likelihood),)
+                return (by(model.decoder, codes, x, model.likelihood, **given),)
 
         return run
 
     yield f"log p(x | z) of {_CODES} codes", importance(ops.log_px), importance(reference.log_px), True
     few = x[:16]
+    of_few = subject.given(subject.test_condition, 16)
 
     @functools.cache  # made at the first call, where what it refuses costs this comparison alone
     def tracin() -> TracIn:
         return TracIn(
-            model, None, [None], lambda model, checkpoint: 1.0, num_samples=1, uncovered="materialise"
+            model,
+            None,
+            [None],
+            lambda model, checkpoint: 1.0,
+            num_samples=1,
+            uncovered="materialise",
+            condition=1 if of_few else None,
         )
 
     def norms() -> tuple[Tensor, ...]:
-        noise = model.draw_noise(model.encode(few)[0].detach(), subject.generator())
-        losses = (model(few[i : i + 1], noise=noise[:, i : i + 1]).sum() for i in range(len(few)))
+        noise = model.draw_noise(model.encode(few, **of_few)[0].detach(), subject.generator())
+        losses = (
+            model(
+                few[i : i + 1], noise=noise[:, i : i + 1], **{k: v[i : i + 1] for k, v in of_few.items()}
+            ).sum()
+            for i in range(len(few))
+        )
         flat = (torch.cat([part.flatten() for part in gradients(loss, parameters)]) for loss in losses)
         return tuple(gradient.square().sum() for gradient in flat)
 
-    yield "self-influence of 16 images", lambda: tracin().self_influence(few).unbind(), norms, False
+    queries = (few, *of_few.values()) if of_few else few
+    name = f"self-influence of 16 {subject.noun}s"
+    yield name, lambda: tracin().self_influence(queries).unbind(), norms, False
 
 
 def _measured(name: str, ours: Job, plain: Job, is_comparable: bool, seconds: float) -> Timing:

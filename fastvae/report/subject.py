@@ -1,55 +1,62 @@
-"""The model and the images that a page looks at, and how many each section can afford."""
+"""The model and the images or rows that a page looks at, and how many each section can afford."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvae.arguments import expect, expect_positive, is_integer
-from fastvae.data import ImageDataset, binarize
-from fastvae.likelihoods import Bernoulli
+from fastvae.arguments import expect, expect_positive, given, is_integer
+from fastvae.data import binarize
+from fastvae.likelihoods import Bernoulli, LearnedLikelihood
+from fastvae.likelihoods.counts import Counts
 from fastvae.metrics.posteriors import private_model
 from fastvae.models import HVAE, BaseVAE, DivergenceError
 from fastvae.models.inputs import needs_condition
+from fastvae.report.choosing import (
+    Condition,
+    Data,
+    Foreign,
+    TableFacts,
+    chosen_of,
+    conditions_of,
+    facts_of,
+    foreign_of,
+    named_sets,
+)
 from fastvae.training import History
 
-__all__ = ["Foreign", "Subject", "resized"]
+__all__ = ["Subject"]
 
-Foreign = Mapping[str, ImageDataset] | Sequence[ImageDataset] | ImageDataset | None
-
-_MOST = {"train": 2000, "test": 500, "foreign": 200}
-"""Images that a page looks at."""
 _BUDGET = 3e11
 """Floating-point operations of a section, about: ten seconds of a laptop."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a page is about. Images are float32 on the CPU, as the model takes them."""
+    """What a page is about. Images or rows are float32 on the CPU, as the model takes them."""
 
     model: BaseVAE
     """A private copy in eval mode, without what training adds to a step."""
     train: Tensor
-    """[N, C, H, W], chosen at random."""
+    """[N, C, H, W] or [N, F], chosen at random."""
     train_indices: Tensor
-    """int64 [N] which they are of all training images."""
+    """int64 [N] which they are of all training images or rows."""
     train_labels: Tensor | None
     test: Tensor
-    """[M, C, H, W], chosen at random."""
+    """[M, C, H, W] or [M, F], chosen at random."""
+    test_indices: Tensor
     test_labels: Tensor | None
     foreign: Mapping[str, Tensor]
-    """[n, C, H, W] by name."""
+    """[n, C, H, W] or [n, F] by name."""
     names: tuple[str, str]
-    """Where training and test images come from."""
+    """Where training and test data come from."""
     sizes: tuple[int, int]
     """How many there are in all."""
     is_binarised: bool
@@ -60,52 +67,67 @@ class Subject:
     classes: tuple[str, ...] | None = None
     """Names of the labels."""
     command: str = ""
+    train_condition: Tensor | None = None
+    """[N, ...] of a conditional model."""
+    test_condition: Tensor | None = None
+    foreign_conditions: Mapping[str, Tensor | None] = field(default_factory=dict)
+    table: TableFacts | None = None
+    """Of rows; None of images."""
 
     @classmethod
     def of(
         cls,
         model: BaseVAE,
-        train: ImageDataset,
-        test: ImageDataset,
+        train: Data,
+        test: Data,
         *,
         foreign: Foreign = None,
+        condition: Condition = None,
         binarised: bool | None = None,
         seed: int = 0,
         effort: float = 1.0,
         **rest: Any,
     ) -> Subject:
-        """Choose the images; see :func:`fastvae.report.write_report`."""
+        """Choose the images or rows; see :func:`fastvae.report.write_report`."""
         expect_positive("write_report", effort=effort)
         expect(is_integer(seed), "write_report: seed: expected an int", repr(seed))
         private = private_model("write_report", model)
-        if any(needs_condition(part) for part in (private.encoder, private.decoder)):
-            raise ValueError("write_report: model: expected one without a condition, got a conditional model")
         if not all(bool(torch.isfinite(parameter).all()) for parameter in private.parameters()):
             raise ValueError("write_report: model: expected finite parameters, got NaN or infinite ones")
         generator = torch.Generator().manual_seed(seed)
-        parts = {name: _chosen(name, part, generator) for name, part in (("train", train), ("test", test))}
-        shapes = [images.shape[1:] for images, _, _ in parts.values()]
+        own = dict(zip(("train", "test"), conditions_of(condition, train, test), strict=True))
+        parts = {
+            name: chosen_of(name, part, own[name], generator)
+            for name, part in (("train", train), ("test", test))
+        }
+        shapes = [part.x.shape[1:] for part in parts.values()]
+        noun = "rows" if len(shapes[0]) == 1 else "images"
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"write_report: test: expected images of {list(shapes[0])} as in train, got {list(shapes[1])}"
+                f"write_report: test: expected {noun} of {list(shapes[0])} as in train, got {list(shapes[1])}"
             )
         others = {
-            name: resized(_chosen("foreign", part, generator)[0], shapes[0])
-            for name, part in _named(foreign).items()
+            name: foreign_of(part, condition, shapes[0], generator)
+            for name, part in named_sets(foreign).items()
         }
-        images = [parts["train"][0], parts["test"][0], *others.values()]
-        is_grey = not all(bool(((each == 0) | (each == 1)).all()) for each in images)
+        images = [*(part.x for part in parts.values()), *(part.x for part in others.values())]
+        table = facts_of(train, test)
+        is_grey = table is None and not all(bool(((each == 0) | (each == 1)).all()) for each in images)
         drawn = isinstance(private.likelihood, Bernoulli) and is_grey if binarised is None else binarised
         if drawn:
             images = [binarize(each, generator) for each in images]
-        _check_model_takes(private, images[0][:2])
+        of_train, of_test = parts.values()
+        _check_model_takes(
+            private, images[0][:2], None if of_train.condition is None else of_train.condition[:2]
+        )
         return cls(
             private,
             images[0],
-            parts["train"][2],
-            parts["train"][1],
+            of_train.indices,
+            of_train.labels,
             images[1],
-            parts["test"][1],
+            of_test.indices,
+            of_test.labels,
             dict(zip(others, images[2:], strict=True)),
             (train.name, test.name),
             (len(train), len(test)),
@@ -113,17 +135,58 @@ class Subject:
             seed,
             effort,
             classes=train.classes,
+            train_condition=of_train.condition,
+            test_condition=of_test.condition,
+            foreign_conditions={name: part.condition for name, part in others.items()},
+            table=table,
             **rest,
         )
 
     @property
+    def noun(self) -> str:
+        """What a sample is."""
+        return "image" if self.table is None else "row"
+
+    @property
+    def element(self) -> str:
+        """What one of its numbers is."""
+        return "pixel" if self.table is None else "column"
+
+    @property
+    def is_standardised(self) -> bool:
+        """Whether the model sees other numbers than the table has."""
+        return self.table is not None and not bool(
+            (self.table.mean == 0).all() and (self.table.scale == 1).all()
+        )
+
+    def given(self, condition: Tensor | None, count: int | None = None) -> dict[str, Any]:
+        """A condition's first rows as an argument of the model's methods, on its device; nothing without one."""
+        return {} if condition is None else {"condition": self.here(condition[:count])}
+
+    def batches(self, x: Tensor, condition: Tensor | None) -> tuple[Any, dict[str, Any]]:
+        """Samples for functions that take batches, and the arguments that say where the condition is in them."""
+        return (x, {}) if condition is None else ([(x, condition)], {"condition": 1})
+
+    def comparable(self, x: Tensor) -> Tensor:
+        """Values between which distances mean something: of counts the logarithm of one more."""
+        likelihood = self.model.likelihood
+        head = likelihood.head if isinstance(likelihood, LearnedLikelihood) else likelihood
+        return torch.log1p(x.clamp_min(0)) if isinstance(head, Counts) else x
+
+    @torch.no_grad()
+    def reconstructed(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """The mean of p(x | z) for one code of each sample's posterior, on the CPU."""
+        made = self.model.reconstruct(self.here(x), generator=self.generator(), **self.given(condition))
+        return made.cpu()
+
+    @property
     def shape(self) -> torch.Size:
-        """[C, H, W] of an image."""
+        """[C, H, W] of an image, [F] of a row."""
         return self.test.shape[1:]
 
     @property
     def is_binary(self) -> bool:
-        """Whether all pixels are 0 or 1."""
+        """Whether all values are 0 or 1."""
         return bool(((self.test == 0) | (self.test == 1)).all())
 
     def label(self, number: int | Tensor) -> str:
@@ -132,7 +195,8 @@ class Subject:
         if self.classes is None or not 0 <= index < len(self.classes):
             return str(index)
         name = self.classes[index]
-        return name if len(name) <= 6 else f"{name[:5]}…"
+        most = 6 if self.table is None else 24  # below a picture there is less room
+        return name if len(name) <= most else f"{name[: most - 1]}…"
 
     def generator(self) -> torch.Generator:
         """A new one, always of the same numbers."""
@@ -149,11 +213,15 @@ class Subject:
 
     @cached_property
     def flops(self) -> tuple[float, float]:
-        """Floating-point operations of encoding one image and of decoding one code."""
+        """Floating-point operations of encoding one sample and of decoding one code."""
         found = []
         with torch.no_grad():
-            x = self.here(self.test[:1])
-            for run in (lambda: self.model.encode(x), lambda: self.model.decode(self.model.encode(x)[0])):
+            x, besides = self.here(self.test[:1]), self.given(self.test_condition, 1)
+
+            def code() -> Tensor:
+                return self.model.encode(x, **besides)[0]
+
+            for run in (code, lambda: self.model.decode(code(), **besides)):
                 with FlopCounterMode(display=False) as counter:
                     run()
                 found.append(float(counter.get_total_flops()))
@@ -176,61 +244,24 @@ class Subject:
         return _size(self.model)
 
 
-def resized(images: Tensor, shape: Sequence[int]) -> Tensor:
-    """[N, C, H, W] in [0, 1] at that shape; another number of channels becomes their mean, repeated."""
-    if images.shape[1] != shape[0]:
-        images = images.mean(1, keepdim=True).expand(-1, shape[0], -1, -1)
-    if images.shape[2:] == torch.Size(shape[1:]):
-        return images
-    return F.interpolate(images, size=tuple(shape[1:]), mode="bilinear", antialias=True).clamp(0, 1)
-
-
-def _chosen(
-    name: str, data: ImageDataset, generator: torch.Generator
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Images, their labels, and which they are."""
-    if not isinstance(data, ImageDataset):
-        raise TypeError(
-            f"write_report: {name}: expected an ImageDataset, got {type(data).__name__}; "
-            'fastvae.data.load(..., split="all") makes one of tensors, data sets and folders'
-        )
-    images, labels = data.tensors()
-    if images.dim() != 4 or not len(images):
+def _check_model_takes(model: BaseVAE, x: Tensor, condition: Tensor | None) -> None:
+    """ValueError unless there is a bound of samples x: nothing on the page would be left."""
+    if condition is None and any(needs_condition(part) for part in (model.encoder, model.decoder)):
         raise ValueError(
-            f"write_report: {name}: expected images [N, C, H, W], at least one, got {list(images.shape)}"
+            'write_report: condition: expected one for a conditional model, "labels" or the tensors of training and '
+            "test samples, got none"
         )
-    # Files are often sorted by label: the first images would not do.
-    chosen = torch.randperm(len(images), generator=generator, device="cpu")[: _MOST[name]]
-    return images[chosen].float().cpu(), None if labels is None else labels[chosen].cpu(), chosen
-
-
-def _named(foreign: Foreign) -> dict[str, ImageDataset]:
-    if foreign is None:
-        return {}
-    if isinstance(foreign, Mapping):
-        return dict(foreign)
-    sets = [foreign] if isinstance(foreign, ImageDataset) or not isinstance(foreign, Sequence) else foreign
-    named: dict[str, ImageDataset] = {}
-    for each in sets:
-        source = str(getattr(each, "name", ""))
-        name = Path(source).name or source
-        while name in named:
-            name += " (another)"
-        named[name] = each
-    return named
-
-
-def _check_model_takes(model: BaseVAE, x: Tensor) -> None:
-    """ValueError unless there is a bound of images x: nothing on the page would be left."""
     try:
         with torch.no_grad():
-            here = x.to(next(model.parameters()).device)
-            model.elbo(here, generator=torch.Generator().manual_seed(0))
+            device = next(model.parameters()).device
+            here = given(condition=None if condition is None else condition.to(device))
+            model.elbo(x.to(device), generator=torch.Generator().manual_seed(0), **here)
     except DivergenceError:
-        pass  # of these images, or of this noise
+        pass  # of these samples, or of this noise
     except (RuntimeError, ValueError, TypeError) as error:
+        noun = "rows" if x.dim() == 2 else "images"
         raise ValueError(
-            f"write_report: train: expected images that the model takes, got {list(x.shape[1:])}: {error}"
+            f"write_report: train: expected {noun} that the model takes, got {list(x.shape[1:])}: {error}"
         ) from error
 
 

@@ -25,18 +25,19 @@ def trajectory(subject: Subject) -> Section | None:
     count = subject.afford(
         len(subject.test), _DRAWS * subject.flops_of_weight, least=min(50, len(subject.test))
     )
-    x = subject.here(subject.test[:count])
+    x, given = subject.here(subject.test[:count]), subject.given(subject.test_condition, count)
     without = VAE(model.encoder, model.decoder, model.likelihood, latent_dim=model.latent_dim).eval()
     generators = subject.generator(), subject.generator()
     differences = torch.stack(
         [
-            model.elbo(x, generator=generators[0]) - without.elbo(x, generator=generators[1])
+            model.elbo(x, generator=generators[0], **given)
+            - without.elbo(x, generator=generators[1], **given)
             for _ in range(_DRAWS)
         ]
     )
     gain = mean_with_error(differences.mean(0).cpu())
-    few = x[:50]
-    kept = energy(model, few, subject.seed, tempered=False)
+    few, of_few = x[:50], subject.given(subject.test_condition, min(50, count))
+    kept = energy(model, few, subject.seed, tempered=False, **of_few)
     error = (kept - kept[0]).abs().max(0).values
     step, (alpha, beta_0) = model.step_size, model.tempering()
     helps = gain.mean > 2 * gain.standard_error
@@ -48,10 +49,10 @@ def trajectory(subject: Subject) -> Section | None:
         else f"{steps} gain nothing: {estimated(gain)} nats against the same networks without them.",
         helps,
         [
-            f"""H = −log p(x | z) + |z|²/2 + |ρ|²/2 at every step of {len(few)} test images' trajectories. Each step
-            multiplies the momentum ρ by its α, which changes H; with all α = 1 exact dynamics would keep it, and what
-            is left is the integrator's error. The encoder was trained with the flow: alone it may do worse than one
-            that was trained alone."""
+            f"""H = −log p(x | z) + |z|²/2 + |ρ|²/2 at every step of {len(few)} test {subject.noun}s' trajectories. Each
+            step multiplies the momentum ρ by its α, which changes H; with all α = 1 exact dynamics would keep it, and
+            what is left is the integrator's error. The encoder was trained with the flow: alone it may do worse than
+            one that was trained alone."""
         ],
         Table(
             ["", ""],
@@ -64,7 +65,8 @@ def trajectory(subject: Subject) -> Section | None:
         ),
         [
             Picture(
-                plot.png(plot.energies(model, few, seed=subject.seed)), "Change of H over the leapfrog steps."
+                plot.png(plot.energies(model, few, seed=subject.seed, **of_few)),
+                "Change of H over the leapfrog steps.",
             )
         ],
     )

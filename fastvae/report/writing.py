@@ -1,4 +1,4 @@
-"""``write_report``: a page on a model of the user's and its data."""
+"""``write_report``: a page on a model of the user's and its data, images or rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastvae.data import ImageDataset
 from fastvae.models import BaseVAE
 from fastvae.progress import bar_of
+from fastvae.report.choosing import Condition, Data, Foreign
 from fastvae.report.evidence import evidence
 from fastvae.report.foreign import foreign_images
 from fastvae.report.influence import Influences, influence, influences_of
@@ -23,7 +23,7 @@ from fastvae.report.page import Section, write_page
 from fastvae.report.pictures import reconstructions, samples
 from fastvae.report.setting import setting, training
 from fastvae.report.speed import speed
-from fastvae.report.subject import Foreign, Subject
+from fastvae.report.subject import Subject
 from fastvae.report.trajectory import trajectory
 from fastvae.report.wording import article
 from fastvae.training import History
@@ -33,11 +33,12 @@ __all__ = ["sections_of", "write_report"]
 
 def write_report(
     model: BaseVAE,
-    train: ImageDataset,
-    test: ImageDataset,
+    train: Data,
+    test: Data,
     folder: str | os.PathLike[str],
     *,
     foreign: Foreign = None,
+    condition: Condition = None,
     history: History | Mapping[str, History] | None = None,
     binarised: bool | None = None,
     title: str | None = None,
@@ -50,16 +51,20 @@ def write_report(
 
     Samples, reconstructions, traversals, active units, bound and likelihood with standard errors, the most foreign
     images, the most influential training images and those whose labels look wrong, what runs in kernels and how fast.
+    Of a table its rows, in words where images are shown, and plots of its columns.
     Each section opens with a sentence that its numbers decide, and those that worked come first. A section that cannot
     be computed for this model says why, and a RuntimeWarning too.
 
     Args:
-        model: a fastvae model; what is looked at is a private copy, in eval mode. No conditional model.
-        train: what it was trained on, as :func:`fastvae.data.load` returns it; of large data sets a part is looked at.
-        test: images of the same kind that took no part in training.
+        model: a fastvae model; what is looked at is a private copy, in eval mode.
+        train: what it was trained on, as :func:`fastvae.data.load` or :func:`fastvae.data.load_table` returns it; of
+            large data sets a part is looked at.
+        test: images or rows of the same kind that took no part in training.
         folder: made where it is not there.
         foreign: data sets of other kinds of images, by name or one after the other, to be told from ``test``; they are
-            resized to its shape.
+            resized to its shape. Tables have the same columns.
+        condition: of a conditional model: "labels", which it is given as integers [B]; or two tensors, of all training
+            and of all test samples, a row each. None: what a table has as its ``condition``.
         history: of :func:`fastvae.fit`, one, or several by name: adds training curves.
         binarised: whether the model sees pixels drawn from their grey values, as by ``fit(binarize=True)``. None: where
             its likelihood is Bernoulli and images have other values than 0 and 1.
@@ -73,9 +78,9 @@ def write_report(
         The path of the page.
 
     Raises:
-        ValueError: images of different shapes, or that the model does not take, a conditional model, parameters that
-            are not finite, an effort of 0. All before anything is computed or written.
-        TypeError: not a fastvae model, an ImageDataset or a History.
+        ValueError: images of different shapes, or that the model does not take, a conditional model without a
+            condition, parameters that are not finite, an effort of 0. All before anything is computed or written.
+        TypeError: not a fastvae model, an ImageDataset, a TableDataset or a History.
         ImportError: matplotlib or Jinja2 is not installed.
     """
     named = (
@@ -92,6 +97,7 @@ def write_report(
         train,
         test,
         foreign=foreign,
+        condition=condition,
         binarised=binarised,
         seed=seed,
         effort=effort,
@@ -103,7 +109,8 @@ def write_report(
     sections = sections_of(subject, progress=progress)
     kind = type(subject.model).__name__
     lead = f"""What {article(kind)} makes of {subject.names[0]}: {len(subject.train):,} training and
-        {len(subject.test):,} test images were looked at. First one sentence on each question, from its numbers."""
+        {len(subject.test):,} test {subject.noun}s were looked at. First one sentence on each question, from its
+        numbers."""
     write_page(path, f"{kind} on {Path(subject.names[0]).name}" if title is None else title, lead, sections)
     return path
 
@@ -112,8 +119,8 @@ def sections_of(subject: Subject, *, wrong: Tensor | None = None, progress: bool
     """All sections on one subject, those of their turn that say something.
 
     Args:
-        subject: the model and its images.
-        wrong: bool [all training images] whose labels were made wrong on purpose; says whether they are found.
+        subject: the model and its images or rows.
+        wrong: bool [all training samples] whose labels were made wrong on purpose; says whether they are found.
         progress: show a bar.
     """
     known: list[Influences] = []
@@ -131,9 +138,9 @@ def sections_of(subject: Subject, *, wrong: Tensor | None = None, progress: bool
         "Bound and likelihood": partial(evidence, subject),
         "Latents": partial(latents, subject),
         "Trajectories": partial(trajectory, subject),
-        "Influence of training images": influences,
+        f"Influence of training {subject.noun}s": influences,
         "Suspicious labels": labels,
-        "Foreign images": partial(foreign_images, subject),
+        f"Foreign {subject.noun}s": partial(foreign_images, subject),
         "Speed": partial(speed, subject),
         "Training": partial(training, subject),
     }
