@@ -150,6 +150,7 @@ class CheckpointedRun:
             "history": history.to_dict(self.run_dir),
             "best": self.best,
             "temporary": temporary,
+            "grad_scaler": None if self.stepper.scaler is None else self.stepper.scaler.state_dict(),
             "callbacks": [[_name(callback), _state_of(callback)] for callback in self.callbacks],
             "definition": self.definition.at(self._define()).to_dict(),
         }
@@ -243,6 +244,7 @@ class CheckpointedRun:
                 self.model,
                 self.optimizer,
                 self.scheduler,
+                self.stepper.scaler,
                 matched,
                 generators,
                 rank,

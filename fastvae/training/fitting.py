@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from fastvae.arguments import expect_choice, expect_integers, expect_numbers, is_integer
+from fastvae.arguments import expect, expect_choice, expect_integers, expect_numbers, is_integer
 from fastvae.modes import modes_kept
 from fastvae.training.batches import Place
 from fastvae.training.callbacks import Callback, EarlyStopping
@@ -53,6 +53,7 @@ def fit(
     weight: Place | None = None,
     sample_weight: Place | None = None,
     cuda_graph: bool = False,
+    grad_scaler: torch.amp.GradScaler | Literal["auto"] | None = "auto",
     on_nonfinite: Literal["raise", "skip"] = "raise",
     on_difference: Literal["raise", "warn"] = "raise",
     progress: bool = True,
@@ -69,8 +70,8 @@ def fit(
     from which it goes on (batches before it are loaded again); a second Ctrl-C does not wait.
 
     Under ``torch.autocast(device, torch.bfloat16)`` around the call, encoders (and decoders that no kernel takes) run
-    in bfloat16; the operators compute in float32 as ever, weights and optimiser stay as they are. Gradients are not
-    scaled, which float16 would need.
+    in bfloat16; the operators compute in float32 as ever, weights and optimiser stay as they are. Under float16 losses
+    are scaled, by ``grad_scaler``.
 
     Several processes (torchrun) train one model if each passes it in ``DistributedDataParallel``, with a loader of as
     many batches of its own part of the data (``DistributedSampler``) and the same arguments otherwise. Noise differs
@@ -124,6 +125,10 @@ def fit(
             module's plain settings (``model.beta = 2``) may change, and the steps before which an HVAE measures its
             trajectories run as they are; what else Python decides in ``forward`` stays as it
             was captured, so that must depend on no number. Memory stays in use as for one more step.
+        grad_scaler: a ``torch.amp.GradScaler``, which scales losses so that gradients in float16 do not vanish; its
+            state is in checkpoints. A step whose gradients overflow leaves the weights, the scheduler and the count of
+            steps as they were, is counted in ``History.skipped``, and halves the scale; at a scale of 1 or less it is
+            one that is not finite. "auto": one of torch's defaults under autocast in float16, else none. None: none.
         on_nonfinite: a loss or gradient that is not finite, or a model's ``DivergenceError``, raises before
             it reaches the weights; or that step is skipped, counted, and BatchNorm's running statistics are
             put back (a diverged validation counts as infinite loss).
@@ -170,6 +175,7 @@ def fit(
         model.to(device)
     chosen_optimizer = _build_optimizer(model, optimizer)
     team = Team(model)
+    scaler = _grad_scaler(model, grad_scaler, cuda_graph)
     places = {"condition": condition, "weight": weight, "sample_weight": sample_weight}
     run = Run(
         model=model,
@@ -190,6 +196,7 @@ def fit(
             "binarize": binarize,
             "schedule_by": schedule_by,
             "autocast": _autocast(model),
+            "grad_scaler": scaler is not None,
             **{name: "a function" if callable(place) else place for name, place in places.items()},
         },
         stepper=Stepper(
@@ -201,6 +208,7 @@ def fit(
             restore=on_nonfinite == "skip",
             cuda_graph=cuda_graph,
             places=places,
+            scaler=scaler,
         ),
         team=team,
     )
@@ -243,6 +251,30 @@ def _checked_callbacks(
 def _autocast(model: nn.Module) -> str:
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
+
+
+def _grad_scaler(
+    model: nn.Module, given: torch.amp.GradScaler | str | None, cuda_graph: bool
+) -> torch.amp.GradScaler | None:
+    """The one to use; ValueError for what cannot be scaled."""
+    if given == "auto":
+        device = next(parameter.device.type for parameter in model.parameters())
+        given = torch.amp.GradScaler(device) if _autocast(model) == "torch.float16" else None
+    if given is None or (isinstance(given, torch.amp.GradScaler) and not given.is_enabled()):
+        return None
+    if not isinstance(given, torch.amp.GradScaler):
+        raise TypeError(
+            f'fit: grad_scaler: expected a torch.amp.GradScaler, "auto" or None, got {type(given).__name__}'
+        )
+    halves = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    wanted = "fit: grad_scaler: expected parameters in float32, of which autocast makes float16 by itself"
+    expect(not halves, wanted, f"float16 in {', '.join(halves[:3])}")
+    expect(
+        not cuda_graph,
+        "fit: cuda_graph: expected gradients without a scale, as in bfloat16",
+        "autocast in float16, or a grad_scaler",
+    )
+    return given
 
 
 def _interval(checkpoint_every: int | str | None) -> int | None:

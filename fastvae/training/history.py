@@ -19,12 +19,13 @@ class History:
     """What a run did; every list but ``checkpoints`` has one entry an epoch. ``print`` shows a table.
 
     Attributes:
-        train_loss: mean training loss of a sample, over the samples of the steps that were taken.
+        train_loss: mean training loss of a sample, over the samples of the steps whose loss was finite.
         val_loss: mean validation loss of a sample, None without a ``val_loader``.
         seconds: wall-clock time of the epoch with its validation.
         learning_rate: mean over the epoch's steps, of the optimiser's first parameter group.
         steps: optimisation steps from the start of the run to the end of the epoch.
-        skipped: steps left out because of a loss or gradient that was not finite.
+        skipped: steps left out because of a loss or gradient that was not finite, gradients that overflowed in
+            float16 included.
         checkpoints: the files to hand to TracIn, oldest first.
         best_epoch: epoch (from 1) with the lowest validation loss, None without one.
         stopped: what ended the run: "epochs", "patience", "max_steps" or "callback"; "" while it goes on.

@@ -73,6 +73,8 @@ class Saved:
     """Names of their classes, and their states."""
     temporary: bool
     """Whether the next checkpoint was to replace it."""
+    grad_scaler: dict[str, Any] | None
+    """None where gradients were not scaled, or by a version that kept none."""
     part: PartOfEpoch | None
     """Of the epoch in whose middle it was written; None at an epoch's end."""
 
@@ -119,6 +121,9 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
         raise DamagedFileError(path, "states of generators of some processes alone")
     if number is not None and (epoch != number or part is not None):
         raise DamagedFileError(path, f"the state of epoch {epoch}")
+    grad_scaler = state.get("grad_scaler")
+    if not isinstance(grad_scaler, (dict, type(None))):
+        raise DamagedFileError(path, f"'grad_scaler' of the run's state: {type(grad_scaler).__name__}")
     _check_settings(path, definition, content["optimizer"], state["scheduler"])
     saved = {key: state[key] for key in ("seed", "optimizer", "scheduler", "best")}
     return Saved(
@@ -132,6 +137,7 @@ def read_saved(path: Path, number: int | None = None) -> Saved:
         definition=definition,
         callbacks=_callbacks_in(path, state),
         temporary=state.get("temporary") is True,
+        grad_scaler=grad_scaler,
         part=part,
     )
 
@@ -151,6 +157,7 @@ def load_into(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
+    scaler: torch.amp.GradScaler | None,
     callbacks: Sequence[tuple[Callback, dict[str, Any]]],
     generators: Sequence[torch.Generator],
     rank: int,
@@ -163,6 +170,8 @@ def load_into(
     _check_optimizer(saved, optimizer)
     groups, kept = [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
     objects = [unwrap(model), optimizer, *([] if scheduler is None else [scheduler])]
+    scaled = scaler if saved.grad_scaler is not None else None
+    objects += [] if scaled is None else [scaled]
     objects += [callback for callback, state in callbacks if state]
     before = [generator.get_state() for generator in generators]
     try:
@@ -180,6 +189,9 @@ def load_into(
             if scheduler is not None:
                 _check_scheduler(saved, scheduler)
                 scheduler.load_state_dict(saved.scheduler or {})
+            if scaled is not None:
+                _check_like(saved.path, "grad_scaler", saved.grad_scaler, scaled.state_dict())
+                scaled.load_state_dict(saved.grad_scaler or {})
             for generator, state in zip(generators, saved.generators[rank], strict=True):
                 generator.set_state(state)
             for callback, state in callbacks:

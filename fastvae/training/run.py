@@ -29,7 +29,7 @@ from fastvae.training.midway import (
     set_plain_states,
 )
 from fastvae.training.randomness import seed_globals
-from fastvae.training.step import NotFiniteError
+from fastvae.training.step import NotFiniteError, Taken
 from fastvae.wrappers import unwrap
 
 __all__ = ["Run"]
@@ -129,20 +129,20 @@ class Run(CheckpointedRun):
                 f"epoch {number}, step {part.batches} (step {self.steps + 1} of the run)",
             )
             if done is not None:
-                value, count = done
-                part.loss += value * count
-                part.samples += count
+                part.loss += done.loss * done.amount
+                part.samples += done.amount
+                self.last_loss = done.loss
+            if done is not None and not done.overflowed:
                 part.rates.append(float(self.optimizer.param_groups[0]["lr"]))
                 self.steps += 1
                 step_penalties(self.model)
-                self.last_loss = value
                 if self.schedule_by == "step":
-                    self._advance_scheduler(value)
+                    self._advance_scheduler(done.loss)
                 for callback in self.callbacks:
                     callback.on_step(training)
-            bar.set_postfix_str(
-                f"epoch {number}, loss {math.nan if done is None else done[0]:.4f}", refresh=False
-            )
+            said = "not finite, skipped" if done is None else f"{done.loss:.4f}"
+            said += ", gradients overflowed, skipped" if done is not None and done.overflowed else ""
+            bar.set_postfix_str(f"epoch {number}, loss {said}", refresh=False)
             bar.update(1)
             part.seconds = before + time.perf_counter() - started
             # Several processes agree on a callback's wish at the end of an epoch.
@@ -221,8 +221,8 @@ class Run(CheckpointedRun):
         if lowest is None or val_loss < lowest:
             history.best_epoch = number
 
-    def _step(self, batch: Batch, where: str) -> tuple[float, float] | None:
-        """One optimisation step; its loss and the amount of its samples, or None if it was skipped."""
+    def _step(self, batch: Batch, where: str) -> Taken | None:
+        """One optimisation step; None if it was skipped for a loss or gradients that are not finite."""
         try:
             return self.stepper.take(batch)
         except NotFiniteError as problem:

@@ -6,13 +6,13 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastvae.arguments import given
+from fastvae.arguments import expect, given
 from fastvae.models import HVAE, DivergenceError
 from fastvae.models.base import BaseVAE
 from fastvae.models.terms import describe, recorded_terms
@@ -21,7 +21,7 @@ from fastvae.training.captured import CapturedPasses, Pass
 from fastvae.training.parallel import Team
 from fastvae.training.randomness import global_states, set_global_states
 
-__all__ = ["NotFiniteError", "Stepper", "parameters_of"]
+__all__ = ["NotFiniteError", "Stepper", "Taken", "parameters_of"]
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -34,6 +34,17 @@ class NotFiniteError(ArithmeticError):
 
     ``__cause__`` is the DivergenceError of a model that raised one.
     """
+
+
+class Taken(NamedTuple):
+    """What became of a batch, over all processes."""
+
+    loss: float
+    """The (weighted) mean."""
+    amount: float
+    """Of the samples: their number, or the sum of their weights."""
+    overflowed: bool
+    """Whether scaled gradients had no room in float16: the weights are as they were, the next step scales by less."""
 
 
 @dataclass
@@ -51,12 +62,19 @@ class Stepper:
     """Run forward and backward passes from CUDA graphs."""
     places: Mapping[str, Place | None] = field(default_factory=dict)
     """Where in a batch is what: "condition", "weight", "sample_weight"."""
+    scaler: torch.amp.GradScaler | None = None
+    """Scales losses, so that gradients in float16 do not vanish."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Of the loss computed last."""
 
     def __post_init__(self) -> None:
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         self.demands_closure = closure is not None and closure.default is inspect.Parameter.empty
+        expect(
+            self.scaler is None or not self.demands_closure,
+            "fit: grad_scaler: expected an optimizer whose step needs no closure",
+            type(self.optimizer).__name__,
+        )
         self._passes: CapturedPasses | None = None
         if self.cuda_graph:
             self._check_for_graphs()
@@ -94,8 +112,8 @@ class Stepper:
         total = float(batch.total(self.losses(batch, self.team.replica)))
         return total, "" if math.isfinite(total) else self._not_finite(gradients=False)
 
-    def take(self, batch: Batch) -> tuple[float, float]:
-        """One optimisation step; its mean loss and the amount of its samples, over all processes.
+    def take(self, batch: Batch) -> Taken:
+        """One optimisation step.
 
         NotFiniteError, in all processes or none, leaves the weights as they were.
         """
@@ -103,6 +121,8 @@ class Stepper:
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.restore else []
         try:
             loss, amount, norm = self._finite_backward(batch)
+            if norm is None:
+                return Taken(loss, amount, overflowed=True)
         except NotFiniteError:
             if self.restore:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -122,14 +142,22 @@ class Stepper:
             self.optimizer.step(evaluate_again)
         else:
             self._clip(norm)
-            self.optimizer.step()
-        return loss, amount
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        return Taken(loss, amount, overflowed=False)
 
     def _backward(self, batch: Batch) -> Pass:
         """Forward and backward pass, with the gradients in place and not yet clipped."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, mean, amount = self._forward(batch)
-        loss.backward()
+        if self.scaler is None:
+            loss.backward()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in parameters_of(self.optimizer) if p.grad is not None]
         return Pass(mean, amount, torch.nn.utils.get_total_norm(gradients), self.terms)
 
@@ -155,12 +183,20 @@ class Stepper:
             raise NotFiniteError(str(cause or "trajectories of another process diverged")) from cause
         return loss, loss.detach().new_tensor(total / count), count
 
-    def _finite_backward(self, batch: Batch) -> tuple[float, float, Tensor]:
+    def _finite_backward(self, batch: Batch) -> tuple[float, float, Tensor | None]:
+        """Mean loss, amount of the samples, and the norm of the gradients or None where they overflowed."""
         found = self._backward(batch) if self._passes is None else self._from_graph(batch)
         loss, norm = found.numbers()
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.terms = found.terms
             why = self._not_finite(gradients=math.isfinite(loss))
+            if self.scaler is not None:
+                # Without a scale that does anything, gradients are not finite by themselves.
+                overflowed = bool(why) and math.isfinite(loss) and self.scaler.get_scale() > 1
+                self.scaler.update()
+                if overflowed:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    return loss, found.amount, None
             raise NotFiniteError(f"loss {loss}, gradient norm {norm}{why}")
         return loss, found.amount, found.norm
 
