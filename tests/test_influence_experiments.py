@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_closed_forms_are_what_refits_give() -> None:
-    rows = measures.closed_forms([60, 240], queries=10, seed=0)
+    rows = [row for count in (60, 240) for row in measures.closed_forms(count, queries=10, seed=0)]
     for row in rows:
         # Exact but for round-off; the mixture's to first order, of terms that are at most 1 / N_c each.
         bound = 1e-12 if row["density"] != "Gaussian mixture, first order" else 100 * row["train"] ** -2.0
@@ -38,7 +38,8 @@ def test_closed_forms_are_what_refits_give() -> None:
 def test_influence_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--points 30 60 --queries 5 --draws 16 128 --reference 2048 --trials 4 --pairs 6 --epochs 2"
     sizes += " --checkpoints 1 8"
-    influence.main([*sizes.split(), "--out", str(tmp_path)])
+    words = [*sizes.split(), "--out", str(tmp_path), "--checkpoint", str(tmp_path / "run")]
+    influence.main(words)
     results = json.loads((tmp_path / "influence.json").read_text())
     assert {row["train"] for row in results["classical"]} == {30, 60}
     assert -0.8 < results["settings"]["sampling_slope"] < -0.2
@@ -46,6 +47,12 @@ def test_influence_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFix
     assert eight["fresh"] > max(eight["common"], one["fresh"]), "errors average out over checkpoints"
     assert (tmp_path / "influence.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "influence.png").stat().st_size > 5000
+    for name in ("classical-60.json", "noise-8-2.json", "run/epoch-0008.pt", "run/history.json"):
+        (tmp_path / "run" / name).unlink()
+    kept = (tmp_path / "run" / "sampling.json").stat().st_mtime_ns
+    influence.main([*words, "--resume"])
+    again = json.loads((tmp_path / "influence.json").read_text())
+    assert again == results and (tmp_path / "run" / "sampling.json").stat().st_mtime_ns == kept
 
 
 def test_ranks_and_what_is_made_of_them() -> None:

@@ -21,7 +21,8 @@ def test_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     sizes = (
         "--codes 32768 --directions 8 --gamma 0.1 --small-gamma 0.01 --seeds 2 --steps 20 --small-steps 40"
     )
-    script.main([*f"{sizes} --width 8 --latent-dim 2 --out {tmp_path}".split()])
+    words = f"{sizes} --width 8 --latent-dim 2 --out {tmp_path} --checkpoint {tmp_path}/run".split()
+    script.main(words)
     results = json.loads((tmp_path / "kinks.json").read_text())
     rows = {(row["activation"], row["estimator"]): row for row in results["gradients"]}
     exact, longest = rows["ReLU", "exact"], rows["ReLU", "difference, step 0.1"]
@@ -33,6 +34,17 @@ def test_experiment_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(results["runs"]) == 2 * 2 * 2 * 2 and len(results["summary"]) == 2 * 2 * 2
     assert (tmp_path / "kinks.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "kinks.png").stat().st_size > 5000
+    # As if it had been killed before its last training: that one is done again, to the same end.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    newest = max(before, key=lambda path: before[path])
+    newest.unlink()
+    with pytest.raises(SystemExit, match="holds an earlier run: pass --resume"):
+        script.main(words)
+    script.main([*words, "--resume"])
+    after = {path: path.stat().st_mtime_ns for path in before}
+    changed = {path.name for path in before if after[path] != before[path]}
+    assert changed == {newest.name, "settings.json"}
+    assert json.loads((tmp_path / "kinks.json").read_text())["runs"] == results["runs"]
 
 
 def test_gains_are_paired_by_seed() -> None:

@@ -18,7 +18,16 @@ def test_rows_of_every_model_and_seed(tmp_path: Path, capsys: pytest.CaptureFixt
     pixels = np.random.default_rng(0).integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
     sizes = "--steps 4 --seeds 2 --batch-size 9 --leapfrog-steps 1"
-    script.main(f"--data {tmp_path}/images.npz --out {tmp_path} {sizes}".split())
+    words = f"--data {tmp_path}/images.npz --out {tmp_path} --checkpoint {tmp_path}/run".split()
+    script.main([*words, *sizes.replace("--seeds 2", "--seeds 1").split()])
+    first = (tmp_path / "run" / "0-0.json").stat().st_mtime_ns
+    # Killed in the second model of the second seed, say: what was done before is kept.
+    (tmp_path / "run" / "3-0.json").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="expected the same settings, found steps 4"):
+        script.main([*words, *sizes.replace("--steps 4", "--steps 5").split(), "--resume"])
+    script.main([*words, *sizes.split(), "--resume"])
+    assert (tmp_path / "run" / "0-0.json").stat().st_mtime_ns == first
     found = json.loads((tmp_path / "step_sizes.json").read_text())
     assert [(row["model"], row["seed"]) for row in found["runs"]] == [
         (kind, seed) for seed in (0, 1) for kind in script.MODELS

@@ -73,6 +73,19 @@ def claim_folder(folder: Path, settings: Row, resume: bool) -> None:
     write(file, json.dumps(settings, indent=1) + "\n")
 
 
+def add_folder(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options of an experiment whose units of work are kept: --checkpoint and --resume."""
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs") / name, help="folder of what is done")
+    parser.add_argument("--resume", action="store_true", help="go on from what is done in --checkpoint")
+
+
+def claim_for(arguments: argparse.Namespace, *, free: Collection[str] = ()) -> None:
+    """``claim_folder`` of ``add_folder`` for all arguments but those that are ``free`` to change."""
+    apart = {"checkpoint", "resume", "out", "name", *free}
+    settings = {key: value for key, value in vars(arguments).items() if key not in apart}
+    claim_folder(arguments.checkpoint, settings, arguments.resume)
+
+
 def stored(file: Path, key: Row, compute: Callable[[], Row]) -> Row:
     """What ``compute`` gave for the same ``key`` when it is in ``file``; else compute it and store it there."""
     if file.exists() and (found := json.loads(file.read_text()))["key"] == key:

@@ -12,27 +12,39 @@ The analysis of Kong, Chaudhuri, Understanding Instance-based Interpretability o
 3. with fresh draws at every checkpoint its error averages out over checkpoints, too, and more training images are their
    own strongest proponent.
 
+A run that was stopped goes on with --resume: training from its last checkpoint, and whatever was measured is kept.
 Tables and figure are also written, as influence.json, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastvae.data import load
 
-from ..shared import Row, circumstances, write_results
+from ..shared import Row, add_folder, circumstances, claim_for, stored, write_results
 from . import measures, report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     data = load(arguments.data, split="train")
-    classical = measures.closed_forms(arguments.points, arguments.queries, arguments.seed)
+    claim_for(arguments)
+    classical: list[Row] = []
+    for count in arguments.points:
+        classical += kept(
+            arguments,
+            f"classical-{count}",
+            measures.closed_forms,
+            count,
+            arguments.queries,
+            arguments.seed,
+        )
     images = data.tensors()[0]
-    sampling = measures.sampling_error(images, arguments)
+    sampling = kept(arguments, "sampling", measures.sampling_error, images, arguments)
     noise = measures.checkpoint_noise(images, arguments)
     mixture = [row for row in classical if row["density"].startswith("Gaussian")]
     settings: Row = {
@@ -55,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Written: {arguments.out}/influence.json, .md and .png")
 
 
+def kept(
+    arguments: argparse.Namespace, unit: str, measure: Callable[..., list[Row]], *given: Any
+) -> list[Row]:
+    """Rows that were measured once, from the folder if they are there."""
+    file = arguments.checkpoint / f"{unit}.json"
+    return list(stored(file, {}, lambda: {"rows": measure(*given)})["rows"])
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,6 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoints", type=int, nargs="+", default=[1, 2, 4, 12], help="of a run")
     parser.add_argument("--epochs", type=int, default=20, help="of training (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_folder(parser, "influence")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/papers"), help="folder")
     arguments = parser.parse_args(argv)
     if min(arguments.points) < max(arguments.queries, 2 * measures.COMPONENTS):

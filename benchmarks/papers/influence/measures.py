@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -18,7 +18,7 @@ from fastvae.influence import TracIn
 from fastvae.noise import Stream, draws_of, keys_of
 from fastvae.training import load_checkpoint
 
-from ..shared import Row
+from ..shared import Row, stored
 from . import densities
 
 COMPONENTS = 3
@@ -42,13 +42,8 @@ def refit(train: Tensor, log_density: Callable[[Tensor], Tensor], full: Tensor) 
     return torch.stack([full - log_density(everyone[everyone != i]) for i in everyone], 1)
 
 
-def closed_forms(sizes: Sequence[int], queries: int, seed: int) -> list[Row]:
-    """For each density and N: the largest difference to the refits, and who is whose strongest proponent."""
-    return [row for count in sizes for row in closed_forms_of(count, queries, seed)]
-
-
-def closed_forms_of(count: int, queries: int, seed: int) -> list[Row]:
-    """The same for one N."""
+def closed_forms(count: int, queries: int, seed: int) -> list[Row]:
+    """For each density of N points: the largest difference to the refits, and who is whose strongest proponent."""
     generator = torch.Generator().manual_seed(seed)
     train, component = points(count, generator)
     x = torch.cat([train[:queries], points(queries, generator)[0]])
@@ -137,24 +132,29 @@ def checkpoint_noise(x: Tensor, arguments: argparse.Namespace) -> list[Row]:
     generator = torch.Generator().manual_seed(arguments.seed)
     own = torch.randperm(len(x), generator=generator)[: 2 * arguments.pairs]
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        model, history = trained(x, every * most, arguments.seed, run_dir=folder, checkpoint_every=every)
-        for count in arguments.checkpoints:
-            chosen = [history.checkpoints[most * (i + 1) // count - 1] for i in range(count)]
-            shares: dict[str, list[float]] = {"common": [], "fresh": []}
-            for seed in range(0, 2 * arguments.trials, 2):
-                tracin = TracIn(model, x, chosen, num_samples=draws, seed=seed, query_seed=seed + 1)
-                found = {
-                    "common": common_noise(model, x, own, chosen, draws, seed),
-                    "fresh": tracin.influence(x[own], k=1)[0][:, 0],
-                }
-                for name, indices in found.items():
-                    shares[name].append(float((indices == own).double().mean()))
-            row: Row = {"checkpoints": count}
-            for name, each in shares.items():
-                error = stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
-                row |= {name: mean(each), f"{name}_error": error}
-            rows.append(row)
+    folder = arguments.checkpoint
+    model, history = trained(x, every * most, arguments.seed, run_dir=folder / "run", checkpoint_every=every)
+    for count in arguments.checkpoints:
+        chosen = [history.checkpoints[most * (i + 1) // count - 1] for i in range(count)]
+
+        def shares_of(seed: int, chosen: Sequence[Any] = tuple(chosen)) -> Row:
+            tracin = TracIn(model, x, chosen, num_samples=draws, seed=seed, query_seed=seed + 1)
+            found = {
+                "common": common_noise(model, x, own, chosen, draws, seed),
+                "fresh": tracin.influence(x[own], k=1)[0][:, 0],
+            }
+            return {name: float((indices == own).double().mean()) for name, indices in found.items()}
+
+        each = [
+            stored(folder / f"noise-{count}-{seed}.json", {}, functools.partial(shares_of, seed))
+            for seed in range(0, 2 * arguments.trials, 2)
+        ]
+        row: Row = {"checkpoints": count}
+        for name in ("common", "fresh"):
+            shares = [found[name] for found in each]
+            error = stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None
+            row |= {name: mean(shares), f"{name}_error": error}
+        rows.append(row)
     return rows
 
 

@@ -9,6 +9,7 @@ of the mean (Rhodes, Lee, NeurIPS 2021, take differences of 1e-3, which see some
 1. error of the mean and noise of the gradient's estimators, of a 4-32-32-20 decoder with ReLU and with Softplus;
 2. what training reaches with each, in the exact objective, of that decoder and of a dense one on images.
 
+A run that was stopped goes on with --resume: whatever training or table was done is kept.
 Tables and figure are also written, as kinks.json, .md and .png.
 """
 
@@ -20,13 +21,14 @@ from pathlib import Path
 
 from fastvae.data import load
 
-from ..shared import Row, circumstances, write_results
+from ..shared import Row, add_folder, circumstances, claim_for, stored, write_results
 from . import gradients, report, training
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    found = [row for name in gradients.ACTIVATIONS for row in gradients.compared(name, arguments)]
+    claim_for(arguments, free=["seeds"])
+    found = [row for name in gradients.ACTIVATIONS for row in kept_gradients(name, arguments)]
     rows = training.compared(arguments)
     widths = {row["network"]: row["widths"] for row in rows}
     names = (
@@ -56,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Written: {arguments.out}/kinks.json, .md and .png")
 
 
+def kept_gradients(activation: str, arguments: argparse.Namespace) -> list[Row]:
+    """Of one activation, from the folder if they are there."""
+    file = arguments.checkpoint / f"gradients-{activation}.json"
+    return list(stored(file, {}, lambda: {"rows": gradients.compared(activation, arguments)})["rows"])
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,6 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
     parser.add_argument("--lr", type=float, default=1e-3, help="default: 1e-3")
     parser.add_argument("--seed", type=int, default=0, help="of data and directions (default: 0)")
+    add_folder(parser, "kinks")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/papers"), help="folder")
     arguments = parser.parse_args(argv)
     for name in ("directions", "seeds", "small_steps", "steps", "batch_size"):

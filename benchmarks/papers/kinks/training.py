@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fastvae.data import load
 from fastvae.ops import gaussian_kl, jacobian_l1
 
 from ...networks import mlp
-from ..shared import Row
+from ..shared import Row, stored
 from .gradients import ACTIVATIONS, ESTIMATORS, WIDTHS
 
 TOLD = ("network", "activation", "gamma", "seed", "estimator")
@@ -90,8 +91,11 @@ def compared(arguments: argparse.Namespace) -> list[Row]:
             for gamma in gammas:
                 for seed in range(arguments.seeds):
                     for estimator in TRAINED:
-                        found = reached(
-                            train, test, widths, activation, estimator, gamma, steps, seed, arguments
+                        case = (train, test, widths, activation, estimator, gamma, steps, seed, arguments)
+                        unit = dict(zip(TOLD, (network, activation, gamma, seed, estimator), strict=True))
+                        name = re.sub(r"[^\w.]+", "-", "-".join(map(str, unit.values())))
+                        found = stored(
+                            arguments.checkpoint / f"{name}.json", unit, functools.partial(reached, *case)
                         )
                         rows.append(
                             {

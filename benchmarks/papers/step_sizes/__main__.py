@@ -1,7 +1,8 @@
 """What an adapted step size is worth: HVAE against VAE with a Gaussian of scale 0.1 on 32x32 colour images.
 
     python -m benchmarks.papers.step_sizes                        20 seeds of 200 steps
-    python -m benchmarks.papers.step_sizes --steps 2000 --seeds 2 --name step_sizes-longer
+    python -m benchmarks.papers.step_sizes --resume               go on after an interruption, or with more --seeds
+    python -m benchmarks.papers.step_sizes --steps 2000 --seeds 2 --name step_sizes-longer --checkpoint runs/longer
 
 The default step size of Caterini et al. (NeurIPS 2018), 0.2, is that of binary images. Here the curvature of
 log p(x | z) is a hundred times as large and grows as the decoder learns. For each seed all models start from the same
@@ -14,6 +15,7 @@ trajectories of held-out images. Rows are written as seeds end: step_sizes.json 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -29,7 +31,17 @@ from fastvae.models.adaptation import conservation
 from fastvae.ops import trajectory
 from fastvae.progress import bar_of
 
-from ..shared import Row, circumstances, measured_on, table, training_seconds, write_results
+from ..shared import (
+    Row,
+    add_folder,
+    circumstances,
+    claim_for,
+    measured_on,
+    stored,
+    table,
+    training_seconds,
+    write_results,
+)
 
 SCALE = 0.1
 MODELS: dict[str, dict[str, Any] | None] = {
@@ -169,6 +181,7 @@ def as_text(lines: Sequence[Row], settings: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
+    claim_for(arguments, free=["seeds"])
     if arguments.data is None:
         name, images = "pieces of scikit-learn's photographs", photographs()
     else:
@@ -185,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = bar_of(arguments.seeds * len(MODELS), "step sizes", "run", True)
     for seed in range(arguments.seeds):
         for kind in MODELS:
-            rows.append(train_and_measure(kind, seed, images[split:], images[:split], arguments))
+            run = functools.partial(train_and_measure, kind, seed, images[split:], images[:split], arguments)
+            file = f"{list(MODELS).index(kind)}-{seed}.json"
+            rows.append(stored(arguments.checkpoint / file, {"model": kind, "seed": seed}, run))
             bar.update(1)
         lines = summary(rows)
         results = {"settings": settings, "summary": lines, "runs": rows}
@@ -205,6 +220,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--leapfrog-steps", type=int, default=5, help="K (default: 5)")
     parser.add_argument("--name", default="step_sizes", help="of the files written (default: step_sizes)")
+    add_folder(parser, "step_sizes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/papers"), help="folder")
     arguments = parser.parse_args(argv)
     for name in ("steps", "seeds", "batch_size", "leapfrog_steps"):
