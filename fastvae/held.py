@@ -19,7 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INTERNAL", "Held", "UnknownValue", "follow", "global_names", "is_ours"]
+__all__ = [
+    "INTERNAL",
+    "Held",
+    "UnknownValue",
+    "called_functions",
+    "follow",
+    "global_names",
+    "is_ours",
+    "outside_of",
+]
 
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 """What every module has."""
@@ -103,9 +112,9 @@ class Held:
         """The key of what the forward of a module's class, and what it calls there, reads in closures and globals."""
         self._left, self._seen = _MOST, {}
         found = []
-        for name, function in _called_functions(type(module)):
+        for name, function in called_functions(type(module)):
             way = (*steps, ("class", name))
-            found += [self._or_unknown(value, (*way, step)) for step, value in _outside(function)]
+            found += [self._or_unknown(value, (*way, step)) for step, value in outside_of(function)]
         return tuple(found)
 
     def _or_unknown(self, value: Any, steps: Steps) -> Any:
@@ -156,7 +165,7 @@ class Held:
             )
         if kind is FunctionType:
             given = self._attributes(value, ("__defaults__", "__kwdefaults__"), steps)
-            read = tuple(self._or_unknown(each, (*steps, step)) for step, each in _outside(value))
+            read = tuple(self._or_unknown(each, (*steps, step)) for step, each in outside_of(value))
             return value.__code__, given, read
         if kind is MethodType:
             return self._attributes(value, ("__func__", "__self__"), steps)
@@ -198,11 +207,11 @@ def _stays(function: FunctionType) -> bool:
         not function.__closure__
         and not function.__defaults__
         and not function.__kwdefaults__
-        and not any(True for _ in _outside(function))
+        and not any(True for _ in outside_of(function))
     )
 
 
-def _outside(function: FunctionType) -> Iterator[tuple[tuple[str, Any], Any]]:
+def outside_of(function: FunctionType) -> Iterator[tuple[tuple[str, Any], Any]]:
     """The cells of a closure, and the globals that may be something else than a package's."""
     for at, cell in enumerate(function.__closure__ or ()):
         try:
@@ -218,7 +227,7 @@ def _outside(function: FunctionType) -> Iterator[tuple[tuple[str, Any], Any]]:
                 yield ("global", name), value
 
 
-def _called_functions(kind: type) -> list[tuple[str, FunctionType]]:
+def called_functions(kind: type) -> list[tuple[str, FunctionType]]:
     """The forward of a user's own class, and the functions of the class that it names, and those that they name."""
     found: dict[str, FunctionType] = {}
     waiting = ["forward"]

@@ -288,4 +288,13 @@ COUPLED: dict[str, Callable[[], nn.Module]] = {
     "divided by their number": of(lambda m, z: Plain.forward(m, z) / z.shape[0]),
     "divided by their number as an int": of(lambda m, z: Plain.forward(m, z / len(z))),
     "softmax over samples": of(lambda m, z: m.last(m.first(z).softmax(0))),
+    "the first sample": of(lambda m, z: Plain.forward(m, z) + m.last(m.first(z)[:1])),
+    "a sum of the samples before": of(lambda m, z: m.last(m.first(z).cumsum(0))),
+    "another order": of(lambda m, z: Plain.forward(m, z) * Plain.forward(m, z).flip(0)),
+    "statistics of the batch": of(lambda m, z: F.batch_norm(Plain.forward(m, z), None, None, training=True)),
+    "a number of the batch, not to be read": of(
+        lambda m, z: Plain.forward(m, z) * float(z.mean().item() + 1)
+    ),
+    "dropout as a function": of(lambda m, z: F.dropout(Plain.forward(m, z), 0.5, m.training)),
+    "noise in training": of(lambda m, z: Plain.forward(m, z + torch.randn_like(z) if m.training else z)),
 }

@@ -17,7 +17,8 @@ from network_modules import COUPLED, NOT_READ, READ, Plain, of, through_a_list
 from network_problems import check_network, codes
 from torch import Tensor, nn
 
-from fastvae import ops, reference
+from fastvae import VAE, Network, ops, reference
+from fastvae.likelihoods import Gaussian
 from fastvae.lowering import CoupledSamples, UnsupportedLayer
 from fastvae.network import cache
 from fastvae.network.cache import read_network
@@ -98,13 +99,56 @@ def test_a_hook_that_changes_buffers_is_not_read() -> None:
         read_network(module, codes())
 
 
+OPERATORS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "jacobian_l1": ops.jacobian_l1,
+    "hamiltonian_flow": lambda m, z: flow(m, z),
+    "log_px_and_force": lambda m, z: ops.log_px_and_force(m, z, z.new_zeros(len(z), 4), "gaussian"),
+    "log_px": lambda m, z: ops.log_px(m, torch.stack([z, z]), z.new_zeros(len(z), 4), "gaussian"),
+    "Network.log_px": lambda m, z: Network(m, "gaussian").log_px(z, z.new_zeros(len(z), 4)),
+}
+
+
 @pytest.mark.parametrize("name", COUPLED)
 def test_coupled_samples_are_refused(name: str) -> None:
+    said = r"a sample's output depends on the other samples|its forward draws random numbers"
     module = made(COUPLED[name])
-    for _ in range(2):
-        for operator in (ops.jacobian_l1, flow):
-            with pytest.raises(CoupledSamples, match=r"a sample's output depends on the other samples"):
-                operator(module, codes())
+    for operator in (*OPERATORS.values(), *OPERATORS.values()):
+        with pytest.raises(CoupledSamples, match=said):
+            operator(module, codes())
+    for operator in OPERATORS.values():
+        with pytest.raises(CoupledSamples, match=said):
+            operator(made(COUPLED[name]), codes(1))
+
+
+@pytest.mark.parametrize("name", [*COUPLED, "BatchNorm"])
+def test_coupled_samples_are_trained(name: str) -> None:
+    """By the gradient of their sum, which is PyTorch's own."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double() if name == "BatchNorm" else None
+    module = made(COUPLED[name]) if module is None else module
+    model = VAE(nn.Linear(4, 6).double(), module, latent_dim=3, likelihood="gaussian")
+    x, z = torch.rand(5, 4, dtype=torch.float64), codes(5)
+    for loss in (
+        model(x).sum(),
+        model.log_px(z, x).sum(),
+        ops.elbo(model.encoder, module, x, z, "gaussian").sum(),
+        ops.iwae_bound(model.encoder, module, x, likelihood="gaussian", num_samples=2).sum(),
+    ):
+        found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+        assert all(gradient is None or bool(gradient.isfinite().all()) for gradient in found)
+    torch.manual_seed(1)
+    found = torch.autograd.grad(model.log_px(z, x).sum(), list(module.parameters()))
+    torch.manual_seed(1)
+    wanted = torch.autograd.grad(Gaussian().log_prob(module(z), x).sum(), list(module.parameters()))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)  # the same operations
+
+
+def test_random_numbers_of_a_reading_are_nobodys() -> None:
+    """A run that is resumed reads at another step than one that was not stopped."""
+    module = made(of(lambda m, z: Plain.forward(m, z + torch.randn_like(z))))
+    before = torch.get_rng_state()
+    with pytest.raises(UnsupportedLayer, match="random"):
+        read_network(module, codes())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def flow(module: nn.Module, z: Tensor) -> tuple[Tensor, ...]:

@@ -56,6 +56,8 @@ class Reading:
         self.path = ""
         self.kind = ""
         self.line = ""
+        self.assigned: list[tuple[str, str]] = []
+        """Attributes that a forward assigns, by path and name: why it is refused."""
 
     def at(self, path: str, kind: str, line: str = "") -> Reading:
         """Name the layer that is read now, for messages and for the table of ``explain``; ``line``: of a forward."""

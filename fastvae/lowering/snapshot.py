@@ -36,8 +36,8 @@ class Node:
 
     ``take_*`` name the tensors that the spec reads, in the order of their indices. ``evaluated`` names
     parametrisations whose result the spec reads: they hand their gradient on by themselves, so their inside
-    does not matter. The others may hide unused parameters. ``restless`` names attributes, by path, that are not
-    compared.
+    does not matter. The others may hide unused parameters. ``restless`` names attributes, by path, of which
+    no more than the kind is compared, where that is True, or nothing.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Node:
         wanted: set[tuple[str, str]],
         evaluated: tuple[str, ...] = (),
         facts: Held | None = None,
-        restless: Mapping[str, frozenset[str]] = MappingProxyType({}),
+        restless: Mapping[str, Mapping[str, bool]] = MappingProxyType({}),
     ) -> None:
         facts = Held(module) if facts is None else facts
         state = vars(module)
@@ -57,7 +57,9 @@ class Node:
         optimized = self.type.__name__ == "OptimizedModule"
         computed = computed_weights(module)
         ignored = INTERNAL | _DERIVED if isinstance(module, nn.RNNBase) else INTERNAL
-        ignored = ignored | restless.get(path, frozenset())
+        unsettled = restless.get(path, {})
+        ignored = ignored | unsettled.keys()
+        self.kinds = tuple((key, _kind_of(state[key])) for key, of_kind in unsettled.items() if of_kind)
         own = [] if optimized else [key for key in state if key not in ignored and key not in computed]
         plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
         self.plain = tuple(plain.items())
@@ -70,7 +72,7 @@ class Node:
         held = {key: state[key] for key in own if key not in plain}
         keys = {name: _key(facts, value) for name, value in held.items()}
         self.held = tuple((name, key) for name, key in keys.items() if key is not None)
-        self.around = () if optimized else facts.around(module)
+        self.around = () if optimized or AROUND in unsettled else facts.around(module)
         self.opaque = tuple((name, _reference(held[name])) for name, key in keys.items() if key is None)
         self.configs = tuple((name, fields) for name, _ in self.opaque if (fields := _config(held[name])))
 
@@ -107,6 +109,7 @@ class Node:
             self.opaque,
             self.held,
             self.around,
+            self.kinds,
         )
         self.rare = any(seldom)
 
@@ -155,32 +158,53 @@ def _config(value: Any) -> dict[str, Any]:
     return {key: copy.deepcopy(entry) for key, entry in vars(value).items() if _is_plain(entry)}
 
 
-def changed_by(module: nn.Module, run: Callable[[], object]) -> dict[str, frozenset[str]]:
-    """The attributes that every run changes, by path: what a forward counts, or keeps of each call."""
+AROUND = "(around)"
+"""In place of an attribute: what a forward reads in closures and globals."""
 
-    def attributes() -> dict[str, dict[str, Any]]:
-        return {
-            path: {
-                key: copy.deepcopy(value) if _is_plain(value) else value
-                for key, value in vars(inner).items()
-                if key not in INTERNAL
-            }
-            for path, inner in module.named_modules(remove_duplicate=False)
+
+def attributes_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a module and those in it hold, by path and name, for :func:`changed_between`."""
+    facts, found = Held(module), {}
+    for path, inner in module.named_modules(remove_duplicate=False):
+        ignored = INTERNAL | _DERIVED if isinstance(inner, nn.RNNBase) else INTERNAL
+        found[path] = {
+            key: _state_of(facts, value) for key, value in vars(inner).items() if key not in ignored
         }
+        found[path][AROUND] = facts.around(inner), None
+    return found
 
-    run()
-    before = attributes()
-    run()
-    changed = {
-        path: frozenset(
+
+def _state_of(facts: Held, value: Any) -> Any:
+    if _is_plain(value):
+        return copy.deepcopy(value), None
+    key = _key(facts, value)
+    return key, value if key is None or isinstance(value, Tensor) else None
+
+
+def changed_between(
+    before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+) -> dict[str, frozenset[str]]:
+    """The attributes, by path, that are others, are new or are gone."""
+
+    changed = {}
+    for path, state in after.items():
+        old = before.get(path, {})
+        changed[path] = frozenset(
             key
-            for key, value in state.items()
-            if (value != before[path].get(key) if _is_plain(value) else value is not before[path].get(key))
+            for key in {**old, **state}
+            if key not in old
+            or key not in state
+            or old[key][0] != state[key][0]
+            or old[key][1] is not state[key][1]
         )
-        for path, state in attributes().items()
-        if path in before
-    }
     return {path: names for path, names in changed.items() if names}
+
+
+def _kind_of(value: Any) -> Any:
+    """Its type, and for a dictionary what its keys are and their values' types."""
+    if isinstance(value, dict):
+        return type(value), {key: type(entry) for key, entry in value.items()}
+    return type(value)
 
 
 class Collected(NamedTuple):
@@ -262,9 +286,11 @@ def _visit_rare(module: nn.Module, node: Node, collected: Collected, facts: Held
         if tensor.requires_grad:
             collected.unread.append((join(node.path, name), tensor))
     return (
-        all(parameters[name] is None for name in node.absent)
+        all(_kind_of(state[name]) == kind for name, kind in node.kinds)
+        and all(parameters[name] is None for name in node.absent)
         and all(module._modules[name] is None for name in node.empty)
-        and all(state[key] is reference() for key, reference in node.opaque)
+        # An object that is no more is not the None in its place.
+        and all(state[key] is not None and state[key] is reference() for key, reference in node.opaque)
         and all(fields.items() <= vars(state[key]).items() for key, fields in node.configs)
         and all(_key(facts, state[name]) == key for name, key in node.held)
         and (not node.around or facts.around(module) == node.around)

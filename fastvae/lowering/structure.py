@@ -66,7 +66,11 @@ class Structure:
         wanted = {(ref.path, ref.name) for ref in refs}
         if pairs and len(wanted) < len(refs):
             self.failure = UnsupportedLayer, "lower: a head's parameter is used twice"
-        self.root = Node("", module, wanted)
+        # Whatever they are, it is refused.
+        restless: dict[str, dict[str, bool]] = {}
+        for path, name in reading.assigned:
+            restless.setdefault(path, {})[name] = False
+        self.root = Node("", module, wanted, restless=restless)
         self.program = compile_program(self.root)
         paths = [name for node in self.root.walk() for name in node.tensor_names()]
         index = {path: position for position, path in enumerate(paths)}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import linecache
+import operator
 import os
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +19,10 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Tracer
 
+from fastvae.held import INTERNAL
 from fastvae.locks import READING
 
-from .errors import NotADecoder, UnsupportedLayer
+from .errors import NotADecoder, UnsupportedLayer, join
 from .reading import Reading, stock_base
 
 _NOT_THE_USERS = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
@@ -87,21 +91,56 @@ _GONE = object()
 
 
 @contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[list[str]]:
-    """Put back what a traced forward assigns to the module, which would be a proxy, and say what it was."""
-    assigned: list[str] = []
-    stores = [store for inner in module.modules() for store in (vars(inner), inner._buffers)]
-    before = [dict(store) for store in stores]
+def _unchanged(module: nn.Module) -> Iterator[list[tuple[str, str]]]:
+    """Put back what a traced forward assigns to the module, or leaves in its lists, which would be a proxy.
+
+    What that was, as paths of modules and names, is in the list afterwards.
+    """
+    assigned: list[tuple[str, str]] = []
+    stores = [
+        (path, store) for path, inner in module.named_modules() for store in (vars(inner), inner._buffers)
+    ]
+    before = [(path, store, dict(store)) for path, store in stores]
+    kept = [
+        ((path, name), container, copy.copy(container))
+        for path, store in stores
+        for name, value in store.items()
+        if name not in INTERNAL
+        for container in _containers(value)
+    ]
     try:
         yield assigned
     finally:
-        for store, old in zip(stores, before, strict=True):
+        for path, store, old in before:
             changed = [key for key in {**old, **store} if store.get(key, _GONE) is not old.get(key, _GONE)]
             if changed:
                 # torch.fx keeps constants that it meets under these names.
-                assigned += [key for key in changed if not key.startswith("_tensor_constant")]
+                assigned += [(path, key) for key in changed if not key.startswith("_tensor_constant")]
                 store.clear()
                 store.update(old)
+        for place, container, content in kept:
+            if not _is_same(container, content):
+                assigned.append(place)
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+
+
+def _containers(value: Any, depth: int = 4) -> Iterator[Any]:
+    """Lists, dictionaries and sets that a value is, or is made of."""
+    if depth and isinstance(value, (list, tuple, dict, set, deque)):
+        if not isinstance(value, tuple):
+            yield value
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _containers(entry, depth - 1)
+
+
+def _is_same(container: Any, content: Any) -> bool:
+    """Whether two hold the very same objects, in order."""
+    if isinstance(container, set):
+        return set(map(id, container)) == set(map(id, content))
+    if isinstance(container, dict):
+        container, content = ([*each, *each.values()] for each in (container, content))
+    return len(container) == len(content) and all(map(operator.is_, container, content))
 
 
 def trace(reading: Reading, module: nn.Module) -> Graph:
@@ -124,7 +163,7 @@ def trace(reading: Reading, module: nn.Module) -> Graph:
             f"{type(error).__name__}: {text[0] if text else ''}"
         ) from error
     if assigned:
-        raise reading.refuse(
-            f"its forward assigns attributes ({', '.join(assigned)}); keep them out of forward"
-        )
+        reading.assigned += [(join(reading.path, path), name) for path, name in assigned]
+        names = ", ".join(dict.fromkeys(name for _, name in assigned))
+        raise reading.refuse(f"its forward assigns attributes ({names}); keep them out of forward")
     return graph

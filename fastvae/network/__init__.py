@@ -8,15 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_compiling
 from fastvae._second_order import twice_differentiable
 from fastvae.decoding import conditioned, natural_parameters
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.weighted import weighted
-from fastvae.lowering import UnsupportedLayer, explain, lower, verify
-from fastvae.lowering.checks import check_is_module, check_uncoupled
-from fastvae.network.cache import ReadNetwork, read_network, verify_network
+from fastvae.lowering import CoupledSamples, UnsupportedLayer, explain, lower, verify
+from fastvae.lowering.checks import check_is_module
+from fastvae.network.cache import ReadNetwork, check_samples_apart, read_network, verify_network
 from fastvae.network.chain import lowered_chain
-from fastvae.network.reading import BATCH, rows_of
+from fastvae.network.pristine import BATCH, rows_of
 from fastvae.network.table import Line, lines_of, rendered, share_of
 
 __all__ = ["Network"]
@@ -80,11 +81,12 @@ class Network:
 
         Raises:
             ValueError: shapes that do not fit, or a Network without a likelihood.
-            CoupledSamples: BatchNorm or Dropout in training mode.
+            CoupledSamples: BatchNorm or Dropout in training mode, or a sample's output depends on its batch in another
+                way.
         """
         likelihood = weighted("fastvae.Network.log_px", self._likelihood("log_px"), weight, x)
         self._see(z, condition)
-        check_uncoupled(self.module)
+        self._check_apart(z, condition)
         with twice_differentiable():
             return likelihood.log_prob(
                 natural_parameters(conditioned(self.module, condition), z, likelihood), x
@@ -213,6 +215,15 @@ class Network:
                 "Network(module, 'bernoulli')"
             )
         return self.likelihood
+
+    def _check_apart(self, z: Tensor, condition: Tensor | None) -> None:
+        try:
+            lower(self.module)
+        except CoupledSamples:
+            raise
+        except ValueError:
+            if len(z) and not is_compiling():
+                check_samples_apart(self.module, z, condition)
 
     def _see(self, z: Tensor, condition: Tensor | None) -> None:
         if not isinstance(z, Tensor):

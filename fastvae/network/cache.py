@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -16,14 +15,17 @@ from fastvae.held import follow
 from fastvae.locks import READING
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
 from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
-from fastvae.lowering.snapshot import Node, changed_by, compile_program, visit
+from fastvae.lowering.snapshot import Node, compile_program, visit
+from fastvae.network.idle import idle_attributes
 from fastvae.network.layers import registrations
+from fastvae.network.pristine import Pristine
 from fastvae.network.program import Program
-from fastvae.network.reading import BATCH, copy_with_modes, read_program, rows_of
+from fastvae.network.reading import read_program
 from fastvae.network.sweeps import Sweeps
-from fastvae.network.verification import MANY, verify_output, verify_program
+from fastvae.network.verification import MANY, check_apart, verify_output, verify_program
 from fastvae.noise import own_noise
 from fastvae.private import origin_of
+from fastvae.randomness import global_generators_kept
 
 
 class ReadNetwork(NamedTuple):
@@ -36,21 +38,30 @@ class ReadNetwork(NamedTuple):
 class _Known:
     """A module's program, or why there is none, and the facts that it was read from."""
 
-    def __init__(self, module: nn.Module, z: Tensor, condition: Tensor | None, of_data: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        z: Tensor,
+        condition: Tensor | None,
+        of_data: bool,
+        before: _Known | None = None,
+    ) -> None:
         # As text: a traceback would hold the module, and so keep its entry alive.
         self.failure = self.coupled = ""
         self.sweeps: dict[bool, Sweeps] = {}
         self.largest = sys.maxsize
         """The largest batch for which this is known to hold."""
+        self.times = 1
+        """How often the module was read one reading after the other, as long as each call of it changes it."""
         check_readable(module)
-        copied = None
+        pristine = None
         try:
             for path, inner in named(module):
                 check_module(path, inner, hooked=True)
-            copied = copy_with_modes(module)
-            program = read_program(copied, z, condition)
+            pristine = Pristine(module, z, condition)
+            program = read_program(pristine)
             try:
-                self.sweeps[False] = _verified(copied, program, z, condition, of_data)
+                self.sweeps[False] = _verified(pristine, program, z, condition, of_data)
             except CoupledSamples:
                 raise
             except UnsupportedLayer as first:
@@ -58,8 +69,8 @@ class _Known:
                     raise
                 # Its forward may have taken the size of the batch for a constant.
                 try:
-                    program = read_program(copied, z, condition, apart=True)
-                    self.sweeps[False] = _verified(copied, program, z, condition, of_data)
+                    program = read_program(pristine, apart=True)
+                    self.sweeps[False] = _verified(pristine, program, z, condition, of_data)
                 except CoupledSamples:
                     raise
                 except UnsupportedLayer:
@@ -68,13 +79,25 @@ class _Known:
             self.coupled = str(error)
         except (UnsupportedLayer, ImpossibleLayer) as error:
             self.failure = str(error)
+            if pristine is not None and not of_data:
+                self.coupled = _coupling_of(pristine, z, condition)
         wanted = set()
-        if self.sweeps:
+        changing = {} if pristine is None else pristine.changing
+        # Whatever they are, autograd does as the module.
+        restless = {path: dict.fromkeys(names, False) for path, names in changing.items()}
+        if self.sweeps and pristine is not None:
             program = self.sweeps[False].program
             if program.is_aligned:
                 self.largest = MANY
-            wanted = {(program.sources[at - 1].path, program.sources[at - 1].name) for at in program.used}
-        restless = {} if copied is None else _restless(copied, z, condition, bool(self.sweeps))
+            idle = idle_attributes(pristine, program) if changing else {}
+            rest = sorted(join(path, name) for path in changing for name in changing[path] - idle[path])
+            self.times += 0 if before is None or not rest else before.times
+            if self.times > _MOST_TIMES:
+                self.sweeps.clear()
+                self.failure = f"its forward changes {', '.join(rest)}, and may depend on that"
+            else:
+                restless = {path: dict.fromkeys(names, True) for path, names in idle.items()}
+                wanted = {(program.sources[at - 1].path, program.sources[at - 1].name) for at in program.used}
         root = Node("", module, wanted, restless=restless)
         self.lines = compile_program(root)
         self.names = [name for node in root.walk() for name in node.tensor_names()]
@@ -84,7 +107,7 @@ class _Known:
         if len(z) <= self.largest:
             return
         try:
-            verify_output(copy_with_modes(module), self.sweeps[False], z, condition, batch=len(z))
+            verify_output(Pristine(module, z, condition), self.sweeps[False], z, condition, batch=len(z))
         except CoupledSamples as error:
             self.coupled = str(error)
         except UnsupportedLayer as error:
@@ -123,38 +146,25 @@ class _Known:
         return tensors
 
 
+def _coupling_of(pristine: Pristine, z: Tensor, condition: Tensor | None) -> str:
+    """What check_apart says of a module; empty if nothing."""
+    try:
+        check_apart(pristine, z, condition)
+    except CoupledSamples as error:
+        return str(error)
+    return ""
+
+
 def _verified(
-    copied: nn.Module, program: Program, z: Tensor, condition: Tensor | None, of_data: bool
+    pristine: Pristine, program: Program, z: Tensor, condition: Tensor | None, of_data: bool
 ) -> Sweeps:
     sweeps = Sweeps(program, z.device.type)
-    verify_program(copied, sweeps, z, condition, of_data=of_data)
+    verify_program(pristine, sweeps, z, condition, of_data=of_data)
     return sweeps
 
 
-def _restless(
-    copied: nn.Module, z: Tensor, condition: Tensor | None, is_read: bool
-) -> dict[str, frozenset[str]]:
-    """The attributes that each forward changes and that tell nothing of what was read: it would be read at every call.
-
-    Of a module that can be read those that are tensors, such as the last activation. Of one that cannot, all.
-    """
-    given = [rows_of(tensor, BATCH) for tensor in ((z,) if condition is None else (z, condition))]
-
-    def run() -> None:
-        copied(*(tensor.clone() for tensor in given))
-
-    with warnings.catch_warnings(), torch.no_grad(), contextlib.suppress(Exception):
-        warnings.simplefilter("ignore")
-        changed = changed_by(copied, run)
-        if is_read:
-            parts = dict(copied.named_modules(remove_duplicate=False))
-            changed = {
-                path: frozenset(name for name in names if isinstance(getattr(parts[path], name), Tensor))
-                for path, names in changed.items()
-            }
-        return changed
-    return {}
-
+_MOST_TIMES = 4
+"""So often a module is read whose calls change what its result may depend on; then it runs through autograd."""
 
 _GONE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """Something is gone, or does not compare with what is remembered: the module changed."""
@@ -195,9 +205,7 @@ def read_network(
         CoupledSamples: BatchNorm or Dropout in training mode, or a sample's output depends on its batch.
     """
     check_uncoupled(module)
-    given = (z,) if condition is None else (z, condition)
-    forms = tuple((tensor.dtype, tensor.device, tuple(tensor.shape[1:])) for tensor in given)
-    key = forms, torch.get_default_dtype(), registrations(), of_data
+    key = _key_of(z, condition, of_data)
     found = _current(module, key, condition)
     if found is None:
         with READING:
@@ -205,16 +213,19 @@ def read_network(
             if found is None:
                 found = _of_origin(module, key, condition)
             if found is None:
-                with own_noise():
-                    fresh = _Known(module, z, condition, of_data)
-                _remember(_known, module, key, fresh)
                 origin = origin_of(module)
+                before = _known.get(module, {}).get(key)
+                if before is None and origin is not None:
+                    before = _of_copies.get(origin, {}).get(key)
+                with own_noise(), global_generators_kept():
+                    fresh = _Known(module, z, condition, of_data, before)
+                _remember(_known, module, key, fresh)
                 if origin is not None:
                     _remember(_of_copies, origin, key, fresh)
                 found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh, condition)
     known, tensors = found
     if len(z) > known.largest:
-        with READING, own_noise():
+        with READING, own_noise(), global_generators_kept():
             known.compare_larger(module, z, condition)
     if known.coupled:
         raise CoupledSamples(known.coupled)
@@ -224,6 +235,13 @@ def read_network(
     if sweeps is None:
         raise UnsupportedLayer("the module does not end in a sigmoid")
     return ReadNetwork(sweeps, tensors)
+
+
+def _key_of(z: Tensor, condition: Tensor | None, of_data: bool = False) -> Any:
+    """What a reading depends on besides the module."""
+    given = (z,) if condition is None else (z, condition)
+    forms = tuple((tensor.dtype, tensor.device, tuple(tensor.shape[1:])) for tensor in given)
+    return forms, torch.get_default_dtype(), registrations(), of_data
 
 
 def _of_origin(
@@ -253,10 +271,56 @@ def verify_network(module: nn.Module, z: Tensor, condition: Tensor | None = None
     with torch.inference_mode(False):
         network = read_network(module, z, condition=condition)
         try:
-            verify_program(copy_with_modes(module), network.sweeps, z, condition)
+            with own_noise(), global_generators_kept():
+                verify_program(Pristine(module, z, condition), network.sweeps, z, condition)
         except UnsupportedLayer:
             _known.pop(module, None)
             raise
+
+
+_seen_apart: WeakKeyDictionary[nn.Module, dict[Any, tuple[list[Any], str]]] = WeakKeyDictionary()
+"""Of modules that were not read, as long as they are the same: why their samples are coupled, or nothing."""
+
+
+def check_samples_apart(module: nn.Module, z: Tensor, condition: Tensor | None = None) -> None:
+    """Raise CoupledSamples where :func:`read_network` would, for who runs the module itself; it is not read."""
+    check_uncoupled(module)
+    key = _key_of(z, condition)
+    known = _current(module, key, condition)
+    if known is not None:
+        coupled = known[0].coupled
+    else:
+        with _lock:
+            coupled = _coupling_seen(module, key, z, condition)
+    if coupled:
+        raise CoupledSamples(coupled)
+
+
+def _coupling_seen(module: nn.Module, key: Any, z: Tensor, condition: Tensor | None) -> str:
+    for each in (module, origin_of(module)):
+        lines, coupled = _seen_apart.get(each, {}).get(key, ([], "")) if each is not None else ([], "")
+        with contextlib.suppress(*_GONE):
+            if lines and visit(module, lines) is not None:
+                return coupled
+    changing: Mapping[str, frozenset[str]] = {}
+    coupled = ""
+    # Nothing can be said of what is not to be copied.
+    with contextlib.suppress(UnsupportedLayer, ImpossibleLayer, TypeError), torch.inference_mode(False):
+        check_readable(module)
+        for path, inner in named(module):
+            check_module(path, inner, hooked=True)
+        with own_noise(), global_generators_kept():
+            pristine = Pristine(module, z, condition)
+            coupled, changing = _coupling_of(pristine, z, condition), pristine.changing
+    restless = {path: dict.fromkeys(names, False) for path, names in changing.items()}
+    found = compile_program(Node("", module, set(), restless=restless)), coupled
+    for each in (module, origin_of(module)):
+        if each is not None:
+            forms = _seen_apart.setdefault(each, {})
+            if len(forms) >= _MOST_FORMS:
+                forms.clear()
+            forms[key] = found
+    return coupled
 
 
 def _visited(module: nn.Module, known: _Known, condition: Tensor | None) -> list[Tensor | None]:

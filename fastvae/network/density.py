@@ -19,6 +19,7 @@ from fastvae.locks import READING
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.network.facts import key_of
 from fastvae.network.layers import Products, registrations
+from fastvae.network.pristine import Pristine
 from fastvae.network.reading import read_program
 from fastvae.network.sweeps import Inputs, Sweeps
 from fastvae.network.tape import outside
@@ -76,7 +77,7 @@ def density_of(likelihood: Likelihood, y: Tensor, x: Tensor, by_autograd: Deriva
 @torch.inference_mode(False)
 def _read(likelihood: Likelihood, y: Tensor, x: Tensor, by_autograd: Derivatives) -> Sweeps | None:
     try:
-        program = read_program(_Density(likelihood), y, x)
+        program = read_program(Pristine(_Density(likelihood), y, x, is_own=True))
     except UnsupportedLayer:
         return None
     if program.turns or program.is_aligned or not program.is_active[program.output]:

@@ -33,6 +33,12 @@ class Source(NamedTuple):
     constant: Tensor | None = None
     is_condition: bool = False
 
+    def is_same(self, other: Source) -> bool:
+        """Whether both are one, or constants of the same numbers."""
+        a, b = self.constant, other.constant
+        same = a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
+        return same and self._replace(constant=None) == other._replace(constant=None)
+
 
 Function = Callable[..., Any]
 
@@ -84,6 +90,11 @@ class Operation:
     def replaced(self, target: Function, args: Sequence[Any]) -> Operation:
         """Another operation in its place."""
         return Operation(self.index, self.name, target, args, {}, self.is_number)
+
+    def is_same(self, other: Operation) -> bool:
+        """Whether both do the same to the same values."""
+        mine = self.index, self.target, self.args, self.kwargs
+        return mine == (other.index, other.target, other.args, other.kwargs)
 
     @property
     def kind(self) -> str:
@@ -162,6 +173,16 @@ class Program:
         while last is not None and last.kind in _MOVES:
             last = by_index.get(last.args[0].index)
         return last
+
+    def is_same(self, other: Program) -> bool:
+        """Whether both compute the same in the same way, for batches of all sizes."""
+        return (
+            (self.output, self.turns, self.is_aligned) == (other.output, other.turns, other.is_aligned)
+            and len(self.sources) == len(other.sources)
+            and len(self.operations) == len(other.operations)
+            and all(a.is_same(b) for a, b in zip(self.sources, other.sources, strict=True))
+            and all(a.is_same(b) for a, b in zip(self.operations, other.operations, strict=True))
+        )
 
     @property
     def ends_in_sigmoid(self) -> bool:

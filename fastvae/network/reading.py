@@ -12,7 +12,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,66 +22,53 @@ from fastvae._second_order import twice_differentiable
 from fastvae.held import INTERNAL, Held, Steps, UnknownValue
 from fastvae.locks import READING
 from fastvae.lowering.errors import UnsupportedLayer
-from fastvae.lowering.hooked import write_out
 from fastvae.network.alignment import aligned
 from fastvae.network.functions import Call, marked
+from fastvae.network.pristine import BATCH, first_line, rows_of
 from fastvae.network.program import Operation, Program, Slot, Source
 from fastvae.network.quiet import quietly
 from fastvae.network.simplifying import simplified
-from fastvae.private import private_copy
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 Ways = dict[tuple[Any, ...], Steps]
 """The way to tensors that are not registered, by what tells them apart."""
 
-BATCH = 2
-"""Samples of the batch that is run: torch.export takes one sample for a size that never changes."""
+
+class Copies(Protocol):
+    """See :class:`fastvae.network.pristine.Pristine`."""
+
+    examples: list[Tensor]
+
+    def fresh(self) -> nn.Module:
+        """A module for one run."""
 
 
-def copy_with_modes(module: nn.Module) -> nn.Module:
-    """A private copy in the module's own training modes, whose hooks compute no weights: the forward does."""
-    made = private_copy(module)
-    for copied, own in zip(made.modules(), module.modules(), strict=True):
-        copied.training = own.training
-    write_out(made)
-    return made
-
-
-def read_program(
-    module: nn.Module, z: Tensor, condition: Tensor | None = None, *, apart: bool = False
-) -> Program:
-    """The program of a copy of a module, which only this thread uses.
+def read_program(copies: Copies, *, apart: bool = False) -> Program:
+    """The program of a module, of which copies are run that only this thread uses.
 
     Args:
-        module: see :func:`copy_with_modes`.
-        z: one code [1 or more, ...]; its numbers do not matter.
-        condition: what goes with the codes, [1 or more, ...], as the second argument.
+        copies: one for each run.
         apart: run it with two batches and compare, for what took the size of one for a constant.
 
     Raises:
         UnsupportedLayer: the forward cannot be run that way, or does what a program cannot say.
     """
-    examples = [torch.zeros((BATCH, *z.shape[1:]), dtype=z.dtype, device=z.device)]
-    if condition is not None:
-        examples.append(rows_of(condition, BATCH))
-    # What the module holds before a forward of the copy adds to it.
-    held = _held_tensors(module)
-    with READING, warnings.catch_warnings(), torch.autocast(z.device.type, enabled=False):
+    examples = copies.examples
+    with READING, warnings.catch_warnings(), torch.autocast(examples[0].device.type, enabled=False):
         warnings.simplefilter("ignore")
-        _check_output(module, examples)
         failure: _Untraced | None = None
         turns: tuple[int, ...] | None = None
         for batch in () if apart else ("named", "any"):
             try:
-                traced = _traced(module, examples, held, batch)
+                traced = _traced(copies, examples, batch)
                 turns = traced.turns
                 if turns == ():
                     return Program(traced.sources, traced.operations, traced.output)
             except _Untraced as error:
                 failure = failure or error
         try:
-            return _of_two_batches(module, examples, held, turns or ())
+            return _of_two_batches(copies, examples, turns or ())
         except _Untraced as error:
             raise UnsupportedLayer(str(failure or error)) from error
 
@@ -108,30 +95,6 @@ class _Untraced(Exception):  # noqa: N818
     """Why torch.export could not run a forward."""
 
 
-def rows_of(tensor: Tensor, count: int) -> Tensor:
-    """So many rows of a tensor, again from the first where it has fewer, zeros where it has none; without a graph."""
-    if not len(tensor):
-        return tensor.new_zeros(count, *tensor.shape[1:])
-    return tensor.detach()[torch.arange(count, device=tensor.device) % len(tensor)]
-
-
-def _check_output(module: nn.Module, examples: Sequence[Tensor]) -> None:
-    z, *others = examples
-    with torch.enable_grad(), twice_differentiable():
-        try:
-            output = module(z.clone().requires_grad_(), *others)
-        except Exception as error:
-            raise UnsupportedLayer(
-                f"its forward raised {type(error).__name__}: {_first_line(error)}"
-            ) from error
-    if not isinstance(output, Tensor):
-        raise UnsupportedLayer(f"its forward returns a {type(output).__name__}, expected one tensor")
-    if output.dim() == 0 or len(output) != BATCH:
-        raise UnsupportedLayer(
-            f"of {BATCH} codes its forward makes {list(output.shape)}, expected a row for each"
-        )
-
-
 class _Traced(NamedTuple):
     """What a run wrote down."""
 
@@ -142,7 +105,7 @@ class _Traced(NamedTuple):
     """Numbers of samples at which the forward takes another way; None where the run's own is taken for a constant."""
 
 
-def _traced(module: nn.Module, examples: Sequence[Tensor], held: Ways, batch: str) -> _Traced:
+def _traced(copies: Copies, examples: Sequence[Tensor], batch: str) -> _Traced:
     """One run. The number of samples is a symbol ("named"), or where it can be ("any"), or the examples' ("fixed")."""
     import torch._dynamo.config as settings
     from torch.export import Dim, export
@@ -151,6 +114,9 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], held: Ways, batch: st
     without_cache = settings.patch(fake_tensor_cache_enabled=False)
     size = {"named": Dim("batch"), "any": Dim.AUTO, "fixed": None}[batch]
     shapes = None if size is None else tuple({0: size} for _ in examples)
+    module = copies.fresh()
+    # What the module holds before its forward adds to it.
+    held = _held_tensors(module)
     called = Called(module) if takes_any(module) else module
     try:
         with (
@@ -163,18 +129,16 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], held: Ways, batch: st
         ):
             exported = simplified(export(called, tuple(examples), dynamic_shapes=shapes, strict=False))
     except Exception as error:
-        text = f"torch.export cannot run its forward: {type(error).__name__}: {_first_line(error)}"
+        text = f"torch.export cannot run its forward: {type(error).__name__}: {first_line(error)}"
         raise _Untraced(text) from error
     return _written_down(exported, held, calls, "" if called is module else "module.")
 
 
-def _of_two_batches(
-    module: nn.Module, examples: Sequence[Tensor], held: Ways, turns: Sequence[int]
-) -> Program:
+def _of_two_batches(copies: Copies, examples: Sequence[Tensor], turns: Sequence[int]) -> Program:
     """For a forward that takes the number of samples for a constant: from a run with 2 and one with 5."""
     batches = BATCH, BATCH + 3
     one, other = (
-        _traced(module, [rows_of(example, batch) for example in examples], held, "fixed") for batch in batches
+        _traced(copies, [rows_of(example, batch) for example in examples], "fixed") for batch in batches
     )
     if [each[:3] for each in one.sources] != [
         each[:3] for each in other.sources
@@ -183,10 +147,6 @@ def _of_two_batches(
     operations, numbers = aligned(one.operations, other.operations, batches, 1 + len(one.sources))
     output = numbers.get(one.output, one.output)
     return Program(one.sources, operations, output, turns=turns, is_aligned=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _written_down(exported: Any, held: Ways, calls: list[Call], prefix: str) -> _Traced:
@@ -345,4 +305,4 @@ def _schema(target: Any) -> list[Any]:
     return [] if schema is None else list(schema.arguments)
 
 
-__all__ = ["copy_with_modes", "read_program", "rows_of"]
+__all__ = ["Copies", "read_program"]

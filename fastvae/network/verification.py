@@ -6,7 +6,9 @@ reverse: an output alone would not tell a straight-through estimator or a detach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fastvae._second_order import check_twice, twice_differentiable
 from fastvae.held import follow
 from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
 from fastvae.network.layers import Point, Products
-from fastvae.network.reading import copy_with_modes, rows_of
+from fastvae.network.pristine import Pristine, rows_of
 from fastvae.network.sweeps import Inputs, Sweeps
 
 MANY = 65
@@ -27,7 +29,7 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 
 
 def verify_program(
-    module: nn.Module,
+    pristine: Pristine,
     sweeps: Sweeps,
     z: Tensor,
     condition: Tensor | None = None,
@@ -37,7 +39,7 @@ def verify_program(
     """Compare, in float64 where the program allows it.
 
     Args:
-        module: the copy that was read; it is changed.
+        pristine: of the module that was read.
         sweeps: of its program.
         z: some codes [1 or more, ...].
         condition: of the codes, or None.
@@ -48,22 +50,15 @@ def verify_program(
         UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
         CoupledSamples: a sample's output depends on the other samples of its batch, or on how many they are.
     """
-    rows = rows_of(z, _ROWS)
+    rows = rows_of(z, _ROWS) if of_data else _different_rows(z)
     given = None if condition is None else rows_of(condition, _ROWS)
-    if not of_data:
-        noise = torch.empty(rows.shape, dtype=torch.float64, device="cpu").normal_(
-            generator=torch.Generator().manual_seed(0)
-        )
-        rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
-        # The user's codes may be where nothing changes any more.
-        rows[-1] = noise[-1].to(rows)
     compare = _error_of_data if of_data else _error
     error = None
-    compared = module, rows, given
+    compared = pristine.fresh, rows, given
     try:
-        twin = copy_with_modes(module).double()
-        error = compare(twin, sweeps, rows.double(), _widened(given))
-        compared = twin, rows.double(), _widened(given)
+        twins = pristine.in_double()
+        error = compare(twins(), sweeps, rows.double(), _widened(given))
+        compared = twins, rows.double(), _widened(given)
     except (UnsupportedLayer, CoupledSamples):
         raise
     except Exception:
@@ -71,7 +66,7 @@ def verify_program(
         error = None
     if error is None:
         try:
-            error = compare(module, sweeps, rows, given)
+            error = compare(pristine.fresh(), sweeps, rows, given)
         except (UnsupportedLayer, CoupledSamples):
             raise
         except Exception as failure:
@@ -83,19 +78,75 @@ def verify_program(
     if not worst <= 1:
         raise UnsupportedLayer(f"the {what} of the network read from it is not its own")
     with torch.autocast(z.device.type, enabled=False):
-        own, codes, conditions = compared
+        fresh, codes, conditions = compared
         program = sweeps.program
         # Of a size that stayed a symbol, torch.export itself tells where the forward takes another way.
         counts = (1, MANY, *program.turns) if program.is_aligned else (1, *program.turns)
-        _check_other_batches(own, sweeps, codes, conditions, counts)
+        _check_other_batches(fresh, sweeps, codes, conditions, counts)
+
+
+def _different_rows(z: Tensor) -> Tensor:
+    """Of codes near some."""
+    rows = rows_of(z, _ROWS)
+    noise = torch.empty(rows.shape, dtype=torch.float64, device="cpu").normal_(
+        generator=torch.Generator().manual_seed(0)
+    )
+    rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
+    # The user's codes may be where nothing changes any more.
+    rows[-1] = noise[-1].to(rows)
+    return rows
+
+
+@torch.no_grad()
+def check_apart(pristine: Pristine, z: Tensor, condition: Tensor | None = None) -> None:
+    """Raise CoupledSamples for a module of which a sample's output depends on the others, read or not.
+
+    Of one that draws random numbers, or cannot be run with few samples, nothing can be said.
+    """
+    rows = _different_rows(z)
+    given = None if condition is None else rows_of(condition, _ROWS)
+    coupled = ""
+    with contextlib.suppress(Exception), torch.autocast(z.device.type, enabled=False):
+        try:
+            coupled = _coupling(pristine.in_double(), rows.double(), _widened(given))
+        except Exception:  # Something in it is of one dtype only.
+            coupled = _coupling(pristine.fresh, rows, given)
+    if coupled:
+        raise CoupledSamples(coupled)
+
+
+_COUPLED = (
+    "in its forward a sample's output depends on the other samples of its batch, or on their number; make it "
+    "independent of them"
+)
+
+
+_NOISY = "in training mode its forward draws random numbers; switch the module to eval()"
+
+
+def _coupling(fresh: Callable[[], nn.Module], z: Tensor, condition: Tensor | None) -> str:
+    """Why the output of some rows is another one where other rows are there, before or behind them; or nothing."""
+
+    def run(part: slice, module: nn.Module) -> Tensor:
+        return _run(module, *(tensor[part].clone() for tensor in (z, condition) if tensor is not None))
+
+    everything = slice(None)
+    whole = run(everything, fresh())
+    if not _alike(run(everything, fresh()), whole):
+        if not any(part.training for part in fresh().modules()):
+            return ""
+        module = copy.deepcopy(fresh()).eval()
+        return _NOISY if _alike(run(everything, module), run(everything, module)) else ""
+    parts = slice(0, _ROWS - 1), slice(1, None)
+    return "" if all(_alike(run(part, fresh()), whole[part]) for part in parts) else _COUPLED
 
 
 def verify_output(
-    module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None = None, *, batch: int
+    pristine: Pristine, sweeps: Sweeps, z: Tensor, condition: Tensor | None = None, *, batch: int
 ) -> None:
     """Compare the outputs of a batch of so many samples, and of few; see :func:`verify_program`."""
     with torch.autocast(z.device.type, enabled=False):
-        _check_other_batches(module, sweeps, z, condition, (batch,))
+        _check_other_batches(pristine.fresh, sweeps, z, condition, (batch,))
 
 
 def _widened(condition: Tensor | None) -> Tensor | None:
@@ -234,32 +285,41 @@ def _several(sweeps: Sweeps, at: Point, u: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def _check_other_batches(
-    module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None, counts: Sequence[int]
+    fresh: Callable[[], nn.Module],
+    sweeps: Sweeps,
+    z: Tensor,
+    condition: Tensor | None,
+    counts: Sequence[int],
 ) -> None:
     """The network that was read does as the module in batches of these sizes, and that what it does in one of few."""
     outputs = []
     for count in (_ROWS, *counts):
+        module = fresh()
         rows, given = rows_of(z, count), None if condition is None else rows_of(condition, count)
         tensors = [
             given if source.is_condition else _tensor(module, source) for source in sweeps.program.sources
         ]
-        with twice_differentiable():
-            try:
-                own = module(rows) if given is None else module(rows, given)
-            except Exception as failure:
-                raise UnsupportedLayer(
-                    f"of a batch of {count} it raises {type(failure).__name__}"
-                ) from failure
+        own = _run(module, *([rows] if given is None else [rows, given]))
         inputs = Inputs(sweeps, rows, tensors)
         found = sweeps.output(sweeps.forward(inputs.detached(), rows, inputs.wanted))
         if not _alike(found, own):
             raise UnsupportedLayer("its forward does something else for batches of another size")
         outputs.append(own[:1])
-    if not all(_alike(output, outputs[0]) for output in outputs):
-        raise CoupledSamples(
-            "in its forward a sample's output depends on the other samples of its batch, or on their number; make it "
-            "independent of them"
-        )
+    few = None if condition is None else rows_of(condition, _ROWS)
+    coupled = _coupling(fresh, rows_of(z, _ROWS), few)
+    if coupled or not all(_alike(output, outputs[0]) for output in outputs):
+        raise CoupledSamples(coupled or _COUPLED)
+
+
+def _run(module: nn.Module, *given: Tensor) -> Tensor:
+    try:
+        with twice_differentiable():
+            found: Tensor = module(*given)
+        return found
+    except Exception as failure:
+        raise UnsupportedLayer(
+            f"of a batch of {len(given[0])} it raises {type(failure).__name__}"
+        ) from failure
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -298,4 +358,4 @@ def _to_leaves(inputs: Inputs, found: dict[int, Tensor], leaves: list[Tensor]) -
     )  # fmt: skip
 
 
-__all__ = ["MANY", "verify_output", "verify_program"]
+__all__ = ["MANY", "check_apart", "verify_output", "verify_program"]

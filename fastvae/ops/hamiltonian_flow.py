@@ -95,8 +95,8 @@ def hamiltonian_flow(
         ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end
             under "bernoulli".
         TypeError: dtypes other than float32 and float64, or mixed.
-        CoupledSamples: BatchNorm or Dropout in training mode; of a decoder that is read as a graph also where a
-            sample's output depends on its batch in any other way.
+        CoupledSamples: BatchNorm or Dropout in training mode, or another forward in which a sample's output depends on
+            its batch.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
     arguments = decoder, z, rho, x, step_size, alpha, likelihood, condition, weight, memory

@@ -83,8 +83,8 @@ def jacobian_l1(
         ValueError: shapes or devices that do not fit; an option that is not known; latents out of range or repeated; a
             step that is not positive; output="sigmoid" with a decoder that ends in a Sigmoid itself.
         TypeError: dtypes other than float32 and float64, or mixed; latents that are not integers.
-        CoupledSamples: BatchNorm or Dropout in training mode; of a decoder that is read as a graph also where a
-            sample's output depends on its batch in any other way.
+        CoupledSamples: BatchNorm or Dropout in training mode, or another forward in which a sample's output depends on
+            its batch.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
     check_tensors("jacobian_l1", z=z)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import reference
+from fastvae._compiling import is_compiling
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.fused import relative_log_prob
 from fastvae.lowering import LoweredNetwork
+from fastvae.network.cache import check_samples_apart
 from fastvae.network.tape import is_plain
 from fastvae.ops._registration import (
     cast_under_autocast,
@@ -59,7 +61,8 @@ def log_px(
     Raises:
         ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end under "bernoulli".
         TypeError: dtypes other than float32 and float64, or mixed.
-        CoupledSamples: BatchNorm or Dropout in training mode.
+        CoupledSamples: BatchNorm or Dropout in training mode, or another forward in which a sample's output depends on
+            its batch. A model's ``log_px``, and the objectives, take such a decoder for training.
         NotImplementedError: forward-mode differentiation, torch.func transforms.
     """
     check_tensors("log_px", z=z, x=x)
@@ -78,6 +81,8 @@ def log_px(
             *("log_px", decoder, z, "own operators", like), flat=z.dim() == 3, read=False, forward_only=True
         )
     if not isinstance(network, LoweredNetwork):
+        if isinstance(decoder, nn.Module) and not is_compiling() and z.numel():
+            check_samples_apart(decoder, z[0], condition)
         with torch.no_grad():
             fused = relative_log_prob if is_plain(z) and is_plain(x) else None
             return reference.log_px_in_parts(decoder, z, x, like, condition, weight, fused)

@@ -66,7 +66,8 @@ def log_px_and_force(
     Raises:
         ValueError: shapes, devices or a likelihood that do not fit; a Sigmoid at the decoder's end under "bernoulli".
         TypeError: dtypes other than float32 and float64, or mixed.
-        CoupledSamples: BatchNorm or Dropout in training mode.
+        CoupledSamples: BatchNorm or Dropout in training mode, or another forward in which a sample's output depends on
+            its batch.
         UnsupportedLayer: inside ``torch.export``.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative: use
             :func:`fastvae.reference.log_px_and_force`.

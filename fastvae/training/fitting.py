@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 
 from fastvae.arguments import expect, expect_choice, expect_integers, expect_numbers, is_integer
 from fastvae.modes import modes_kept
+from fastvae.randomness import global_generators_kept
 from fastvae.training.batches import Place
 from fastvae.training.callbacks import Callback, EarlyStopping
 from fastvae.training.history import History
 from fastvae.training.loaders import as_loader
 from fastvae.training.locking import run_folder_held
 from fastvae.training.parallel import Team
-from fastvae.training.randomness import global_generators_kept
 from fastvae.training.run import Run
 from fastvae.training.step import Stepper, parameters_of
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.training.randomness import global_states, set_global_states
+from fastvae.randomness import global_states, set_global_states
 
 __all__ = ["Interrupt", "PartOfEpoch", "interrupts_noted", "plain_states", "set_plain_states"]
 

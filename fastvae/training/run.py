@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from fastvae.models import DivergenceError
 from fastvae.modes import modes_kept
 from fastvae.progress import bar_of
+from fastvae.randomness import seed_globals
 from fastvae.training.batches import Batch
 from fastvae.training.callbacks import Training
 from fastvae.training.checkpointed import CheckpointedRun
@@ -28,7 +29,6 @@ from fastvae.training.midway import (
     plain_states,
     set_plain_states,
 )
-from fastvae.training.randomness import seed_globals
 from fastvae.training.step import NotFiniteError, Taken
 from fastvae.wrappers import unwrap
 

@@ -16,10 +16,10 @@ from fastvae.arguments import expect, given
 from fastvae.models import HVAE, DivergenceError
 from fastvae.models.base import BaseVAE
 from fastvae.models.terms import describe, recorded_terms
+from fastvae.randomness import global_states, set_global_states
 from fastvae.training.batches import Batch, Place, batch_of
 from fastvae.training.captured import CapturedPasses, Pass
 from fastvae.training.parallel import Team
-from fastvae.training.randomness import global_states, set_global_states
 
 __all__ = ["NotFiniteError", "Stepper", "Taken", "parameters_of"]
 

@@ -1,4 +1,4 @@
-"""The state that a run borrows: the global generators."""
+"""The global generators, which a run of a model of ours borrows."""
 
 from __future__ import annotations
 
