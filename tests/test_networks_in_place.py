@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from model_problems import seeded
+from network_modules import Plain, of
 from torch import Tensor, nn
 
 from fastvae import HVAE, IWAE, VAE, JacobianL1VAE, metrics, ood, ops, reference
 from fastvae.influence import TracIn
 from fastvae.models import BaseVAE
+from fastvae.network.cache import read_network
 
 ROWS, PIXELS, DIM = 4, 12, 3
+
+plain: Any = Plain.forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be lowered|.*is not read|.*trained by torch.vmap")
 
@@ -146,3 +150,85 @@ def test_tracin_of_any_module_that_changes_its_input() -> None:
         results.append(TracIn(Loss(in_place).double(), x, [None], lambda m, c: 1.0).influence(x[:2]))
         assert torch.equal(x, given)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def shifts(m: Any, z: Tensor) -> Tensor:
+    z -= 0.5
+    z.clamp_(-1, 1)
+    return plain(m, z)
+
+
+def sets_an_entry(m: Any, z: Tensor) -> Tensor:
+    z[:, 0] = 0.25
+    z[:, 1] *= 2
+    return plain(m, z)
+
+
+def through_a_view(m: Any, z: Tensor) -> Tensor:
+    view = z.view(-1, 3, 1)
+    view.mul_(2)
+    return plain(m, z)
+
+
+def fills(m: Any, z: Tensor) -> Tensor:
+    h, y = m.first(z), z.new_zeros(len(z), 6)
+    for place in range(6):
+        y[:, place] = h[:, place].sin() * place
+    y[:, -2] = 1.5
+    return m.last(y)
+
+
+def in_parts(m: Any, z: Tensor) -> Tensor:
+    h = m.first(z).view(-1, 2, 3)
+    h[:, 0, 1:] += h[:, 1, :2].tanh()
+    h[..., 0:1] = z[:, None, :1]
+    return m.last(h.flatten(1).sin())
+
+
+def masked(m: Any, z: Tensor) -> Tensor:
+    h = m.first(z)
+    h[h > 0.5] = 0.25
+    h[h.sum(1) < -1] = 0
+    return m.last(h.sin())
+
+
+def copied(m: Any, z: Tensor) -> Tensor:
+    h = m.first(z)
+    return m.last(torch.empty_like(h).copy_(h.sin()) * torch.empty_like(h).copy_(h[:, :1]))
+
+
+WRITE = {
+    each.__name__: each for each in (shifts, sets_an_entry, through_a_view, fills, in_parts, masked, copied)
+}
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_what_is_written_in_place_is_read(name: str) -> None:
+    torch.manual_seed(0)
+    decoder = of(WRITE[name])().double()
+    z, x = codes().requires_grad_(), torch.rand(ROWS, 4, dtype=torch.float64)
+    network = read_network(decoder, z)
+    assert network.sweeps.by_autograd == []
+    results = []
+    for each in (ops, reference):
+        log_px, force = each.log_px_and_force(decoder, z, x, "gaussian")
+        total = each.jacobian_l1(decoder, z) + log_px.sin().sum() + force.sin().sum()
+        found = torch.autograd.grad(total, [z, *decoder.parameters()])
+        results.append([log_px, force, total, *found])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)  # rounding in float64
+    assert torch.equal(z.detach(), codes())
+
+
+def test_a_condition_that_is_written_to_is_read() -> None:
+    def centres(m: Any, z: Tensor, condition: Tensor) -> Tensor:
+        condition -= 1
+        z += condition
+        return plain(m, z)
+
+    decoder, z, given = of(centres)().double(), codes(), codes()
+    read_network(decoder, z, condition=given)
+    x = torch.rand(ROWS, 4, dtype=torch.float64)
+    found = ops.log_px_and_force(decoder, z, x, "gaussian", condition=given)
+    wanted = reference.log_px_and_force(lambda each: plain(decoder, each + codes() - 1), z, x, "gaussian")
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert torch.equal(z, codes()) and torch.equal(given, codes())

@@ -103,7 +103,7 @@ class _WithStandIns:
     """Copies in which some attributes are stand-ins; ``used`` are those on which something may depend."""
 
     def __init__(self, pristine: Pristine, places: set[_Place]) -> None:
-        self.examples, self.used = pristine.examples, set[_Place]()
+        self.examples, self.writes, self.used = pristine.examples, pristine.writes, set[_Place]()
         self._pristine, self._places = pristine, places
 
     def fresh(self) -> nn.Module:

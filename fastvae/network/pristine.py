@@ -47,6 +47,7 @@ class Pristine:
 
     Attributes:
         changing: attributes that a forward changes, by the path of their module: what it counts, or keeps of each call.
+        writes: whether it writes into what it is given.
 
     Raises:
         UnsupportedLayer: the forward raises, or does not make one tensor with a row for each code.
@@ -64,7 +65,7 @@ class Pristine:
         with READING, warnings.catch_warnings(), torch.autocast(z.device.type, enabled=False):
             warnings.simplefilter("ignore")
             try:
-                _check_output(self._kept, self.examples)
+                self.writes = _check_output(self._kept, self.examples)
             finally:
                 if not is_own:
                     self.changing = changed_between(before, attributes_of(self._kept))
@@ -81,11 +82,15 @@ class Pristine:
         return (lambda: copy_with_modes(twin)) if self.changing else (lambda: twin)
 
 
-def _check_output(module: nn.Module, examples: list[Tensor]) -> None:
+def _check_output(module: nn.Module, examples: list[Tensor]) -> bool:
+    """Whether the forward writes into its inputs."""
     z, *others = examples
     with torch.enable_grad(), twice_differentiable():
+        # No leaf: that must not be written to.
+        given = [tensor.clone() for tensor in (z.clone().requires_grad_(), *others)]
+        before = [tensor._version for tensor in given]
         try:
-            output = module(z.clone().requires_grad_(), *others)
+            output = module(*given)
         except Exception as error:
             raise UnsupportedLayer(
                 f"its forward raised {type(error).__name__}: {first_line(error)}"
@@ -96,6 +101,7 @@ def _check_output(module: nn.Module, examples: list[Tensor]) -> None:
         raise UnsupportedLayer(
             f"of {BATCH} codes its forward makes {list(output.shape)}, expected a row for each"
         )
+    return [tensor._version for tensor in given] != before
 
 
 def first_line(error: BaseException) -> str:

@@ -39,6 +39,7 @@ class Copies(Protocol):
     """See :class:`fastvae.network.pristine.Pristine`."""
 
     examples: list[Tensor]
+    writes: bool
 
     def fresh(self) -> nn.Module:
         """A module for one run."""
@@ -74,15 +75,20 @@ def read_program(copies: Copies, *, apart: bool = False) -> Program:
 
 
 class Called(nn.Module):
-    """A module whose forward takes ``*args``, as one of its inputs by name, which torch.export asks for."""
+    """A module whose inputs have names, which torch.export asks for, and may be written to."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, writes: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self._writes = module, writes
 
     def forward(self, z: Tensor) -> Any:
         """What it returns."""
-        return self.module(z)
+        return self.module(z.clone() if self._writes else z)
+
+
+class _CalledWith(Called):
+    def forward(self, z: Tensor, condition: Tensor) -> Any:  # type: ignore[override]
+        return self.module(*((z.clone(), condition.clone()) if self._writes else (z, condition)))
 
 
 def takes_any(module: nn.Module) -> bool:
@@ -117,7 +123,9 @@ def _traced(copies: Copies, examples: Sequence[Tensor], batch: str) -> _Traced:
     module = copies.fresh()
     # What the module holds before its forward adds to it.
     held = _held_tensors(module)
-    called = Called(module) if takes_any(module) else module
+    called = module
+    if copies.writes or takes_any(module):
+        called = (Called if len(examples) == 1 else _CalledWith)(module, copies.writes)
     try:
         with (
             torch.enable_grad(),

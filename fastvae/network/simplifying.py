@@ -7,6 +7,7 @@ none of it: their operators have layers, and what they do in place is told from 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,7 +99,7 @@ def _out_of_place(target: Any) -> OpOverload | None:
     found = getattr(getattr(torch.ops.aten, name[:-1], None), target._overloadname, None)
     if found is None or [a.name for a in found._schema.arguments] != [a.name for a in arguments]:
         return None
-    return found if _is_fresh_operator(found) else None
+    return found if _is_fresh_operator(found) and found not in _simpler() else None
 
 
 def _is_fresh(node: Node) -> bool:
@@ -133,6 +134,12 @@ def _simpler() -> dict[Any, Any]:
             operator: composite[operator]
             for operator in (aten.einsum.default, aten._scaled_dot_product_attention_math.default)
         },
+        aten.copy.default: lambda written, x, non_blocking=False: x.to(written.dtype).expand(written.shape),
+        aten.fill.Scalar: _filled,
+        aten.fill.Tensor: lambda written, x: x.to(written.dtype).expand(written.shape),
+        aten.slice_scatter.default: _with_slice,
+        aten.select_scatter.default: _with_selected,
+        aten.index_put.default: _where_masked,
         aten.addmm.default: _sum_and_product,
         aten.baddbmm.default: _sum_and_product,
         aten.addcmul.default: lambda a, b, c, *, value=1: a + b * c * value,
@@ -151,6 +158,41 @@ def _simpler() -> dict[Any, Any]:
         aten.binary_cross_entropy_with_logits.default: _cross_entropy_of_logits,
         aten.cross_entropy_loss.default: _cross_entropy,
     }
+
+
+def _filled(written: Tensor, value: Any) -> Tensor:
+    return torch.full(written.shape, value, dtype=written.dtype, device=written.device)
+
+
+def _with_slice(
+    x: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """x with a part in the place of a slice, as the three side by side."""
+    size = x.shape[dim]
+    if step != 1:
+        return NotImplemented
+    if start in (None, 0) and end in (None, sys.maxsize):
+        return part
+    if not isinstance(size, int):  # of samples
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(size)
+    rest = x.narrow(dim, 0, first), part, x.narrow(dim, max(first, last), size - max(first, last))
+    return torch.cat([each for each in rest if each.shape[dim] != 0], dim)
+
+
+def _with_selected(x: Tensor, part: Tensor, dim: int, index: int) -> Tensor:
+    at = index % x.shape[dim] if isinstance(x.shape[dim], int) else None
+    return NotImplemented if at is None else _with_slice(x, part.unsqueeze(dim), dim, at, at + 1)
+
+
+def _where_masked(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Tensor:
+    """x[mask] = value."""
+    mask = indices[0]
+    if accumulate or len(indices) != 1 or mask is None or mask.dtype != torch.bool or values.dim():
+        return NotImplemented
+    return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.to(x.dtype), x)
 
 
 def _broadcast(tensors: Sequence[Tensor]) -> list[Tensor]:

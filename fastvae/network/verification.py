@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._second_order import check_twice, twice_differentiable
+from fastvae.decoding import called_on_copies
 from fastvae.held import follow
 from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
 from fastvae.network.layers import Point, Products
@@ -128,7 +129,7 @@ def _coupling(fresh: Callable[[], nn.Module], z: Tensor, condition: Tensor | Non
     """Why the output of some rows is another one where other rows are there, before or behind them; or nothing."""
 
     def run(part: slice, module: nn.Module) -> Tensor:
-        return _run(module, *(tensor[part].clone() for tensor in (z, condition) if tensor is not None))
+        return _run(module, *(tensor[part] for tensor in _present(z, condition)))
 
     everything = slice(None)
     whole = run(everything, fresh())
@@ -147,6 +148,10 @@ def verify_output(
     """Compare the outputs of a batch of so many samples, and of few; see :func:`verify_program`."""
     with torch.autocast(z.device.type, enabled=False):
         _check_other_batches(pristine.fresh, sweeps, z, condition, (batch,))
+
+
+def _present(z: Tensor, condition: Tensor | None) -> list[Tensor]:
+    return [z] if condition is None else [z, condition]
 
 
 def _widened(condition: Tensor | None) -> Tensor | None:
@@ -168,7 +173,7 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         point = z.detach().requires_grad_()
         with twice_differentiable():
-            own = module(point) if condition is None else module(point, condition)
+            own = called_on_copies(module, *_present(point, condition))
         v, w, u = draw(own), draw(own), draw(z)
         if not own.requires_grad:
             raise UnsupportedLayer("its output has no gradient to z")
@@ -232,7 +237,7 @@ def _error_of_data(
     tensors, leaves = _given(module, sweeps, condition)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         with twice_differentiable():
-            own = module(x) if condition is None else module(x, condition)
+            own = called_on_copies(module, *_present(x, condition))
         seed = torch.empty(own.shape, dtype=torch.float64, device="cpu")
         seed = seed.normal_(generator=torch.Generator().manual_seed(1)).to(own)
         wanted: Sequence[Tensor] = ()
@@ -299,7 +304,7 @@ def _check_other_batches(
         tensors = [
             given if source.is_condition else _tensor(module, source) for source in sweeps.program.sources
         ]
-        own = _run(module, *([rows] if given is None else [rows, given]))
+        own = _run(module, *_present(rows, given))
         inputs = Inputs(sweeps, rows, tensors)
         found = sweeps.output(sweeps.forward(inputs.detached(), rows, inputs.wanted))
         if not _alike(found, own):
@@ -314,7 +319,7 @@ def _check_other_batches(
 def _run(module: nn.Module, *given: Tensor) -> Tensor:
     try:
         with twice_differentiable():
-            found: Tensor = module(*given)
+            found: Tensor = called_on_copies(module, *given)
         return found
     except Exception as failure:
         raise UnsupportedLayer(
