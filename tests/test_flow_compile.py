@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from flow_problems import MEMORY, Problem, Residual, assert_near, conv, gradients, mlp, problem
 from torch import Tensor
+
+import fastvae
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -123,3 +126,39 @@ def test_unsupported_decoder_raises(device: torch.device) -> None:
     step = compiled(p, "aot_eager")
     with pytest.raises(Exception, match=r"UnsupportedLayer|cannot be lowered|lower:"):
         step(*(t for _, t in p.tensors()))
+
+
+class Through(torch.nn.Module):
+    def __init__(
+        self, encoder: torch.nn.Module, decoder: torch.nn.Module, kind: type, **options: Any
+    ) -> None:
+        super().__init__()
+        self.model = kind(encoder, decoder, latent_dim=3, **options).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.model(x) * 2).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be lowered")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (fastvae.HVAE, {"num_steps": 2, "on_divergence": "ignore"}),
+        (fastvae.JacobianL1VAE, {"beta": 1.0, "gamma": 0.1}),
+    ],
+    ids=["flow", "jacobian"],
+)
+def test_a_decoder_that_is_read_breaks_the_graph(kind: type, options: dict[str, Any]) -> None:
+    """It raised UnsupportedLayer, where an uncompiled model trains."""
+    torch.manual_seed(0)
+    module = Through(torch.nn.Linear(4, 6), Residual(3, 4), kind, **options)
+    x = torch.rand(5, 4, dtype=torch.float64)
+    results = []
+    for call in (module, torch.compile(module, backend="aot_eager")):
+        torch.manual_seed(1)
+        loss = call(x)
+        results.append([loss, *torch.autograd.grad(loss, list(module.parameters()))])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)  # rounding in float64
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"lower: .*(sin|add)"):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x)

@@ -207,8 +207,8 @@ def test_a_decoder_that_cannot_be_lowered_warns_once_and_works(device: torch.dev
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(log_px(decoder, z, x), value)
-    with pytest.raises(Exception, match=r"UnsupportedLayer|cannot be lowered|lower:"):
-        torch.compile(lambda z: log_px(decoder, z, x), fullgraph=True, backend="aot_eager")(z)
+    compiled = torch.compile(lambda z: log_px(decoder, z, x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), value)
 
 
 def test_refusals(device: torch.device) -> None:

@@ -43,6 +43,14 @@ def _constant(address: int) -> tuple[str, str, str | None, tuple[str, ...], tupl
 _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def refusal_traced(module: nn.Module) -> str:
+    """Why a module that a trace meets is not lowered; empty where it is. CoupledSamples is raised."""
+    failure, reason, *_ = _constant(id(module))
+    if failure == "CoupledSamples":
+        raise CoupledSamples(reason)
+    return reason if failure else ""
+
+
 def _descend(module: Any, path: _Path) -> Any:
     for name in path:
         # Dynamo itself looks through a compiled child.

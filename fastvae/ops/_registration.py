@@ -20,6 +20,7 @@ from fastvae.likelihoods import Bernoulli, Likelihood
 from fastvae.lowering import CoupledSamples, LoweredNetwork, UnsupportedLayer, lower
 from fastvae.lowering.checks import PLAIN, check_is_module, check_uncoupled, has_hooks
 from fastvae.lowering.errors import NotADecoder
+from fastvae.lowering.traced import refusal_traced
 from fastvae.network.cache import ReadNetwork, read_network
 from fastvae.network.chain import lowered_chain
 from fastvae.network.sweeps import Sweeps
@@ -126,6 +127,23 @@ _settled: weakref.WeakKeyDictionary[Sweeps, set[tuple[bool, ...]]] = weakref.Wea
 """What was read, and what it was found to serve: kinds of likelihood, in :func:`lower_or_read` where kernels do not."""
 _without_kernels: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Decoders that were read because kernels did not take them."""
+
+
+def break_graph(name: str, decoder: nn.Module, likelihood: object = None, *others: object) -> bool:
+    """Whether a call that Dynamo traces must run outside of its graph: by sweeps in PyTorch, or through autograd.
+
+    Under ``fullgraph=True`` Dynamo then raises, with the reason.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    reason = refusal_traced(decoder)
+    if not reason and any(other is not None for other in others):
+        reason = "kernels take no condition and no weight"
+    if not reason and isinstance(likelihood, Likelihood) and not likelihood.has_kernel:
+        reason = f"{type(likelihood).__name__} is a likelihood without a kernel"
+    if reason:
+        torch._dynamo.graph_break(msg=f"fastvae.ops.{name}: {reason}")
+    return bool(reason)
 
 
 def lower_or_read(

@@ -7,6 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from fastvae.network.flow import hamiltonian_flow as sweep_flow
 from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs, usual_tensor
 from fastvae.ops._registration import (
+    break_graph,
     cast_under_autocast,
     check_condition,
     check_memory,
@@ -70,8 +72,8 @@ def hamiltonian_flow(
     Args:
         decoder: any module from codes to natural parameters that treats each sample by itself. What
             :func:`fastvae.lowering.lower` can take runs in kernels; any other is read as a graph of operations and
-            swept in PyTorch; what cannot be read runs through autograd, after one warning. Under
-            ``torch.compile(fullgraph=True)`` the first alone works.
+            swept in PyTorch; what cannot be read runs through autograd, after one warning. Under ``torch.compile``
+            the first is part of a graph, and the others break it: with ``fullgraph=True`` an error.
         z: start [B, d], or [B, ...] where the decoder takes such codes; float32 or float64, CPU or CUDA.
         rho: momentum, of the shape of z.
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
@@ -127,6 +129,12 @@ def flow_and_points(
     keep_points: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Trajectory | None]:
     """What ``hamiltonian_flow`` returns, and with ``keep_points`` every point, detached; the same arguments."""
+    if break_graph("hamiltonian_flow", decoder, likelihood, condition, weight):
+        found: tuple[tuple[Tensor, Tensor, Tensor], Trajectory | None] = _outside_of_graphs(
+            *(decoder, z, rho, x, step_size, alpha, likelihood, condition, weight, memory),
+            keep_points=keep_points,
+        )
+        return found
     check_tensors("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
     refuse_function_transforms("hamiltonian_flow", z)
     decoder, like = without_parameters(decoder, resolve(likelihood))
@@ -180,6 +188,10 @@ def flow_and_points(
     if not keep_points:
         return (z_K, rho_K, log_px), None
     return (z_K, rho_K, log_px), Trajectory(z_steps.detach(), rho_steps.detach(), log_px_steps.detach())
+
+
+# By this name, since Dynamo looks it up where the function is defined.
+_outside_of_graphs: Any = torch.compiler.disable(flow_and_points)
 
 
 def _flow_by_sweeps(

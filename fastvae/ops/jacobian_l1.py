@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fastvae.network.jacobian import Plan
 from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
 from fastvae.network.sweeps import usual_tensor
 from fastvae.ops._registration import (
+    break_graph,
     cast_under_autocast,
     check_condition,
     check_memory,
@@ -60,8 +62,8 @@ def jacobian_l1(
     Args:
         decoder: any module from codes to [B, ...] that treats each sample by itself. What
             :func:`fastvae.lowering.lower` can take runs in kernels; any other is read as a graph of operations and
-            swept in PyTorch; what cannot be read runs through autograd, after one warning. Under
-            ``torch.compile(fullgraph=True)`` the first alone works.
+            swept in PyTorch; what cannot be read runs through autograd, after one warning. Under ``torch.compile``
+            the first is part of a graph, and the others break it: with ``fullgraph=True`` an error.
         z: codes [B, d], or [B, ...] where the decoder takes such; float32 or float64, CPU or CUDA.
         reduction: "mean" or "sum" over the samples, or "none".
         output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
@@ -87,6 +89,11 @@ def jacobian_l1(
             its batch.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
+    if estimator != "difference" and break_graph("jacobian_l1", decoder, None, condition):
+        found: Tensor = _outside_of_graphs(
+            decoder, z, reduction, output=output, latents=latents, p=p, condition=condition
+        )
+        return found
     check_tensors("jacobian_l1", z=z)
     refuse_function_transforms("jacobian_l1", z)
     check_jacobian_options(reduction, output, p, estimator, step)
@@ -131,6 +138,10 @@ def jacobian_l1(
         spec += ";sigmoid"
     refuse_forward_mode("jacobian_l1", z, *network.tensors)
     return torch.ops.fastvae.jacobian_l1(z, network.tensors, spec, indices, p, reduction)
+
+
+# By this name, since Dynamo looks it up where the function is defined.
+_outside_of_graphs: Any = torch.compiler.disable(jacobian_l1)
 
 
 def _jacobian_by_sweeps(

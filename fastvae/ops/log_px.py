@@ -13,6 +13,8 @@ from fastvae._compiling import is_compiling
 from fastvae.likelihoods import Likelihood, resolve
 from fastvae.likelihoods.fused import relative_log_prob
 from fastvae.lowering import LoweredNetwork
+from fastvae.lowering.checks import check_uncoupled
+from fastvae.lowering.traced import refusal_traced
 from fastvae.network.cache import check_samples_apart
 from fastvae.network.tape import is_plain
 from fastvae.ops._registration import (
@@ -46,7 +48,7 @@ def log_px(
     Args:
         decoder: a module that :func:`fastvae.lowering.lower` can read, from [B, d] to natural parameters.
             Any other module runs as it is, in parts of 2**20 outputs (on a GPU 2**22), after one warning; under
-            ``torch.compile(fullgraph=True)`` it raises instead.
+            ``torch.compile`` as a part of the graph.
         z: codes [S, B, d], or [S, B, ...] where the decoder takes such; float32 or float64, CPU or CUDA.
         x: data, B samples with as many elements as the likelihood needs, in any shape; float, uint8 or bool.
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
@@ -76,7 +78,9 @@ def log_px(
     check_condition("log_px", condition, z.shape[1])
     # Kernels know of no conditions, nor of weights.
     network = None
-    if condition is None and weight is None:
+    if torch.compiler.is_dynamo_compiling() and refusal_traced(decoder):
+        check_uncoupled(decoder)
+    elif condition is None and weight is None:
         network = lower_or_read(
             *("log_px", decoder, z, "own operators", like), flat=z.dim() == 3, read=False, forward_only=True
         )
