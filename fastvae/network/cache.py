@@ -290,7 +290,7 @@ def check_samples_apart(module: nn.Module, z: Tensor, condition: Tensor | None =
     if known is not None:
         coupled = known[0].coupled
     else:
-        with _lock:
+        with READING:
             coupled = _coupling_seen(module, key, z, condition)
     if coupled:
         raise CoupledSamples(coupled)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._second_order import twice_differentiable
+from fastvae.locks import READING
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.hooked import write_out
 from fastvae.lowering.snapshot import attributes_of, changed_between
-from fastvae.lowering.tracing import READING
 from fastvae.private import private_copy
 
 __all__ = ["BATCH", "Pristine", "copy_with_modes", "first_line", "rows_of"]
