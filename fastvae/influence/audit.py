@@ -121,10 +121,12 @@ def _errors(
             errors[name] = error / max(size, torch.finfo(wanted.dtype).tiny)
 
     captured = engine.capture(evaluation, few, True, 1 / draws)
-    if captured.of_flow is not None:
-        sizes = [engine.parameters[name].numel() for name in engine.of_flow]
-        for name, gradient in zip(engine.of_flow, captured.of_flow.split(sizes, 1), strict=True):
-            compare(name, gradient)
+    for name in engine.of_sweep:
+        if name in captured.of_sweep:
+            compare(name, captured.of_sweep[name])
+        else:
+            errors[name] = math.inf
+            unknown.discard(name)
     for layer, calls in captured.layers:
         terms[layer.name] = None
         try:

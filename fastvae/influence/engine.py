@@ -15,8 +15,10 @@ from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import GRAM, TILES, Factors, cheaper_route, pair_cost, self_route
 from fastvae.influence.layers import Captured, Layer, SeenCall, places_in, sum_of, watched
 from fastvae.influence.modules import ModuleCall, WholeModule
+from fastvae.influence.read_sweeps import is_of_decoder
 from fastvae.influence.rules import Terms
 from fastvae.influence.sweeps import Call, flow_parameters
+from fastvae.influence.uses import Uses
 
 __all__ = ["Engine"]
 
@@ -29,14 +31,22 @@ class Engine:
         layers: names of the modules whose parameters take part; None: all.
         uncovered: "error", or "materialise": the gradients of parameters that neither a rule nor a module by itself
             gives are computed by autograd, sample by sample.
-        swept: whether the decoder goes by its own sweeps (sweeps.py).
+        swept: whether the decoder goes by its own kernels (sweeps.py).
+        uses: of its parameters by the decoder, where that is read and swept in PyTorch (read_sweeps.py).
 
     Raises:
         UncoveredParameter: by "error".
         ValueError: a name in ``layers`` that the model does not have, or nothing to differentiate.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str] | None, uncovered: str, swept: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str] | None,
+        uncovered: str,
+        swept: bool,
+        uses: Uses | None = None,
+    ) -> None:
         if uncovered not in ("error", "materialise"):
             raise ValueError(f"TracIn: uncovered: expected 'error' or 'materialise', got {uncovered!r}")
         self.model, self._materialise = model, uncovered == "materialise"
@@ -59,13 +69,23 @@ class Engine:
         if not wanted:
             raise ValueError("TracIn: the model has no trained parameter among the chosen layers")
         self.parameters = wanted
-        self._layers, without_rule, self._places = places_in(model, wanted)
+        taken = [name for name in wanted if uses is not None and name in uses.names]
+        hooked = {name: parameter for name, parameter in wanted.items() if name not in taken}
+        self._layers, without_rule, self._places = places_in(model, hooked)
+        self._places |= {name: [] for name in taken}
         self._modules: dict[str, WholeModule] = {}
         self._uncovered: dict[str, str] = {}
-        # The flow of an HVAE hands out the gradients of its own parameters, if its decoder can be swept.
-        self.of_flow = [name for name in flow_parameters(model) if name in wanted] if swept else []
-        for name in self.of_flow:
+        of_flow = flow_parameters(model) if swept or uses is not None else []
+        self.of_sweep = {name: "Hamiltonian flow" for name in of_flow if name in wanted}
+        """Parameters whose gradients a sweep hands out whole, with the rule."""
+        for name in self.of_sweep:
             without_rule.pop(name, None)
+        if uses is not None:
+            shared = [name for name in hooked if is_of_decoder(name)]
+            without_rule |= dict.fromkeys(shared, "shared by the decoder and what is outside of it")
+            self._places |= {name: [] for name in shared}
+            self._layers += uses.layers_of(wanted)
+            self.of_sweep |= {name: rule for name, rule in uses.dense.items() if name in wanted}
         for penalty in getattr(model, "penalties", ()):
             if getattr(penalty, "couples_samples", False):
                 raise ValueError(
@@ -102,7 +122,8 @@ class Engine:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         for layer in self._layers:
-            layer.module = modules[layer.name]
+            if not layer.stands_in:
+                layer.module = modules[layer.name]
         for whole in self._modules.values():
             whole.module = modules[whole.name]
 
@@ -113,6 +134,7 @@ class Engine:
             UncoveredParameter: there is none but sample by sample, and nobody asked for it.
         """
         self._reasons.setdefault(name, reason)
+        self.of_sweep.pop(name, None)
         for part in self._layers:
             part.weight = [each for each in part.weight if each != name]
             part.bias = [each for each in part.bias if each != name]
@@ -160,7 +182,11 @@ class Engine:
 
     def gradient_numel(self, routes: dict[str, str]) -> int:
         """Those of them that are entries of gradients."""
-        apart = [*self._uncovered, *(name for whole in self._modules.values() for name in whole.names)]
+        apart = [
+            *self._uncovered,
+            *self.of_sweep,
+            *(name for whole in self._modules.values() for name in whole.names),
+        ]
         numel = sum(self.parameters[name].numel() for name in apart)
         for layer in self._layers:
             if self._terms[layer.name] is None or routes[layer.name] == TILES:
@@ -178,7 +204,7 @@ class Engine:
         samples = len(batch[0]) * (1 if fold else draws)
         found = Factors()
         captured = self.capture(evaluation, batch, fold, 1 / draws if fold else 1.0)
-        found.dense += [] if captured.of_flow is None else [captured.of_flow]
+        found.dense += [captured.of_sweep[name] for name in self.of_sweep]
         for layer, calls in captured.layers:
             self.add_factors(found, layer, calls, routes[layer.name], samples)
         each = 1 if fold else draws
@@ -218,12 +244,14 @@ class Engine:
     def capture(self, evaluation: Evaluation, batch: Batch, fold: bool, scale: float) -> Captured:
         """Every layer and module with what it was given and the gradient at what it gave."""
         if not self._modules and (known := evaluation.calls(batch, fold)) is not None:
-            return Captured(
-                [(each, known[each.name]) for each in self._layers if each.name in known], [], None
-            )
+            return Captured([(each, known[each.name]) for each in self._layers if each.name in known], [], {})
         sweep = evaluation.sweep()
         samples = len(batch[0]) * (1 if fold else evaluation.draws_of(batch))
-        hooked = [layer for layer in self._layers if sweep is None or not _in_decoder(layer.name)]
+        hooked = [
+            layer
+            for layer in self._layers
+            if not layer.stands_in and (sweep is None or not _in_decoder(layer.name))
+        ]
         layer_calls: dict[str, list[SeenCall]] = {layer.name: [] for layer in hooked}
         of_modules: dict[str, list[ModuleCall]] = {name: [] for name in self._modules}
         with torch.enable_grad(), watched(hooked, list(self._modules.values()), layer_calls, of_modules):
@@ -248,12 +276,10 @@ class Engine:
         for (of_module, place), grad in zip(outputs, grads[len(flat) :], strict=False):
             if grad is not None:
                 of_module.grads[place] = grad
-        own = None
+        own: dict[str, Tensor] = {}
         if sweep is not None:
             found |= {layer.name: sweep.calls(layer.name) for layer in self._layers if layer not in hooked}
-            if self.of_flow:
-                gradients = sweep.gradients(self.of_flow, samples)
-                own = torch.cat([gradients[name] for name in self.of_flow], 1)
+            own = sweep.gradients(list(self.of_sweep), samples) if self.of_sweep else {}
         # What the losses do not depend on has gradients of zero.
         layers = [(layer, found[layer.name]) for layer in self._layers if found.get(layer.name)]
         used = {name: [call for call in calls if call.grads] for name, calls in of_modules.items()}
@@ -323,8 +349,8 @@ class Engine:
             shape, numel = tuple(parameter.shape), parameter.numel()
             if name in self._absent:
                 found.append(CoverageRow(name, shape, self._absent[name][1], "", 0.0))
-            elif name in self.of_flow and name not in self._uncovered:
-                found.append(CoverageRow(name, shape, "Hamiltonian flow", TILES, numel))
+            elif name in self.of_sweep:
+                found.append(CoverageRow(name, shape, self.of_sweep[name], TILES, numel))
             elif name in self._uncovered:
                 rule = f"autograd, sample by sample: {self._uncovered[name]}"
                 found.append(CoverageRow(name, shape, rule, TILES, numel))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from fastvae.influence.noise import KeyedNoise, draws_noise
+from fastvae.influence.read_sweeps import ReadSweep
 from fastvae.influence.snapshots import Snapshot
 from fastvae.influence.sweeps import Call, Sweep, calls_of_vae, is_swept
 from fastvae.models import BaseVAE
@@ -41,6 +42,8 @@ class Evaluation:
     ) -> None:
         self.loss_fn, self.seed, self.besides = loss_fn, seed, tuple(besides)
         self.draws = draws
+        self.reads = False
+        """Whether the decoder is read and swept in PyTorch."""
         self._random: bool | None = None
         self.bind(Snapshot(1.0, model))
 
@@ -50,6 +53,8 @@ class Evaluation:
 
     def sweep(self) -> Sweep | None:
         """A new sweep through the decoder, where the model has one that can be swept."""
+        if self.reads:
+            return ReadSweep(self.model)
         if self.loss_fn is not None or self.besides or not is_swept(self.model):
             return None
         return Sweep(self.model)

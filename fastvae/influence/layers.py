@@ -30,6 +30,8 @@ class Layer:
     weight: list[str]
     """Names of the parameters that its weight is, or is computed from; empty if it takes no part."""
     bias: list[str]
+    stands_in: bool = False
+    """Whether the module is none of the model's but of the form of an operation of a swept network."""
 
     @property
     def computation(self) -> nn.Module | None:
@@ -83,8 +85,8 @@ class Captured(NamedTuple):
 
     layers: list[tuple[Layer, list[Call]]]
     modules: list[tuple[WholeModule, list[ModuleCall]]]
-    of_flow: Tensor | None
-    """[B, P] the gradients of a flow's own parameters"""
+    of_sweep: dict[str, Tensor]
+    """[B, numel] the gradients of parameters that a sweep hands out whole."""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastvae._second_order import batchable
 
-__all__ = ["ModuleCall", "WholeModule", "places_of"]
+__all__ = ["ModuleCall", "WholeModule", "places_of", "sample_axis", "split_samples"]
 
 
 _NEVER_CALLED = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, ParametrizationList
@@ -114,11 +114,11 @@ class WholeModule:
             if call.form_of_inputs != other.form_of_inputs or call.grads.keys() != other.grads.keys():
                 raise ValueError(f"TracIn: {self.name}: called in another way for another batch")
             inputs = [
-                _sample_axis(a, b, samples, other_samples) if isinstance(a, Tensor) else None
+                sample_axis(a, b, samples, other_samples) if isinstance(a, Tensor) else None
                 for a, b in zip(call.inputs, other.inputs, strict=True)
             ]
             outputs = {
-                place: _sample_axis(grad, other.grads[place], samples, other_samples)
+                place: sample_axis(grad, other.grads[place], samples, other_samples)
                 for place, grad in call.grads.items()
             }
             if all(axis is None for axis in inputs) or None in outputs.values():
@@ -214,10 +214,15 @@ class WholeModule:
             return value
         if value.shape[axis] % samples:
             raise ValueError(f"TracIn: {self.name}: {value.shape[axis]} rows for {samples} samples")
-        return value.unflatten(axis, (samples, -1)).movedim(axis, 0)
+        return split_samples(value, axis, samples)
 
 
-def _sample_axis(a: Tensor, b: Tensor, samples: int, other_samples: int) -> int | None:
+def split_samples(tensor: Tensor, axis: int, samples: int) -> Tensor:
+    """[B, ...] each sample's own part, with as many dimensions as the tensor has, of rows side by side on an axis."""
+    return tensor.unflatten(axis, (samples, -1)).movedim(axis, 0)
+
+
+def sample_axis(a: Tensor, b: Tensor, samples: int, other_samples: int) -> int | None:
     """The one dimension that differs; None if none does. ValueError where it is not the samples' alone."""
     if a.dim() != b.dim():
         raise ValueError("TracIn: a tensor of other dimensions for another batch")

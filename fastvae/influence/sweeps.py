@@ -24,7 +24,7 @@ from fastvae.ops.hamiltonian_flow import observed_rows
 from fastvae.private import twin_of
 from fastvae.reference import expand_step_size
 
-__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_swept"]
+__all__ = ["Call", "Sweep", "calls_of_vae", "flow_parameters", "is_stock", "is_swept"]
 
 
 @dataclass
@@ -38,20 +38,25 @@ class Call:
 
 
 def is_swept(model: Any) -> bool:
-    """Whether the decoder of this model goes by its own sweeps."""
-    if isinstance(model, HVAE):
-        stock = type(model).flow is HVAE.flow and type(model)._follow is HVAE._follow
-    else:
-        stock = isinstance(model, VAE) and type(model).objective is VAE.objective
-    if not stock or model.penalties or type(model).log_px is not BaseVAE.log_px:
-        return False
-    if not model.likelihood.has_kernel or _share_a_layer(model.encoder, model.decoder):
+    """Whether the decoder of this model goes by kernels."""
+    if not is_stock(model) or not model.likelihood.has_kernel:
         return False
     try:
         _lowered(model)
     except (UnsupportedLayer, ValueError):
         return False
     return True
+
+
+def is_stock(model: Any) -> bool:
+    """Whether nothing of a subclass's or of a penalty stands between a model's decoder and its loss."""
+    if isinstance(model, HVAE):
+        stock = type(model).flow is HVAE.flow and type(model)._follow is HVAE._follow
+    else:
+        stock = isinstance(model, VAE) and type(model).objective is VAE.objective
+    if not stock or model.penalties or type(model).log_px is not BaseVAE.log_px:
+        return False
+    return not _share_a_layer(model.encoder, model.decoder)
 
 
 def _share_a_layer(one: nn.Module, other: nn.Module) -> bool:
@@ -191,7 +196,7 @@ class Sweep:
         self.edges.append(get_gradient_edge(z))
         return z
 
-    def _log_px(self, z: Tensor, x: Tensor) -> Tensor:
+    def _log_px(self, z: Tensor, x: Tensor, **_: Any) -> Tensor:
         return _DecoderSweep.apply(self._entered(z), x, self)
 
     def _flow(

@@ -30,13 +30,15 @@ from fastvae.influence.coverage import Coverage
 from fastvae.influence.engine import Engine
 from fastvae.influence.evaluation import Batch, Evaluation
 from fastvae.influence.factors import Factors, concatenate, dot
+from fastvae.influence.read_sweeps import uses_of
 from fastvae.influence.scores import InfluenceWithError, self_scores
 from fastvae.influence.sharding import Share
 from fastvae.influence.snapshots import Snapshot, Snapshots
 from fastvae.influence.sweeps import is_swept
 from fastvae.influence.topk import KMostInfluentialResults, TopK
+from fastvae.influence.uses import Uses
 from fastvae.locks import Turns
-from fastvae.models import BaseVAE
+from fastvae.models import HVAE, BaseVAE
 from fastvae.private import private_copy
 from fastvae.progress import with_bar
 from fastvae.training import load_checkpoint
@@ -151,7 +153,9 @@ class TracIn:
             raise ValueError(f"TracIn: {next(iter(self._places))}: expected a fastvae model and its own loss")
         besides = tuple(self._places)
         private = private_copy(self.model)
-        self._engine = Engine(private, layers, uncovered, is_swept(private) and not besides)
+        swept = is_swept(private) and not besides
+        uses = None if swept or loss_fn is not None or test_loss_fn is not None else self._uses(private)
+        self._engine = Engine(private, layers, uncovered, swept, uses)
         self._train = Evaluation(private, loss_fn, num_samples, seed, besides)
         self._query = Evaluation(
             private,
@@ -160,6 +164,7 @@ class TracIn:
             seed if query_seed is None else query_seed,
             besides,
         )
+        self._train.reads = self._query.reads = uses is not None
         self._share = Share(process_group)
         self._turns = Turns()
         self._memory = raw.Recycling()
@@ -281,6 +286,22 @@ class TracIn:
         """How every parameter's part of the scores is computed, for so many queries; ``print`` shows a table."""
         with self._borrowed():
             return self._engine.coverage(self._count(), num_queries)
+
+    def _uses(self, private: nn.Module) -> Uses | None:
+        """Of the parameters of a decoder that is read, for codes of the first samples."""
+        if not isinstance(private, HVAE) or self.train_dataset is None:
+            return None
+        take = functools.partial(with_entries, self._places) if self._places else images_alone
+        try:
+            batch = next(tiles_of(self.train_dataset, 2, self.batch_size, take))
+            given = dict(zip(self._places, self._here(batch)[1:], strict=True))
+            given.pop("weight", None)
+            with torch.no_grad():
+                z, _ = private.encode(self._here(batch)[0], **given)
+        # What does not fit is said at the first call.
+        except Exception:
+            return None
+        return uses_of(private, z, given.get("condition"))
 
     def _use(self, snapshot: Snapshot) -> None:
         """Work under a checkpoint."""

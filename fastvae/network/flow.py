@@ -22,7 +22,7 @@ from fastvae.network.flow_tape import FlowTape, Recording, form_with_head
 from fastvae.network.heads import Head
 from fastvae.network.layers import Point, Products
 from fastvae.network.once import backward_pass, differentiable_once
-from fastvae.network.sweeps import Inputs, Sweeps
+from fastvae.network.sweeps import Inputs, Sweeps, Watch
 from fastvae.network.tape import kernel
 
 _OPS = torch.ops.fastvae
@@ -34,7 +34,10 @@ def rows(codes: Tensor) -> Tensor:
 
 
 class Evaluation:
-    """log p(x | z) and its gradient at one z, with what the gradient through it needs, if one is wanted."""
+    """log p(x | z) and its gradient at one z, with what the gradient through it needs, if one is wanted.
+
+    With ``whole`` every value is kept, also those that no rule looks at again.
+    """
 
     def __init__(
         self,
@@ -44,9 +47,10 @@ class Evaluation:
         head: Head,
         z: Tensor,
         keep: bool = True,
+        whole: bool = False,
     ) -> None:
         self.sweeps, self.head = sweeps, head
-        self.point: Point = sweeps.forward(passive, z, wanted)
+        self.point: Point = sweeps.forward(passive, z, wanted, keep=not whole)
         self.point.bends_later = keep
         self.at_output = head.at(sweeps.output(self.point))
         self.log_px = self.at_output.log_px
@@ -62,12 +66,12 @@ class Evaluation:
         return self._force
 
     def adjoint(
-        self, u: Tensor | None, of_log_px: Tensor | None, products: Products
+        self, u: Tensor | None, of_log_px: Tensor | None, products: Products, watch: Watch | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients to z and x of u . gradient + c log_px; those to the network's tensors go to ``products``."""
         dots = [None] * self.sweeps.program.size if u is None else self.sweeps.tangent(self.point, u)
         seed, of_x = self.head.adjoint(self.at_output, dots[self.sweeps.program.output], of_log_px)
-        gradients = self.sweeps.adjoint(self.point, dots, self.cotangents, seed, products)
+        gradients = self.sweeps.adjoint(self.point, dots, self.cotangents, seed, products, watch)
         of_z = gradients.pop(0, None)
         for index, gradient in gradients.items():
             products.put(index, gradient)
@@ -146,15 +150,16 @@ def walk(
     head: Head,
     start: Sequence[Tensor],
     keep: bool,
+    whole: bool = False,
 ) -> tuple[tuple[Tensor, ...], list[Evaluation]]:
     """From z, rho, steps and alpha: z_K, rho_K, log_px and the trajectory's; all evaluations, or the last one."""
     z, rho, steps, alpha = start
-    at = Evaluation(sweeps, passive, wanted, head, z, keep)
+    at = Evaluation(sweeps, passive, wanted, head, z, keep, whole)
     points, kept = [(z, rho, at.log_px)], [at]
     for step, alpha_k in zip(rows(steps).contiguous().unbind(0), alpha.unbind(0), strict=True):
         flat, half = kernel(_OPS.leapfrog_kick_drift.default, rows(z), rows(rho), at.force, step)
         z = flat.view_as(z)
-        at = Evaluation(sweeps, passive, wanted, head, z, keep)
+        at = Evaluation(sweeps, passive, wanted, head, z, keep, whole)
         if not keep:
             kept.clear()
         kept.append(at)
@@ -202,14 +207,26 @@ def walk_back(ctx: Any, given: Sequence[Any]) -> tuple[Any, ...]:
     z_steps, rho_steps, steps, alpha, gz, grho, of_log_px = given
     gz = torch.zeros_like(z_steps[0]) if gz is None else gz
     grho = torch.zeros_like(gz) if grho is None else grho
-    return _WayBack(ctx, z_steps, rho_steps, steps, alpha).run(gz, grho, of_log_px)
+    return WayBack(ctx, z_steps, rho_steps, steps, alpha).run(gz, grho, of_log_px)
 
 
-class _WayBack:
-    """The gradient of a trajectory."""
+class WayBack:
+    """The gradient of a trajectory.
+
+    Args:
+        ctx: with ``sweeps``, ``head``, ``inputs``, ``passive``, the ``count`` of steps and, if they were ``kept``, the
+            evaluations.
+        z_steps, rho_steps: [K + 1, B, ...]
+        steps: [K, ...], of which one is broadcast to ``flat`` codes.
+        alpha: [K]
+    """
+
+    flat = staticmethod(rows)
+    """Codes as the kernels of the leapfrog operators take them."""
 
     def __init__(self, ctx: Any, z_steps: Tensor, rho_steps: Tensor, steps: Tensor, alpha: Tensor) -> None:
         self.ctx, self.z, self.rho, self.steps, self.alpha = ctx, z_steps, rho_steps, steps, alpha
+        self.d_alpha = torch.zeros_like(alpha)
         self.found: dict[int, Tensor] = {}
         self.products = Products(ctx.passive, ctx.inputs.wanted, self.found)
         self.of_x: Tensor | None = None
@@ -233,32 +250,39 @@ class _WayBack:
             self.of_x = of_x if self.of_x is None else self.of_x + of_x
         return -u if of_z is None else of_z - u
 
+    def through_kick(
+        self, k: int, grho: Tensor, half: Tensor, force: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients to momentum, force and step size of the second half of step k; alpha's is kept."""
+        g_half, u, of_step, self.d_alpha[k] = kernel(
+            _OPS.leapfrog_kick_temper_backward.default, grho, half, force, step, self.alpha[k]
+        )
+        return g_half, u, of_step
+
     def run(self, gz: Tensor, grho: Tensor, of_log_px: Tensor | None) -> tuple[Any, ...]:
         """Gradients to z, rho, x, steps, alpha and the trained tensors."""
-        steps, shape = rows(self.steps).contiguous(), gz.shape
-        d_steps, d_alpha = torch.zeros_like(steps), torch.zeros_like(self.alpha)
-        gz, grho = rows(gz), rows(grho)
+        flat, steps, shape = self.flat, rows(self.steps).contiguous(), gz.shape
+        d_steps = torch.zeros_like(steps)
+        gz, grho = flat(gz), flat(grho)
         left = torch.zeros_like(gz)
         after = self.evaluation(self.ctx.count)
         for k in reversed(range(self.ctx.count)):
             step, here = steps[k], self.evaluation(k)
-            z, rho = rows(self.z[k]), rows(self.rho[k])
-            _, half = kernel(_OPS.leapfrog_kick_drift.default, z, rho, here.force, step)
-            g_half, u, of_second, d_alpha[k] = kernel(
-                _OPS.leapfrog_kick_temper_backward.default, grho, half, after.force, step, self.alpha[k]
-            )
-            gz = gz + rows(self.through_force(after, (u + left).view(shape), of_log_px))
+            z, rho, force = flat(self.z[k]), flat(self.rho[k]), flat(here.force)
+            _, half = kernel(_OPS.leapfrog_kick_drift.default, z, rho, force, step)
+            g_half, u, of_second = self.through_kick(k, grho, half, flat(after.force), step)
+            gz = gz + flat(self.through_force(after, (u + left).view(shape), of_log_px))
             of_log_px = None
             gz, grho, left, of_first = kernel(
-                _OPS.leapfrog_kick_drift_backward.default, gz, g_half, z, rho, here.force, step
+                _OPS.leapfrog_kick_drift_backward.default, gz, g_half, z, rho, force, step
             )
             torch.add(of_first, of_second, out=d_steps[k])
             after = here
-        gz = (gz + rows(self.through_force(after, left.view(shape), of_log_px))).view(shape)
+        gz = (gz + flat(self.through_force(after, left.view(shape), of_log_px))).view(shape)
         grho, d_steps = grho.view(shape), d_steps.view_as(self.steps)
         self.products.finish()
         trained = [self.found.get(index) for index in self.ctx.inputs.trained]
-        return gz, grho, self.of_x, d_steps, d_alpha, *trained
+        return gz, grho, self.of_x, d_steps, self.d_alpha, *trained
 
 
 def hamiltonian_flow(

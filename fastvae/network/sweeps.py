@@ -5,7 +5,7 @@ A sweep walks the program in order or in reverse, adds where a value is used mor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from fastvae.network.layers import (
 )
 from fastvae.network.program import Program
 from fastvae.network.tape import Tapes, most_numbers
+
+Watch = Callable[[Layer, Point, Any, Any, list[Any]], None]
+"""Of a layer, a point, the cotangents of its tangent and of its result, and all tangents; None is zero."""
 
 
 class Sweeps:
@@ -60,6 +63,8 @@ class Sweeps:
         self.flow_tapes, self.tapes = FlowTapes(), Tapes()
         self.copied: Any = None
         """What likelihood regret made of it; see fastvae/ood/read_copies.py."""
+        self.uses: Any = None
+        """What TracIn made of it; see fastvae/influence/uses.py."""
         self._is_ours = all(type(layer).__module__.startswith("fastvae.") for layer in self.layers)
         self.dropped = [layer.index for layer in self.layers if layer.index not in kept]
         # Whose output's cotangent is needed once more, by bends.
@@ -145,16 +150,20 @@ class Sweeps:
         cotangents: dict[int, Any],
         seed: Tensor | None,
         products: Products,
+        watch: Watch | None = None,
     ) -> dict[int, Any]:
         """The gradients, by number, of <seed, output> and of the tangents' own cotangents times the tangents.
 
-        reverse of the first plus the bends of the second; weights are left in ``products``.
+        reverse of the first plus the bends of the second; weights are left in ``products``. ``watch`` is told of every
+        layer that takes part: what ``Layer.adjoint`` is given.
         """
         grads = Gradients(point.values, point.wanted)
         grads.add(self.program.output, seed)
         for layer in self.backwards:
             dy_dot, dy = grads.found.pop(layer.index, None), cotangents.get(layer.index)
             if dy_dot is not None or dy is not None:
+                if watch is not None:
+                    watch(layer, point, dy_dot, dy, dots)
                 layer.adjoint(point, dy_dot, dy, dots, grads, products)
         return grads.found
 

@@ -132,6 +132,8 @@ class Layer:
 
     def __init__(self, operation: Operation, active: Sequence[bool]) -> None:
         self.operation, self.index, self.active = operation, operation.index, active
+        self.operations: tuple[Operation, ...] = (operation,)
+        """All that it stands for, in order."""
         self.slots = operation.slots
         self.x = next((slot for slot in self.slots if active[slot]), -1)
 

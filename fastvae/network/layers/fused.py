@@ -61,6 +61,7 @@ class FusedLayer(Layer):
         last = activation or norm
         assert first is not None and last is not None
         super().__init__(first.operation, active)
+        self.operations = tuple(each.operation for each in (norm, activation) if each is not None)
         self.index, self.norm, self.words = last.index, norm, words
         self.gain = -1 if norm is None else norm.gain
         self.bias = -1 if norm is None else norm.bias
