@@ -112,11 +112,8 @@ class ReadSweep(Sweep):
 
     def _watch(self, layer: Layer, point: Point, dy_dot: Any, dy: Any, dots: list[Any]) -> None:
         if self._uses is not None and self._uses.slots[layer.index]:
-            slots = [slot for operation in layer.operations for slot in operation.slots]
-            values = {slot: point.values[slot] for slot in slots}
-            self.seen.setdefault(layer.index, []).append(
-                Seen(values, dy_dot, dy, {slot: dots[slot] for slot in slots if dots[slot] is not None})
-            )
+            seen = self._uses.see(layer, point, dy_dot, dy, dots, self._rows)
+            self.seen.setdefault(layer.index, []).append(seen)
 
 
 class _ReadFlow(torch.autograd.Function):

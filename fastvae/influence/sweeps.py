@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastvae._extension import raw
+from fastvae.influence.rules import rule_of
 from fastvae.lowering import LoweredNetwork, UnsupportedLayer, lower
 from fastvae.models import HVAE, VAE
 from fastvae.models.base import BaseVAE
+from fastvae.network.cache import read_network
+from fastvae.network.chain import lowered_chain
 from fastvae.ops.hamiltonian_flow import observed_rows
 from fastvae.private import twin_of
 from fastvae.reference import expand_step_size
@@ -135,7 +138,27 @@ def _lowered(model: BaseVAE) -> LoweredNetwork:
         codes = torch.randn(2, model.latent_dim, generator=torch.Generator().manual_seed(0), device="cpu").to(
             like
         )
-    return lower(model.decoder, strip_sigmoid=model.likelihood.probs, compare_at=codes)
+    try:
+        return lower(model.decoder, strip_sigmoid=model.likelihood.probs, compare_at=codes)
+    except UnsupportedLayer:
+        found = _chain(model, codes) if isinstance(model, HVAE) and codes is not None else None
+        if found is None:
+            raise
+        return found
+
+
+def _chain(model: HVAE, codes: Tensor) -> LoweredNetwork | None:
+    """A decoder that is a chain by what its forward does, if its tensors are those of modules with a rule."""
+    network = lowered_chain(read_network(model.decoder, codes, strip_sigmoid=model.likelihood.probs), codes)
+    if network is None:
+        return None
+    modules = dict(model.decoder.named_modules(remove_duplicate=False))
+    for name, tensor in zip(network.names, network.tensors, strict=True):
+        path, _, kind = name.rpartition(".")
+        module = modules.get(path)
+        if module is None or isinstance(rule_of(module), str) or getattr(module, kind, None) is not tensor:
+            return None
+    return network
 
 
 @dataclass

@@ -21,6 +21,7 @@ from fastvae.influence.rules import Rule, rule_of
 from fastvae.influence.sweeps import Call
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.layers import Layer as SweptLayer
+from fastvae.network.layers import Point
 from fastvae.network.layers.affine import AffineLayer, ConvolutionLayer, LinearLayer, SameConvolution
 from fastvae.network.reading import rows_of
 from fastvae.network.sweeps import Inputs
@@ -43,7 +44,16 @@ class _Value(NamedTuple):
     shape: tuple[int, ...]
     """Of two samples."""
     axis: int | None
-    """The dimension of its samples, those of one side by side."""
+    """The dimension of its samples."""
+    outer: int = 1
+    """How many times all samples lie one after the other in it, as in [T, B] made one dimension."""
+
+    def ordered(self, tensor: Any, samples: int) -> Any:
+        """The rows of a sample side by side."""
+        if self.outer == 1 or self.axis is None or tensor is None:
+            return tensor
+        apart = tensor.unflatten(self.axis, (self.outer, samples, -1)).transpose(self.axis, self.axis + 1)
+        return apart.flatten(self.axis, self.axis + 2)
 
 
 class Uses:
@@ -91,15 +101,15 @@ class Uses:
         """What goes by factors, with stand-ins for the modules, by the name of its weight or bias."""
         self._members: dict[str, list[int]] = {}
         """The layers of each."""
-        self.dense: dict[str, str] = {name: "not used" for name in numels if name not in users}
-        """All others, with the kinds of operations that use them."""
+        self.dense = {name: "not used" for name in numels if name not in users}
+        """All others, with a rule in words for coverage."""
         roles = {name: None if name in computed else self._role(uses) for name, uses in users.items()}
         biases = {name: uses for name, uses in users.items() if roles[name] == "bias"}
         for name, uses in users.items():
             if roles[name] is None:
                 kinds = [computed[name]] if name in computed else []
                 kinds += [each.kind for layer, _ in uses for each in layer.operations[:1]]
-                self.dense[name] = ", ".join(dict.fromkeys(kinds))
+                self.dense[name] = f"Hamiltonian flow: {', '.join(dict.fromkeys(kinds))}, by torch.vmap"
             elif roles[name] == "weight":
                 # A bias belongs to a weight whose uses are its own.
                 members = [layer for layer, _ in uses]
@@ -190,6 +200,27 @@ class Uses:
 
     # ---- gradients ----
 
+    def see(
+        self, layer: SweptLayer, point: Point, dy_dot: Any, dy: Any, dots: Sequence[Any], samples: int
+    ) -> Seen:
+        """A layer at one point, with a row of codes for each of so many samples."""
+        result = self._values[layer.index]
+
+        def of_result(cotangent: Any) -> Any:
+            if isinstance(cotangent, dict) and isinstance(result, list):
+                return {part: result[part].ordered(each, samples) for part, each in cotangent.items()}
+            return result.ordered(cotangent, samples) if isinstance(result, _Value) else cotangent
+
+        slots = {slot for operation in layer.operations for slot in operation.slots}
+        slots -= self._unfit | {operation.index for operation in layer.operations}
+        values = {slot: self._ordered(point.values[slot], slot, samples) for slot in slots}
+        moved = {slot: self._ordered(dots[slot], slot, samples) for slot in slots if dots[slot] is not None}
+        return Seen(values, of_result(dy_dot), of_result(dy), moved)
+
+    def _ordered(self, value: Any, slot: int, samples: int) -> Any:
+        known = self._values[slot]
+        return known.ordered(value, samples) if isinstance(known, _Value) else value
+
     def calls(self, name: str, seen: Mapping[int, Sequence[Seen]]) -> list[Call]:
         """Of the weight or bias of that name, at all points."""
         return [call for index in self._members[name] for call in self._calls_of(index, seen)]
@@ -279,7 +310,7 @@ class Uses:
         needed = {slot for operation in layer.operations for slot in operation.slots}
         needed -= {operation.index for operation in layer.operations}
         if needed & self._unfit:
-            raise ValueError("samples cannot be told apart")
+            raise ValueError("TracIn: samples cannot be told apart")
         axes: dict[int, int] = {slot: axis for slot in needed if (axis := self._value(slot).axis) is not None}
         fixed = {slot: points[0].values[slot] for slot in needed - axes.keys()}
         moving, dots = {}, {}
@@ -333,9 +364,9 @@ class Uses:
         found = {}
         for part in sorted(set().union(*by_part)):
             value = self._values[layer.index]
-            axis = (value if isinstance(value, _Value) else value[part]).axis
+            axis = (value[part] if isinstance(value, list) else value).axis
             if axis is None:
-                raise ValueError("a result without samples")
+                raise ValueError("TracIn: a result without samples")
             found[part] = _side_by_side(_with_zeros([each.get(part) for each in by_part]), axis, samples)
         return found
 
@@ -396,8 +427,10 @@ def _values_of(network: ReadNetwork, z: Tensor, condition: Tensor | None) -> tup
     program = network.sweeps.program
     first, second = [count for count in range(2, 5 + len(program.turns)) if count not in program.turns][:2]
     runs = []
-    for count in (first, second):
-        codes = rows_of(z, count)
+    moved = z.new_zeros(second, *z.shape[1:])
+    moved[0] = 1
+    for count, move in ((first, 0), (second, 0), (second, moved)):
+        codes = rows_of(z, count) + move
         given = None if condition is None else rows_of(condition, count)
         tensors = [
             given if source.is_condition and tensor is not None else tensor
@@ -408,20 +441,32 @@ def _values_of(network: ReadNetwork, z: Tensor, condition: Tensor | None) -> tup
             runs.append(network.sweeps.forward(passive, codes, program.is_active, keep=False).values)
     found: list[Any] = []
     unfit: set[int] = set()
-    for index, (a, b) in enumerate(zip(*runs, strict=True)):
+    for index, (a, b, other) in enumerate(zip(*runs, strict=True)):
         try:
-            found.append(_value_of(a, b, first, second))
+            found.append(_value_of(a, b, other, (first, second)))
         except ValueError:
-            found.append(None)
+            found.append(_Value((), None))
             unfit.add(index)
     return found, unfit
 
 
-def _value_of(a: Any, b: Any, samples: int, other_samples: int) -> Any:
-    if isinstance(a, Tensor):
-        return _Value(tuple(a.shape), sample_axis(a, b, samples, other_samples))
+def _value_of(a: Any, b: Any, moved: Any, counts: tuple[int, int]) -> Any:
+    """From runs of two batches, and of the second one with another first sample."""
     if isinstance(a, (list, tuple)):
-        return [_value_of(*each, samples, other_samples) for each in zip(a, b, strict=True)]
-    if a != b:
-        raise ValueError("a number that depends on the batch")
-    return _Value((), None)
+        return [_value_of(*parts, counts) for parts in zip(a, b, moved, strict=True)]
+    if not isinstance(a, Tensor):
+        if a != b:
+            raise ValueError("TracIn: a number that depends on the batch")
+        return _Value((), None)
+    axis = sample_axis(a, b, *counts)
+    return _Value(tuple(a.shape), axis, 1 if axis is None else _outer(b, moved, axis, counts[1]))
+
+
+def _outer(a: Tensor, b: Tensor, axis: int, samples: int) -> int:
+    """How many times the samples lie one after the other, of which the first one is another in two tensors."""
+    other = (a != b).movedim(axis, 0).flatten(1).any(1)
+    rows = len(other) // samples
+    for outer in (outer for outer in range(1, rows + 1) if rows % outer == 0):
+        if not other.reshape(outer, samples, -1)[:, 1:].any():
+            return outer
+    raise ValueError("TracIn: samples are not apart")
