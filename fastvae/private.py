@@ -80,7 +80,8 @@ def private_copy(model: _Module) -> _Module:
                 f"it; the copy of {type(model).__name__} has the same {name or 'object'} as the module itself"
             )
     for part, own in zip(made.modules(), model.modules(), strict=True):
-        _origins[part] = weakref.ref(origin_of(own) or own)
+        origin = origin_of(own)
+        _origins[part] = weakref.ref(own if origin is None else origin)
         if isinstance(own, torch.jit.ScriptModule):  # Its parameters' copies ask for no gradient.
             for copied, parameter in zip(part.parameters(False), own.parameters(False), strict=True):
                 copied.requires_grad_(parameter.requires_grad)

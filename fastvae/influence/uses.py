@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from fastvae._second_order import batchable
 from fastvae.influence.layers import Layer
-from fastvae.influence.modules import sample_axis, split_samples
+from fastvae.influence.layouts import Layout, layouts_of
+from fastvae.influence.modules import split_samples
 from fastvae.influence.rules import Rule, rule_of
 from fastvae.influence.sweeps import Call
 from fastvae.network.cache import ReadNetwork
 from fastvae.network.layers import Layer as SweptLayer
 from fastvae.network.layers import Point
 from fastvae.network.layers.affine import AffineLayer, ConvolutionLayer, LinearLayer, SameConvolution
-from fastvae.network.reading import rows_of
-from fastvae.network.sweeps import Inputs
 
 __all__ = ["Seen", "Uses"]
 
@@ -36,24 +35,6 @@ class Seen(NamedTuple):
     dy_dot: Any
     dy: Any
     dots: dict[int, Any]
-
-
-class _Value(NamedTuple):
-    """What all batches have in common of a value."""
-
-    shape: tuple[int, ...]
-    """Of two samples."""
-    axis: int | None
-    """The dimension of its samples."""
-    outer: int = 1
-    """How many times all samples lie one after the other in it, as in [T, B] made one dimension."""
-
-    def ordered(self, tensor: Any, samples: int) -> Any:
-        """The rows of a sample side by side."""
-        if self.outer == 1 or self.axis is None or tensor is None:
-            return tensor
-        apart = tensor.unflatten(self.axis, (self.outer, samples, -1)).transpose(self.axis, self.axis + 1)
-        return apart.flatten(self.axis, self.axis + 2)
 
 
 class Uses:
@@ -78,7 +59,7 @@ class Uses:
         condition: Tensor | None,
     ) -> None:
         self.sweeps, self.program = network.sweeps, network.sweeps.program
-        self._values, self._unfit = _values_of(network, z, condition)
+        self._layouts, self._unfit = layouts_of(network, z, condition)
         self._like = z.detach()[:1].clone()
         self._by_index = {layer.index: layer for layer in self.sweeps.layers}
         self.name_of, self.numels = dict(name_of), dict(numels)
@@ -167,7 +148,7 @@ class Uses:
         """What a layer's rule depends on; None where it has none."""
         if not isinstance(layer, AffineLayer) or layer.x in self._unfit:
             return None
-        axis, rank = self._value(layer.x).axis, len(self._value(layer.weight).shape)
+        axis, rank = self._layout(layer.x).axis, len(self._layout(layer.weight).shape)
         if type(layer) is LinearLayer and rank == 2 and axis is not None:
             return "linear"
         if type(layer) in (ConvolutionLayer, SameConvolution) and axis == 0:
@@ -177,7 +158,7 @@ class Uses:
     def _stand_in(self, layer: SweptLayer) -> tuple[nn.Module, Rule]:
         """A module for which there is a rule, of the layer's form, without numbers."""
         assert isinstance(layer, AffineLayer)
-        weight = torch.empty(self._value(layer.weight).shape, device="meta")
+        weight = torch.empty(self._layout(layer.weight).shape, device="meta")
         module: nn.Module
         if not isinstance(layer, ConvolutionLayer):
             module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -204,12 +185,12 @@ class Uses:
         self, layer: SweptLayer, point: Point, dy_dot: Any, dy: Any, dots: Sequence[Any], samples: int
     ) -> Seen:
         """A layer at one point, with a row of codes for each of so many samples."""
-        result = self._values[layer.index]
+        result = self._layouts[layer.index]
 
         def of_result(cotangent: Any) -> Any:
             if isinstance(cotangent, dict) and isinstance(result, list):
                 return {part: result[part].ordered(each, samples) for part, each in cotangent.items()}
-            return result.ordered(cotangent, samples) if isinstance(result, _Value) else cotangent
+            return result.ordered(cotangent, samples) if isinstance(result, Layout) else cotangent
 
         slots = {slot for operation in layer.operations for slot in operation.slots}
         slots -= self._unfit | {operation.index for operation in layer.operations}
@@ -218,8 +199,8 @@ class Uses:
         return Seen(values, of_result(dy_dot), of_result(dy), moved)
 
     def _ordered(self, value: Any, slot: int, samples: int) -> Any:
-        known = self._values[slot]
-        return known.ordered(value, samples) if isinstance(known, _Value) else value
+        known = self._layouts[slot]
+        return known.ordered(value, samples) if isinstance(known, Layout) else value
 
     def calls(self, name: str, seen: Mapping[int, Sequence[Seen]]) -> list[Call]:
         """Of the weight or bias of that name, at all points."""
@@ -228,7 +209,7 @@ class Uses:
     def _calls_of(self, index: int, seen: Mapping[int, Sequence[Seen]]) -> list[Call]:
         layer = self._by_index[index]
         assert isinstance(layer, AffineLayer)
-        axis = self._value(layer.x).axis or 0
+        axis = self._layout(layer.x).axis or 0
         found = []
         for each in seen.get(index, ()):
             x, dot = each.values[layer.x], each.dots.get(layer.x)
@@ -296,7 +277,7 @@ class Uses:
         for call in self._calls_of(layer.index, seen):
             if layer.weight in slots:
                 each = rule.as_parameter(module, rule.weight_gradient(module, call.input, call.grad, samples))
-                each = each.unflatten(1, self._value(layer.weight).shape)
+                each = each.unflatten(1, self._layout(layer.weight).shape)
                 found[layer.weight] = found[layer.weight] + each if layer.weight in found else each
             if layer.bias in slots and not call.tangent:
                 each = rule.bias_gradient(module, call.input, call.grad, samples)
@@ -311,7 +292,9 @@ class Uses:
         needed -= {operation.index for operation in layer.operations}
         if needed & self._unfit:
             raise ValueError("TracIn: samples cannot be told apart")
-        axes: dict[int, int] = {slot: axis for slot in needed if (axis := self._value(slot).axis) is not None}
+        axes: dict[int, int] = {
+            slot: axis for slot in needed if (axis := self._layout(slot).axis) is not None
+        }
         fixed = {slot: points[0].values[slot] for slot in needed - axes.keys()}
         moving, dots = {}, {}
         for slot, axis in axes.items():
@@ -363,7 +346,7 @@ class Uses:
         by_part = [{} if each is None else {0: each} if isinstance(each, Tensor) else each for each in given]
         found = {}
         for part in sorted(set().union(*by_part)):
-            value = self._values[layer.index]
+            value = self._layouts[layer.index]
             axis = (value[part] if isinstance(value, list) else value).axis
             if axis is None:
                 raise ValueError("TracIn: a result without samples")
@@ -406,9 +389,9 @@ class Uses:
             found[name] = found[name] + flat if name in found else flat
         return found
 
-    def _value(self, slot: int) -> _Value:
-        found = self._values[slot]
-        assert isinstance(found, _Value)
+    def _layout(self, slot: int) -> Layout:
+        found = self._layouts[slot]
+        assert isinstance(found, Layout)
         return found
 
 
@@ -420,53 +403,3 @@ def _with_zeros(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def _side_by_side(tensors: Sequence[Tensor], axis: int, samples: int) -> Tensor:
     """[B, ...] of each sample the rows of all these."""
     return torch.cat([split_samples(each, axis, samples) for each in tensors], axis + 1)
-
-
-def _values_of(network: ReadNetwork, z: Tensor, condition: Tensor | None) -> tuple[list[Any], set[int]]:
-    """Every value, where it is a tensor or several; and the numbers of those whose samples cannot be told apart."""
-    program = network.sweeps.program
-    first, second = [count for count in range(2, 5 + len(program.turns)) if count not in program.turns][:2]
-    runs = []
-    moved = z.new_zeros(second, *z.shape[1:])
-    moved[0] = 1
-    for count, move in ((first, 0), (second, 0), (second, moved)):
-        codes = rows_of(z, count) + move
-        given = None if condition is None else rows_of(condition, count)
-        tensors = [
-            given if source.is_condition and tensor is not None else tensor
-            for source, tensor in zip(program.sources, network.tensors, strict=True)
-        ]
-        with torch.no_grad():
-            passive = Inputs(network.sweeps, codes, tensors).detached()
-            runs.append(network.sweeps.forward(passive, codes, program.is_active, keep=False).values)
-    found: list[Any] = []
-    unfit: set[int] = set()
-    for index, (a, b, other) in enumerate(zip(*runs, strict=True)):
-        try:
-            found.append(_value_of(a, b, other, (first, second)))
-        except ValueError:
-            found.append(_Value((), None))
-            unfit.add(index)
-    return found, unfit
-
-
-def _value_of(a: Any, b: Any, moved: Any, counts: tuple[int, int]) -> Any:
-    """From runs of two batches, and of the second one with another first sample."""
-    if isinstance(a, (list, tuple)):
-        return [_value_of(*parts, counts) for parts in zip(a, b, moved, strict=True)]
-    if not isinstance(a, Tensor):
-        if a != b:
-            raise ValueError("TracIn: a number that depends on the batch")
-        return _Value((), None)
-    axis = sample_axis(a, b, *counts)
-    return _Value(tuple(a.shape), axis, 1 if axis is None else _outer(b, moved, axis, counts[1]))
-
-
-def _outer(a: Tensor, b: Tensor, axis: int, samples: int) -> int:
-    """How many times the samples lie one after the other, of which the first one is another in two tensors."""
-    other = (a != b).movedim(axis, 0).flatten(1).any(1)
-    rows = len(other) // samples
-    for outer in (outer for outer in range(1, rows + 1) if rows % outer == 0):
-        if not other.reshape(outer, samples, -1)[:, 1:].any():
-            return outer
-    raise ValueError("TracIn: samples are not apart")
