@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 from zoo.encoders import ENCODERS, EncoderEntry, encoder_of
 
 from fastvae.models import VAE
+from fastvae.models.observation import Observation
+from fastvae.network.copied.layers import BatchedLayer
 from fastvae.noise import SampleNoise, keys_of
 from fastvae.ood import LikelihoodRegret
+from fastvae.ood.copies import LoweredCopies
+from fastvae.ood.read_copies import ReadCopies
 from fastvae.ood.sequential import refit_one
 
 QUICK = {
@@ -24,9 +30,25 @@ QUICK = {
 }  # fmt: skip
 """The others are trained by the slow tests alone."""
 
+BY_KERNELS = {
+    "mlp", "two-heads-mlp", "chunked", "split-to-a-list", "unbound", "sliced", "two-heads-convolutional",
+    "two-heads-batchnorm", "convolutional-heads", "flattened-volume", "pythae-mlp", "pythae-mnist-convnet",
+    "disent-linear", "disent-conv64", "disent-conv64-batchnorm",
+}  # fmt: skip
+"""Encoders whose copies the kernels train from data to output."""
+
+IN_PART_BATCHED = {
+    "prelu", "lstm", "gru-both-ways", "tokens-gru", "transformer", "weight-norm", "monai-2d", "monai-2d-residual",
+}  # fmt: skip
+"""Encoders with operations on parameters other than linear layers, convolutions, norms and embeddings: those go by
+PyTorch's batched operators."""
+
 IN_PART_BY_AUTOGRAD = {"spectral-norm"}
 """Encoders that compute weights of parameters by operations without rules, which a warning names; of all others every
 operation with parameters has a rule."""
+
+MODULES_BY_VMAP = {"lstm", "gru-both-ways", "tokens-gru", "transformer"}
+"""Encoders with modules that TracIn has no rule for."""
 
 STEPS = 20
 
@@ -57,6 +79,43 @@ def model_of(entry: EncoderEntry) -> VAE:
     return VAE(encoder, decoder, "gaussian", latent_dim=entry.latents).double().eval()
 
 
+def way_of_copies(model: VAE, x: Tensor) -> str:
+    """How likelihood regret trains the copies of an encoder."""
+    detector = LikelihoodRegret(model)
+    with detector._borrowed() as private, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copies = detector._encoders(private, Observation(x), *private.encode(x))
+    if isinstance(copies, LoweredCopies):
+        return "kernels"
+    assert isinstance(copies, ReadCopies)
+    if copies.by_autograd:
+        return "in part by autograd"
+    batched = any(isinstance(layer, BatchedLayer) for layer in copies._network.layers)
+    return "in part batched" if batched else "layer by layer"
+
+
+WAYS = (
+    dict.fromkeys(BY_KERNELS, "kernels")
+    | dict.fromkeys(IN_PART_BATCHED, "in part batched")
+    | dict.fromkeys(IN_PART_BY_AUTOGRAD, "in part by autograd")
+)
+"""Of all others "layer by layer": linear layers by batched products, convolutions, norms and embeddings by kernels."""
+
+
+def test_docs_say_how_many_go_which_way() -> None:
+    assert WAYS.keys() | MODULES_BY_VMAP <= ENCODERS.keys()
+    counts = Counter(WAYS.get(name, "layer by layer") for name in ENCODERS)
+    text = " ".join((Path(__file__).parents[1] / "docs" / "results.md").read_text().split())
+    kernels, layers, batched = (counts[way] for way in ("kernels", "layer by layer", "in part batched"))
+    total = len(ENCODERS)
+    share = round(100 * (kernels + layers) / total)
+    assert f"Of the {total}, kernels train {kernels} from data to output" in text
+    assert f"Of {layers} more every operation on parameters is" in text
+    assert f"together {kernels + layers} ({share}%)" in text
+    assert f"{batched} have others" in text
+    assert f"rules for every parameter of {total - len(MODULES_BY_VMAP)} of the {total}" in text
+
+
 def data(entry: EncoderEntry, count: int, seed: int = 0) -> Tensor:
     """float32 under models of both precisions, because noise is keyed by the bytes."""
     return torch.rand(count, *entry.shape, generator=torch.Generator().manual_seed(seed))
@@ -73,6 +132,7 @@ def test_regret_is_that_of_adam_by_hand(entry: EncoderEntry) -> None:
     warned = [str(warning.message) for warning in caught if "copies are trained" in str(warning.message)]
     assert all("in part by torch.vmap" in text for text in warned)
     assert bool(warned) == (entry.name in IN_PART_BY_AUTOGRAD)
+    assert way_of_copies(model, x) == WAYS.get(entry.name, "layer by layer")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{name} was changed"
     for i, image in enumerate(x.split(1)):
@@ -96,3 +156,6 @@ def test_influence_is_that_of_single_gradients(entry: EncoderEntry) -> None:
     torch.testing.assert_close(found.influence(queries), expected, rtol=0, atol=1e-10 * size)
     squares = of_train.square().sum(1)
     torch.testing.assert_close(found.self_influence(), squares, rtol=1e-10, atol=0)
+    ways = [row.rule for row in found.coverage().rows if row.name.startswith("encoder.")]
+    assert any("torch.vmap" in way for way in ways) == (entry.name in MODULES_BY_VMAP)
+    assert not any("sample by sample" in way for way in ways)
