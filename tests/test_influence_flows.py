@@ -356,6 +356,24 @@ def test_a_parameter_of_encoder_and_decoder() -> None:
     agree(tracin(model, x, num_samples=2, uncovered="materialise"), model, x)
 
 
+def test_a_compiled_decoder() -> None:
+    """Which has no length, unlike a Sequential: asked for one, as by bool(), it raises."""
+    model, x = own("residual")
+    model.decoder = torch.compile(model.decoder, backend="eager")
+    found = tracin(model, x, num_samples=2)
+    assert not any("sample by sample" in way for way in ways(found).values())
+    model.decoder = model.decoder._orig_mod
+    agree(found, model, x)
+
+
+def test_a_latent_dimension_that_the_first_samples_tell() -> None:
+    model, x = own("residual")
+    model.latent_dim = None
+    found = tracin(model, x, num_samples=2)
+    model.latent_dim = 3
+    agree(found, model, x)
+
+
 def test_float32() -> None:
     model, x = own("residual")
     model, x = model.float(), x.float()

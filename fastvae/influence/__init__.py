@@ -2,6 +2,8 @@
 
 tracin.py       TracIn: what people call
 engine.py       the factors of a batch's gradients, from one batched forward and backward pass
+sweeps.py       the factors that kernels hand out; read_sweeps.py: of decoders that are read and swept in PyTorch
+uses.py         how such a decoder uses its parameters; layouts.py: where its values have the samples
 rules.py        how each kind of layer makes its gradient from its input and output gradient
 factors.py      dot products from factors, by the cheaper exact route
 evaluation.py   per-sample losses over several draws of noise; noise.py: noise of any module

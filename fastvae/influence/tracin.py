@@ -100,9 +100,9 @@ class TracIn:
         seed: of the noise.
         query_seed: of the queries' noise; None: the same. With the same noise a training sample's product with
             itself is larger by the sampling variance over S, which flatters retrieval of a query itself.
-        uncovered: what becomes of parameters whose gradients neither a rule nor a module by itself gives (those of a
-            decoder under a Jacobian penalty, say): "error" (:class:`UncoveredParameter`), or "materialise" (autograd,
-            sample by sample: exact and slow).
+        uncovered: what becomes of parameters whose gradients neither a rule nor a module by itself (in a flow: an
+            operation) gives, those of a decoder under a Jacobian penalty, say: "error" (:class:`UncoveredParameter`),
+            or "materialise" (autograd, sample by sample: exact and slow).
         process_group: of ``torch.distributed``: the training set is shared out, every process calls with the
             same arguments and gets the whole result. None: this process alone.
         cache_dir: a folder in which the factors of the training set are kept (safetensors), so that further
