@@ -230,14 +230,9 @@ SHAPES: dict[str, Case] = {
     "unbind": call(lambda h: (lambda a, b, c, d: a * d.sin())(*h.unbind(1)), ROWS, "unbind"),
     "unbind, from behind": call(lambda h: h.unbind(-1)[1].sin() * h.unbind(-1)[3], IMAGE, "unbind"),
     "GLU": layer(nn.GLU, VECTOR),
-    "roll and flip": left_over(lambda h: h.roll(1, -1).sin() * h.flip(1), ROWS, "roll", "flip"),
     "Fourier features": call(
         lambda h, w: torch.cat([(2 * torch.pi * h @ w()).sin(), (2 * torch.pi * h @ w()).cos()], -1), VECTOR,
         held=((6, 4),),
-    ),
-    "gathered columns": left_over(
-        lambda h: h[:, [0, 3, 3, 1]].sin() + h.index_select(1, torch.tensor([1, 2, 0, 0])), VECTOR,
-        "index", "index_select",
     ),
     "a cumulated sum": left_over(lambda h: h.cumsum(1).sin() + h.prod(1, keepdim=True), VECTOR, "cumsum", "prod"),
     "casts": call(lambda h: (h > 0).to(h) * h + (h > 0.2).double() + (h < 0.1) * h.sin(), VECTOR, "gt"),
@@ -322,7 +317,49 @@ LENGTHS: dict[str, Case] = {
     ),
 }
 
+
+def picked(of: Callable[..., Tensor], shape: tuple[int, ...], *takes: str) -> Case:
+    """A function of h and of positions that are a buffer."""
+    return Case(lambda: Picking(of), shape, takes)
+
+
+class Picking(nn.Module):
+    """Positions, one of them twice."""
+
+    def __init__(self, of: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.of = of
+        self.register_buffer("positions", torch.tensor([1, 3, 0, 1, 2]))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.of(h, self.positions)
+
+
+POSITIONS: dict[str, Case] = {
+    "columns": call(
+        lambda h: h[:, [0, 3, 3, 1]].sin() + h.index_select(1, torch.tensor([1, 2, 0, 0])), VECTOR,
+        "index", "index_select",
+    ),
+    "channels, of a buffer": picked(
+        lambda h, at: h[:, at].sin() * h.index_select(1, at), IMAGE, "index", "index_select"
+    ),
+    "places of images": picked(
+        lambda h, at: torch.cat(
+            [h[:, :, at[:3], at[1:4]].flatten(1), h[..., at, :].flatten(1), h[:, at[:4].view(2, 2)].flatten(1),
+             h[:, :, at[:2, None], at[:3]].flatten(1), h.index_select(-1, at[1]).flatten(1)], 1
+        ).sin(),
+        IMAGE, "index", "index_select",
+    ),
+    "windows of rows": picked(
+        lambda h, at: h[:, torch.arange(3)[:, None] + torch.arange(2)].sin() * h[:, at[:3, None], :1], ROWS, "index"
+    ),
+    "dimensions apart": left_over(lambda h: h[:, [0, 1], :, [1, 0]].transpose(0, 1).sin(), IMAGE, "index"),
+    "roll and flip": call(
+        lambda h: h.roll(1, -1).sin() * h.flip(1) + h.roll((2, -1), (1, 2)) * h.flip((-1, 1)), ROWS, "roll", "flip"
+    ),
+}  # fmt: skip
+
 FILES = {
     "affine": AFFINE, "choices": CHOICES, "joins": JOINS, "lengths": LENGTHS, "maps": MAPS, "norms": NORMS,
-    "pointwise": POINTWISE, "shapes": SHAPES, "softmax": SOFTMAX, "tables": TABLES,
+    "pointwise": POINTWISE, "positions": POSITIONS, "shapes": SHAPES, "softmax": SOFTMAX, "tables": TABLES,
 }  # fmt: skip

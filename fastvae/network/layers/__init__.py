@@ -6,7 +6,7 @@ A layer of yours is a subclass of :class:`Layer`, registered by :func:`layer_of`
 from __future__ import annotations
 
 # Importing a file registers its layers.
-from . import affine, choices, joins, lengths, maps, norms, pointwise, shapes, softmax, tables  # noqa: F401
+from . import affine, choices, joins, lengths, maps, norms, pointwise, positions, shapes, softmax, tables  # noqa: F401
 from .autograd import AutogradLayer
 from .base import (
     Gradients,
