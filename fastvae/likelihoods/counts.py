@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, set_positive
 from fastvae.likelihoods.learned import LearnedLikelihood
+from fastvae.likelihoods.stirling import LARGE, stirling_rest, stirling_series
 from fastvae.likelihoods.weights import total
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
@@ -108,7 +109,7 @@ class _Dispersed(Counts):
         if isinstance(self.dispersion, str):
             return _poisson_at_own_mean(x)
         r, _ = _dispersion(x, self.dispersion, [])
-        return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + _stirling_rest(x + r) - _stirling_rest(r)
+        return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + stirling_rest(x + r) - stirling_rest(r)
 
 
 @dataclass(frozen=True)
@@ -205,24 +206,25 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
         return counted * torch.bernoulli(torch.sigmoid(-logits), generator=generator)
 
 
-_LARGE = 64.0
-"""From which on Stirling's series has all digits of a double after three terms."""
-
-
 def negative_binomial(log_mean: Tensor, dispersion: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
     """log p of each element, with no digits lost to sums that cancel where counts or the dispersion are large."""
     x = x.to(log_mean.dtype)
     r, log_r = dispersion
     # log(r / (r + m)) and log(m / (r + m))
     log_rest, log_share = log_sigmoid(log_r - log_mean), log_sigmoid(log_mean - log_r)
-    small, large = r.clamp(max=_LARGE), r.clamp(min=_LARGE)
-    few, many = x.clamp(max=_LARGE), x.clamp(min=_LARGE)
+    small, large = r.clamp(max=LARGE), r.clamp(min=LARGE)
+    few, many = x.clamp(max=LARGE), x.clamp(min=LARGE)
     plain = few * log_share + r * log_rest + (torch.lgamma(few + small) - torch.lgamma(small))
     # Gamma(x + r) / (Gamma(r) r^x) is 1 for infinite r, where its parts are infinite.
-    rising = (few + large - 0.5) * torch.log1p(few / large) - few + _stirling(few + large) - _stirling(large)
+    rising = (
+        (few + large - 0.5) * torch.log1p(few / large)
+        - few
+        + stirling_series(few + large)
+        - stirling_series(large)
+    )
     like_poisson = few * log_mean + (few + r) * log_rest + rising
-    of_few = torch.where(r < _LARGE, plain, like_poisson) - torch.lgamma(few + 1)
-    return torch.where(x < _LARGE, of_few, _of_many(many, r, log_r, log_rest, log_share))
+    of_few = torch.where(r < LARGE, plain, like_poisson) - torch.lgamma(few + 1)
+    return torch.where(x < LARGE, of_few, _of_many(many, r, log_r, log_rest, log_share))
 
 
 def _of_many(x: Tensor, r: Tensor, log_r: Tensor, log_rest: Tensor, log_share: Tensor) -> Tensor:
@@ -234,11 +236,11 @@ def _of_many(x: Tensor, r: Tensor, log_r: Tensor, log_rest: Tensor, log_share: T
     off = log_share.exp() - x * torch.exp(log_rest - log_r)  # (m - x) / (r + m)
     of_x = _log1p(r * off / x, log_share + torch.log1p(r / x))
     of_r = _log1p(-off, log_rest + torch.log1p(x / r))
-    small, large = r.clamp(max=_LARGE), r.clamp(min=_LARGE)
+    small, large = r.clamp(max=LARGE), r.clamp(min=LARGE)
     by_lgamma = torch.lgamma(small + 1) - small * (small.log() - 1)
-    by_series = 0.5 * torch.log(2 * math.pi * large) + _stirling(large)
-    of_gamma = torch.where(r < _LARGE, by_lgamma, by_series)
-    rest = _stirling(n) - _stirling(x) - of_gamma
+    by_series = 0.5 * torch.log(2 * math.pi * large) + stirling_series(large)
+    of_gamma = torch.where(r < LARGE, by_lgamma, by_series)
+    rest = stirling_series(n) - stirling_series(x) - of_gamma
     return log_r - torch.log(n) + x * of_x + r * of_r + 0.5 * torch.log1p(r / x) + rest
 
 
@@ -249,22 +251,9 @@ def _log1p(y: Tensor, otherwise: Tensor) -> Tensor:
 
 def _poisson_at_own_mean(x: Tensor) -> Tensor:
     """x log x - x - log(x!)"""
-    few, many = x.clamp(max=_LARGE), x.clamp(min=_LARGE)
+    few, many = x.clamp(max=LARGE), x.clamp(min=LARGE)
     plain = torch.xlogy(few, few) - few - torch.lgamma(few + 1)
-    return torch.where(x < _LARGE, plain, -0.5 * torch.log(2 * math.pi * many) - _stirling(many))
-
-
-def _stirling_rest(y: Tensor) -> Tensor:
-    """``_stirling`` for all y > 0."""
-    small = y.clamp(max=_LARGE)
-    main = (small - 0.5) * small.log() - small + 0.5 * math.log(2 * math.pi)
-    return torch.where(y < _LARGE, torch.lgamma(small) - main, _stirling(y.clamp(min=_LARGE)))
-
-
-def _stirling(y: Tensor) -> Tensor:
-    """lgamma(y) - ((y - 1/2) log y - y + log(2 pi) / 2), for large y."""
-    square = y.square()
-    return (1 / 12 - (1 / 360 - 1 / (1260 * square)) / square) / y
+    return torch.where(x < LARGE, plain, -0.5 * torch.log(2 * math.pi * many) - stirling_series(many))
 
 
 def _dispersion(like: Tensor, dispersion: float | str, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
