@@ -384,4 +384,15 @@ bool small_flow_fits(const SmallNetwork<float>& network, int64_t dim, int device
 bool small_flow_fits(const SmallNetwork<double>& network, int64_t dim, int device);
 }  // namespace cuda
 
+// A kernel that stands in no list here but has a header of its own, and a test (tests/cpp/test_NAME.cpp).
+#define FASTVAE_DECLARE_KERNEL(NAME, ARGS)                         \
+  namespace cpu {                                                  \
+  void NAME(const ARGS<float>& args, int64_t begin, int64_t end);  \
+  void NAME(const ARGS<double>& args, int64_t begin, int64_t end); \
+  }                                                                \
+  namespace cuda {                                                 \
+  void NAME(const ARGS<float>& args, Stream stream);               \
+  void NAME(const ARGS<double>& args, Stream stream);              \
+  }
+
 }  // namespace fastvae

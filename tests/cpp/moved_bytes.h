@@ -18,6 +18,11 @@ inline int64_t patches(const ConvolutionWindow& w) {
 
 // In numbers of type T; a kernel's other arguments come behind and are not counted.
 
+template <typename Args>
+  requires requires(const Args& a) { a.moved_numbers(); }
+int64_t moved_numbers(const Args& a) {
+  return a.moved_numbers();  // of a kernel with a header of its own
+}
 template <typename T>
 int64_t moved_numbers(const Unfold<T>& a) {
   return a.samples * (large_image(a.window) + patches(a.window));
