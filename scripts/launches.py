@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import re
 import sys
 from collections import Counter
@@ -204,10 +205,9 @@ STEP, ALPHA = torch.full((32,), 0.1), torch.tensor(0.9)
 
 
 part = functools.partial
-OPERATORS: dict[str, Case] = {
+SWEPT: dict[str, Case] = {
     "elbo: MLPs 784-512-64 and 32-512-784, B 128": part(objective, 1),
     "iwae_bound: the same, 5 samples": part(objective, 5),
-    "gaussian_kl: 32 latents, B 128": part(codes, ops.gaussian_kl, 2),
     "grad_dot: 1,024 x 100, 16 draws, 512 wide": grad_dot,
     "hamiltonian_flow: MLP 2-64-64-64, B 16, K = 10": part(flow, "small", None),
     "hamiltonian_flow: the same, B 128": part(flow, "small", 128),
@@ -243,6 +243,24 @@ METHODS: dict[str, Case] = {
     "LikelihoodRegret: DCGAN, 8 images, 2 steps of 10 samples": part(regret, 2),
     "TracIn: its paper's MLPs, 64 training images x 100": tracin,
 }
+TABLE = SWEPT | METHODS
+"""What docs/kernels.md lists."""
+
+
+def of_tensors_alone() -> dict[str, Case]:
+    """The other operators, which launch one kernel of theirs or two: of tensors [B, 32] where they need tensors."""
+    found: dict[str, Case] = {}
+    for name in sorted(set(ops.__all__) - {case.split(":")[0] for case in SWEPT}):
+        function = getattr(ops, name)
+        parameters = inspect.signature(function).parameters.values()
+        needed = [each for each in parameters if each.default is each.empty]
+        if any(each.annotation != "Tensor" for each in needed):
+            raise TypeError(f"launches.py: {name} takes more than tensors: give it a line in SWEPT")
+        found[f"{name}: 32 latents, B 128"] = part(codes, function, len(needed))
+    return found
+
+
+OPERATORS = SWEPT | of_tensors_alone()
 CASES = OPERATORS | METHODS
 
 
@@ -280,7 +298,7 @@ def row_of(name: str, both: Both) -> str:
 def print_table() -> None:
     """The table in docs/kernels.md."""
     print(f"| {' | '.join(HEADING)} |\n|{'---|' * len(HEADING)}")
-    for name, case in CASES.items():
+    for name, case in TABLE.items():
         print(row_of(name, counts(case)), flush=True)
 
 

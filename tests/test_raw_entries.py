@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from flow_problems import MEMORY, Problem, conv, mlp, problem
+from fuzzing.raw_arguments import Arguments
+from fuzzing.raw_entries import entries
 from torch import Tensor, nn
 
 import fastvae
@@ -289,6 +291,10 @@ def test_copies_are_called_in_turn() -> None:
 # --- fake kernels -------------------------------------------------------------------------------
 
 
+OF_NETWORKS = ("elbo_terms", "elbo_terms_backward", "log_px_pullback")
+"""Operators whose lists hold tensors of several networks: tests/fuzzing puts any of them on another device."""
+
+
 def backward_calls() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     """Of every operator a call that is taken, with all its optional tensors."""
     low, z, x = lower(mlp(3).float()), torch.randn(4, 3), torch.rand(4, 3)
@@ -298,7 +304,7 @@ def backward_calls() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     h, delta = torch.randn(4, 3, 5), torch.randn(4, 3, 2)
     factors = [[h], [delta], [h[:2]], [delta[:2]]]
     needs = [1] * len(low.tensors)
-    return {
+    known = {
         "leapfrog_kick_drift": (raw.leapfrog_kick_drift, [z, z, z, step[0]]),
         "leapfrog_kick_drift_backward": (raw.leapfrog_kick_drift_backward, [z, z, z, z, z, step[0]]),
         "leapfrog_kick_temper": (raw.leapfrog_kick_temper, [z, z, step[0], alpha[0]]),
@@ -318,6 +324,14 @@ def backward_calls() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
             raw.jacobian_l1_with_gradient,
             [z[:, 0], z, low.tensors, low.spec, [0, 1], 1, "none", [1, *needs]],
         ),
+    }
+    drawn = Arguments()
+    others = [
+        each for each in entries() if each.place == "torch.ops" and each.name not in (*known, *OF_NETWORKS)
+    ]
+    return known | {
+        each.name: (each.function, [drawn.of(each.place, each.name, name) for name in each.arguments])
+        for each in others
     }
 
 

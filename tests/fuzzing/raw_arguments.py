@@ -123,9 +123,13 @@ class Arguments:
         self.encoder = encoder_of(which, self.elements, dtype)
         self.reduction = random.choice(("none", "mean", "sum"))
         self.store = random.random() < 0.5
+        self.returns: dict[str, dict[str, Any]] = {}
 
     def of(self, place: str, entry: str, name: str) -> Any:
         """A good value; KeyError for an argument that nobody has thought of."""
+        operator, is_gradient, _ = entry.partition("_backward")
+        if is_gradient and name in (known := self.returned_by(operator)):
+            return known[name]
         for key in (f"{place}.{name}", f"{entry}.{name}", name):
             if key in _VALUES:
                 return _VALUES[key](self)
@@ -142,6 +146,23 @@ class Arguments:
 
     def needs(self, others: int) -> list[int]:
         return random.choices((0, 1), k=others + len(self.network.tensors))
+
+    def returned_by(self, operator: str) -> dict[str, Any]:
+        """For the gradient of an operator whose schema names its results: arguments, results, cotangents and needs.
+
+        Empty where the schema does not, or another function has that name.
+        """
+        if operator not in self.returns:
+            schema = getattr(raw, operator).default._schema if hasattr(raw, operator) else None
+            self.returns[operator] = {}
+            if schema is not None and all(each.name for each in schema.returns):
+                given = {each.name: self.of("torch.ops", operator, each.name) for each in schema.arguments}
+                tensors = [value for value in given.values() if isinstance(value, Tensor)]
+                results = getattr(raw, operator)(*given.values())
+                for each, result in zip(schema.returns, results, strict=True):
+                    given |= {each.name: result, f"grad_{each.name}": torch.randn_like(result)}
+                self.returns[operator] = {**given, "needs": random.choices((0, 1), k=len(tensors))}
+        return self.returns[operator]
 
     @functools.cached_property
     def flow(self) -> dict[str, Any]:
@@ -179,7 +200,7 @@ _VALUES: dict[str, Any] = {
         ),
         Arguments.state,
     ),
-    **dict.fromkeys(("mu_q", "logvar_q", "mu_p", "logvar_p"), Arguments.state),
+    **dict.fromkeys(("mu", "logvar", "mu_q", "logvar_q", "mu_p", "logvar_p"), Arguments.state),
     "x": lambda a: torch.rand(B, a.elements, dtype=a.dtype),
     "step_size": lambda a: torch.rand(random.choice(((), (1,), (D,))), dtype=a.dtype),
     "alpha": lambda a: torch.rand((), dtype=a.dtype),
