@@ -174,6 +174,10 @@ def _mish(inplace: bool = False) -> Words:
     return "mish", ()
 
 
+def _selu(inplace: bool = False) -> Words:
+    return "selu", ()
+
+
 ACTIVATIONS = (
     Activation(
         "relu",
@@ -254,5 +258,6 @@ ACTIVATIONS = (
         ),
     ),
     Activation("mish", _mish, nn.Mish, (), (F.mish,), {"mish": F.mish}),
+    Activation("selu", _selu, nn.SELU, (), (F.selu, F.selu_, torch.selu, torch.selu_), {"selu": F.selu}),
 )
 _BY_OPERATOR = {activation.operator: activation for activation in ACTIVATIONS}

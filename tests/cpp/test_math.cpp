@@ -176,6 +176,8 @@ long double exact_phi(const ActivationSpec& spec, long double a) {
       return a > 0 ? a : first * a;
     case Activation::kElu:
       return a > 0 ? a : first * expm1l(a);
+    case Activation::kSelu:
+      return 1.0507009873554804934193349852946L * (a > 0 ? a : 1.6732632423543772848170429916717L * expm1l(a));
     case Activation::kSoftplus:
     case Activation::kSoftplusSharp:
       return first * a > static_cast<long double>(spec.second) ? a : exact_softplus(first * a) / first;

@@ -26,7 +26,8 @@ namespace fastvae {
   CASE(kGelu, __VA_ARGS__)                  \
   CASE(kGeluTanh, __VA_ARGS__)              \
   CASE(kSoftplusSharp, __VA_ARGS__)         \
-  CASE(kMish, __VA_ARGS__)
+  CASE(kMish, __VA_ARGS__)                  \
+  CASE(kSelu, __VA_ARGS__)
 
 #define FASTVAE_ENUMERATOR(KIND, ...) KIND,
 enum class Activation : int { FASTVAE_ACTIVATION_KINDS(FASTVAE_ENUMERATOR) };
@@ -108,6 +109,21 @@ struct Phi<Activation::kElu, T> : PhiFacts {
     return a > T(0) ? a : negative;
   }
   FASTVAE_HOST_DEVICE T slope(T h) const { return h > T(0) ? T(1) : h + alpha; }
+  FASTVAE_HOST_DEVICE T curvature(T h, T delta) const { return h > T(0) ? T(0) : delta; }
+};
+
+// An ELU with the two numbers under which activations keep mean 0 and variance 1 (Klambauer et al., NeurIPS 2017).
+template <typename T>
+struct Phi<Activation::kSelu, T> : PhiFacts {
+  static constexpr const char* kName = "selu";
+  static constexpr T kScale = static_cast<T>(1.0507009873554804934);
+  static constexpr T kFloor = static_cast<T>(1.0507009873554804934 * 1.6732632423543772848);  // minus phi(-infinity)
+  FASTVAE_HOST_DEVICE explicit Phi(const ActivationSpec&) {}
+  FASTVAE_HOST_DEVICE T value(T a) const {
+    const T negative = kFloor * math::expm1(a > T(0) ? T(0) : a);
+    return a > T(0) ? kScale * a : negative;
+  }
+  FASTVAE_HOST_DEVICE T slope(T h) const { return h > T(0) ? kScale : h + kFloor; }
   FASTVAE_HOST_DEVICE T curvature(T h, T delta) const { return h > T(0) ? T(0) : delta; }
 };
 
