@@ -17,6 +17,7 @@ from fastvae.likelihoods import (
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogistic,
+    Gamma,
     Gaussian,
     GaussianHead,
     Laplace,
@@ -36,6 +37,8 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "Gaussian head": GaussianHead(),
     "Laplace": Laplace(0.3),
     "Student t": StudentT(3.0, 0.4),
+    "gamma": Gamma(2.5),
+    "gamma, the decoder's concentration": Gamma("decoder"),
     "Poisson": Poisson(),
     "negative binomial": NegativeBinomial(2.5),
     "negative binomial, the decoder's dispersion": NegativeBinomial("decoder"),
@@ -65,6 +68,9 @@ def scipy_log_prob(likelihood: Likelihood, params: Tensor, x: Tensor) -> Any:
         return stats.t.logpdf(y, likelihood.df, a, likelihood.scale)
     if isinstance(likelihood, GaussianHead):
         return stats.norm.logpdf(y, a, special.exp2(rest[0] / math.log(2)))
+    if isinstance(likelihood, Gamma):
+        k = special.exp2(rest[0] / math.log(2)) if rest else likelihood.concentration
+        return stats.gamma.logpdf(y, k, scale=special.exp2(a / math.log(2)) / k)
     if isinstance(likelihood, Poisson):
         return stats.poisson.logpmf(y, special.exp2(a / math.log(2)))
     if isinstance(likelihood, NegativeBinomial):
@@ -129,6 +135,18 @@ def counts_log_prob(params: Tensor, x: Tensor) -> Tensor:
     return found.sum(1)
 
 
+def gamma_log_prob(params: Tensor, x: Tensor) -> Tensor:
+    """Of one element, with the decoder's log concentration."""
+    log_mean, log_k = params.chunk(2, 1)
+    k = log_k.exp()
+    found = k * (log_k - log_mean) + (k - 1) * x.log() - k * x * (-log_mean).exp() - lgamma(k)
+    return found.sum(1)
+
+
+EXACT = {"dispersion": counts_log_prob, "concentration": gamma_log_prob}
+"""By the parameter that may be the decoder's: densities without PyTorch's trigamma."""
+
+
 @dataclass(frozen=True)
 class SumOfElements(Likelihood):
     """The oracle: one element's log p at a time, those of weight 0 never looked at."""
@@ -152,7 +170,9 @@ class SumOfElements(Likelihood):
         own = self.weight.repeat_interleave(len(x) // len(self.weight), 0)
         given, data = own.expand(x.shape).reshape(len(x), -1), x.reshape(len(x), -1)
         kept = given != 0
-        of_gamma = self.is_exact and getattr(self.inner, "dispersion", 0.0) == "decoder"
-        density = counts_log_prob if of_gamma else self.inner.log_prob
+        density = self.inner.log_prob
+        for name, exact in EXACT.items():
+            if self.is_exact and getattr(self.inner, name, 0.0) == "decoder":
+                density = exact
         terms = density(each[kept], data[kept][:, None]) * given[kept]
         return terms.new_zeros(len(x)).index_add(0, kept.nonzero()[:, 0], terms)

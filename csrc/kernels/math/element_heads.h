@@ -15,6 +15,9 @@
 //                   ll = x (a - log x) - n log(1 + (m - x) / n) - log(1 + x / d)/2 + S(n) - S(d)       S, D: gamma.h
 //                   r = -d w, d (w - log(1 + (m - x) / n) + D(n) - D(d));  S with q = m / (m + d):
 //                   -n q (1 - q), -d q w, r_l + d^2 (w^2 / n + D'(n) - D'(d))
+//   Gamma           of a log mean a and a concentration k, a number or e^l;  t = log x - a
+//                   ll = -k (e^t - 1 - t) - log x + log(k / 2 pi)/2 - S(k)          r = k (e^t - 1), -k (e^t - 1 - t +
+//                   D(k)) S = -k e^t, r_a, r_l - k^2 D'(k).  It is given log x for x
 //   ZeroInflated    of a log mean, a logit g and maybe a log dispersion: sigmoid(g) [x = 0] + sigmoid(-g)
 //   NegativeBinomial
 //
@@ -34,9 +37,10 @@ namespace fastvae {
       each(kPoisson, math::PoissonRules) each(kNegativeBinomial, math::NegativeBinomialRules)                         \
           each(kStudentT, math::StudentTRules) each(kContinuousBernoulli, math::ContinuousBernoulliRules)             \
               each(kGaussianHead, math::GaussianHeadRules) each(kDiscretizedLogistic, math::DiscretizedLogisticRules) \
-                  each(kDispersedCounts, math::DispersedCountsRules)                                                  \
-                      each(kZeroInflatedCounts, math::ZeroInflatedCountsRules)                                        \
-                          each(kZeroInflatedDispersedCounts, math::ZeroInflatedDispersedCountsRules)
+                  each(kGamma, math::GammaRules) each(kGammaHead, math::GammaHeadRules)                               \
+                      each(kDispersedCounts, math::DispersedCountsRules)                                              \
+                          each(kZeroInflatedCounts, math::ZeroInflatedCountsRules)                                    \
+                              each(kZeroInflatedDispersedCounts, math::ZeroInflatedDispersedCountsRules)
 
 #define FASTVAE_ENUMERATOR(KIND, Rules) KIND,
 enum class ElementHead : int { FASTVAE_ELEMENT_HEADS(FASTVAE_ENUMERATOR) };
@@ -370,6 +374,59 @@ template <typename T>
 struct ZeroInflatedDispersedCountsRules : ZeroInflated<GivenDispersion<T>, T> {
   static constexpr const char* kName = "zero_inflated_dispersed_counts";
   using ZeroInflated<GivenDispersion<T>, T>::ZeroInflated;
+};
+
+// A gamma density, less what of it depends on the concentration k alone; x is the logarithm of the datum.
+template <typename T>
+struct GammaTerms {
+  T excess;  // e^t - 1 - t
+  T of_mean;
+  FASTVAE_HOST_DEVICE GammaTerms(T log_mean, T k, T x) {
+    const T t = x - log_mean;
+    excess = math::exp_excess(t);
+    of_mean = k * math::expm1(t);
+  }
+};
+
+constexpr double kHalfLogTwoPi = 0.91893853320467274178;
+
+template <typename T>
+struct GammaRules : RulesFacts<1> {
+  static constexpr const char* kName = "gamma";
+  static constexpr int kNumbers = 1;  // k
+  T k, constant;
+  FASTVAE_HOST_DEVICE explicit GammaRules(const double* numbers)
+      : k(static_cast<T>(numbers[0])),
+        constant(static_cast<T>(0.5 * std::log(numbers[0]) - kHalfLogTwoPi - stirling_rest(numbers[0]).value)) {}
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const GammaTerms<T> at(y[0], k, x);
+    r[0] = at.of_mean;
+    return (constant - x) - k * at.excess;
+  }
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    out[0] = -k * math::exp(x - y[0]) * v[0];
+  }
+};
+
+template <typename T>
+struct GammaHeadRules : RulesFacts<2> {
+  static constexpr const char* kName = "gamma_head";
+  FASTVAE_HOST_DEVICE explicit GammaHeadRules(const double*) {}
+  FASTVAE_HOST_DEVICE T first(const T* y, T x, T* r) const {
+    const T k = math::exp(y[1]);
+    const StirlingRest<T> rest = stirling_rest(k);
+    const GammaTerms<T> at(y[0], k, x);
+    r[0] = at.of_mean;
+    r[1] = -k * (at.excess + rest.slope);
+    return (T(0.5) * y[1] - static_cast<T>(kHalfLogTwoPi) - rest.value - x) - k * at.excess;
+  }
+  // In v_a - v_l, of which no digits are lost where e^t is large and the two nearly agree.
+  FASTVAE_HOST_DEVICE void second(const T* y, T x, const T* v, T* out) const {
+    const T k = math::exp(y[1]), t = x - y[0], apart = v[0] - v[1];
+    const StirlingRest<T> rest = stirling_rest(k);
+    out[0] = -k * (math::exp(t) * apart + v[1]);
+    out[1] = k * (math::expm1(t) * apart + (t - (rest.slope + k * rest.bend)) * v[1]);
+  }
 };
 
 }  // namespace math
