@@ -31,8 +31,10 @@ from fastvae.likelihoods.weighted import weighted
 from fastvae.likelihoods.weights import expanded
 
 __all__ = [
+    "AggregatePosterior",
     "ElboTerms",
     "Trajectory",
+    "aggregate_posterior",
     "elbo",
     "elbo_terms",
     "expand_step_size",
@@ -57,6 +59,15 @@ _OUTPUTS_AT_ONCE = {"cpu": 2**20}
 """Decoder outputs held at once where nothing asks for all of them. Larger tensors leave the caches of a CPU, and their
 memory goes back to the system each time."""
 _OUTPUTS_ELSEWHERE = 2**22
+
+
+class AggregatePosterior(NamedTuple):
+    """Log densities, in nats, of M codes under a mixture of posteriors."""
+
+    log_q: Tensor
+    """log q(z): [M]."""
+    log_marginals: Tensor
+    """log q(z_j) of each coordinate: [M, d]."""
 
 
 class Trajectory(NamedTuple):
@@ -469,3 +480,11 @@ def grad_dot(
         total = total + ((of_inputs + flag) * of_grads).sum((1, 3))
     assert isinstance(total, Tensor)
     return total
+
+
+def aggregate_posterior(z: Tensor, mu: Tensor, logvar: Tensor) -> AggregatePosterior:
+    """As :func:`fastvae.ops.aggregate_posterior`: of z [M, d] under N posteriors, with M N d densities in memory."""
+    gap = z[:, None] - mu
+    densities = -0.5 * (gap.square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    log_q = torch.logsumexp(densities.sum(2), 1) - math.log(len(mu))
+    return AggregatePosterior(log_q, torch.logsumexp(densities, 1) - math.log(len(mu)))

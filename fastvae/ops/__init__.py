@@ -1,5 +1,6 @@
 """The operators. Each file holds one: public function, fake kernel, autograd formula."""
 
+from fastvae.ops.aggregate_posterior import aggregate_posterior
 from fastvae.ops.elbo import elbo
 from fastvae.ops.gaussian_kl import gaussian_kl
 from fastvae.ops.grad_dot import grad_dot
@@ -12,6 +13,7 @@ from fastvae.ops.log_px_and_force import log_px_and_force
 from fastvae.ops.trajectory import trajectory
 
 __all__ = [
+    "aggregate_posterior",
     "elbo",
     "gaussian_kl",
     "grad_dot",
