@@ -41,8 +41,11 @@ class Bernoulli(Likelihood):
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Sum of x a - log(1 + e^a) over a sample: [B]; see ``Likelihood.log_prob``."""
         logits, x, weight = self._match_weighted(params, x, weight)
-        # logsigmoid rather than softplus: torch's softplus turns linear at 20, which costs 2e-9 in float64.
-        return total(unit_interval(x, logits.dtype) * logits + F.logsigmoid(-logits), weight)
+        x = unit_interval(x, logits.dtype)
+        # From the end of [0, 1] that x is nearer to: log p of a one is -e^-a where a is large, which a - log(1 + e^a)
+        # rounds to 0. (logsigmoid, since torch's softplus turns linear at 20, which costs 2e-9 in float64.)
+        one = (x > 0.5).to(x.dtype)
+        return total((x - one) * logits + F.logsigmoid((2 * one - 1) * logits), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """sigmoid(params)."""

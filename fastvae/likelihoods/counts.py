@@ -70,7 +70,11 @@ class Poisson(Counts):
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
         log_rate, x, weight = self._match_weighted(params, x, weight)
         x = x.to(log_rate.dtype)
-        return total(x * log_rate - log_rate.exp() - torch.lgamma(x + 1), weight)
+        # By the deviance from its own mean: the terms of the formula above are 1e7 where a count of 1e6 has log p = -8.
+        u = log_rate - x.clamp(min=1).log()
+        is_near = (x > 0) & (u.abs() < 1)
+        excess = torch.where(is_near, x * torch.expm1(u.clamp(-1, 1)), log_rate.exp() - x)  # rate - x
+        return total(_poisson_at_own_mean(x) + (x * u - excess), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """exp(params)."""
@@ -188,10 +192,11 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
         log_mean, logits, *rest = params.chunk(self.values_per_element, 1)
         x = x.to(log_mean.dtype)
         counted = negative_binomial(log_mean, _dispersion(log_mean, self.dispersion, rest), x)
-        # log(pi + (1 - pi) e^counted), exactly on both sides of g = 0.
+        # log(pi + (1 - pi) e^counted), exactly near 0 and, elsewhere, whichever of the two is larger.
+        small = torch.log1p(torch.sigmoid(-logits) * torch.expm1(counted.clamp(min=-0.5)))
         likely = log_sigmoid(logits) - log_sigmoid(logits - counted)
         rare = counted - log_sigmoid(counted - logits) + log_sigmoid(-logits)
-        zero = torch.where(logits > 0, likely, rare)
+        zero = torch.where(counted > -0.5, small, torch.where(logits > counted, likely, rare))
         return total(torch.where(x > 0, log_sigmoid(-logits) + counted, zero), weight)
 
     def mean(self, params: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ class StudentT(Likelihood):
 
 def _half_step_of_lgamma(y: float) -> float:
     """lgamma(y + 1/2) - lgamma(y), also for large y, where both are."""
-    if y < 1e4:
+    if y < 50:
         return math.lgamma(y + 0.5) - math.lgamma(y)
-    return 0.5 * math.log(y) - 1 / (8 * y) + 1 / (192 * y**3)
+    square = y**-2
+    return 0.5 * math.log(y) - (1 / 8 - square * (1 / 192 - square * (1 / 640 - square * 17 / 14336))) / y

@@ -12,8 +12,8 @@
 //   DiscretizedLogistic of mean and log scale: of class x with ends u, l and w = u - l
 //                   ll = log sigmoid(u) + log sigmoid(-l) + log(1 - e^-w); the first or second alone at the ends
 //   NegativeBinomial of a log mean a and a log dispersion l;  m = e^a, d = e^l, n = x + d, w = (m - x) / (m + d)
-//                   ll = x (a - log x) - n log(1 + (m - x) / n) - log(1 + x / d)/2 + S(n) - S(d)       S, D: gamma.h
-//                   r = -d w, d (w - log(1 + (m - x) / n) + D(n) - D(d));  S with q = m / (m + d):
+//                   ll = x log(1 + d w / x) + d log(1 - w) - log(1 + x / d)/2 + S(n) - S(d)       S, D: gamma.h
+//                   r = -d w, d (w + log(1 - w) + D(n) - D(d));  S with q = m / (m + d):
 //                   -n q (1 - q), -d q w, r_l + d^2 (w^2 / n + D'(n) - D'(d))
 //   Gamma           of a log mean a and a concentration k, a number or e^l;  t = log x - a
 //                   ll = -k (e^t - 1 - t) - log x + log(k / 2 pi)/2 - S(k)          r = k (e^t - 1), -k (e^t - 1 - t +
@@ -113,8 +113,9 @@ struct StudentTRules : RulesFacts<1> {
  private:
   // lgamma(y + 1/2) - lgamma(y), also for large y, where both are.
   FASTVAE_HOST_DEVICE static double half_step_of_lgamma(double y) {
-    return y < 1e4 ? std::lgamma(y + 0.5) - std::lgamma(y)
-                   : 0.5 * std::log(y) - 1.0 / (8.0 * y) + 1.0 / (192.0 * y * y * y);
+    const double i = 1.0 / y, i2 = i * i;
+    const double series = (-1.0 / 8 + i2 * (1.0 / 192 + i2 * (-1.0 / 640 + i2 * (17.0 / 14336)))) * i;
+    return y < 50.0 ? std::lgamma(y + 0.5) - std::lgamma(y) : 0.5 * std::log(y) + series;
   }
 };
 
@@ -293,12 +294,12 @@ struct GivenDispersion {
   static constexpr int kOutputs = 2, kNumbers = 0;
   FASTVAE_HOST_DEVICE explicit GivenDispersion(const double*) {}
   FASTVAE_HOST_DEVICE CountTerms<T> terms(T a, T l, T x) const {
-    const T m = math::exp(a), d = math::exp(l), n = x + d;
-    const T growth = math::log1p((m - x) / n), q = m / (m + d), w = (m - x) / (m + d);
+    const T d = math::exp(l), n = x + d;
+    const CountDeviance<T> at(a, x, d);
+    const T q = at.mean / (at.mean + d), w = at.off;
     const StirlingRest<T> of_sum = stirling_rest(n), of_dispersion = stirling_rest(d);
-    const T value =
-        x * (a - log_of_count(x)) - n * growth - T(0.5) * math::log1p(x / d) + (of_sum.value - of_dispersion.value);
-    const T slope = d * ((w - growth) + (of_sum.slope - of_dispersion.slope));
+    const T value = at.log_prob - T(0.5) * math::log1p(x / d) + (of_sum.value - of_dispersion.value);
+    const T slope = d * ((w + at.rest) + (of_sum.slope - of_dispersion.slope));
     const T bend = d * (d * (w * w / n + (of_sum.bend - of_dispersion.bend)));
     return {value, -d * w, slope, -n * q * (T(1) - q), -d * q * w, slope + bend};
   }

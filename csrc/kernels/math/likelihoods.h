@@ -3,14 +3,15 @@
 //   Bernoulli    ll = x a - log(1 + e^a)                 r = x - p       S = -p (1 - p),  p = sigmoid(a) = x - r
 //   Gaussian     ll = -((x - a)/s)^2 / 2 - log s - log(2 pi)/2     r = (x - a)/s^2     S = -1/s^2
 //   Laplace      ll = -|x - a|/s - log(2 s)              r = sign(x - a)/s   S = 0
-//   Poisson      ll = x (a - log x) - (e^a - x)          r = x - e^a     S = r - x
-//   NegativeBinomial  ll = x (a - log x) - (x + d) log(1 + (e^a - x) / (x + d))     r = x - (x + d) q
-//                S = -(x + d) q (1 - q), q = sigmoid(a - log d)
+//   Poisson      ll = x log(m / x) - (m - x),  m = e^a    r = x - m     S = r - x
+//   NegativeBinomial  ll = x log(1 + d w / x) + d log(1 - w),  w = (m - x) / (m + d)     r = -d w
+//                S = -(x + d) q (1 - q), q = m / (m + d)
 //   Categorical  ll = a_c - logsumexp(a)                 r = onehot(c) - p   S u = -p (u - <p, u>)
 //
 // r = d ll/d a and S = d^2 ll/d a^2 are what the reverse and the adjoint sweep start from. The adjoint recovers p, e^a
 // or q from x and the stored r, so that a itself need not be kept. Of counts, ll is relative to what it is where the
-// mean is x: small numbers, whose sums lose nothing. The caller adds the rest once a sample (Likelihood.base_measure).
+// mean is x: small numbers, whose sums lose nothing (deviances; Loader, "Fast and accurate computation of binomial
+// probabilities", 2000). The caller adds the rest once a sample (Likelihood.base_measure).
 #pragma once
 
 #include "elementary.h"
@@ -104,10 +105,20 @@ struct LaplaceHead : HeadFacts {
   FASTVAE_HOST_DEVICE T cross(T, T) const { return T(0); }
 };
 
-// log(x), and 0 for x = 0, where it is multiplied by x.
+// log(e^a / k) where t = e^a / k - 1 is given with all its digits: near t = -1, where 1 + t has lost them, as a - log
+// k.
 template <typename T>
-FASTVAE_HOST_DEVICE T log_of_count(T x) {
-  return math::log(x > T(0) ? x : T(1));
+FASTVAE_HOST_DEVICE T log_ratio(T a, T k, T t) {
+  const bool is_near = t > T(-0.5);
+  const T sum = T(1) + t, rounded = sum == T(1) ? T(1) : t / (sum - T(1));  // as in log1p
+  const T found = math::log(is_near ? sum : k);
+  return is_near ? (sum == T(1) ? t : found * rounded) : a - found;
+}
+
+// 1 for a count of 0, where it is multiplied by 0.
+template <typename T>
+FASTVAE_HOST_DEVICE T divisor_of_count(T x) {
+  return x > T(0) ? x : T(1);
 }
 
 template <typename T>
@@ -117,11 +128,25 @@ struct PoissonHead : HeadFacts {
   FASTVAE_HOST_DEVICE explicit PoissonHead(const LikelihoodSpec&) {}
   FASTVAE_HOST_DEVICE T residual(T a, T x) const { return x - math::exp(a); }
   FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
-    const T r = residual(a, x);
-    return {x * (a - log_of_count(x)) + r, r};
+    const T r = residual(a, x), k = divisor_of_count(x);
+    return {x * log_ratio(a, k, -r / k) + r, r};
   }
   FASTVAE_HOST_DEVICE T curvature(T r, T x) const { return r - x; }
   FASTVAE_HOST_DEVICE T cross(T, T) const { return T(1); }
+};
+
+// Of a count x, a log mean a and a dispersion d.
+template <typename T>
+struct CountDeviance {
+  T mean, off;  // m and w
+  T rest;       // log(1 - w) = log((x + d) / (m + d))
+  T log_prob;   // ll
+  FASTVAE_HOST_DEVICE CountDeviance(T a, T x, T d) : mean(math::exp(a)) {
+    const T n = x + d, sum = mean + d, k = divisor_of_count(x);
+    off = (mean - x) / sum;
+    rest = log_ratio(T(0), sum / n, -off);
+    log_prob = x * log_ratio(a, sum * (k / n), d * off / k) + d * rest;
+  }
 };
 
 template <typename T>
@@ -130,13 +155,15 @@ struct NegativeBinomialHead : HeadFacts {
   static constexpr const char* kNumber = "DISPERSION";
   static constexpr bool kDiscrete = true;
   T dispersion;
-  T log_dispersion;
   FASTVAE_HOST_DEVICE explicit NegativeBinomialHead(const LikelihoodSpec& spec)
-      : dispersion(static_cast<T>(spec.scale)), log_dispersion(static_cast<T>(std::log(spec.scale))) {}
-  FASTVAE_HOST_DEVICE T residual(T a, T x) const { return x - (x + dispersion) * math::sigmoid(a - log_dispersion); }
+      : dispersion(static_cast<T>(spec.scale)) {}
+  FASTVAE_HOST_DEVICE T residual(T a, T x) const {
+    const T m = math::exp(a);
+    return dispersion * ((x - m) / (m + dispersion));
+  }
   FASTVAE_HOST_DEVICE HeadValue<T> both(T a, T x) const {
-    const T n = x + dispersion;
-    return {x * (a - log_of_count(x)) - n * math::log1p((math::exp(a) - x) / n), residual(a, x)};
+    const CountDeviance<T> at(a, x, dispersion);
+    return {at.log_prob, -dispersion * at.off};
   }
   FASTVAE_HOST_DEVICE T curvature(T r, T x) const { return (r - x) * (dispersion + r) / (x + dispersion); }
   FASTVAE_HOST_DEVICE T cross(T r, T x) const { return (dispersion + r) / (x + dispersion); }
