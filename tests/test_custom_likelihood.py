@@ -148,7 +148,7 @@ def test_data_are_as_the_density_wants_them() -> None:
 
 
 def test_one_warning_for_an_operator_and_a_likelihood() -> None:
-    """Of log_px; a flow needs no kernel for a likelihood, and no warning."""
+    """Of log_px; a flow sweeps a density that it can read, without a warning."""
 
     class Fresh(Normal):
         pass
@@ -164,3 +164,24 @@ def test_one_warning_for_an_operator_and_a_likelihood() -> None:
     messages = [str(warning.message) for warning in seen]
     assert len(messages) == 1 and "Fresh is a likelihood of its own" in messages[0], messages
     assert "same result, slower" in messages[0]
+
+
+def test_one_warning_for_a_density_that_is_by_autograd() -> None:
+    """The flow's own, where it cannot be read; the decoder before it is swept all the same."""
+
+    class Checked(Likelihood):
+        def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+            if not bool(params.isfinite().all()):  # a look at numbers
+                raise ValueError("not finite")
+            return Gaussian(0.7).log_prob(params, x)
+
+    own, stock = pair(HVAE, Checked(), Gaussian(0.7))
+    x = data(5, torch.float64)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            same(own(x, generator=seeded()), stock(x, generator=seeded()))
+        own.loss(x).backward()
+    messages = [str(warning.message) for warning in seen]
+    assert len(messages) == 1, messages
+    assert "Checked is a likelihood of its own" in messages[0] and "autograd" in messages[0]

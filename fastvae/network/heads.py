@@ -55,6 +55,11 @@ class Head:
         self.of_x = x.requires_grad
         self.data = x.detach()
 
+    @property
+    def is_by_autograd(self) -> bool:
+        """Whether its derivatives were autograd's at the points where it was asked for them."""
+        return True
+
     def log_px(self, y: Tensor, x: Tensor | None = None) -> Tensor:
         """log p(x | y): [B]."""
         x = self.data if x is None else x
@@ -130,6 +135,11 @@ class _Closed(Head):
             # What is left out is 0, as in log_prob: nothing is infinite of it, and 0 times it is 0.
             self.left_out = self.weight == 0
             self.rows = rows.masked_fill(self.left_out, 0)
+
+    @property
+    def is_by_autograd(self) -> bool:
+        """See ``Head``."""
+        return False
 
     def form(self) -> tuple[Any, list[Tensor]]:
         """See ``Head``."""
@@ -241,6 +251,11 @@ class _Swept(Head):
         self._sweeps: Sweeps | None = None
         self._start: tuple[list[Any], list[bool]] | None = None
         self._is_known = False
+
+    @property
+    def is_by_autograd(self) -> bool:
+        """See ``Head``."""
+        return self._is_known and self._sweeps is None
 
     def _density(self, y: Tensor) -> Sweeps | None:
         if not self._is_known:

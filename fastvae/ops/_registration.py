@@ -23,6 +23,7 @@ from fastvae.lowering.errors import NotADecoder
 from fastvae.lowering.traced import refusal_traced
 from fastvae.network.cache import ReadNetwork, read_network
 from fastvae.network.chain import lowered_chain
+from fastvae.network.heads import Head
 from fastvae.network.sweeps import Sweeps
 from fastvae.private import origin_of
 
@@ -410,6 +411,12 @@ def _check_network_memory(name: str, network: ReadNetwork) -> None:
         check_memory(
             name, **{f"decoder's tensor {at}": t for at, t in enumerate(network.tensors) if t is not None}
         )
+
+
+def warn_of_head(name: str, head: Head, stacklevel: int) -> None:
+    """Say once that a user's density runs by autograd, behind whatever becomes of the decoder."""
+    if head.is_by_autograd:
+        _warn_of_likelihood(name, type(head.density), "autograd", stacklevel)
 
 
 def _warn_of_likelihood(name: str, kind: type, instead: str, stacklevel: int) -> None:

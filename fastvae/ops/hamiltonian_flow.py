@@ -37,6 +37,7 @@ from fastvae.ops._registration import (
     lower_or_read,
     refuse_forward_mode,
     refuse_function_transforms,
+    warn_of_head,
 )
 from fastvae.reference import Trajectory
 
@@ -222,6 +223,7 @@ def _flow_by_sweeps(
     inputs = Inputs(network.sweeps, z, network.tensors)
     head = make_head(likelihood, x, z)
     z_K, rho_K, log_px, *points = sweep_flow(network.sweeps, inputs, head, z, rho, steps, alpha, store)
+    warn_of_head("hamiltonian_flow", head, stacklevel=6)
     return (z_K, rho_K, log_px), Trajectory(*points)
 
 

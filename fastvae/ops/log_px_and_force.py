@@ -27,6 +27,7 @@ from fastvae.ops._registration import (
     read_decoder,
     refuse_forward_mode,
     refuse_function_transforms,
+    warn_of_head,
 )
 
 _NAME = "log_px_and_force"
@@ -162,4 +163,7 @@ def _by_sweeps(
             return _by_sweeps(name, network, z.clone(), x.clone(), likelihood)
     refuse_forward_mode(name, z, x, *(tensor for tensor in network.tensors if tensor is not None))
     inputs = Inputs(network.sweeps, z, network.tensors)
-    return sweep(network.sweeps, inputs, make_head(likelihood, x, z), z)
+    head = make_head(likelihood, x, z)
+    found = sweep(network.sweeps, inputs, head, z)
+    warn_of_head(name, head, stacklevel=6)
+    return found
