@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_not_negative, expect_numbers
 
 __all__ = ["ColorJitter", "Compose", "RandomAffine", "RandomFlip", "accepts_generator"]
 
@@ -64,17 +64,18 @@ class RandomAffine:
     shape: Shape | None = None
 
     def __post_init__(self) -> None:
-        expect_numbers("RandomAffine", degrees=self.degrees, translate=self.translate)
-        for name, value in (("degrees", self.degrees), ("translate", self.translate)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"RandomAffine: {name}: expected a finite number of at least 0, got {value}")
+        expect_not_negative("RandomAffine", degrees=self.degrees, translate=self.translate)
         low, high = self.scale
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"RandomAffine: scale: expected two numbers 0 < low <= high, got {self.scale}")
-        if self.interpolation not in ("bilinear", "nearest"):
-            raise ValueError(
-                f"RandomAffine: interpolation: expected 'bilinear' or 'nearest', got {self.interpolation!r}"
-            )
+        expect(
+            0 < low <= high < math.inf,
+            "RandomAffine: scale: expected two numbers 0 < low <= high",
+            self.scale,
+        )
+        expect(
+            self.interpolation in ("bilinear", "nearest"),
+            "RandomAffine: interpolation: expected 'bilinear' or 'nearest'",
+            repr(self.interpolation),
+        )
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A view of each image, of x's shape and dtype."""
@@ -120,8 +121,7 @@ class RandomFlip:
     def __post_init__(self) -> None:
         expect_numbers("RandomFlip", horizontal=self.horizontal, vertical=self.vertical)
         for name, value in (("horizontal", self.horizontal), ("vertical", self.vertical)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"RandomFlip: {name}: expected a probability, got {value}")
+            expect(0 <= value <= 1, f"RandomFlip: {name}: expected a probability", value)
 
     @overload
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
@@ -177,18 +177,18 @@ class ColorJitter:
         expect_numbers("ColorJitter", brightness=self.brightness, contrast=self.contrast)
         expect_numbers("ColorJitter", saturation=self.saturation)
         for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"ColorJitter: {name}: expected a number in [0, 1], got {getattr(self, name)}"
-                )
+            expect(
+                0 <= getattr(self, name) <= 1,
+                f"ColorJitter: {name}: expected a number in [0, 1]",
+                getattr(self, name),
+            )
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A view of each image, of x's shape and dtype."""
         return _changed(self, x, self.shape, lambda images, top: self._jittered(images, top, generator))
 
     def _jittered(self, images: Tensor, top: float, generator: torch.Generator | None) -> Tensor:
-        if images.shape[1] != 3:
-            raise ValueError(f"ColorJitter: x: expected images of 3 channels, got {images.shape[1]}")
+        expect(images.shape[1] == 3, "ColorJitter: x: expected images of 3 channels", images.shape[1])
         drawn = (2 * _uniform(images, 3, generator) - 1)[:, :, None, None, None].unbind(1)
         reach = self.brightness, self.contrast, self.saturation
         brightness, contrast, saturation = (1 + part * a for part, a in zip(drawn, reach, strict=True))
@@ -231,8 +231,11 @@ def _changed(
 ) -> Tensor:
     """``change(images [B, C, H, W], largest value)``, in x's shape and dtype."""
     name = type(augment).__name__
-    if not (x.is_floating_point() or x.dtype in (torch.uint8, torch.bool)):
-        raise ValueError(f"{name}: x: expected floating, uint8 or bool images, got {x.dtype}")
+    expect(
+        x.is_floating_point() or x.dtype in (torch.uint8, torch.bool),
+        f"{name}: x: expected floating, uint8 or bool images",
+        x.dtype,
+    )
     if shape is None and x.dim() != 4:
         raise ValueError(
             f"{name}: x: expected images [B, C, H, W], got {list(x.shape)}; for flat images pass shape=(C, H, W)"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect
 from fastvae.data.images import ImageDataset
 
 __all__ = ["FactorDataset", "FactorSpace"]
@@ -54,11 +55,11 @@ class FactorSpace:
 
         ValueError for another shape or dtype, or a value outside its factor's range.
         """
-        if factors.dim() != 2 or factors.shape[1] != len(self.sizes) or factors.dtype != torch.int64:
-            raise ValueError(
-                f"{self.name}: factors: expected int64 [N, {len(self.sizes)}], "
-                f"got {factors.dtype} {list(factors.shape)}"
-            )
+        expect(
+            factors.dim() == 2 and factors.shape[1] == len(self.sizes) and factors.dtype == torch.int64,
+            f"{self.name}: factors: expected int64 [N, {len(self.sizes)}]",
+            f"{factors.dtype} {list(factors.shape)}",
+        )
         sizes = torch.tensor(self.sizes, device=factors.device)
         outside = (factors < 0) | (factors >= sizes)
         if bool(outside.any()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae._distribution import to_mend
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect, expect_numbers, is_integer
 from fastvae.data.folders import load_pictures
 from fastvae.data.images import ImageDataset
 from fastvae.data.pictures import SUFFIXES, read_pictures
@@ -82,16 +82,17 @@ def load(
         FileNotFoundError: no such source, or a folder without this split.
         ImportError: ``"digits"`` without scikit-learn, pictures without Pillow.
     """
-    if split not in ("train", "test", "all"):
-        raise ValueError(f'load: split: expected "train", "test" or "all", got {split!r}')
+    expect(split in ("train", "test", "all"), 'load: split: expected "train", "test" or "all"', repr(split))
     expect_numbers("load", test_fraction=test_fraction, seed=seed)
-    if not 0.0 < test_fraction < 1.0:
-        raise ValueError(f"load: test_fraction: expected a number between 0 and 1, got {test_fraction!r}")
+    expect(
+        0.0 < test_fraction < 1.0,
+        "load: test_fraction: expected a number between 0 and 1",
+        repr(test_fraction),
+    )
     if isinstance(max_unpacked, bool) or not isinstance(max_unpacked, int) or max_unpacked < 0:
         raise ValueError(f"load: max_unpacked: expected a number of bytes, got {max_unpacked!r}")
     shape = _checked_size(size)
-    if channels not in (None, 1, 3):
-        raise ValueError(f"load: channels: expected 1, 3 or None, got {channels!r}")
+    expect(channels in (None, 1, 3), "load: channels: expected 1, 3 or None", repr(channels))
     auto = isinstance(labels, str) and labels == "auto"
     is_array = isinstance(source, (Tensor, np.ndarray))
     if not (auto or labels is None or is_array):
@@ -106,11 +107,12 @@ def load(
     elif isinstance(source, ImageDataset):
         whole = source
     elif not isinstance(source, (str, os.PathLike)):
-        if not is_dataset(source):
-            raise TypeError(
-                "load: source: expected a path, an array, a tensor or a data set with len() and samples by number, got "
-                f"{type(source).__name__}"
-            )
+        expect(
+            is_dataset(source),
+            "load: source: expected a path, an array, a tensor or a data set with len() and samples by number",
+            type(source).__name__,
+            TypeError,
+        )
         whole = from_dataset(source, shape, channels, labels is not None, max_unpacked, progress)
     elif source == "digits":
         whole = _load_digits()
@@ -137,8 +139,11 @@ def _checked_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = size if isinstance(size, (tuple, list)) else (size, size)
-    if len(sides) != 2 or not all(is_integer(side) and 1 <= side <= 2**14 for side in sides):
-        raise ValueError(f"load: size: expected an int of at least 1, or (height, width), got {size!r}")
+    expect(
+        len(sides) == 2 and all(is_integer(side) and 1 <= side <= 2**14 for side in sides),
+        "load: size: expected an int of at least 1, or (height, width)",
+        repr(size),
+    )
     return int(sides[0]), int(sides[1])
 
 

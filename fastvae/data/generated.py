@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_at_least, expect_numbers
 from fastvae.data.factors import FactorDataset, FactorSpace
 
 __all__ = ["shapes", "three_dots"]
@@ -45,11 +45,9 @@ def three_dots(
         ValueError: num_images below 1, size or values below 2, radius outside (0, 0.5].
     """
     _check("three_dots", num_images, size)
-    expect_numbers("three_dots", values=values, radius=radius, seed=seed)
-    if values < 2:
-        raise ValueError(f"three_dots: values: expected at least 2, got {values}")
-    if not 0 < radius <= 0.5:
-        raise ValueError(f"three_dots: radius: expected a number in (0, 0.5], got {radius}")
+    expect_at_least("three_dots", 2, values=values)
+    expect_numbers("three_dots", radius=radius, seed=seed)
+    expect(0 < radius <= 0.5, "three_dots: radius: expected a number in (0, 0.5]", radius)
     names = tuple(f"{axis} of dot {dot}" for dot in (1, 2, 3) for axis in "xy")
     draw = functools.partial(_draw_dots, size=size, values=values, radius=radius)
     space = FactorSpace("three dots", names, (values,) * 6, (1, size, size), draw)
@@ -83,11 +81,9 @@ def shapes(num_images: int = 10_000, *, size: int = 64, seed: int = 0) -> Factor
 
 
 def _check(name: str, num_images: int, size: int) -> None:
-    expect_numbers(name, num_images=num_images, size=size)
-    if num_images < 1:
-        raise ValueError(f"{name}: num_images: expected at least 1, got {num_images}")
-    if size < 2:
-        raise ValueError(f"{name}: size: expected at least 2 pixels, got {size}")
+    expect_at_least(name, 1, num_images=num_images)
+    expect_numbers(name, size=size)
+    expect(size >= 2, f"{name}: size: expected at least 2 pixels", size)
 
 
 def _pixel_centres(like: Tensor, size: int) -> Tensor:
