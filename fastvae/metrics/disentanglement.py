@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_numbers
 
 __all__ = ["factor_information", "mig", "modularity"]
 
@@ -109,15 +109,20 @@ def _varying(name: str, entropy: Tensor) -> Tensor:
 
 def _check(codes: Tensor, factors: Tensor, bins: int) -> None:
     expect_numbers("disentanglement", bins=bins)
-    if bins < 1:
-        raise ValueError(f"bins: expected at least 1, got {bins}")
-    if codes.dim() != 2 or not codes.is_floating_point() or 0 in codes.shape:
-        raise ValueError(f"codes: expected floating [N, d], not empty, got {codes.dtype} {list(codes.shape)}")
-    if factors.dim() != 2 or factors.is_floating_point() or len(factors) != len(codes) or 0 in factors.shape:
-        raise ValueError(
-            f"factors: expected integers [{len(codes)}, F], got {factors.dtype} {list(factors.shape)}"
-        )
+    expect(bins >= 1, "bins: expected at least 1", bins)
+    expect(
+        codes.dim() == 2 and codes.is_floating_point() and 0 not in codes.shape,
+        "codes: expected floating [N, d], not empty",
+        f"{codes.dtype} {list(codes.shape)}",
+    )
+    expect(
+        factors.dim() == 2
+        and not factors.is_floating_point()
+        and len(factors) == len(codes)
+        and 0 not in factors.shape,
+        f"factors: expected integers [{len(codes)}, F]",
+        f"{factors.dtype} {list(factors.shape)}",
+    )
     if not bool(torch.isfinite(codes).all()):
         raise ValueError(f"codes: expected finite values, got {int((~torch.isfinite(codes)).sum())} others")
-    if int(factors.min()) < 0:
-        raise ValueError(f"factors: expected integers of at least 0, got {int(factors.min())}")
+    expect(int(factors.min()) >= 0, "factors: expected integers of at least 0", int(factors.min()))

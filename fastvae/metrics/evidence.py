@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_at_least, expect_numbers
+from fastvae.arguments import expect, expect_at_least, expect_numbers
 from fastvae.likelihoods.weights import expanded
 from fastvae.metrics.annealing import Bridge, adapted_steps, annealed, temperatures
 from fastvae.metrics.posteriors import Estimate, Images, estimate_of, observations, private_model
@@ -231,12 +231,16 @@ class _Options:
             if numbers[key] is not None and numbers[key] < least:
                 raise ValueError(f"{self.name}: {key}: expected at least {least}, got {numbers[key]}")
         for key, known in (("schedule", _SCHEDULES), ("initial", _INITIAL)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{self.name}: {key}: expected one of {known}, got {getattr(self, key)!r}")
-        if not 0 < self.target_acceptance < 1:
-            raise ValueError(
-                f"{self.name}: target_acceptance: expected a number in (0, 1), got {self.target_acceptance}"
+            expect(
+                getattr(self, key) in known,
+                f"{self.name}: {key}: expected one of {known}",
+                repr(getattr(self, key)),
             )
+        expect(
+            0 < self.target_acceptance < 1,
+            f"{self.name}: target_acceptance: expected a number in (0, 1)",
+            self.target_acceptance,
+        )
 
     def steps_for(self, images: int, device: torch.device) -> Tensor | None:
         """The step sizes that were given, [num_temperatures - 2, images]."""
@@ -244,10 +248,11 @@ class _Options:
         if self.step_size is None:
             return None if shape[0] else torch.empty(shape, dtype=torch.float64, device=device)
         given_size = torch.as_tensor(self.step_size, dtype=torch.float64, device=device)
-        if given_size.dim() and given_size.shape != shape:
-            raise ValueError(
-                f"{self.name}: step_size: expected a number or {list(shape)}, got {list(given_size.shape)}"
-            )
+        expect(
+            not given_size.dim() or given_size.shape == shape,
+            f"{self.name}: step_size: expected a number or {list(shape)}",
+            list(given_size.shape),
+        )
         if not bool((given_size.isfinite() & (given_size > 0)).all()):
             raise ValueError(f"{self.name}: step_size: expected finite numbers above 0")
         return given_size.expand(shape)
@@ -259,8 +264,7 @@ class _Chains:
     def __init__(self, options: _Options, model: BaseVAE, observation: Observation) -> None:
         self.options, self.model = options, model
         images = len(observation.x)
-        if not images:
-            raise ValueError(f"{options.name}: x: expected some images, got none")
+        expect(images > 0, f"{options.name}: x: expected some images", "none")
         self.device, self.dtype = _place(model)
         if observation.condition is not None:
             check_condition(model, observation.condition, images)

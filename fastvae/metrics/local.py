@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_at_least, expect_numbers
+from fastvae.arguments import expect, expect_at_least, expect_numbers
 from fastvae.data import FactorSpace
 from fastvae.metrics.disentanglement import mig, modularity
 from fastvae.models import BaseVAE
@@ -124,17 +124,19 @@ def local_codes(
     expect_at_least("local_codes", 0, continuity_cutoff=continuity_cutoff)
     sizes = torch.tensor(space.sizes, device="cpu")
     reach = (sizes.double() * rho).floor().long()
-    if not 0 < rho <= 1 or not bool(((reach > 0) & (sizes > 1)).any()):
-        raise ValueError(
-            f"local_codes: rho: expected a number in (0, 1] that lets one of the factors vary, of "
-            f"{', '.join(map(str, space.sizes))} values, got {rho}"
-        )
+    expect(
+        0 < rho <= 1 and bool(((reach > 0) & (sizes > 1)).any()),
+        "local_codes: rho: expected a number in (0, 1] that lets one of the factors vary, of "
+        f"{', '.join(map(str, space.sizes))} values",
+        rho,
+    )
     reach = torch.where(sizes >= continuity_cutoff, reach, 0)
-    if not bool(reach.any()):
-        raise ValueError(
-            f"local_codes: continuity_cutoff: expected one of the factors that vary, of "
-            f"{', '.join(map(str, space.sizes))} values, to have as many, got {continuity_cutoff}"
-        )
+    expect(
+        bool(reach.any()),
+        "local_codes: continuity_cutoff: expected one of the factors that vary, of "
+        f"{', '.join(map(str, space.sizes))} values, to have as many",
+        continuity_cutoff,
+    )
     return _clusters(model, space, reach, num_points, num_clusters, seed)
 
 

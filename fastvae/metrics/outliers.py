@@ -70,8 +70,11 @@ def ood_metrics(
 
 def _scores(name: str, scores: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     values = scores.detach().cpu().double().numpy()
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"ood_metrics: {name}: expected shape [N] with N >= 1, got {list(scores.shape)}")
+    expect(
+        values.ndim == 1 and len(values) > 0,
+        f"ood_metrics: {name}: expected shape [N] with N >= 1",
+        list(scores.shape),
+    )
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise ValueError(f"ood_metrics: {name}: expected finite scores, got {bad} NaN or infinite")

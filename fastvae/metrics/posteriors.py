@@ -230,6 +230,5 @@ def _of_batches(
         call(private, observation.each(lambda t: t.to(device)))
         for observation in observations(batches, places)
     ]
-    if not found:
-        raise ValueError(f"{name}: images: expected some, got none")
+    expect(bool(found), f"{name}: images: expected some", "none")
     return found

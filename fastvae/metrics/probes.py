@@ -89,15 +89,20 @@ def _score(classifier: Any, codes: Tensor, labels: Tensor, test_codes: Tensor, t
 
 def _check(name: str, codes: Tensor, labels: Tensor, test_codes: Tensor, test_labels: Tensor) -> None:
     for role, some, of in (("", codes, labels), ("test_", test_codes, test_labels)):
-        if some.dim() != 2 or not some.is_floating_point() or 0 in some.shape:
-            raise ValueError(
-                f"{name}: {role}codes: expected floating [N, d], not empty, got {some.dtype} {list(some.shape)}"
-            )
+        expect(
+            some.dim() == 2 and some.is_floating_point() and 0 not in some.shape,
+            f"{name}: {role}codes: expected floating [N, d], not empty",
+            f"{some.dtype} {list(some.shape)}",
+        )
         if not bool(torch.isfinite(some).all()):
             raise ValueError(f"{name}: {role}codes: expected finite values")
-        if of.is_floating_point() or of.shape != some.shape[:1]:
-            raise ValueError(
-                f"{name}: {role}labels: expected integers [{len(some)}], got {of.dtype} {list(of.shape)}"
-            )
-    if codes.shape[1] != test_codes.shape[1]:
-        raise ValueError(f"{name}: test_codes: expected [M, {codes.shape[1]}], got {list(test_codes.shape)}")
+        expect(
+            not of.is_floating_point() and of.shape == some.shape[:1],
+            f"{name}: {role}labels: expected integers [{len(some)}]",
+            f"{of.dtype} {list(of.shape)}",
+        )
+    expect(
+        codes.shape[1] == test_codes.shape[1],
+        f"{name}: test_codes: expected [M, {codes.shape[1]}]",
+        list(test_codes.shape),
+    )
