@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect
 from fastvae.data import binarize as draw_binary
 from fastvae.data import images_of
 from fastvae.data.images import tensor_at
@@ -74,10 +75,11 @@ def batch_of(loaded: Any, places: Mapping[str, Place | None], binarize: bool) ->
 
 
 def _amount_of(sample_weight: Tensor, samples: int) -> float:
-    if sample_weight.shape != (samples,):
-        raise ValueError(
-            f"fit: sample_weight: expected one number a sample, [{samples}], got {list(sample_weight.shape)}"
-        )
+    expect(
+        sample_weight.shape == (samples,),
+        f"fit: sample_weight: expected one number a sample, [{samples}]",
+        list(sample_weight.shape),
+    )
     total = float(sample_weight.sum(dtype=torch.float64))
     if not (math.isfinite(total) and total > 0 and bool((sample_weight >= 0).all())):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect, expect_integers, expect_not_negative
 from fastvae.training.history import History
 
 if TYPE_CHECKING:
@@ -76,8 +76,11 @@ class Training:
 
         ``history.stopped`` is then the reason, "callback" or "patience".
         """
-        if reason not in ("callback", "patience"):
-            raise ValueError(f'Training.stop: reason: expected "callback" or "patience", got {reason!r}')
+        expect(
+            reason in ("callback", "patience"),
+            'Training.stop: reason: expected "callback" or "patience"',
+            repr(reason),
+        )
         self._run.stop_reason = reason
 
     def keep_weights(self) -> None:
@@ -132,13 +135,8 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, patience: int, *, min_delta: float = 0.0, restore_best: bool = True) -> None:
-        expect_numbers("EarlyStopping", patience=patience, min_delta=min_delta)
-        if not (is_integer(patience) and patience >= 1):
-            raise ValueError(f"EarlyStopping: patience: expected an int of at least 1, got {patience!r}")
-        if not (math.isfinite(min_delta) and min_delta >= 0):
-            raise ValueError(
-                f"EarlyStopping: min_delta: expected a finite number of at least 0, got {min_delta}"
-            )
+        expect_integers("EarlyStopping", 1, patience=patience)
+        expect_not_negative("EarlyStopping", min_delta=min_delta)
         self.patience, self.min_delta, self.restore_best = int(patience), float(min_delta), bool(restore_best)
 
     def best_epoch(self, history: History) -> int:
@@ -155,10 +153,11 @@ class EarlyStopping(Callback):
 
     def on_epoch(self, training: Training) -> None:
         """Keeps the weights of an improvement; stops without one for too long."""
-        if training.history.val_loss[-1] is None:
-            raise ValueError(
-                "EarlyStopping: expected fit(..., val_loader=...), whose loss it watches, got none"
-            )
+        expect(
+            training.history.val_loss[-1] is not None,
+            "EarlyStopping: expected fit(..., val_loader=...), whose loss it watches",
+            "none",
+        )
         if self.restore_best and self.best_epoch(training.history) == len(training.history.val_loss):
             training.keep_weights()
         self._stop_if_due(training)

@@ -237,14 +237,15 @@ def _checked_callbacks(
                 f"fit: callbacks: expected fastvae.training.Callback objects, got {type(callback).__name__}"
             )
     if patience is not None:
-        if val_loader is None:
-            raise ValueError("fit: patience: expected a val_loader to watch, got val_loader=None")
+        expect(val_loader is not None, "fit: patience: expected a val_loader to watch", "val_loader=None")
         found.append(EarlyStopping(patience))
     stopping = sum(isinstance(callback, EarlyStopping) for callback in found)
-    if stopping and val_loader is None:
-        raise ValueError("fit: callbacks: EarlyStopping: expected a val_loader to watch, got val_loader=None")
-    if stopping > 1:
-        raise ValueError("fit: callbacks: expected one EarlyStopping, or patience, got several")
+    expect(
+        not stopping or val_loader is not None,
+        "fit: callbacks: EarlyStopping: expected a val_loader to watch",
+        "val_loader=None",
+    )
+    expect(stopping <= 1, "fit: callbacks: expected one EarlyStopping, or patience", "several")
     return found
 
 
@@ -295,8 +296,7 @@ def _build_optimizer(
     model: nn.Module, optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
 ) -> Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError("fit: model: expected trainable parameters, got none")
+    expect(bool(parameters), "fit: model: expected trainable parameters", "none")
     if optimizer is None:
         return torch.optim.Adam(parameters, lr=1e-3)
     if not (isinstance(optimizer, Optimizer) or callable(optimizer)):
@@ -307,10 +307,11 @@ def _build_optimizer(
     chosen = optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)
     if not isinstance(chosen, Optimizer):
         raise ValueError(f"fit: optimizer: expected a torch.optim.Optimizer, got {type(chosen).__name__}")
-    if not {id(p) for p in parameters_of(chosen)} & {id(p) for p in parameters}:
-        raise ValueError(
-            "fit: optimizer: expected one of this model's parameters, got one that holds none of them"
-        )
+    expect(
+        not {id(p) for p in parameters_of(chosen)}.isdisjoint(map(id, parameters)),
+        "fit: optimizer: expected one of this model's parameters",
+        "one that holds none of them",
+    )
     return chosen
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from fastvae.arguments import expect
 from fastvae.models import DivergenceError
 from fastvae.modes import modes_kept
 from fastvae.progress import bar_of
@@ -192,11 +193,11 @@ class Run(CheckpointedRun):
             waiting -= 1
             if not waiting:
                 set_plain_states(part.random[self.team.rank])
-        if waiting:
-            raise ValueError(
-                f"fit: loader: expected the {part.batches} batches that epoch {self.epoch + 1} had when it was "
-                f"interrupted, got {part.batches - waiting}"
-            )
+        expect(
+            not waiting,
+            f"fit: loader: expected the {part.batches} batches that epoch {self.epoch + 1} had when it was interrupted",
+            part.batches - waiting,
+        )
 
     def _heed_interrupt(self, part: PartOfEpoch, length: int | None) -> None:
         """After Ctrl-C, a checkpoint and KeyboardInterrupt. For moments at which nothing is half done."""
