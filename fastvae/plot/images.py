@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from fastvae.arguments import expect_integers
+from fastvae.arguments import expect, expect_integers
 from fastvae.plot.drawing import FONT, GRID, INK, WIDTH, empty_figure
 
 __all__ = ["as_images", "as_tensor", "captioned_rows", "draw_image", "image_blocks"]
@@ -40,17 +40,16 @@ def image_blocks(
     """
     captions = {} if captions is None else captions
     expect_integers("plot.image_blocks", 1, columns=columns)
-    if not blocks:
-        raise ValueError("plot.image_blocks: blocks: expected at least one, got none")
+    expect(bool(blocks), "plot.image_blocks: blocks: expected at least one", "none")
     if unknown := captions.keys() - blocks.keys():
         raise ValueError(f"plot.image_blocks: captions: expected names of blocks, got {sorted(unknown)}")
     blocks = {name: as_images("plot.image_blocks", images, None) for name, images in blocks.items()}
     heights = []
     for name, images in blocks.items():
-        if name in captions and len(captions[name]) != len(images):
-            raise ValueError(
-                f"plot.image_blocks: captions: expected {len(images)} for {name!r}, got {len(captions[name])}"
-            )
+        given = len(captions.get(name, images))
+        expect(
+            given == len(images), f"plot.image_blocks: captions: expected {len(images)} for {name!r}", given
+        )
         lines = math.ceil(len(images) / columns)
         heights.append(_NAME + lines * _line_height(images, columns, name in captions))
     figure = empty_figure(sum(heights) + _MARGIN, constrained=False)
@@ -79,13 +78,13 @@ def as_images(owner: str, values: Any, shape: Sequence[int] | None) -> Tensor:
     Bytes come back as their share of 255.
     """
     values = as_tensor(owner, "images", values)
-    if not len(values):
-        raise ValueError(f"{owner}: expected images [N, C, H, W], not empty, got {list(values.shape)}")
+    expect(len(values) > 0, f"{owner}: expected images [N, C, H, W], not empty", list(values.shape))
     if shape is not None:
-        if len(shape) != 3 or values[0].numel() != math.prod(shape):
-            raise ValueError(
-                f"{owner}: shape: expected [C, H, W] of {values[0].numel()} values, got {list(shape)}"
-            )
+        expect(
+            len(shape) == 3 and values[0].numel() == math.prod(shape),
+            f"{owner}: shape: expected [C, H, W] of {values[0].numel()} values",
+            list(shape),
+        )
         values = values.reshape(-1, *shape)
     if values.dim() != 4 or 0 in values.shape:
         raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastvae.arguments import expect
 from fastvae.influence import KMostInfluentialResults
 from fastvae.plot.images import as_images, captioned_rows
 
@@ -51,10 +52,11 @@ def influences(
                 f"{indices.dtype} from {indices.min():g} to {indices.max():g}"
             )
     captions = [""] * len(queries) if query_captions is None else list(query_captions)
-    if len(captions) != len(queries):
-        raise ValueError(
-            f"plot.influences: query_captions: expected {len(queries)}, one an image, got {len(captions)}"
-        )
+    expect(
+        len(captions) == len(queries),
+        f"plot.influences: query_captions: expected {len(queries)}, one an image",
+        len(captions),
+    )
     rows = []
     for row, (query, caption) in enumerate(zip(queries, captions, strict=True)):
         scores = torch.cat([scores[row] for _, scores in given]).double()

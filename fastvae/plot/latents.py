@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvae.arguments import expect_integers, expect_positive, given
+from fastvae.arguments import expect, expect_integers, expect_positive, given
 from fastvae.metrics.posteriors import divergence_by_latent, private_model
 from fastvae.models import BaseVAE
 from fastvae.plot.drawing import COLOURS, FONT, INK, MUTED, WIDTH, empty_figure, panels
@@ -183,8 +183,7 @@ def chosen_latents(
     condition: Tensor | None = None,
 ) -> list[int]:
     """Which latents: those given, or so many that say most of x; ValueError, in the owner's name, for others."""
-    if not len(x):
-        raise ValueError(f"{owner}: x: expected at least one image, got none")
+    expect(len(x) > 0, f"{owner}: x: expected at least one image", "none")
     if isinstance(latents, int):
         expect_integers(owner, 1, latents=latents)
         batches, place = (x, None) if condition is None else ([(x, condition)], 1)
@@ -192,8 +191,11 @@ def chosen_latents(
             divergence_by_latent(model, batches, condition=place).argsort(descending=True)[:latents].tolist()
         )
     known = model.latent_dim or 0
-    if not latents or not all(0 <= index < known for index in latents):
-        raise ValueError(f"{owner}: latents: expected numbers from 0 to {known - 1}, got {list(latents)}")
+    expect(
+        bool(latents) and all(0 <= index < known for index in latents),
+        f"{owner}: latents: expected numbers from 0 to {known - 1}",
+        list(latents),
+    )
     return list(latents)
 
 

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastvae.arguments import expect_integers
+from fastvae.arguments import expect, expect_integers
 from fastvae.metrics.posteriors import private_model
 from fastvae.models import BaseVAE
 from fastvae.plot.images import as_images, image_blocks
@@ -72,10 +72,11 @@ def reconstructions(model: BaseVAE | Tensor, x: Tensor, *, columns: int = 8, see
         private = private_model("plot.reconstructions", model)
         model = private.reconstruct(x, generator=torch.Generator().manual_seed(seed))
     made = as_images("plot.reconstructions", model, shape)
-    if len(made) != len(originals):
-        raise ValueError(
-            f"plot.reconstructions: model: expected a reconstruction of each image, {len(originals)}, got {len(made)}"
-        )
+    expect(
+        len(made) == len(originals),
+        f"plot.reconstructions: model: expected a reconstruction of each image, {len(originals)}",
+        len(made),
+    )
     pairs: list[Tensor] = []
     for start in range(0, len(x), columns):
         upper, lower = (each[start : start + columns] for each in (originals, made))

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastvae.arguments import expect
 from fastvae.plot.drawing import COLOURS, FONT, GRID, panels
 from fastvae.plot.images import as_tensor
 
@@ -32,10 +33,11 @@ def score_histograms(
     Raises:
         ValueError: no scores, or scores that are not [N] with finite values.
     """
-    if not scores or not all(scores.values()):
-        raise ValueError(
-            "plot.score_histograms: scores: expected at least one score of at least one set, got none"
-        )
+    expect(
+        bool(scores) and all(scores.values()),
+        "plot.score_histograms: scores: expected at least one score of at least one set",
+        "none",
+    )
     sets = max(map(len, scores.values()))
     figure, rows = panels(len(scores), 2, 1.75, 0.25 * math.ceil(sets / 3))
     for (name, by_set), (histogram, roc) in zip(scores.items(), rows, strict=True):
@@ -77,9 +79,9 @@ def _roc(inside: np.ndarray, foreign: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _finite(name: str, key: str, scores: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
     values = as_tensor("plot.score_histograms", "scores", scores).detach().cpu().double().numpy()
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(
-            f"plot.score_histograms: scores: expected finite values [N], N >= 1, of {name!r} for {key!r}, got "
-            f"{list(values.shape)}"
-        )
+    expect(
+        values.ndim == 1 and len(values) > 0 and bool(np.isfinite(values).all()),
+        f"plot.score_histograms: scores: expected finite values [N], N >= 1, of {name!r} for {key!r}",
+        list(values.shape),
+    )
     return values

@@ -8,6 +8,7 @@ from itertools import accumulate, cycle
 
 from matplotlib.figure import Figure
 
+from fastvae.arguments import expect
 from fastvae.plot.drawing import COLOURS, FONT, panels
 from fastvae.training import History
 
@@ -26,8 +27,11 @@ def training_curves(histories: History | Mapping[str, History]) -> Figure:
         ValueError: none, or one without an epoch.
     """
     named = {"": histories} if isinstance(histories, History) else dict(histories)
-    if not named or not all(history.steps for history in named.values()):
-        raise ValueError("plot.training_curves: histories: expected at least one epoch of each, got none")
+    expect(
+        bool(named) and all(history.steps for history in named.values()),
+        "plot.training_curves: histories: expected at least one epoch of each",
+        "none",
+    )
     figure, (row,) = panels(1, 2, 2.5)
     lowest, highest = math.inf, -math.inf
     for (name, history), colour in zip(named.items(), cycle(COLOURS[1:] + COLOURS[:1]), strict=False):

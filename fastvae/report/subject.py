@@ -92,8 +92,11 @@ class Subject:
         expect_positive("write_report", effort=effort)
         expect(is_integer(seed), "write_report: seed: expected an int", repr(seed))
         private = private_model("write_report", model)
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in private.parameters()):
-            raise ValueError("write_report: model: expected finite parameters, got NaN or infinite ones")
+        expect(
+            all(bool(torch.isfinite(parameter).all()) for parameter in private.parameters()),
+            "write_report: model: expected finite parameters",
+            "NaN or infinite ones",
+        )
         generator = torch.Generator().manual_seed(seed)
         own = dict(zip(("train", "test"), conditions_of(condition, train, test), strict=True))
         parts = {
@@ -102,10 +105,11 @@ class Subject:
         }
         shapes = [part.x.shape[1:] for part in parts.values()]
         noun = "rows" if len(shapes[0]) == 1 else "images"
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"write_report: test: expected {noun} of {list(shapes[0])} as in train, got {list(shapes[1])}"
-            )
+        expect(
+            shapes[0] == shapes[1],
+            f"write_report: test: expected {noun} of {list(shapes[0])} as in train",
+            list(shapes[1]),
+        )
         others = {
             name: foreign_of(part, condition, shapes[0], generator)
             for name, part in named_sets(foreign).items()
