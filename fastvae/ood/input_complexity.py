@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae._distribution import to_mend
-from fastvae.arguments import expect_choice
+from fastvae.arguments import expect, expect_choice
 from fastvae.data import images_of
 from fastvae.likelihoods import Bernoulli, Categorical
 from fastvae.models.base import BaseVAE
@@ -101,11 +101,11 @@ class InputComplexity(LikelihoodScore):
         if isinstance(likelihood, Categorical):
             return likelihood.classes(x.detach()).to(torch.uint8)
         values = likelihood.as_float(x.detach(), torch.float32)
-        if not bool(((values == 0) | (values == 1)).all()):
-            raise ValueError(
-                "InputComplexity: x: expected zeros and ones under a Bernoulli likelihood, got other values; "
-                "see fastvae.data.binarize"
-            )
+        expect(
+            bool(((values == 0) | (values == 1)).all()),
+            "InputComplexity: x: expected zeros and ones under a Bernoulli likelihood",
+            "other values; see fastvae.data.binarize",
+        )
         return values.to(torch.uint8)
 
 
@@ -124,11 +124,11 @@ def compressed_bits(images: Tensor, compressor: str = "png", *, binary: bool = F
     pixels = images_of(images)
     if pixels.dim() == 3:
         pixels = pixels[:, None]
-    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] not in (1, 3):
-        raise ValueError(
-            "InputComplexity: x: expected images [B, H, W] or [B, C, H, W] with 1 or 3 channels, "
-            f"got {images.dtype} {list(images.shape)}"
-        )
+    expect(
+        pixels.dtype == torch.uint8 and pixels.dim() == 4 and pixels.shape[1] in (1, 3),
+        "InputComplexity: x: expected images [B, H, W] or [B, C, H, W] with 1 or 3 channels",
+        f"{images.dtype} {list(images.shape)}",
+    )
     pillow = _pillow(compressor)
     form, options = _FORMATS[compressor]
 

@@ -38,8 +38,11 @@ def mutate(
         ValueError: another dtype, or a probability or levels out of range.
     """
     expect_numbers("mutate", probability=probability, levels=levels)
-    if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise ValueError(f"mutate: x: expected uint8 or a floating dtype, got {x.dtype}")
+    expect(
+        x.dtype == torch.uint8 or x.is_floating_point(),
+        "mutate: x: expected uint8 or a floating dtype",
+        x.dtype,
+    )
     expect(0 <= probability <= 1, "mutate: probability: expected a number in [0, 1]", probability)
     expect(2 <= levels <= 256, "mutate: levels: expected 2 to 256", levels)
     values = torch.randint(levels, x.shape, device=x.device, generator=generator)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvae.arguments import expect_at_least, expect_choice, expect_not_negative, expect_numbers
+from fastvae.arguments import expect, expect_at_least, expect_choice, expect_not_negative, expect_numbers
 from fastvae.cuda_graphs import run_steps
 from fastvae.influence.noise import draws_noise
 from fastvae.likelihoods.weights import expanded, filled
@@ -134,8 +134,11 @@ class LikelihoodRegret(Detector):
         expect_at_least(owner, 1, optional=True, memory_budget=memory_budget)
         lr = _LEARNING_RATES[target] if lr is None else lr
         expect_not_negative(owner, lr=lr, weight_decay=weight_decay)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"LikelihoodRegret: betas: expected two numbers in [0, 1), got {betas}")
+        expect(
+            len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+            "LikelihoodRegret: betas: expected two numbers in [0, 1)",
+            betas,
+        )
         super().__init__(inner)
         self.num_steps, self.num_samples, self.target, self.seed = num_steps, num_samples, target, seed
         self.adam = Adam(lr, (float(betas[0]), float(betas[1])), weight_decay)
@@ -239,11 +242,11 @@ class LikelihoodRegret(Detector):
     def _encoders(self, model: BaseVAE, observation: Observation, mu: Tensor, logvar: Tensor) -> Copies:
         if self.target == "posterior":
             return PosteriorCopies(mu, logvar, self.adam)
-        if next(model.encoder.parameters(), None) is None:
-            raise ValueError(
-                "LikelihoodRegret: encoder: expected parameters to optimise for each image, got none; "
-                "target='posterior' optimises its mean and log variance alone"
-            )
+        expect(
+            next(model.encoder.parameters(), None) is not None,
+            "LikelihoodRegret: encoder: expected parameters to optimise for each image",
+            "none; target='posterior' optimises its mean and log variance alone",
+        )
         x, condition, weight = observation
         x = x if weight is None else filled(x, weight)
         of_encoder = condition if condition is not None and takes_condition(model.encoder) else None
@@ -301,10 +304,11 @@ class LikelihoodRegret(Detector):
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"LikelihoodRegret: x: expected a batch of images [B, ...], got {got}")
         like = next(model.parameters())
-        if like.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"LikelihoodRegret: model: expected parameters in float32 or float64, got {like.dtype}"
-            )
+        expect(
+            like.dtype in (torch.float32, torch.float64),
+            "LikelihoodRegret: model: expected parameters in float32 or float64",
+            like.dtype,
+        )
         _check_independence(model.encoder, tuple(x.shape[1:]))
         if observation.condition is not None:
             check_condition(self, observation.condition, len(x))
