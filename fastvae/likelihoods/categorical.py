@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_numbers, is_integer
+from fastvae.arguments import expect, expect_numbers, is_integer
 from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, set_positive, unit_interval
 from fastvae.likelihoods.weights import of_outputs, total
 
@@ -41,8 +41,11 @@ class Categorical(Likelihood):
 
     def __post_init__(self) -> None:
         expect_numbers("Categorical", num_classes=self.num_classes)
-        if not is_integer(self.num_classes) or self.num_classes < 2:
-            raise ValueError(f"Categorical: num_classes: expected an integer above 1, got {self.num_classes}")
+        expect(
+            is_integer(self.num_classes) and self.num_classes >= 2,
+            "Categorical: num_classes: expected an integer above 1",
+            self.num_classes,
+        )
         object.__setattr__(self, "num_classes", int(self.num_classes))
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.arguments import expect
 from fastvae.likelihoods.base import Likelihood, at_least_float32, set_positive, unit_interval
 from fastvae.likelihoods.learned import LearnedLikelihood
 from fastvae.likelihoods.weights import count, total
@@ -93,8 +94,9 @@ class Gaussian(Likelihood):
     ) -> Any:
         """A module, where the scale is no number."""
         if isinstance(scale, str):
-            if scale != "learned":
-                raise ValueError(f"Gaussian: scale: expected a number, a tensor or 'learned', got {scale!r}")
+            expect(
+                scale == "learned", "Gaussian: scale: expected a number, a tensor or 'learned'", repr(scale)
+            )
             return LearnedLikelihood(GaussianHead(min_scale), "log_scale", shape, initial, owner="Gaussian")
         if isinstance(scale, Tensor) and not scale.requires_grad:
             head = GaussianHead(min_scale)

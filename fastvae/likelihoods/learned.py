@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae._compiling import is_compiling
-from fastvae.arguments import expect_positive, is_integer
+from fastvae.arguments import expect, expect_positive, is_integer
 from fastvae.likelihoods.base import Likelihood
 
 __all__ = ["LearnedLikelihood", "without_parameters"]
@@ -45,8 +45,11 @@ class LearnedLikelihood(nn.Module, Likelihood):
         if not isinstance(shape, Sequence):
             raise TypeError(f"{kind}: shape: expected a sequence of integers, got {type(shape).__name__}")
         sizes = tuple(shape)
-        if not all(is_integer(size) and size > 0 for size in sizes):
-            raise ValueError(f"{kind}: shape: expected positive integers, got {sizes}")
+        expect(
+            all(is_integer(size) and size > 0 for size in sizes),
+            f"{kind}: shape: expected positive integers",
+            sizes,
+        )
         if isinstance(initial, Tensor):
             start = initial.detach().clone().to(torch.get_default_dtype())
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvae._compiling import is_compiling
 from fastvae._elbo_reference import reparameterize
-from fastvae.arguments import expect_at_least, expect_not_negative, expect_numbers, given
+from fastvae.arguments import expect, expect_at_least, expect_not_negative, expect_numbers, given
 from fastvae.likelihoods import Likelihood
 from fastvae.models.evidence import codes_by_outputs, importance_sampled
 from fastvae.models.imputation import imputed
@@ -101,8 +101,11 @@ class BaseVAE(EncoderDecoder, ABC):
         expect_numbers(name, max_logvar=max_logvar)
         expect_not_negative(name, beta=beta)
         expect_at_least(name, 1, optional=True, latent_dim=latent_dim)
-        if max_logvar is not None and not math.isfinite(max_logvar):
-            raise ValueError(f"{name}: max_logvar: expected a finite number or None, got {max_logvar}")
+        expect(
+            max_logvar is None or math.isfinite(max_logvar),
+            f"{name}: max_logvar: expected a finite number or None",
+            max_logvar,
+        )
         penalties = list(penalties)
         for penalty in penalties:
             if not isinstance(penalty, nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_numbers
 
 __all__ = ["BoundedStepSize", "Tempering", "fixed_alpha", "fixed_temperature_alpha"]
 
@@ -64,8 +64,7 @@ class Tempering(nn.Module):
     def __init__(self, kind: str, num_steps: int, beta_0: float, learn: bool) -> None:
         super().__init__()
         expect_numbers("tempering", num_steps=num_steps, beta_0=beta_0)
-        if kind not in KINDS:
-            raise ValueError(f"tempering: expected one of {', '.join(KINDS)}, got {kind!r}")
+        expect(kind in KINDS, f"tempering: expected one of {', '.join(KINDS)}", repr(kind))
         if kind != "none" and not 0 < beta_0 < 1:
             raise ValueError(
                 f"beta_0: expected a number in (0, 1), got {beta_0}; tempering='none' is beta_0 = 1"
@@ -131,8 +130,9 @@ class BoundedStepSize(nn.Module):
                     f"step_size: expected values, got a {type(given).__name__} that requires a gradient, which it "
                     "would not get: these are where the model's own parameter starts (learn_step_size); detach it"
                 )
-        if not (math.isfinite(maximum) and maximum > 0):
-            raise ValueError(f"max_step_size: expected a finite number above 0, got {maximum}")
+        expect(
+            math.isfinite(maximum) and maximum > 0, "max_step_size: expected a finite number above 0", maximum
+        )
         value = torch.as_tensor(initial, dtype=torch.float64, device="cpu").detach()
         value = _as_flow_shape(value, num_steps, latent_dim)
         if not bool(((value > 0) & (value < maximum)).all()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_integers, expect_numbers, is_integer
+from fastvae.arguments import expect, expect_integers, expect_numbers, is_integer
 from fastvae.models.base import Penalty, TrainingStep
 
 __all__ = ["AnnealedPenalty", "BetaAnnealing"]
@@ -69,19 +69,16 @@ class BetaAnnealing(AnnealedPenalty):
     ) -> None:
         super().__init__(anneal_steps)
         expect_numbers("BetaAnnealing", cycle_steps=cycle_steps, num_cycles=num_cycles)
-        if cycle_steps is not None and not (
-            is_integer(cycle_steps) and cycle_steps >= max(1, self.anneal_steps)
-        ):
-            raise ValueError(
-                f"BetaAnnealing: cycle_steps: expected an int of at least anneal_steps = {self.anneal_steps}, got "
-                f"{cycle_steps!r}"
-            )
-        if num_cycles is not None and not (
-            is_integer(num_cycles) and num_cycles >= 1 and cycle_steps is not None
-        ):
-            raise ValueError(
-                f"BetaAnnealing: num_cycles: expected an int of at least 1, with cycle_steps, got {num_cycles!r}"
-            )
+        expect(
+            cycle_steps is None or (is_integer(cycle_steps) and cycle_steps >= max(1, self.anneal_steps)),
+            f"BetaAnnealing: cycle_steps: expected an int of at least anneal_steps = {self.anneal_steps}",
+            repr(cycle_steps),
+        )
+        expect(
+            num_cycles is None or (is_integer(num_cycles) and num_cycles >= 1 and cycle_steps is not None),
+            "BetaAnnealing: num_cycles: expected an int of at least 1, with cycle_steps",
+            repr(num_cycles),
+        )
         self.cycle_steps, self.num_cycles = cycle_steps, num_cycles
 
     def ramp(self) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.arguments import expect_choice, expect_not_negative
+from fastvae.arguments import expect, expect_choice, expect_not_negative
 from fastvae.data.augmentation import accepts
 from fastvae.likelihoods.weights import expanded
 from fastvae.models.base import Penalty, TrainingStep
@@ -50,8 +50,9 @@ class Consistency(Penalty):
         self, augment: Callable[..., Tensor], weight: float = 1e-3, *, noise: str = "independent"
     ) -> None:
         super().__init__()
-        if not callable(augment):
-            raise TypeError(f"Consistency: augment: expected a callable, got {type(augment).__name__}")
+        expect(
+            callable(augment), "Consistency: augment: expected a callable", type(augment).__name__, TypeError
+        )
         expect_not_negative("Consistency", weight=weight)
         expect_choice("Consistency", NOISE, noise=noise)
         self.augment = augment
