@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from fastvae.architectures.naming import named
-from fastvae.arguments import is_integer
+from fastvae.arguments import expect, expect_integers, is_integer
 
 __all__ = ["image_decoder", "image_encoder", "image_networks"]
 
@@ -77,11 +77,12 @@ def _plan(owner: str, shape: Sequence[int], *sizes: int) -> tuple[list[int], int
         "width": sizes[1],
         "values_per_element": sizes[2] if len(sizes) > 2 else 1,
     }
-    for name, value in named.items():
-        if not (is_integer(value) and value >= 1):
-            raise ValueError(f"{owner}: {name}: expected an int of at least 1, got {value!r}")
-    if len(shape) != 3 or not all(is_integer(size) and size >= 1 for size in shape):
-        raise ValueError(f"{owner}: shape: expected (channels, height, width), got {tuple(shape)}")
+    expect_integers(owner, 1, optional=False, **named)
+    expect(
+        len(shape) == 3 and all(is_integer(size) and size >= 1 for size in shape),
+        f"{owner}: shape: expected (channels, height, width)",
+        tuple(shape),
+    )
     found, height, width = [int(shape[0])], int(shape[1]), int(shape[2])
     while height % 2 == width % 2 == 0 and min(height, width) > _SMALLEST:
         height, width = height // 2, width // 2

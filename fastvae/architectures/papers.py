@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.architectures.naming import named
+from fastvae.arguments import expect
 
 __all__ = [
     "dcgan_decoder",
@@ -115,14 +116,16 @@ def _doubling(channels: int, fewer: int, padding: str) -> list[nn.Module]:
 
 
 def _is_same(padding: str) -> bool:
-    if padding not in ("centred", "same"):
-        raise ValueError(f"hvae: padding: expected 'centred' or 'same', got {padding!r}")
+    expect(padding in ("centred", "same"), "hvae: padding: expected 'centred' or 'same'", repr(padding))
     return padding == "same"
 
 
 def _from_paper(initialization: str) -> bool:
-    if initialization not in ("torch", "paper"):
-        raise ValueError(f"hvae: initialization: expected 'torch' or 'paper', got {initialization!r}")
+    expect(
+        initialization in ("torch", "paper"),
+        "hvae: initialization: expected 'torch' or 'paper'",
+        repr(initialization),
+    )
     return initialization == "paper"
 
 

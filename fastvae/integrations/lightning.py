@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastvae.arguments import expect_numbers
+from fastvae.arguments import expect, expect_numbers
 from fastvae.integrations import TORCHVISION
 from fastvae.models import BaseVAE
 from fastvae.models.observation import Observation
@@ -76,8 +76,11 @@ class LitVAE(lightning.LightningModule):
         self.model = model
         self._optimizer = optimizer
         self.lr = lr
-        if schedule_by not in ("epoch", "step"):
-            raise ValueError(f"LitVAE: schedule_by: expected 'epoch' or 'step', got {schedule_by!r}")
+        expect(
+            schedule_by in ("epoch", "step"),
+            "LitVAE: schedule_by: expected 'epoch' or 'step'",
+            repr(schedule_by),
+        )
         self._scheduler, self._schedule_by = scheduler, schedule_by
         self._places = {"condition": condition, "weight": weight, "sample_weight": sample_weight}
 
