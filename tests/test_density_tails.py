@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvae import ops
 from fastvae.likelihoods import (
     Bernoulli,
+    Categorical,
     ContinuousBernoulli,
     DiscretizedLogistic,
     Gaussian,
@@ -169,3 +171,26 @@ def test_float32_is_as_exact_as_pytorch(
         # Or within 16 roundings of what is added: the rest of Stirling's formula is good to some of log Gamma(8).
         allowed = 2 * abs(theirs - right) + 16 * 2.0**-23 * max(1, abs(right))
         assert abs(ours - right) <= allowed, (params[i], x[i], ours, theirs, float(right))
+
+
+@pytest.mark.parametrize("classes", [2, 5, 1000])
+def test_classes_of_large_logits(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(30, classes, generator=generator, dtype=torch.float64)
+    logits *= torch.tensor([1e-8, 1.0, 30.0, 1e3, 1e4, 1e6], dtype=torch.float64).repeat(5)[:, None]
+    x = torch.randint(classes, (30, 1), generator=generator)
+    x[::2, 0] = logits[::2].argmax(1)
+    decoder = nn.Linear(30, classes, bias=False).double()
+    with torch.no_grad():
+        decoder.weight.copy_(logits.T)
+    by_kernel = ops.log_px(decoder, torch.eye(30, dtype=torch.float64)[None], x, Categorical(classes))[0]
+    plain = Categorical(classes).log_prob(logits, x)
+    with mp.workdps(60):
+        for row, at, *found in zip(
+            logits.tolist(), x.flatten().tolist(), by_kernel.tolist(), plain.tolist(), strict=True
+        ):
+            largest = max(row)
+            total = mp.fsum(mp.exp(mp.mpf(a) - largest) for a in row)
+            right = mp.mpf(row[at]) - largest - mp.log(total)
+            # What rounds to 0 beside the logits is 0.
+            assert all(abs(value - right) <= 1e-12 * abs(right) + 1e-15 for value in found)
