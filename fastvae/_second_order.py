@@ -267,9 +267,12 @@ def in_our_words(name: str) -> Iterator[None]:
         raise _not_twice(name, lines[0] if lines else type(error).__name__) from error
 
 
+CANNOT = ", and it cannot: "
+
+
 def _not_twice(name: str, reason: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{name}: decoder: expected one that PyTorch can differentiate twice, and it cannot: {reason}"
+        f"{name}: decoder: expected one that PyTorch can differentiate twice{CANNOT}{reason}"
     )
 
 

@@ -63,6 +63,10 @@ MAPS: dict[str, Case] = {
     "AvgPool2d": layer(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), IMAGE, "avg_pool2d"),
     "AvgPool2d, a divisor": layer(lambda: nn.AvgPool2d(2, 1, divisor_override=3), IMAGE, "avg_pool2d"),
     "AvgPool3d": layer(lambda: nn.AvgPool3d(2, padding=1), VOLUME, "avg_pool3d"),
+    "Unfold and Fold": layer(
+        lambda: nn.Sequential(nn.Unfold(2, padding=1), nn.Tanh(), nn.Fold((4, 4), 2, padding=1)),
+        IMAGE, "im2col", "col2im",
+    ),
     "AdaptiveAvgPool1d": layer(lambda: nn.AdaptiveAvgPool1d(4), SIGNAL, "adaptive_avg_pool1d"),
     "AdaptiveAvgPool2d": layer(lambda: nn.AdaptiveAvgPool2d((3, 2)), IMAGE),
     "AdaptiveAvgPool2d, of all": layer(lambda: nn.AdaptiveAvgPool2d(1), IMAGE),
@@ -98,6 +102,16 @@ MAPS: dict[str, Case] = {
         IMAGE, ("conv2d",),
     ),
 }  # fmt: skip
+
+
+def _written(h: Tensor) -> Tensor:
+    y = torch.zeros_like(h)
+    y[:, 0], y[:, -1, 1:3] = h[:, 1].sin(), h[:, 0, :2] * h[:, 2, 2:]
+    y[:, 1, :, -1] = 0.5
+    y[..., 0:1].add_(h[..., 3:])
+    y[h > 1] = 2.0
+    y[y.sum((1, 2, 3)) > 1e3] = 0
+    return torch.empty_like(y).copy_(y.cos() * h)
 
 
 def branches(shape: tuple[int, ...], *takes: str, functions: list[Callable[[Tensor], Tensor]]) -> Case:
@@ -140,7 +154,9 @@ POINTWISE: dict[str, Case] = {
             lambda h: torch.rsqrt(2 + h.cos()), lambda h: torch.reciprocal(2 + h.cos()), torch.sin, torch.cos,
             torch.square, torch.exp2, lambda h: torch.log1p(h.exp()), lambda h: torch.log2(2 + h.cos()),
             lambda h: torch.log10(2 + h.cos()), torch.erf, torch.erfc, torch.atan, torch.sinh, torch.cosh,
-            lambda h: torch.tan(h.tanh()),
+            lambda h: torch.tan(h.tanh()), torch.expm1, lambda h: torch.asin(0.9 * h.tanh()),
+            lambda h: torch.acos(0.9 * h.tanh()), torch.asinh, lambda h: torch.acosh(1.1 + h.exp()),
+            lambda h: torch.atanh(0.9 * h.tanh()),
         ],
     ),
     "functions of probabilities and counts": branches(
@@ -230,11 +246,33 @@ SHAPES: dict[str, Case] = {
     "unbind": call(lambda h: (lambda a, b, c, d: a * d.sin())(*h.unbind(1)), ROWS, "unbind"),
     "unbind, from behind": call(lambda h: h.unbind(-1)[1].sin() * h.unbind(-1)[3], IMAGE, "unbind"),
     "GLU": layer(nn.GLU, VECTOR),
+    "roll and flip": call(
+        lambda h: h.roll(1, -1).sin() * h.flip(1) + h.roll((1, 2), (1, 2)).flip((-1, 1)), ROWS, "roll", "flip"
+    ),
     "Fourier features": call(
         lambda h, w: torch.cat([(2 * torch.pi * h @ w()).sin(), (2 * torch.pi * h @ w()).cos()], -1), VECTOR,
         held=((6, 4),),
     ),
-    "a cumulated sum": left_over(lambda h: h.cumsum(1).sin() + h.prod(1, keepdim=True), VECTOR, "cumsum", "prod"),
+    "gathered columns": call(
+        lambda h: h[:, [0, 3, 3, 1]].sin() + h.index_select(1, torch.tensor([1, 2, 0, 0])), VECTOR,
+        "index", "index_select",
+    ),
+    "a cumulated sum": call(lambda h: h.cumsum(1).sin() * h.cumsum(-1), VECTOR, "cumsum"),
+    "a filter of frequencies": left_over(
+        lambda h: torch.fft.irfft2(torch.fft.rfft2(h)[:, :, :, :2] * torch.exp(1j * h.mean((1, 2, 3), keepdim=True))),
+        IMAGE, "fft_rfft2", "fft_irfft2", "mul", "exp",
+    ),
+    "complex numbers": left_over(
+        lambda h: torch.view_as_real(torch.view_as_complex(h.view(-1, 3, 2)).roll(1, 1).conj() ** 2).flatten(1),
+        VECTOR, "view_as_complex", "view_as_real", "pow", "roll", "_conj",
+    ),
+    "a product of all": left_over(lambda h: h.sin() + h.prod(1, keepdim=True), VECTOR, "prod"),
+    "variance and deviation": call(
+        lambda h: h.std((1, 2), keepdim=True) * h + h.var(-1, unbiased=False, keepdim=True)
+        + h.var(1, correction=2, keepdim=True) * h.std(2, correction=0).sin().unsqueeze(-1),
+        ROWS, "linalg_vector_norm",
+    ),
+    "written to slices, entries and masked places": call(_written, IMAGE),
     "casts": call(lambda h: (h > 0).to(h) * h + (h > 0.2).double() + (h < 0.1) * h.sin(), VECTOR, "gt"),
 }  # fmt: skip
 

@@ -193,6 +193,16 @@ READ: dict[str, Callable[[], nn.Module]] = {
         through_a_list, layers=lambda: [nn.Linear(4, 4).double() for _ in range(2)]
     ),
     "a closure": Closure,
+    "parameters in lists": of(
+        lambda m, z: Plain.forward(m, z * m.scales[0] + m.shifts["z"]),
+        scales=lambda: nn.ParameterList([torch.ones(3), torch.zeros(1)]),
+        shifts=lambda: nn.ParameterDict({"z": torch.ones(3)}),
+    ),
+    "frequencies": of(
+        lambda m, z: m.last(
+            torch.fft.irfft(torch.fft.rfft(m.first(z)) * torch.exp(1j * m.last.bias), 6).sin()
+        )
+    ),
     "tied weights": Tied,
     "weight_norm": normed(lambda layer: P.weight_norm(layer)),
     "spectral_norm": normed(lambda layer: P.spectral_norm(layer).eval()),
@@ -292,9 +302,6 @@ COUPLED: dict[str, Callable[[], nn.Module]] = {
     "a sum of the samples before": of(lambda m, z: m.last(m.first(z).cumsum(0))),
     "another order": of(lambda m, z: Plain.forward(m, z) * Plain.forward(m, z).flip(0)),
     "statistics of the batch": of(lambda m, z: F.batch_norm(Plain.forward(m, z), None, None, training=True)),
-    "a number of the batch, not to be read": of(
-        lambda m, z: Plain.forward(m, z) * float(z.mean().item() + 1)
-    ),
     "dropout as a function": of(lambda m, z: F.dropout(Plain.forward(m, z), 0.5, m.training)),
     "noise in training": of(lambda m, z: Plain.forward(m, z + torch.randn_like(z) if m.training else z)),
 }

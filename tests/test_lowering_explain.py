@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvae import ops
+from fastvae import Network, ops
 from fastvae.lowering import CoupledSamples, UnsupportedLayer, explain, lower
 
 
@@ -140,3 +141,54 @@ def test_coupled_samples_raise_behind_a_layer_that_is_not_lowered(layer: nn.Modu
         ops.hamiltonian_flow(module, z, z, torch.zeros(2, 6), 0.1, torch.ones(1), "gaussian")
     with pytest.raises(CoupledSamples):
         ops.log_px(module, z[None], torch.zeros(2, 6), "gaussian")
+
+
+class Branches(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z * 2 if z.sum() > 0 else z
+
+
+class OfFour(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z.view(4, 3).sin()
+
+
+class Averages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.mean.lerp_(z.detach().mean(0), 0.1)
+        return z.sin()
+
+
+class Draws(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z + torch.randn_like(z)
+
+
+class Ranks(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z - z.kthvalue(2, dim=1, keepdim=True).values
+
+
+UNREAD: dict[type[nn.Module], str] = {
+    Branches: r"asks for a number that is computed from its input.*explain\.py, line \d+: return z \* 2 if",
+    OfFour: r"raised RuntimeError of a batch of 2.*invalid for input of size 6 \(.*: return z\.view\(4, 3\)",
+    Averages: r"changes buffers of the module \(1\.mean\)",
+    Draws: r"draws random numbers.*\(.*explain\.py, line \d+: return z \+ torch\.randn_like",
+    Ranks: r"Opaque.*kthvalue\.\n  kthvalue: .*explain\.py, line \d+: return z - z\.kthvalue",
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_the_line_that_stops_a_graph_is_named(kind: type[nn.Module]) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), kind(), nn.Linear(3, 4))
+    torch.manual_seed(0)
+    text = Network(module, z=torch.randn(4, 3)).explain()
+    assert re.search(UNREAD[kind], text), text
+
+
+def test_a_module_without_shapes_is_explained() -> None:
+    assert "is lazy" in explain(nn.Sequential(nn.LazyLinear(4)))

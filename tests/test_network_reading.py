@@ -81,6 +81,9 @@ def test_what_is_not_read_runs_through_autograd(name: str, capfd: pytest.Capture
     torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
     found, expected = gradients(value, module, z), gradients(wanted, module, z)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    x = torch.zeros(len(z), 4, dtype=z.dtype)
+    log_px = ops.log_px(module, z.detach()[None], x, "gaussian")
+    torch.testing.assert_close(log_px, reference.log_px(module, z.detach()[None], x, "gaussian").detach())
 
 
 def test_a_weight_that_a_hook_computes_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,9 +161,10 @@ def check_module(path: str, module: nn.Module, *, hooked: bool = False) -> None:
     if kind != "OptimizedModule":
         if "forward" in vars(module):
             raise refuse("its forward was replaced on the instance; put the change into the class")
-        if method(cls, "__call__") is not _METHODS["__call__"] and not isinstance(
-            module, torch.fx.GraphModule
-        ):
+        own_call = method(cls, "__call__")
+        # Lists of parameters raise when they are called.
+        stock = (torch.fx.GraphModule, nn.ParameterList, nn.ParameterDict)
+        if own_call is not _METHODS["__call__"] and not isinstance(module, stock):
             raise refuse("its type replaces __call__, which a lowered network would bypass")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .checks import QUANTISED, check_global_hooks, named
 from .errors import CoupledSamples, ImpossibleLayer, NotADecoder, UnsupportedLayer
@@ -65,7 +66,8 @@ def explain(module: nn.Module) -> str:
         for path, inner in named(module):
             if not inner._modules and path not in read:
                 shapes = ", ".join(
-                    f"{name} {list(p.shape)}" for name, p in inner.named_parameters(recurse=False)
+                    f"{name} {'?' if is_lazy(p) else list(p.shape)}"
+                    for name, p in inner.named_parameters(recurse=False)
                 )
                 state = "no" if known and path == known.stopped_at else "not read"
                 rows.append((path or "(itself)", type(inner).__name__, shapes or "-", "-", state))

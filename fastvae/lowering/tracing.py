@@ -8,11 +8,12 @@ import inspect
 import linecache
 import operator
 import os
+import re
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ from fastvae.locks import READING
 from .errors import NotADecoder, UnsupportedLayer, join
 from .reading import Reading, stock_base
 
-_NOT_THE_USERS = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_NOT_THE_USERS = (
+    os.path.dirname(torch.__file__) + os.sep,
+    *(_PACKAGE + name for name in ("_", "decoding.py", "lowering" + os.sep, "network" + os.sep)),
+)
 
 
 def _quote(file: str, number: int) -> str:
@@ -48,13 +53,28 @@ def line_of(node: Node) -> str:
     return _quote(*where) if where else ""
 
 
-def _line_that_raised(error: Exception) -> str:
-    lines = [
-        (frame.filename, frame.lineno or 0)
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_NOT_THE_USERS)
-    ]
+def line_that_raised(error: BaseException) -> str:
+    """The innermost line that is neither torch's nor this package's; empty if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return _innermost((frame.filename, frame.lineno or 0) for frame in frames)
+
+
+def line_in(stack: str | None) -> str:
+    """The same of a stack as torch.export notes it."""
+    return _innermost((file, int(number)) for file, number in _FRAME.findall(stack or ""))
+
+
+_FRAME = re.compile(r'^\s*File "(.+)", line (\d+), in ', re.MULTILINE)
+
+
+def _innermost(frames: Iterable[tuple[str, int]]) -> str:
+    lines = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     return _quote(*lines[-1]) if lines else ""
+
+
+def in_line(text: str, line: str) -> str:
+    """A text with the line that it is about, if that is known."""
+    return f"{text} ({line})" if line else text
 
 
 class _Leaves(Tracer):
@@ -157,7 +177,7 @@ def trace(reading: Reading, module: nn.Module) -> Graph:
             graph = _Leaves().trace(module, {p.name: p.default for p in plain[1:]} or None)
     except Exception as error:
         text = str(error).strip().splitlines()
-        reading.at(reading.path, reading.kind, _line_that_raised(error))
+        reading.at(reading.path, reading.kind, line_that_raised(error))
         raise reading.refuse(
             "torch.fx cannot trace its forward, which does more than call layers: "
             f"{type(error).__name__}: {text[0] if text else ''}"

@@ -152,7 +152,7 @@ class Network:
 
         For each operation its name, kind, the rule that takes it ("autograd" for what no rule knows; "fused" with the
         one beside it) and the shape of a sample's result; below it, whether kernels or sweeps in PyTorch run it and
-        why, and what is opaque. Without codes, or where the module cannot be read, what
+        why, and what is opaque, with the lines of the forward. Without codes, or where the module cannot be read, what
         :func:`fastvae.lowering.explain` says.
         """
         if self._codes is None:
@@ -172,9 +172,11 @@ class Network:
             if reason
             else f"Run by kernels in hamiltonian_flow{rest}, by sweeps in PyTorch in log_px_and_force."
         )
-        opaque = [line.name for line in lines if line.opaque]
+        opaque = [line for line in lines if line.opaque]
         if opaque:
-            text.append(f"Opaque, each through autograd by itself: {', '.join(opaque)}.")
+            names = ", ".join(line.name for line in opaque)
+            text.append(f"Opaque, each through autograd by itself: {names}.")
+            text += [f"  {line.name}: {line.line}" for line in opaque if line.line]
         total = sum(line.flops for line in lines)
         text.append(
             f"{share_of(lines):.1%} of a sample's {total:,.0f} floating-point operations are in kernels or sweeps."

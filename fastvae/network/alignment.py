@@ -67,5 +67,7 @@ def aligned(
             raise UnsupportedLayer("its forward does something else for batches of another size")
         kwargs = {key: merged(value, other.kwargs[key]) for key, value in one.kwargs.items()}
         numbers[one.index] = start + len(found)
-        found.append(Operation(start + len(found), one.name, one.target, args, kwargs, one.is_number))
+        found.append(
+            Operation(start + len(found), one.name, one.target, args, kwargs, one.is_number, one.is_complex)
+        )
     return found, numbers

@@ -16,13 +16,14 @@ from fastvae.locks import READING
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
 from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
 from fastvae.lowering.snapshot import Node, compile_program, visit
+from fastvae.network.coupling import check_apart
 from fastvae.network.idle import idle_attributes
 from fastvae.network.layers import registrations
 from fastvae.network.pristine import Pristine
 from fastvae.network.program import Program
 from fastvae.network.reading import read_program
 from fastvae.network.sweeps import Sweeps
-from fastvae.network.verification import MANY, check_apart, verify_output, verify_program
+from fastvae.network.verification import MANY, verify_output, verify_program
 from fastvae.noise import own_noise
 from fastvae.private import origin_of
 from fastvae.randomness import global_generators_kept
@@ -80,7 +81,10 @@ class _Known:
         except (UnsupportedLayer, ImpossibleLayer) as error:
             self.failure = str(error)
             if pristine is not None and not of_data:
-                self.coupled = _coupling_of(pristine, z, condition)
+                try:
+                    check_apart(pristine, z, condition)
+                except CoupledSamples as coupled:
+                    self.coupled = str(coupled)
         wanted = set()
         changing = {} if pristine is None else pristine.changing
         # Whatever they are, autograd does as the module.
@@ -144,15 +148,6 @@ class _Known:
             else:
                 tensors.append(by_name[join(source.path, source.name)])
         return tensors
-
-
-def _coupling_of(pristine: Pristine, z: Tensor, condition: Tensor | None) -> str:
-    """What check_apart says of a module; empty if nothing."""
-    try:
-        check_apart(pristine, z, condition)
-    except CoupledSamples as error:
-        return str(error)
-    return ""
 
 
 def _verified(
@@ -303,15 +298,28 @@ def _coupling_seen(module: nn.Module, key: Any, z: Tensor, condition: Tensor | N
             if lines and visit(module, lines) is not None:
                 return coupled
     changing: Mapping[str, frozenset[str]] = {}
-    coupled = ""
+    coupled, differs = "", False
+    try:
+        check_readable(module)
+    except UnsupportedLayer:
+        return ""
     # Nothing can be said of what is not to be copied.
     with contextlib.suppress(UnsupportedLayer, ImpossibleLayer, TypeError), torch.inference_mode(False):
-        check_readable(module)
         for path, inner in named(module):
             check_module(path, inner, hooked=True)
         with own_noise(), global_generators_kept():
             pristine = Pristine(module, z, condition)
-            coupled, changing = _coupling_of(pristine, z, condition), pristine.changing
+            changing = pristine.changing
+            try:
+                differs = check_apart(pristine, z, condition)
+            except CoupledSamples as error:
+                coupled = str(error)
+        if differs:
+            # By their number, which counts, or by a branch, at which it is not read.
+            try:
+                read_network(module, z, condition=condition)
+            except CoupledSamples as error:
+                coupled = str(error)
     restless = {path: dict.fromkeys(names, False) for path, names in changing.items()}
     found = compile_program(Node("", module, set(), restless=restless)), coupled
     for each in (module, origin_of(module)):

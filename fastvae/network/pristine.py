@@ -13,6 +13,7 @@ from fastvae.locks import READING
 from fastvae.lowering.errors import UnsupportedLayer
 from fastvae.lowering.hooked import write_out
 from fastvae.lowering.snapshot import attributes_of, changed_between
+from fastvae.lowering.tracing import in_line, line_that_raised
 from fastvae.private import private_copy
 
 __all__ = ["BATCH", "Pristine", "copy_with_modes", "first_line", "rows_of"]
@@ -92,9 +93,8 @@ def _check_output(module: nn.Module, examples: list[Tensor]) -> bool:
         try:
             output = module(*given)
         except Exception as error:
-            raise UnsupportedLayer(
-                f"its forward raised {type(error).__name__}: {first_line(error)}"
-            ) from error
+            text = f"its forward raised {type(error).__name__} of a batch of {BATCH}: {first_line(error)}"
+            raise UnsupportedLayer(in_line(text, line_that_raised(error))) from error
     if not isinstance(output, Tensor):
         raise UnsupportedLayer(f"its forward returns a {type(output).__name__}, expected one tensor")
     if output.dim() == 0 or len(output) != BATCH:

@@ -52,6 +52,8 @@ class Operation:
         target: an ATen operator, or a function of numbers (sizes).
         args, kwargs: constants, and :class:`Slot` where a value goes, also inside lists.
         is_number: whether the result is no tensor but a number.
+        is_complex: whether the result, or what it is made of, is complex, of which no rule knows.
+        line: of the forward, where that is known.
     """
 
     def __init__(
@@ -62,8 +64,11 @@ class Operation:
         args: Sequence[Any],
         kwargs: dict[str, Any],
         is_number: bool = False,
+        is_complex: bool = False,
+        line: str = "",
     ) -> None:
         self.index, self.name, self.target, self.is_number = index, name, target, is_number
+        self.is_complex, self.line = is_complex, line
         self.args, self.kwargs = tuple(args), kwargs
         # An overload's own call adds a layer of Python to it.
         self._run: Function = getattr(target, "_op", target)
@@ -89,7 +94,7 @@ class Operation:
 
     def replaced(self, target: Function, args: Sequence[Any]) -> Operation:
         """Another operation in its place."""
-        return Operation(self.index, self.name, target, args, {}, self.is_number)
+        return Operation(self.index, self.name, target, args, {}, self.is_number, self.is_complex, self.line)
 
     def is_same(self, other: Operation) -> bool:
         """Whether both do the same to the same values."""

@@ -22,6 +22,7 @@ from fastvae._second_order import twice_differentiable
 from fastvae.held import INTERNAL, Held, Steps, UnknownValue
 from fastvae.locks import READING
 from fastvae.lowering.errors import UnsupportedLayer
+from fastvae.lowering.tracing import in_line, line_in, line_that_raised
 from fastvae.network.alignment import aligned
 from fastvae.network.functions import Call, marked
 from fastvae.network.pristine import BATCH, first_line, rows_of
@@ -137,8 +138,11 @@ def _traced(copies: Copies, examples: Sequence[Tensor], batch: str) -> _Traced:
         ):
             exported = simplified(export(called, tuple(examples), dynamic_shapes=shapes, strict=False))
     except Exception as error:
-        text = f"torch.export cannot run its forward: {type(error).__name__}: {first_line(error)}"
-        raise _Untraced(text) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if type(error).__name__ == "GuardOnDataDependentSymNode":
+            reason = "it asks for a number that is computed from its input, for a branch or for Python"
+        text = f"torch.export cannot run its forward: {reason}"
+        raise _Untraced(in_line(text, line_that_raised(error))) from error
     return _written_down(exported, held, calls, "" if called is module else "module.")
 
 
@@ -148,6 +152,12 @@ def _of_two_batches(copies: Copies, examples: Sequence[Tensor], turns: Sequence[
     one, other = (
         _traced(copies, [rows_of(example, batch) for example in examples], "fixed") for batch in batches
     )
+    if len(one.operations) != len(other.operations):
+        counts = " and ".join(str(len(each.operations)) for each in (one, other))
+        raise UnsupportedLayer(
+            f"its forward does something else for batches of another size: {counts} operations for {batches[0]} and "
+            f"{batches[1]} samples"
+        )
     if [each[:3] for each in one.sources] != [
         each[:3] for each in other.sources
     ] or one.output != other.output:
@@ -164,8 +174,10 @@ def _written_down(exported: Any, held: Ways, calls: list[Call], prefix: str) -> 
     by_name = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     codes = [node for node in placeholders if by_name[node.name].kind.name == "USER_INPUT"]
-    if any(spec.kind.name != "USER_OUTPUT" for spec in signature.output_specs):
-        raise UnsupportedLayer("its forward changes buffers of the module")
+    changed = [str(spec.target) for spec in signature.output_specs if spec.kind.name != "USER_OUTPUT"]
+    if changed:
+        names = ", ".join(name.removeprefix(prefix) for name in changed)
+        raise UnsupportedLayer(f"its forward changes buffers of the module ({names})")
     numbers[codes[0]] = 0
     sources: list[Source] = []
     operations: list[Operation] = []
@@ -264,13 +276,13 @@ def _held_tensors(module: nn.Module) -> Ways:
 
 
 def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]) -> Operation:
-    target = node.target
+    target, line = node.target, line_in(node.meta.get("stack_trace"))
     if isinstance(target, torch._ops.HigherOrderOperator):
-        raise UnsupportedLayer(f"its forward uses control flow of torch ({target.__name__})")
+        raise UnsupportedLayer(in_line(f"its forward uses control flow of torch, {target.__name__}", line))
     if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and _drops_out(node):
-        raise UnsupportedLayer(f"its forward draws random numbers ({target})")
+        raise UnsupportedLayer(in_line(f"its forward draws random numbers, {target}", line))
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in _schema(target)):
-        raise UnsupportedLayer(f"its forward changes a tensor in place ({target})")
+        raise UnsupportedLayer(in_line(f"its forward changes a tensor in place, {target}", line))
 
     def taken(tree: Any) -> Any:
         if isinstance(tree, torch.fx.Node):
@@ -278,7 +290,7 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
         if isinstance(tree, (list, tuple)):
             return [taken(entry) for entry in tree]
         if isinstance(tree, slice):
-            raise UnsupportedLayer(f"its forward indexes in a way that is not read ({node})")
+            raise UnsupportedLayer(in_line(f"its forward indexes in a way that is not read, {node}", line))
         return tree
 
     if target is torch.ops.fastvae_marks.function_ends.default:
@@ -293,7 +305,16 @@ def _operation(node: Any, index: int, numbers: dict[Any, int], calls: list[Call]
         return Operation(index, node.name, target, taken(args), {})
     is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
     kwargs = {key: taken(value) for key, value in node.kwargs.items()}
-    return Operation(index, node.name, target, taken(node.args), kwargs, is_number)
+    is_complex = any(map(_is_complex, (node, *node.all_input_nodes)))
+    return Operation(index, node.name, target, taken(node.args), kwargs, is_number, is_complex, line)
+
+
+def _is_complex(node: Any) -> bool:
+    value = node.meta.get("val")
+    return any(
+        isinstance(each, Tensor) and each.is_complex()
+        for each in (value if isinstance(value, (list, tuple)) else [value])
+    )
 
 
 def _begins(node: Any) -> bool:

@@ -7,6 +7,7 @@ none of it: their operators have layers, and what they do in place is told from 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -140,6 +141,8 @@ def _simpler() -> dict[Any, Any]:
         aten.slice_scatter.default: _with_slice,
         aten.select_scatter.default: _with_selected,
         aten.index_put.default: _where_masked,
+        **{getattr(aten.var, form): _spread(form, False) for form in ("dim", "correction")},
+        **{getattr(aten.std, form): _spread(form, True) for form in ("dim", "correction")},
         aten.addmm.default: _sum_and_product,
         aten.baddbmm.default: _sum_and_product,
         aten.addcmul.default: lambda a, b, c, *, value=1: a + b * c * value,
@@ -158,6 +161,27 @@ def _simpler() -> dict[Any, Any]:
         aten.binary_cross_entropy_with_logits.default: _cross_entropy_of_logits,
         aten.cross_entropy_loss.default: _cross_entropy,
     }
+
+
+def _spread(form: str, of_root: bool) -> Callable[..., Any]:
+    """aten.var of a form, or aten.std, whose derivative at 0 is 0, as that of a length is."""
+
+    def run(x: Tensor, dim: list[int] | None = None, *unbiased: bool, **how: Any) -> Any:
+        correction = how.get("correction", 1) if form == "correction" else int(unbiased[0]) if unbiased else 1
+        keepdim = how.get("keepdim", unbiased[1] if len(unbiased) > 1 else False)
+        sizes = [x.shape[each] for each in dim or ()]
+        # Of all samples, or of too few numbers.
+        if not sizes or not all(isinstance(size, int) for size in sizes):
+            return NotImplemented
+        count = math.prod(sizes) - (1 if correction is None else correction)
+        if count <= 0:
+            return NotImplemented
+        centred = x - x.mean(dim, keepdim=True)
+        if of_root:
+            return torch.linalg.vector_norm(centred, dim=dim, keepdim=keepdim) / math.sqrt(count)
+        return centred.square().sum(dim, keepdim=keepdim) / count
+
+    return run
 
 
 def _filled(written: Tensor, value: Any) -> Tensor:

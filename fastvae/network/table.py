@@ -24,6 +24,7 @@ class Line(NamedTuple):
     sample: the shape of one sample's result ("?" where it has several), or of the whole where z is not in it.
     flops: of one sample's forward.
     opaque: whether autograd takes it.
+    line: of the forward, where that is known.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Line(NamedTuple):
     sample: str
     flops: float
     opaque: bool
+    line: str = ""
 
 
 def lines_of(network: ReadNetwork, z: Tensor) -> list[Line]:
@@ -65,7 +67,10 @@ def lines_of(network: ReadNetwork, z: Tensor) -> list[Line]:
         rule = "autograd" if layer.by_autograd else type(layer).__name__
         rule += "" if operation.index in alone else ", fused"
         flops = flops_of(operation, values) / len(z)
-        found.append(Line(operation.name, operation.kind, rule, _shape(y, True), flops, layer.by_autograd))
+        shape = _shape(y, True)
+        found.append(
+            Line(operation.name, operation.kind, rule, shape, flops, layer.by_autograd, operation.line)
+        )
     return found
 
 

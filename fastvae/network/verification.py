@@ -6,27 +6,32 @@ reverse: an output alone would not tell a straight-through estimator or a detach
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvae._second_order import check_twice, twice_differentiable
+from fastvae._second_order import CANNOT, check_twice, twice_differentiable
 from fastvae.decoding import called_on_copies
 from fastvae.held import follow
 from fastvae.lowering.errors import CoupledSamples, UnsupportedLayer
+from fastvae.network.coupling import (
+    COUPLED,
+    ROWS,
+    TOLERANCE,
+    alike,
+    different_rows,
+    differs_in_parts,
+    run,
+    widened,
+)
 from fastvae.network.layers import Point, Products
 from fastvae.network.pristine import Pristine, rows_of
 from fastvae.network.sweeps import Inputs, Sweeps
 
 MANY = 65
 """No batch at which a forward is likely to begin to do something else is larger: for one that asks for its number."""
-_ROWS = 3
-"""Not the batch at which the module was read."""
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 
 
 def verify_program(
@@ -51,15 +56,15 @@ def verify_program(
         UnsupportedLayer: the two differ, or the module cannot be differentiated twice.
         CoupledSamples: a sample's output depends on the other samples of its batch, or on how many they are.
     """
-    rows = rows_of(z, _ROWS) if of_data else _different_rows(z)
-    given = None if condition is None else rows_of(condition, _ROWS)
+    rows = rows_of(z, ROWS) if of_data else different_rows(z)
+    given = None if condition is None else rows_of(condition, ROWS)
     compare = _error_of_data if of_data else _error
     error = None
     compared = pristine.fresh, rows, given
     try:
         twins = pristine.in_double()
-        error = compare(twins(), sweeps, rows.double(), _widened(given))
-        compared = twins, rows.double(), _widened(given)
+        error = compare(twins(), sweeps, rows.double(), widened(given))
+        compared = twins, rows.double(), widened(given)
     except (UnsupportedLayer, CoupledSamples):
         raise
     except Exception:
@@ -77,7 +82,10 @@ def verify_program(
             ) from failure
     worst, what = error
     if not worst <= 1:
-        raise UnsupportedLayer(f"the {what} of the network read from it is not its own")
+        raise UnsupportedLayer(
+            f"the {what} of the network read from it is not its own: its forward does what a trace does not see, "
+            "such as a hook on one of its tensors"
+        )
     with torch.autocast(z.device.type, enabled=False):
         fresh, codes, conditions = compared
         program = sweeps.program
@@ -86,77 +94,12 @@ def verify_program(
         _check_other_batches(fresh, sweeps, codes, conditions, counts)
 
 
-def _different_rows(z: Tensor) -> Tensor:
-    """Of codes near some."""
-    rows = rows_of(z, _ROWS)
-    noise = torch.empty(rows.shape, dtype=torch.float64, device="cpu").normal_(
-        generator=torch.Generator().manual_seed(0)
-    )
-    rows = torch.where(rows.isfinite(), rows, 0.0) + 0.1 * noise.to(rows)
-    # The user's codes may be where nothing changes any more.
-    rows[-1] = noise[-1].to(rows)
-    return rows
-
-
-@torch.no_grad()
-def check_apart(pristine: Pristine, z: Tensor, condition: Tensor | None = None) -> None:
-    """Raise CoupledSamples for a module of which a sample's output depends on the others, read or not.
-
-    Of one that draws random numbers, or cannot be run with few samples, nothing can be said.
-    """
-    rows = _different_rows(z)
-    given = None if condition is None else rows_of(condition, _ROWS)
-    coupled = ""
-    with contextlib.suppress(Exception), torch.autocast(z.device.type, enabled=False):
-        try:
-            coupled = _coupling(pristine.in_double(), rows.double(), _widened(given))
-        except Exception:  # Something in it is of one dtype only.
-            coupled = _coupling(pristine.fresh, rows, given)
-    if coupled:
-        raise CoupledSamples(coupled)
-
-
-_COUPLED = (
-    "in its forward a sample's output depends on the other samples of its batch, or on their number; make it "
-    "independent of them"
-)
-
-
-_NOISY = "in training mode its forward draws random numbers; switch the module to eval()"
-
-
-def _coupling(fresh: Callable[[], nn.Module], z: Tensor, condition: Tensor | None) -> str:
-    """Why the output of some rows is another one where other rows are there, before or behind them; or nothing."""
-
-    def run(part: slice, module: nn.Module) -> Tensor:
-        return _run(module, *(tensor[part] for tensor in _present(z, condition)))
-
-    everything = slice(None)
-    whole = run(everything, fresh())
-    if not _alike(run(everything, fresh()), whole):
-        if not any(part.training for part in fresh().modules()):
-            return ""
-        module = copy.deepcopy(fresh()).eval()
-        return _NOISY if _alike(run(everything, module), run(everything, module)) else ""
-    parts = slice(0, _ROWS - 1), slice(1, None)
-    return "" if all(_alike(run(part, fresh()), whole[part]) for part in parts) else _COUPLED
-
-
 def verify_output(
     pristine: Pristine, sweeps: Sweeps, z: Tensor, condition: Tensor | None = None, *, batch: int
 ) -> None:
     """Compare the outputs of a batch of so many samples, and of few; see :func:`verify_program`."""
     with torch.autocast(z.device.type, enabled=False):
         _check_other_batches(pristine.fresh, sweeps, z, condition, (batch,))
-
-
-def _present(z: Tensor, condition: Tensor | None) -> list[Tensor]:
-    return [z] if condition is None else [z, condition]
-
-
-def _widened(condition: Tensor | None) -> Tensor | None:
-    """In float64 if it is floating."""
-    return condition.double() if condition is not None and condition.is_floating_point() else condition
 
 
 def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | None) -> tuple[float, str]:
@@ -173,7 +116,7 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         point = z.detach().requires_grad_()
         with twice_differentiable():
-            own = called_on_copies(module, *_present(point, condition))
+            own = called_on_copies(module, *([point] if condition is None else [point, condition]))
         v, w, u = draw(own), draw(own), draw(z)
         if not own.requires_grad:
             raise UnsupportedLayer("its output has no gradient to z")
@@ -188,7 +131,7 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
             total = (own * w).sum() + (pulled * u).sum()
             wanted = torch.autograd.grad(total, [point, *leaves], allow_unused=True, materialize_grads=True)
         except (RuntimeError, NotImplementedError) as failure:
-            text = (str(failure).strip().splitlines() or [""])[0]
+            text = (str(failure).strip().splitlines() or [""])[0].rpartition(CANNOT)[2]
             raise UnsupportedLayer(f"it cannot be differentiated twice: {text}") from failure
         inputs = Inputs(sweeps, z, tensors)
     with torch.no_grad():
@@ -215,7 +158,7 @@ def _error(module: nn.Module, sweeps: Sweeps, z: Tensor, condition: Tensor | Non
         pairs += [("derivative along several latents", several, torch.stack([moved, -moved]))]
     pairs += [("second derivative", of_z, wanted[0])]
     pairs += [("second derivative to parameters", a, b) for a, b in zip(of_leaves, wanted[1:], strict=True)]
-    return _worst(pairs, _TOLERANCE[z.dtype])
+    return _worst(pairs)
 
 
 def _given(
@@ -237,7 +180,7 @@ def _error_of_data(
     tensors, leaves = _given(module, sweeps, condition)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         with twice_differentiable():
-            own = called_on_copies(module, *_present(x, condition))
+            own = called_on_copies(module, *([x] if condition is None else [x, condition]))
         seed = torch.empty(own.shape, dtype=torch.float64, device="cpu")
         seed = seed.normal_(generator=torch.Generator().manual_seed(1)).to(own)
         wanted: Sequence[Tensor] = ()
@@ -262,18 +205,19 @@ def _error_of_data(
     if wanted:
         of_leaves = _to_leaves(inputs, found, leaves)
         pairs += [("gradient to parameters", a, b) for a, b in zip(of_leaves, wanted, strict=True)]
-    return _worst(pairs, _TOLERANCE[x.dtype])
+    return _worst(pairs)
 
 
-def _worst(pairs: Sequence[tuple[str, Tensor, Tensor]], tolerance: float) -> tuple[float, str]:
-    """The largest difference of two in units of the tolerance, and its name."""
+def _worst(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> tuple[float, str]:
+    """The largest difference of two in units of their tolerance, and its name."""
     scale = max(float(b.detach().abs().max()) for _, _, b in pairs if b.numel()) or 1.0
     worst, what = 0.0, "output"
     for name, mine, theirs in pairs:
         if not mine.numel():
             continue
         size = max(float(theirs.detach().abs().max()), 1e-3 * scale)
-        error = float((mine - theirs).detach().abs().max()) / (size * tolerance)
+        # A tensor of the file around a module stays in its own precision.
+        error = float((mine - theirs).detach().abs().max()) / (size * TOLERANCE[theirs.dtype])
         # NaN is no agreement, unless the module itself has one: then nothing can be said.
         if error != error and bool(torch.isfinite(theirs.detach()).all()):
             return float("inf"), name
@@ -298,40 +242,23 @@ def _check_other_batches(
 ) -> None:
     """The network that was read does as the module in batches of these sizes, and that what it does in one of few."""
     outputs = []
-    for count in (_ROWS, *counts):
+    for count in (ROWS, *counts):
         module = fresh()
         rows, given = rows_of(z, count), None if condition is None else rows_of(condition, count)
         tensors = [
             given if source.is_condition else _tensor(module, source) for source in sweeps.program.sources
         ]
-        own = _run(module, *_present(rows, given))
+        own = run(module, rows, given)
         inputs = Inputs(sweeps, rows, tensors)
         found = sweeps.output(sweeps.forward(inputs.detached(), rows, inputs.wanted))
-        if not _alike(found, own):
+        if not alike(found, own):
             raise UnsupportedLayer("its forward does something else for batches of another size")
         outputs.append(own[:1])
-    few = None if condition is None else rows_of(condition, _ROWS)
-    coupled = _coupling(fresh, rows_of(z, _ROWS), few)
-    if coupled or not all(_alike(output, outputs[0]) for output in outputs):
-        raise CoupledSamples(coupled or _COUPLED)
-
-
-def _run(module: nn.Module, *given: Tensor) -> Tensor:
-    try:
-        with twice_differentiable():
-            found: Tensor = called_on_copies(module, *given)
-        return found
-    except Exception as failure:
-        raise UnsupportedLayer(
-            f"of a batch of {len(given[0])} it raises {type(failure).__name__}"
-        ) from failure
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    near = 100 * _TOLERANCE[a.dtype]
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=near, atol=near * max(float(b.nan_to_num().abs().max()), 1e-3), equal_nan=True
-    )
+    few = None if condition is None else rows_of(condition, ROWS)
+    if not all(alike(output, outputs[0]) for output in outputs) or differs_in_parts(
+        fresh, rows_of(z, ROWS), few
+    ):
+        raise CoupledSamples(COUPLED)
 
 
 def _tensor(module: nn.Module, source: Any) -> Tensor | None:
@@ -363,4 +290,4 @@ def _to_leaves(inputs: Inputs, found: dict[int, Tensor], leaves: list[Tensor]) -
     )  # fmt: skip
 
 
-__all__ = ["MANY", "check_apart", "verify_output", "verify_program"]
+__all__ = ["MANY", "verify_output", "verify_program"]

@@ -74,7 +74,7 @@ class AutogradLayer(Layer):
         leaves = [
             slot
             for slot, value, may in zip(self.slots, given, wanted, strict=True)
-            if may and isinstance(value, Tensor) and value.is_floating_point()
+            if may and _is_continuous(value)
         ]
         point.kept[self.index] = _Kept(graph, leaves, isinstance(results, Tensor))
         return results
@@ -83,7 +83,7 @@ class AutogradLayer(Layer):
         values: list[Any] = [None] * size
         leaves: dict[int, Tensor] = {}
         for slot, value, may in zip(self.slots, given, wanted, strict=True):
-            if may and isinstance(value, Tensor) and value.is_floating_point():
+            if may and _is_continuous(value):
                 value = leaves[slot] = value.detach().requires_grad_()
             values[slot] = value
         with torch.enable_grad():
@@ -224,6 +224,10 @@ class AutogradLayer(Layer):
             return [None] * len(slots)
         wanted = [leaves[slot] for slot in slots]
         return torch.autograd.grad(pulled, wanted, along, retain_graph=True, allow_unused=True)
+
+
+def _is_continuous(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _by_place(dy: Any) -> tuple[list[int], list[Tensor]]:

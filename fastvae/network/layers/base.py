@@ -127,6 +127,8 @@ class Layer:
     keeps_output = True
     stops = False
     """Whether no cotangent of its result goes on to active inputs."""
+    of_complex = False
+    """Whether the rules hold for complex numbers, too."""
     by_autograd = False
     """Whether it is evaluated through PyTorch's autograd, as a part that no rule of ours knows."""
 
@@ -257,4 +259,5 @@ def make_layer(operation: Operation, active: Sequence[bool]) -> Layer | None:
     """The layer of an operation; None if none knows it."""
     target = operation.target
     maker = MAKERS.get(getattr(target, "overloadpacket", target))
-    return None if maker is None else maker(operation, active)
+    layer = None if maker is None else maker(operation, active)
+    return None if operation.is_complex and layer is not None and not layer.of_complex else layer

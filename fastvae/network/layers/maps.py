@@ -1,4 +1,4 @@
-"""Linear maps of images without parameters: padding, upsampling, average pooling, pixel shuffles.
+"""Linear maps without parameters: padding, upsampling, average pooling, pixel shuffles, folds, cumulated sums.
 
 Rows are independent. The reverse is PyTorch's own, of a graph of this one operation, which holds sizes and no numbers.
 """
@@ -118,12 +118,19 @@ class MapLayer(Layer):
     "replication_pad1d", "replication_pad2d", "replication_pad3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "col2im", "im2col",
 )  # fmt: skip
 def image_map(operation: Any, active: Sequence[bool]) -> Layer | None:
     """One active tensor, and numbers."""
     tensors = [slot for slot in operation.slots if active[slot]]
     return MapLayer(operation, active) if tensors == [operation.args[0].index] else None
+
+
+@layer_of("cumsum")
+def map_along(operation: Any, active: Sequence[bool]) -> Layer | None:
+    """One active tensor, and a dimension that is not that of the samples."""
+    plain = operation.slots == (operation.args[0].index,) and not operation.kwargs
+    return AlongLayer(operation, active) if plain and operation.args[1] != 0 else None
 
 
 @layer_of("pad", "constant_pad_nd")
@@ -132,6 +139,16 @@ def padding(operation: Any, active: Sequence[bool]) -> Layer | None:
     if tuple(slot for slot in operation.slots if active[slot]) != (operation.args[0].index,):
         return None
     return PadLayer(operation, active)
+
+
+class AlongLayer(MapLayer):
+    """A map along a dimension."""
+
+    def forward(self, point: Point) -> Tensor:
+        """y."""
+        if self.operation.args[1] == -point.values[self.x].dim():
+            raise NotImplementedError("a map along the samples")
+        return super().forward(point)
 
 
 class PadLayer(MapLayer):

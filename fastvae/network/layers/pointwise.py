@@ -160,6 +160,12 @@ FUNCTIONS: dict[str, Pointwise] = {
     "tan": of_y(lambda v, y: v * (1 + y * y), lambda y: 2 * y * (1 + y * y)),
     "sinh": of_x(lambda v, x: v * x.cosh(), lambda x: x.sinh()),
     "cosh": of_x(lambda v, x: v * x.sinh(), lambda x: x.cosh()),
+    "expm1": of_y(lambda v, y: v * (y + 1), lambda y: y + 1),
+    "asin": of_x(lambda v, x: v * (1 - x * x).rsqrt(), lambda x: x * (1 - x * x) ** -1.5),
+    "acos": of_x(lambda v, x: -v * (1 - x * x).rsqrt(), lambda x: -x * (1 - x * x) ** -1.5),
+    "asinh": of_x(lambda v, x: v * (1 + x * x).rsqrt(), lambda x: -x * (1 + x * x) ** -1.5),
+    "acosh": of_x(lambda v, x: v * (x * x - 1).rsqrt(), lambda x: -x * (x * x - 1) ** -1.5),
+    "atanh": of_x(lambda v, x: v / (1 - x * x), lambda x: 2 * x / (1 - x * x).square()),
     "logit": of_x(_logit_slope, _logit_curve),
 }
 """By the name of the operator."""

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 class ShapeLayer(Layer):
     """One active tensor to another, linear and without parameters: ``move`` and its reverse ``back``."""
 
-    linear = True
+    linear = of_complex = True
     keeps_inputs = keeps_output = False
 
     def __init__(self, operation: Any, active: Sequence[bool]) -> None:
@@ -247,6 +247,8 @@ class Total(ShapeLayer):
 @_register("to", "_to_copy")
 class Cast(ShapeLayer):
     """The same numbers in another dtype."""
+
+    of_complex = False
 
     def forward(self, point: Point) -> Any:
         """y; both dtypes are kept."""
