@@ -64,17 +64,17 @@ class Poisson(Counts):
         return "poisson"
 
     def _at_own_mean(self, x: Tensor) -> Tensor:
-        return _poisson_at_own_mean(x)
+        return _poisson_at_own_mean(x, _log_of_count(x))
 
     def log_prob(self, params: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log probability of a sample: [B]; see ``Likelihood.log_prob``."""
         log_rate, x, weight = self._match_weighted(params, x, weight)
         x = x.to(log_rate.dtype)
         # By the deviance from its own mean: the terms of the formula above are 1e7 where a count of 1e6 has log p = -8.
-        u = log_rate - x.clamp(min=1).log()
-        is_near = (x > 0) & (u.abs() < 1)
-        excess = torch.where(is_near, x * torch.expm1(u.clamp(-1, 1)), log_rate.exp() - x)  # rate - x
-        return total(_poisson_at_own_mean(x) + (x * u - excess), weight)
+        log_x = _log_of_count(x)
+        ratio = log_rate - log_x
+        excess = torch.where(x < 1, log_rate.exp() - x, x * torch.expm1(ratio))  # the rate's over x
+        return total(_poisson_at_own_mean(x, log_x) + (x * ratio - excess), weight)
 
     def mean(self, params: Tensor) -> Tensor:
         """exp(params)."""
@@ -110,10 +110,11 @@ class _Dispersed(Counts):
 
     def _at_own_mean(self, x: Tensor) -> Tensor:
         """Of the negative binomial, as far as it depends on x alone; of a 0 it is 0, whatever inflates it."""
+        of_poisson = _poisson_at_own_mean(x, _log_of_count(x))
         if isinstance(self.dispersion, str):
-            return _poisson_at_own_mean(x)
+            return of_poisson
         r, _ = _dispersion(x, self.dispersion, [])
-        return _poisson_at_own_mean(x) - 0.5 * torch.log1p(x / r) + stirling_rest(x + r) - stirling_rest(r)
+        return of_poisson - 0.5 * torch.log1p(x / r) + stirling_rest(x + r) - stirling_rest(r)
 
 
 @dataclass(frozen=True)
@@ -254,11 +255,15 @@ def _log1p(y: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(y.abs() < 0.5, torch.log1p(y.clamp(-0.5, 0.5)), otherwise)
 
 
-def _poisson_at_own_mean(x: Tensor) -> Tensor:
+def _log_of_count(x: Tensor) -> Tensor:
+    """log x, and some number for 0, which it is times."""
+    return x.clamp(min=1e-30).log()
+
+
+def _poisson_at_own_mean(x: Tensor, log_x: Tensor) -> Tensor:
     """x log x - x - log(x!)"""
-    few, many = x.clamp(max=LARGE), x.clamp(min=LARGE)
-    plain = torch.xlogy(few, few) - few - torch.lgamma(few + 1)
-    return torch.where(x < LARGE, plain, -0.5 * torch.log(2 * math.pi * many) - stirling_series(many))
+    many = -0.5 * (log_x + math.log(2 * math.pi)) - stirling_series(x.clamp(min=LARGE))
+    return torch.where(x < LARGE, x * (log_x - 1) - torch.lgamma(x + 1), many)
 
 
 def _dispersion(like: Tensor, dispersion: float | str, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
