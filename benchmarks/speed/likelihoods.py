@@ -40,6 +40,10 @@ LIKELIHOODS: dict[str, tuple[L.Likelihood, bool]] = {
     "DiscretizedLogistic": (L.DiscretizedLogistic(), False),
     "ZeroInflatedNegativeBinomial": (L.ZeroInflatedNegativeBinomial(2.0), True),
     "NegativeBinomial, decoder": (L.NegativeBinomial("decoder"), True),
+    "ZeroInflatedNegativeBinomial, decoder": (L.ZeroInflatedNegativeBinomial("decoder"), True),
+    "Categorical, 16 classes": (L.Categorical(16), False),
+    "Gaussian, learned": (L.Gaussian("learned", initial=0.3), False),
+    "NegativeBinomial, learned": (L.NegativeBinomial("learned"), True),
 }
 """With whether its data are counts; those with kernels come first."""
 
@@ -66,6 +70,9 @@ def build(
     alpha = torch.ones(STEPS, device=options.device)
     codes = torch.randn(CODES, batch, widths[0], device=options.device)
     parameters = list(decoder.parameters())
+    if isinstance(likelihood, L.LearnedLikelihood):
+        likelihood.to(options.device)
+        parameters += likelihood.parameters()
 
     def flow(of: Callable[..., Any]) -> list[Tensor]:
         start = z.clone().requires_grad_()
