@@ -89,6 +89,22 @@ def frames_outside() -> nn.Module:
     return Encoder(forward, **parts)
 
 
+def slopes() -> nn.Module:
+    """PReLU of frames folded into the batch, one a channel; then of vectors, and of a parameter alone."""
+
+    def forward(m: Encoder, x: Tensor) -> Tensor:
+        h = m.each(m.convolution(x.view(-1, 1, 3, 4)).relu() - m.each(x.view(-1, 3, 2, 2)))
+        return m.one(h.flatten(1).view(len(x), -1)) * nn.functional.prelu(m.scale, m.one.weight)
+
+    parts = {
+        "convolution": nn.Conv2d(1, 3, (2, 3)),
+        "each": nn.PReLU(3),
+        "one": nn.PReLU(),
+        "scale": weight(24),
+    }
+    return Encoder(forward, **parts)
+
+
 def there_and_back() -> nn.Module:
     """A convolution and its transpose with the same weight, and a dense layer used twice and once transposed."""
 
@@ -178,7 +194,7 @@ def partly_unused() -> nn.Module:
 
 
 ENCODERS: list[Callable[[], nn.Module]] = [
-    *(with_token, frames, frames_outside, there_and_back, upwards, lines, tokens, gates),
+    *(with_token, frames, frames_outside, slopes, there_and_back, upwards, lines, tokens, gates),
     *(straight_through, partly_unused, with_a_buffer, one_weight_of_two_names),
 ]
 

@@ -38,10 +38,10 @@ BY_KERNELS = {
 """Encoders whose copies the kernels train from data to output."""
 
 IN_PART_BATCHED = {
-    "prelu", "lstm", "gru-both-ways", "tokens-gru", "transformer", "weight-norm", "monai-2d", "monai-2d-residual",
+    "lstm", "gru-both-ways", "tokens-gru", "transformer", "weight-norm",
 }  # fmt: skip
-"""Encoders with operations on parameters other than linear layers, convolutions, norms and embeddings: those go by
-PyTorch's batched operators."""
+"""Encoders with operations on parameters other than linear layers, convolutions, norms, embeddings and PReLU: those go
+by PyTorch's batched operators."""
 
 IN_PART_BY_AUTOGRAD = {"spectral-norm"}
 """Encoders that compute weights of parameters by operations without rules, which a warning names; of all others every
@@ -99,7 +99,8 @@ WAYS = (
     | dict.fromkeys(IN_PART_BATCHED, "in part batched")
     | dict.fromkeys(IN_PART_BY_AUTOGRAD, "in part by autograd")
 )
-"""Of all others "layer by layer": linear layers by batched products, convolutions, norms and embeddings by kernels."""
+"""Of all others "layer by layer": linear layers by batched products, convolutions, norms, embeddings and PReLU
+by kernels or rules of their own."""
 
 
 def test_docs_say_how_many_go_which_way() -> None:

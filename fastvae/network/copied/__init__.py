@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Importing a file registers its layers.
-from . import affine, convolutions, norms, tables  # noqa: F401
+from . import affine, convolutions, norms, slopes, tables  # noqa: F401
 from .layers import CopiedGradient, CopiedPoint, in_full
 from .network import CopiedNetwork, Start
 
