@@ -11,6 +11,7 @@ MENU = {
             "docs/install",
             "docs/your-images",
             "docs/your-tables",
+            "docs/clean-machine",
             "docs/tour",
             "docs/which-method",
             "docs/notebooks/*",

@@ -103,7 +103,7 @@ def influence(subject: Subject, found: Influences) -> Section:
             [f"nearest gradients that share it, of training {noun}s", f"{neighbours:.0%}"],
             ["by chance", f"{chance:.0%}"],
         ]
-        worked = neighbours > 2 * chance
+        worked = neighbours > min(2 * chance, (1 + chance) / 2)
         verdict = (
             f"{neighbours:.0%} of the training {noun}s whose gradients are nearest share the label, of which the "
             f"model knows nothing (chance {chance:.0%}); {own}."
