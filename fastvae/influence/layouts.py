@@ -75,7 +75,8 @@ def _layout_of(a: Any, b: Any, moved: Any, counts: tuple[int, int]) -> Any:
 
 def _outer(a: Tensor, b: Tensor, axis: int, samples: int) -> int:
     """How many times the samples lie one after the other, of which the first one is another in two tensors."""
-    other = (a != b).movedim(axis, 0).flatten(1).any(1)
+    differs = (a != b).movedim(axis, 0)
+    other = differs.reshape(len(differs), -1).any(1)  # of one number a sample, too
     rows = len(other) // samples
     for outer in (outer for outer in range(1, rows + 1) if rows % outer == 0):
         if not other.reshape(outer, samples, -1)[:, 1:].any():
