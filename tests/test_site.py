@@ -82,7 +82,7 @@ INTERNAL = {
     "private",
     "progress",
 }
-INTERNAL |= {"sigmoids", "wrappers"}
+INTERNAL |= {"locks", "randomness", "sigmoids", "wrappers"}
 
 
 def test_every_public_module_has_a_page() -> None:
