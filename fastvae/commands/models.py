@@ -29,15 +29,15 @@ MODELS: dict[str, tuple[Callable[..., BaseVAE], dict[str, Any]]] = {
 
 LIKELIHOODS: dict[str, Callable[[], likelihoods.Likelihood]] = {
     "bernoulli": likelihoods.Bernoulli,
-    "gaussian": lambda: likelihoods.Gaussian("learned", initial=0.2, min_scale=1e-2),  # type: ignore[arg-type,call-arg]
+    "gaussian": lambda: likelihoods.Gaussian("learned", initial=0.2, min_scale=1e-2),
     "categorical": likelihoods.Categorical,
 }
 """Of images, by name on the command line."""
 
 TABLE_LIKELIHOODS: dict[str, Callable[[int], likelihoods.Likelihood]] = {
     "bernoulli": lambda _: likelihoods.Bernoulli(),
-    "gaussian": lambda columns: likelihoods.Gaussian(  # type: ignore[call-arg]
-        "learned",  # type: ignore[arg-type]
+    "gaussian": lambda columns: likelihoods.Gaussian(
+        "learned",
         shape=(columns,),
         initial=0.5,
         min_scale=1e-2,

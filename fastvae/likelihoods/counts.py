@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -98,6 +98,12 @@ class _Dispersed(Counts):
         if dispersion == "learned":
             return LearnedLikelihood(cls("decoder"), "log_dispersion", shape, initial)
         return super().__new__(cls)
+
+    if TYPE_CHECKING:  # the dataclass's own takes a dispersion alone
+
+        def __init__(
+            self, dispersion: float | str = 1.0, *, shape: Sequence[int] = (), initial: float = 1.0
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.dispersion, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,6 +102,17 @@ class Gaussian(Likelihood):
             head = GaussianHead(min_scale)
             return LearnedLikelihood(head, "log_scale", scale.shape, scale, False, "Gaussian")
         return super().__new__(cls)
+
+    if TYPE_CHECKING:  # the dataclass's own takes a number alone
+
+        def __init__(
+            self,
+            scale: float | str | Tensor = 1.0,
+            *,
+            shape: Sequence[int] = (),
+            initial: float = 1.0,
+            min_scale: float = 1e-6,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         set_positive(self, "scale", hint="for a learned scale pass scale='learned', initial=...")
