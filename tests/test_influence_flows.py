@@ -379,3 +379,13 @@ def test_float32() -> None:
     expected = (g[:2] @ g.T).float()
     # Thirty times the round-off of a number: sums of some hundred products of what went through the decoder six times.
     torch.testing.assert_close(found, expected, rtol=0, atol=4e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_of_hooks_that_are_tracins_own() -> None:
+    """A learned dispersion stands behind the decoder's outputs, so that its copy is part of something larger."""
+    torch.manual_seed(0)
+    x = torch.poisson(torch.full((6, 20), 3.0))
+    decoder = nn.Sequential(nn.Linear(2, 8), nn.Softplus(), nn.Linear(8, 20))
+    model = HVAE(nn.Linear(20, 4), decoder, likelihoods.NegativeBinomial("learned"), num_steps=2)
+    assert tracin(model, x, num_samples=2).influence(x, k=2) is not None

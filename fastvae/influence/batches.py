@@ -150,6 +150,11 @@ def whole_batch(given: Any) -> Batch:
 
 
 def _even(batch: Batch) -> Batch:
+    if not all(part.dim() for part in batch):
+        raise ValueError(
+            "TracIn: expected batches of samples [B, ...], got an entry without dimensions; samples by themselves are "
+            "given as a Dataset"
+        )
     if len({len(part) for part in batch}) > 1:
         raise ValueError(
             f"TracIn: expected as many samples in every entry of a batch, got {[len(part) for part in batch]}"

@@ -318,13 +318,21 @@ def _refuse_codes(name: str, network: LoweredNetwork, z: Tensor) -> None:
 
 
 def _warn_of_decoder(name: str, decoder: nn.Module, text: str, stacklevel: int = 4) -> None:
-    origin = origin_of(decoder)
-    if origin is not None and has_hooks(decoder) and not has_hooks(origin):
-        return  # The hooks are ours, on a private copy, for TracIn.
+    if _has_hooks_of_ours(decoder):
+        return
     warned = _warned.setdefault(name, weakref.WeakSet())
     if decoder not in warned:
         warned.add(decoder)
         warnings.warn(f"fastvae.ops.{name}: this decoder {text}", UserWarning, stacklevel=stacklevel)
+
+
+def _has_hooks_of_ours(decoder: nn.Module) -> bool:
+    """Whether it, or what it is made of, is a private copy that is watched for TracIn, and nobody else watches."""
+    watched = [
+        part for part in decoder.modules() if has_hooks(part) and not any(map(has_hooks, part.children()))
+    ]
+    origins = [origin_of(part) for part in watched]
+    return bool(origins) and all(origin is not None and not has_hooks(origin) for origin in origins)
 
 
 def _known_reading(
