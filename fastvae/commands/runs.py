@@ -177,7 +177,8 @@ def _load_table(
                 + (f" and {given}" if of_condition else "")
             )
         if settings.mean is not None and settings.scale is not None:
-            found = found.standardized(torch.tensor(settings.mean), torch.tensor(settings.scale))
+            mean, scale = (torch.tensor(each, device="cpu") for each in (settings.mean, settings.scale))
+            found = found.standardized(mean, scale)
     return found
 
 

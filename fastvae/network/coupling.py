@@ -75,7 +75,7 @@ def _look(fresh: Callable[[], nn.Module], z: Tensor, condition: Tensor | None) -
             (found,) = torch.autograd.grad(
                 output[place].sum(), point, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            if bool(found[torch.arange(ROWS) != place].ne(0).any()):
+            if bool(found[torch.arange(ROWS, device=found.device) != place].ne(0).any()):
                 return COUPLED, True
     return "", True
 
