@@ -258,6 +258,33 @@ def test_changes_between_calls_are_seen(name: str) -> None:
         change(module)
 
 
+def test_what_is_made_in_the_dtype_of_the_codes() -> None:
+    """A trace notes float32; compared is in float64, where such numbers have more digits."""
+
+    def waves(m: Plain, z: Tensor) -> Tensor:
+        return Plain.forward(m, z) * (torch.linspace(0, 1, 4, dtype=z.dtype) * 7).sin()
+
+    module, z = made(of(waves)).float(), codes().float()
+    assert read_network(module, z).sweeps.by_autograd == []
+    x = torch.zeros(len(z), 4)
+    found = ops.log_px_and_force(module, z, x, "gaussian")
+    wanted = reference.log_px_and_force(module, z, x, "gaussian")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # rounding in float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frequencies_again_and_again(dtype: torch.dtype) -> None:
+    """From the third call on a flow is code, which holds complex numbers here."""
+    module, z = made(READ["frequencies"]).to(dtype), codes().to(dtype).requires_grad_()
+    results = []
+    for _ in range(8):
+        total = sum(part.sum() for part in flow(module, z)[:3]) + ops.jacobian_l1(module, z)
+        results.append([total.detach(), *torch.autograd.grad(total, [z, *module.parameters()])])
+    near = 1e-12 if dtype == torch.float64 else 1e-5  # the same operations, in another order
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=near, atol=near)
+
+
 def test_frozen_and_trained_again() -> None:
     module, z = made(Plain), codes().requires_grad_()
     for trained in (True, False, True):

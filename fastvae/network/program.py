@@ -96,6 +96,19 @@ class Operation:
         """Another operation in its place."""
         return Operation(self.index, self.name, target, args, {}, self.is_number, self.is_complex, self.line)
 
+    def widened(self) -> Operation:
+        """With float64 where it names float32."""
+        return Operation(
+            self.index,
+            self.name,
+            self.target,
+            [_wide(arg) for arg in self.args],
+            {key: _wide(value) for key, value in self.kwargs.items()},
+            self.is_number,
+            self.is_complex,
+            self.line,
+        )
+
     def is_same(self, other: Operation) -> bool:
         """Whether both do the same to the same values."""
         mine = self.index, self.target, self.args, self.kwargs
@@ -106,6 +119,13 @@ class Operation:
         """The operator's name without its namespace and overload."""
         packet = getattr(self.target, "overloadpacket", None)
         return getattr(packet or self.target, "__name__", str(self.target))
+
+
+_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def _wide(value: Any) -> Any:
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def _slots(tree: Any) -> list[int]:
@@ -206,6 +226,10 @@ class Program:
         index = 1 + len(self.sources) + len(self.operations)
         added = Operation(index, target.__name__, target, [Slot(self.output)], {})
         return self._with([*self.operations, added], index)
+
+    def widened(self) -> Program:
+        """The program in float64: what was made in the dtype of float32 codes is made in that of float64 ones."""
+        return self._with([operation.widened() for operation in self.operations], self.output)
 
     def _with(self, operations: Sequence[Operation], output: int) -> Program:
         return Program(self.sources, operations, output, turns=self.turns, is_aligned=self.is_aligned)

@@ -285,7 +285,7 @@ SEEN = 3
 _FORMS = 8
 """Forms that are remembered: batches of many sizes are no use for that."""
 _MOST_NUMBERS, _MOST_ON_A_GPU, _PART_OF_A_GPU = 2**25, 2**28, 64
-_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+_ROUNDING = {torch.float32: 1e-5, torch.complex64: 1e-5, torch.float64: 1e-12, torch.complex128: 1e-12}
 
 
 def most_numbers(device: str) -> int:
