@@ -37,7 +37,7 @@ FASTVAE_BFLOAT16 FASTVAE_INLINE __m512 pairs_along(const float* from, int64_t co
 
 // Pairs of two rows, column by column.
 FASTVAE_BFLOAT16 FASTVAE_INLINE __m512 pairs_across(__m512 first, __m512 second) {
-  const __m512i side_by_side = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const auto side_by_side = (__m512i)_mm512_cvtne2ps_pbh(second, first);
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (__m512)_mm512_permutexvar_epi16(order, side_by_side);

@@ -1,4 +1,4 @@
-"""Linear maps without parameters: padding, upsampling, average pooling, pixel shuffles, folds, cumulated sums.
+"""Linear maps without parameters: padding, upsampling, average pooling, pixel shuffles, folds.
 
 Rows are independent. The reverse is PyTorch's own, of a graph of this one operation, which holds sizes and no numbers.
 """
@@ -126,29 +126,12 @@ def image_map(operation: Any, active: Sequence[bool]) -> Layer | None:
     return MapLayer(operation, active) if tensors == [operation.args[0].index] else None
 
 
-@layer_of("cumsum")
-def map_along(operation: Any, active: Sequence[bool]) -> Layer | None:
-    """One active tensor, and a dimension that is not that of the samples."""
-    plain = operation.slots == (operation.args[0].index,) and not operation.kwargs
-    return AlongLayer(operation, active) if plain and operation.args[1] != 0 else None
-
-
 @layer_of("pad", "constant_pad_nd")
 def padding(operation: Any, active: Sequence[bool]) -> Layer | None:
     """aten.pad(x, pads, mode="constant", value=None): of the rows' own dimensions."""
     if tuple(slot for slot in operation.slots if active[slot]) != (operation.args[0].index,):
         return None
     return PadLayer(operation, active)
-
-
-class AlongLayer(MapLayer):
-    """A map along a dimension."""
-
-    def forward(self, point: Point) -> Tensor:
-        """y."""
-        if self.operation.args[1] == -point.values[self.x].dim():
-            raise NotImplementedError("a map along the samples")
-        return super().forward(point)
 
 
 class PadLayer(MapLayer):
