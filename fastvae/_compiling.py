@@ -21,6 +21,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling() and _exporting in ([], [threading.get_ident()])
 
 
+def is_in_compiled_graph() -> bool:
+    """Whether ``torch.compile`` traces, and not ``torch.export``, whose programs are for where this package is not."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
 def is_watched() -> bool:
     """Whether a torch function mode sees what this thread calls, other than the one of a default device.
 

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["global_generators_kept", "global_states", "seed_globals", "set_global_states"]
+__all__ = [
+    "global_generators_kept",
+    "global_states",
+    "seed_globals",
+    "set_global_states",
+    "standard_normal",
+    "standard_uniform",
+]
+
+
+def standard_normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Normal numbers in the dtype of ``like``, drawn on the generator's device and moved to that of ``like``."""
+    return _drawn(torch.randn, shape, like, generator)
+
+
+def standard_uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same, uniform in [0, 1)."""
+    return _drawn(torch.rand, shape, like, generator)
+
+
+def _drawn(
+    draw: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    if generator is None:
+        # Given None as one, PyTorch would take no symbolic sizes: those of batches of any size under torch.compile.
+        return draw(shape, device=like.device, dtype=like.dtype)
+    return draw(shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 
 def seed_globals(seed: int, purpose: str, epoch: int, rank: int = 0) -> None:

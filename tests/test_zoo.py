@@ -395,6 +395,30 @@ def test_a_sample_does_not_depend_on_its_batch(operator: str, entry: Entry) -> N
         assert_near(run(part), {name: output[part] for name, output in whole.items()})
 
 
+BREAK_GRAPHS = {"lstm": "does not support RNN, GRU, or LSTM"}
+"""Decoders that are no part of a graph of torch.compile, and what the error says of them."""
+
+
+@cases(DIFFERENTIATED, slow=DIFFERENTIATED)
+def test_in_one_graph(operator: str, entry: Entry) -> None:
+    """torch.compile(fullgraph=True): kernels and sweeps are calls of the graph."""
+    p = problem_of(entry)
+    compute, leaves = RUNS[operator](p, False)
+    expected = everything(operator, p, False)
+    torch._dynamo.reset()
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    if entry.name in BREAK_GRAPHS:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=BREAK_GRAPHS[entry.name]):
+            compiled()
+        return
+    for _ in range(2):
+        outputs = compiled()
+        gradients = oracles.gradients(outputs, list(leaves.values()))
+        found = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+        found |= {f"gradient to {name}": g for name, g in zip(leaves, gradients, strict=True)}
+        assert_near(found, expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @cases(RUNS)
 def test_float64_on_cuda(operator: str, entry: Entry) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastvae.likelihoods.base import Likelihood, at_least_float32, unit_interval
 from fastvae.likelihoods.weights import total
+from fastvae.randomness import standard_uniform
 
 __all__ = ["Bernoulli", "ContinuousBernoulli"]
 
@@ -96,7 +97,7 @@ class ContinuousBernoulli(Likelihood):
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """By the inverse of the distribution function, log(1 + u (e^a - 1)) / a."""
         a = at_least_float32(params)
-        u = torch.rand(a.shape, generator=generator, device=a.device, dtype=a.dtype)
+        u = standard_uniform(a.shape, a, generator)
         # Of -|a|, which does not overflow; 1 minus it for the others. Near 0 the distribution is uniform.
         size = a.abs()
         safe = size.clamp(min=1e-6)

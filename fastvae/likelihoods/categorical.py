@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvae.arguments import expect, expect_numbers, is_integer
 from fastvae.likelihoods.base import Likelihood, at_least_float32, log_sigmoid, set_positive, unit_interval
 from fastvae.likelihoods.weights import of_outputs, total
+from fastvae.randomness import standard_uniform
 
 __all__ = ["Categorical", "DiscretizedLogistic"]
 
@@ -198,7 +199,7 @@ class DiscretizedLogistic(Likelihood):
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Drawn classes / (num_classes - 1)."""
         mean, log_scale = at_least_float32(params).chunk(2, 1)
-        u = torch.rand(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        u = standard_uniform(mean.shape, mean, generator)
         drawn = mean + log_scale.clamp(min=math.log(self.min_scale)).exp() * torch.logit(u, 1e-7)
         last = self.num_classes - 1
         return torch.round(drawn.clamp(0, 1) * last) / last

@@ -14,6 +14,7 @@ from fastvae.arguments import expect
 from fastvae.likelihoods.base import Likelihood, at_least_float32, set_positive, unit_interval
 from fastvae.likelihoods.learned import LearnedLikelihood
 from fastvae.likelihoods.weights import count, total
+from fastvae.randomness import standard_normal
 
 __all__ = ["Gaussian", "GaussianHead"]
 
@@ -60,7 +61,7 @@ class GaussianHead(Likelihood):
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Means + scales * standard normal noise."""
         mean, log_scale = at_least_float32(params).chunk(2, 1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = standard_normal(mean.shape, mean, generator)
         return mean + log_scale.clamp(min=math.log(self.min_scale)).exp() * noise
 
 
@@ -136,5 +137,5 @@ class Gaussian(Likelihood):
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """params + scale * standard normal noise."""
         mean = self.mean(params)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = standard_normal(mean.shape, mean, generator)
         return mean + self.scale * noise

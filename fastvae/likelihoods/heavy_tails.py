@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvae.likelihoods.base import Likelihood, at_least_float32, set_positive, unit_interval
 from fastvae.likelihoods.stirling import stirling_rest
 from fastvae.likelihoods.weights import count, total
+from fastvae.randomness import standard_normal, standard_uniform
 
 __all__ = ["Gamma", "Laplace", "StudentT"]
 
@@ -120,10 +121,7 @@ class Laplace(Likelihood):
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """By the inverse of the distribution function."""
         location = self.mean(params)
-        u = (
-            torch.rand(location.shape, generator=generator, device=location.device, dtype=location.dtype)
-            - 0.5
-        )
+        u = standard_uniform(location.shape, location, generator) - 0.5
         # rand may give 0, of which the logarithm below would be minus infinity.
         tail = (1 - 2 * u.abs()).clamp(min=torch.finfo(u.dtype).tiny)
         return location - self.scale * u.sign() * torch.log(tail)
@@ -169,7 +167,7 @@ class StudentT(Likelihood):
     def sample(self, params: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """A normal number over the root of a chi-squared one over df."""
         location = self.mean(params)
-        noise = torch.randn(location.shape, generator=generator, device=location.device, dtype=location.dtype)
+        noise = standard_normal(location.shape, location, generator)
         half = torch.full_like(location, float(self.df) / 2)
         gamma = torch._standard_gamma(half, generator=generator).clamp(min=torch.finfo(location.dtype).tiny)
         return location + self.scale * noise * torch.sqrt(half / gamma)

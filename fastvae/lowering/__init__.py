@@ -8,6 +8,7 @@ prints the same as a table.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .checks import check_global_hooks, check_is_module
 from .errors import CoupledSamples, UnsupportedLayer
 from .explain import explain
-from .structure import FLAT, Form, current, evaluate
+from .structure import Form, current, evaluate
 from .traced import lower_traced
 from .verification import checked, verify
 
@@ -101,13 +102,11 @@ def lower(
             ``strip_sigmoid=True`` and the module does not end in a sigmoid.
         TypeError: ``module`` is not an ``nn.Module``.
     """
-    form = Form(None if shape is None else tuple(shape), two_heads, without_effects)
+    # Symbolic sizes become numbers.
+    sizes = None if shape is None else tuple([operator.index(size) for size in shape])
+    form = Form(sizes, two_heads, without_effects)
     if torch.compiler.is_dynamo_compiling():
-        if form != FLAT:
-            raise UnsupportedLayer(
-                "lower: shape, two_heads and without_effects are not for code under torch.compile"
-            )
-        return LoweredNetwork(*lower_traced(module, strip_sigmoid))
+        return LoweredNetwork(*lower_traced(module, strip_sigmoid, form))
     check_is_module("lower: module", module)
     check_global_hooks()
     known, collected = current(module, form)

@@ -61,7 +61,7 @@ class Node:
         ignored = ignored | unsettled.keys()
         self.kinds = tuple((key, _kind_of(state[key])) for key, of_kind in unsettled.items() if of_kind)
         own = [] if optimized else [key for key in state if key not in ignored and key not in computed]
-        plain = {key: copy.deepcopy(state[key]) for key in own if _is_plain(state[key])}
+        plain = {key: copy.deepcopy(state[key]) for key in own if is_plain(state[key])}
         self.plain = tuple(plain.items())
         self.size = 0 if optimized else len(state)
         self.read: Callable[[dict[str, Any]], tuple[Any, ...]] = itemgetter(*HOOKS, *plain)
@@ -129,11 +129,12 @@ def _present(tensors: dict[str, Tensor | None]) -> tuple[str, ...]:
     return tuple(name for name, tensor in tensors.items() if tensor is not None)
 
 
-def _is_plain(value: object, depth: int = 4) -> bool:
+def is_plain(value: object, depth: int = 4) -> bool:
+    """Whether it is a number, a text or a container of those."""
     if isinstance(value, (list, tuple, set, frozenset)):
-        return depth > 0 and all(_is_plain(entry, depth - 1) for entry in value)
+        return depth > 0 and all(is_plain(entry, depth - 1) for entry in value)
     if isinstance(value, dict):
-        return depth > 0 and all(_is_plain(entry, depth - 1) for pair in value.items() for entry in pair)
+        return depth > 0 and all(is_plain(entry, depth - 1) for pair in value.items() for entry in pair)
     return type(value) in _SCALARS
 
 
@@ -155,7 +156,7 @@ def _config(value: Any) -> dict[str, Any]:
     """The plain fields of a configuration object (a dataclass, a Namespace) that a module holds."""
     if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or not hasattr(value, "__dict__"):
         return {}
-    return {key: copy.deepcopy(entry) for key, entry in vars(value).items() if _is_plain(entry)}
+    return {key: copy.deepcopy(entry) for key, entry in vars(value).items() if is_plain(entry)}
 
 
 AROUND = "(around)"
@@ -175,7 +176,7 @@ def attributes_of(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _state_of(facts: Held, value: Any) -> Any:
-    if _is_plain(value):
+    if is_plain(value):
         return copy.deepcopy(value), None
     key = _key(facts, value)
     return key, value if key is None or isinstance(value, Tensor) else None

@@ -6,7 +6,6 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from fastvae.models.steps import Penalty, TrainingStep, loss_alone
 from fastvae.models.terms import note_penalty
 from fastvae.models.views import steps_for
 from fastvae.private import twin_of
+from fastvae.randomness import standard_normal
 
 __all__ = [
     "BaseVAE",
@@ -203,8 +203,7 @@ class BaseVAE(EncoderDecoder, ABC):
             [B]
         """
         observation = Observation(x, condition, weight)
-        # Dynamo knows no context variables.
-        with nullcontext() if is_compiling() else loss_alone(self.penalties):
+        with loss_alone(self.penalties):
             step, steps = steps_for(self.penalties, self, observation, noise, generator)
         loss = step.loss
         for penalty, its_step in zip(self.penalties, steps, strict=True):
@@ -247,12 +246,8 @@ class BaseVAE(EncoderDecoder, ABC):
         """Standard normal [draws, B, d] like mu, by default ``noise_draws`` of them; drawn on the generator's device
         and moved.
         """
-        device = mu.device if generator is None else generator.device
-        drawn = [
-            torch.randn(mu.shape, generator=generator, device=device, dtype=mu.dtype)
-            for _ in range(self.noise_draws if draws is None else draws)
-        ]
-        return torch.stack(drawn).to(mu.device)
+        count = self.noise_draws if draws is None else draws
+        return torch.stack([standard_normal(mu.shape, mu, generator) for _ in range(count)])
 
     @torch.no_grad()
     def log_likelihood(
@@ -313,9 +308,8 @@ class BaseVAE(EncoderDecoder, ABC):
                 "pass latent_dim= or encode data first"
             )
         like = next(self.parameters(), torch.empty(0))
-        device = like.device if generator is None else generator.device
-        z = torch.randn(num_samples, self.latent_dim, generator=generator, device=device, dtype=like.dtype)
-        return self.likelihood.mean(self.decode(z.to(like.device), **given(condition=condition)))
+        z = standard_normal((num_samples, self.latent_dim), like, generator)
+        return self.likelihood.mean(self.decode(z, **given(condition=condition)))
 
     @torch.no_grad()
     def reconstruct(

@@ -16,6 +16,7 @@ from fastvae.models.base import Noise, TrainingStep
 from fastvae.models.observation import Observation
 from fastvae.models.vae import VAE
 from fastvae.ops.iwae_bound import is_tileable, noise_of, tiled_bound
+from fastvae.randomness import standard_normal
 
 __all__ = ["IWAE"]
 
@@ -89,10 +90,8 @@ class IWAE(VAE):
         self, mu: Tensor, generator: torch.Generator | None = None, draws: int | None = None
     ) -> Tensor:
         """Standard normal [draws, B, d] like mu in one draw; drawn on the generator's device and moved."""
-        device = mu.device if generator is None else generator.device
         shape = (mu.shape[0], self.noise_draws if draws is None else draws, mu.shape[1])
-        drawn = torch.randn(shape, generator=generator, device=device, dtype=mu.dtype)
-        return drawn.to(mu.device).transpose(0, 1)
+        return standard_normal(shape, mu, generator).transpose(0, 1)
 
     def objective(
         self,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastvae._compiling import is_compiling
+from fastvae._compiling import is_compiling, is_in_compiled_graph
 
 if TYPE_CHECKING:
     from fastvae.models.base import BaseVAE
@@ -68,12 +68,24 @@ class TrainingStep:
 
 
 _loss_alone: ContextVar[bool] = ContextVar("nobody but us sees the step", default=False)
+_loss_alone_in_trace: list[bool] = []
+"""The same, innermost last, for code that Dynamo traces: it knows no context variables."""
 
 
 @contextmanager
 def loss_alone(penalties: Iterable[nn.Module]) -> Iterator[None]:
     """Say that a step's loss is all that is wanted, where the penalties are the package's own."""
     own = all(type(penalty).__module__.startswith("fastvae.penalties.") for penalty in penalties)
+    if is_in_compiled_graph():
+        _loss_alone_in_trace.append(own)
+        try:
+            yield
+        finally:
+            _loss_alone_in_trace.pop()
+        return
+    if is_compiling():
+        yield
+        return
     token = _loss_alone.set(own)
     try:
         yield
@@ -83,6 +95,8 @@ def loss_alone(penalties: Iterable[nn.Module]) -> Iterator[None]:
 
 def is_loss_alone() -> bool:
     """Whether no user's code looks into the step that is being made."""
+    if is_in_compiled_graph():
+        return bool(_loss_alone_in_trace) and _loss_alone_in_trace[-1]
     return not is_compiling() and _loss_alone.get()
 
 

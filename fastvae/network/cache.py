@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from fastvae.locks import READING
 from fastvae.lowering.checks import check_module, check_readable, check_uncoupled, named
 from fastvae.lowering.errors import CoupledSamples, ImpossibleLayer, UnsupportedLayer, join
 from fastvae.lowering.snapshot import Node, compile_program, visit
+from fastvae.lowering.traced import Facts, facts_of
 from fastvae.network.coupling import check_apart
 from fastvae.network.idle import idle_attributes
 from fastvae.network.layers import registrations
@@ -103,8 +105,23 @@ class _Known:
                 restless = {path: dict.fromkeys(names, True) for path, names in idle.items()}
                 wanted = {(program.sources[at - 1].path, program.sources[at - 1].name) for at in program.used}
         root = Node("", module, wanted, restless=restless)
+        self.root = root
         self.lines = compile_program(root)
         self.names = [name for node in root.walk() for name in node.tensor_names()]
+
+    def admit(self, module: nn.Module | None, z: Tensor, condition: Tensor | None) -> None:
+        """Raise where this does not hold for such codes, or not at all; None is a module that is no more."""
+        if len(z) > self.largest:
+            if module is None:
+                raise UnsupportedLayer(
+                    f"the module is no more, and was read for {self.largest} samples at most"
+                )
+            with READING, own_noise(), global_generators_kept():
+                self.compare_larger(module, z, condition)
+        if self.coupled:
+            raise CoupledSamples(self.coupled)
+        if self.failure:
+            raise UnsupportedLayer(self.failure)
 
     def compare_larger(self, module: nn.Module, z: Tensor, condition: Tensor | None) -> None:
         """Of a forward that asked for the batch size as a number, nothing is known beyond what was compared."""
@@ -219,17 +236,63 @@ def read_network(
                     _remember(_of_copies, origin, key, fresh)
                 found = fresh, [] if fresh.failure or fresh.coupled else _visited(module, fresh, condition)
     known, tensors = found
-    if len(z) > known.largest:
-        with READING, own_noise(), global_generators_kept():
-            known.compare_larger(module, z, condition)
-    if known.coupled:
-        raise CoupledSamples(known.coupled)
-    if known.failure:
-        raise UnsupportedLayer(known.failure)
+    known.admit(module, z, condition)
     sweeps = known.stripped() if strip_sigmoid else known.sweeps[False]
     if sweeps is None:
         raise UnsupportedLayer("the module does not end in a sigmoid")
     return ReadNetwork(sweeps, tensors)
+
+
+class Reading(NamedTuple):
+    """What a compiler may bake in of a network.
+
+    constants: the network, whose tensors are there where they are constants.
+    names, places: of the others in the module, and by source; that of the condition is the last, without a name.
+    facts: of the module.
+    check: raises UnsupportedLayer or CoupledSamples for codes, and their condition, of which it does not hold.
+    """
+
+    constants: ReadNetwork
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    facts: tuple[Facts, ...]
+    check: Callable[[Tensor, Tensor | None], None]
+
+
+def reading_of(
+    module: nn.Module, z: Tensor, *, condition: Tensor | None = None, strip_sigmoid: bool = False
+) -> tuple[ReadNetwork, Reading]:
+    """:func:`read_network` for who compiles it.
+
+    Raises:
+        UnsupportedLayer: also where it reads tensors that have no name in the module.
+        CoupledSamples: see :func:`read_network`.
+    """
+    network = read_network(module, z, condition=condition, strip_sigmoid=strip_sigmoid)
+    known, program = _known[module][_key_of(z, condition)], network.sweeps.program
+    named, conditions = {}, []
+    for place in program.used:
+        source = program.sources[place - 1]
+        if source.steps:
+            raise UnsupportedLayer("a tensor of it is registered nowhere")
+        if source.is_condition:
+            conditions.append(place - 1)
+        elif source.constant is None:
+            named[place - 1] = join(source.path, source.name)
+    held = weakref.ref(module)
+
+    def check(codes: Tensor, given: Tensor | None) -> None:
+        if len(codes) > known.largest:
+            known.admit(held(), codes, given)
+
+    constants = [None if at in named or at in conditions else t for at, t in enumerate(network.tensors)]
+    return network, Reading(
+        network._replace(tensors=constants),
+        tuple(named.values()),
+        (*named, *conditions),
+        tuple(facts_of(known.root, module, ())),
+        check,
+    )
 
 
 def _key_of(z: Tensor, condition: Tensor | None, of_data: bool = False) -> Any:

@@ -130,21 +130,13 @@ _without_kernels: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Decoders that were read because kernels did not take them."""
 
 
-def break_graph(name: str, decoder: nn.Module, likelihood: object = None, *others: object) -> bool:
-    """Whether a call that Dynamo traces must run outside of its graph: by sweeps in PyTorch, or through autograd.
-
-    Under ``fullgraph=True`` Dynamo then raises, with the reason.
-    """
+def is_swept_in_trace(decoder: nn.Module, likelihood: object = None, *others: object) -> bool:
+    """Whether a call that Dynamo traces has no kernels: it is swept in PyTorch, or goes through autograd."""
     if not torch.compiler.is_dynamo_compiling():
         return False
-    reason = refusal_traced(decoder)
-    if not reason and any(other is not None for other in others):
-        reason = "kernels take no condition and no weight"
-    if not reason and isinstance(likelihood, Likelihood) and not likelihood.has_kernel:
-        reason = f"{type(likelihood).__name__} is a likelihood without a kernel"
-    if reason:
-        torch._dynamo.graph_break(msg=f"fastvae.ops.{name}: {reason}")
-    return bool(reason)
+    if refusal_traced(decoder) or any(other is not None for other in others):
+        return True
+    return isinstance(likelihood, Likelihood) and not likelihood.has_kernel
 
 
 def lower_or_read(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvae._compiling import is_in_compiled_graph
 from fastvae._elbo_reference import ElboTerms, elbo_terms, terms_at
 from fastvae._extension import raw
 from fastvae.arguments import given
@@ -107,13 +108,20 @@ class FusedObjective(NamedTuple):
             return _differentiable_gradient(encoder, decoder, rows, noise, like, cotangents)
 
         networks = (encoder.tensors, decoder.tensors, encoder.spec, decoder.spec)
+        if is_in_compiled_graph():
+            found = torch.ops.fastvae.elbo_terms(rows, noise, *networks, like.spec, torch.is_grad_enabled())
+            log_px, kl, mu, logvar, z = found[:5]
+            return ElboTerms(_plus(log_px, like.base_measure(rows, noise.dtype)), kl, mu, logvar, z)
         try:
             log_px, *rest = raw.differentiable_elbo_terms(rows, noise, *networks, like.spec, again)
         except (ValueError, TypeError):
             # Modules say best themselves what does not fit.
             return None
-        base = like.base_measure(rows, noise.dtype)
-        return ElboTerms(log_px if base is None else log_px + base, *rest)
+        return ElboTerms(_plus(log_px, like.base_measure(rows, noise.dtype)), *rest)
+
+
+def _plus(log_px: Tensor, base: Tensor | None) -> Tensor:
+    return log_px if base is None else log_px + base
 
 
 def fused(
@@ -143,7 +151,7 @@ def fused(
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing is asked that only PyTorch's own operations can do."""
-    if not is_unobserved(x) or torch.is_autocast_enabled(x.device.type):
+    if not (is_in_compiled_graph() or is_unobserved(x)) or torch.is_autocast_enabled(x.device.type):
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 

@@ -24,8 +24,8 @@ from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import hamiltonian_flow as sweep_flow
 from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs, usual_tensor
+from fastvae.ops._in_graphs import SWEEPS, WEIGHTS, Options, Sweep, swept_in_graph
 from fastvae.ops._registration import (
-    break_graph,
     cast_under_autocast,
     check_condition,
     check_memory,
@@ -34,6 +34,7 @@ from fastvae.ops._registration import (
     check_tensors,
     empty_gradients,
     float32_under_autocast,
+    is_swept_in_trace,
     lower_or_read,
     refuse_forward_mode,
     refuse_function_transforms,
@@ -74,7 +75,8 @@ def hamiltonian_flow(
         decoder: any module from codes to natural parameters that treats each sample by itself. What
             :func:`fastvae.lowering.lower` can take runs in kernels; any other is read as a graph of operations and
             swept in PyTorch; what cannot be read runs through autograd, after one warning. Under ``torch.compile``
-            the first is part of a graph, and the others break it: with ``fullgraph=True`` an error.
+            the first two are part of a graph (the second as one call), and the last breaks it: with
+            ``fullgraph=True`` an error. So do weights, and likelihoods with parameters.
         z: start [B, d], or [B, ...] where the decoder takes such codes; float32 or float64, CPU or CUDA.
         rho: momentum, of the shape of z.
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
@@ -130,7 +132,14 @@ def flow_and_points(
     keep_points: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Trajectory | None]:
     """What ``hamiltonian_flow`` returns, and with ``keep_points`` every point, detached; the same arguments."""
-    if break_graph("hamiltonian_flow", decoder, likelihood, condition, weight):
+    if is_swept_in_trace(decoder, likelihood, condition, weight):
+        steps = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
+        swept = swept_in_graph(
+            *("hamiltonian_flow", decoder, likelihood, condition, (memory,), z, rho, x, steps, alpha),
+            refusal="" if weight is None else WEIGHTS,
+        )
+        if swept:
+            return (swept[0], swept[1], swept[2]), Trajectory(*(points.detach() for points in swept[3:]))
         found: tuple[tuple[Tensor, Tensor, Tensor], Trajectory | None] = _outside_of_graphs(
             *(decoder, z, rho, x, step_size, alpha, likelihood, condition, weight, memory),
             keep_points=keep_points,
@@ -225,6 +234,22 @@ def _flow_by_sweeps(
     z_K, rho_K, log_px, *points = sweep_flow(network.sweeps, inputs, head, z, rho, steps, alpha, store)
     warn_of_head("hamiltonian_flow", head, stacklevel=6)
     return (z_K, rho_K, log_px), Trajectory(*points)
+
+
+def _run(network: ReadNetwork, likelihood: Likelihood, options: Options, *inputs: Tensor) -> list[Tensor]:
+    end, points = _flow_by_sweeps(network, *inputs, likelihood, *options)
+    return [*end, *points]
+
+
+def _shapes(
+    options: Options, z: Tensor, rho: Tensor, x: Tensor, steps: Tensor, alpha: Tensor
+) -> list[Tensor]:
+    rows, points = z.shape[:1], len(alpha) + 1
+    ends = (z.shape, z.shape, rows)
+    return [z.new_empty(shape) for shape in (*ends, *((points, *shape) for shape in ends))]
+
+
+SWEEPS["hamiltonian_flow"] = Sweep(_run, _shapes)
 
 
 def observed_rows(x: Tensor, z: Tensor, likelihood: Likelihood) -> Tensor:

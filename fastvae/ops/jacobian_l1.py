@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ from fastvae.network.differences import Differences
 from fastvae.network.jacobian import Plan
 from fastvae.network.jacobian import jacobian_l1 as sweep_jacobian
 from fastvae.network.sweeps import usual_tensor
+from fastvae.ops._in_graphs import SWEEPS, Options, Sweep, swept_in_graph
 from fastvae.ops._registration import (
-    break_graph,
     cast_under_autocast,
     check_condition,
     check_memory,
@@ -31,6 +32,7 @@ from fastvae.ops._registration import (
     check_tensors,
     empty_gradients,
     float32_under_autocast,
+    is_swept_in_trace,
     lower_or_read,
     read_decoder,
     refuse_forward_mode,
@@ -63,7 +65,8 @@ def jacobian_l1(
         decoder: any module from codes to [B, ...] that treats each sample by itself. What
             :func:`fastvae.lowering.lower` can take runs in kernels; any other is read as a graph of operations and
             swept in PyTorch; what cannot be read runs through autograd, after one warning. Under ``torch.compile``
-            the first is part of a graph, and the others break it: with ``fullgraph=True`` an error.
+            the first two are part of a graph (the second as one call), and the last breaks it: with
+            ``fullgraph=True`` an error.
         z: codes [B, d], or [B, ...] where the decoder takes such; float32 or float64, CPU or CUDA.
         reduction: "mean" or "sum" over the samples, or "none".
         output: psi, "identity" or "sigmoid" (for a decoder that returns logits).
@@ -89,7 +92,16 @@ def jacobian_l1(
             its batch.
         NotImplementedError: forward-mode differentiation, torch.func transforms, a second derivative.
     """
-    if estimator != "difference" and break_graph("jacobian_l1", decoder, None, condition):
+    if estimator != "difference" and is_swept_in_trace(decoder, None, condition):
+        # What may be a symbol becomes a number; a tensor cannot.
+        of = (
+            latents if latents is None or isinstance(latents, Tensor) else tuple(map(operator.index, latents))
+        )
+        refusal = "its latents are a tensor" if isinstance(of, Tensor) else ""
+        options = reduction, output, None if refusal else of, operator.index(p)
+        swept = swept_in_graph("jacobian_l1", decoder, None, condition, options, z, refusal=refusal)
+        if swept:
+            return swept[0]
         found: Tensor = _outside_of_graphs(
             decoder, z, reduction, output=output, latents=latents, p=p, condition=condition
         )
@@ -170,6 +182,20 @@ def _jacobian_by_sweeps(
         else Differences(sweeps, network.tensors, z, latents, p, step)
     )
     return sweep_jacobian(plan, z, reduction)
+
+
+def _run(network: ReadNetwork, likelihood: None, options: Options, z: Tensor) -> list[Tensor]:
+    reduction, output, latents, p = options
+    check_jacobian_options(reduction, output, p, "exact", 1.0)
+    indices = resolve_latents(latents, math.prod(z.shape[1:]))
+    return [_jacobian_by_sweeps(network, z, reduction, output, indices, p, None)]
+
+
+def _shapes(options: Options, z: Tensor) -> list[Tensor]:
+    return [z.new_empty(z.shape[:1] if options[0] == "none" else ())]
+
+
+SWEEPS["jacobian_l1"] = Sweep(_run, _shapes)
 
 
 def _sigmoid_of_a_sigmoid() -> ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fastvae.network.cache import ReadNetwork
 from fastvae.network.flow import log_px_and_force as sweep
 from fastvae.network.heads import make_head
 from fastvae.network.sweeps import Inputs
+from fastvae.ops._in_graphs import SWEEPS, WEIGHTS, Options, Sweep, swept_in_graph
 from fastvae.ops._registration import (
     check_condition,
     check_memory,
@@ -51,7 +52,8 @@ def log_px_and_force(
     Args:
         decoder: any module from codes to natural parameters that treats each sample by itself. Its forward is read
             once as a graph of operations and swept in PyTorch; one that cannot be read runs through autograd, after one
-            warning. In a function under ``torch.compile`` it is a graph break, with ``fullgraph=True`` an error.
+            warning. Under ``torch.compile`` the first is one call of the graph, and the second breaks it: with
+            ``fullgraph=True`` an error. So do weights, and likelihoods with parameters.
         z: codes [B, d], or [B, ...] where the decoder takes such; float32 or float64.
         x: data, with as many elements a sample as the likelihood needs, in any shape; float, uint8 or bool.
         likelihood: "bernoulli", "gaussian", "categorical" or a :class:`fastvae.likelihoods.Likelihood`.
@@ -74,6 +76,10 @@ def log_px_and_force(
             :func:`fastvae.reference.log_px_and_force`.
     """
     if torch.compiler.is_dynamo_compiling():
+        refusal = "" if weight is None else WEIGHTS
+        swept = swept_in_graph(_NAME, decoder, likelihood, condition, (), z, x, refusal=refusal)
+        if swept:
+            return swept[0], swept[1]
         return _outside_of_graphs(decoder, z, x, likelihood, condition=condition, weight=weight)
     if is_compiling():
         raise UnsupportedLayer(f"fastvae.ops.{_NAME}: it has no kernel, so it cannot be exported")
@@ -167,3 +173,16 @@ def _by_sweeps(
     found = sweep(network.sweeps, inputs, head, z)
     warn_of_head(name, head, stacklevel=6)
     return found
+
+
+def _run(network: ReadNetwork, likelihood: Likelihood, options: Options, *inputs: Tensor) -> Sequence[Tensor]:
+    z, x = inputs
+    _check(_NAME, z, x)
+    return _by_sweeps(_NAME, network, z, x, likelihood)
+
+
+def _shapes(options: Options, z: Tensor, x: Tensor) -> list[Tensor]:
+    return [z.new_empty(z.shape[:1]), z.new_empty(z.shape)]
+
+
+SWEEPS[_NAME] = Sweep(_run, _shapes)
