@@ -170,7 +170,7 @@ def swept_in_graph(
     if not reason:
         forms = _form_of(z), None if condition is None else _form_of(condition)
         is_object = isinstance(likelihood, Likelihood)
-        like = id(likelihood) if is_object else 0 if likelihood is None else likelihood
+        like: Any = id(likelihood) if is_object else 0 if likelihood is None else likelihood
         found = _constant(name, id(decoder), like, options, len(inputs), *forms)
         reason = found.failure
         if not reason:

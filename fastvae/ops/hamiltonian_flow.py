@@ -237,7 +237,8 @@ def _flow_by_sweeps(
 
 
 def _run(network: ReadNetwork, likelihood: Likelihood, options: Options, *inputs: Tensor) -> list[Tensor]:
-    end, points = _flow_by_sweeps(network, *inputs, likelihood, *options)
+    (memory,), (z, rho, x, steps, alpha) = options, inputs
+    end, points = _flow_by_sweeps(network, z, rho, x, steps, alpha, likelihood, memory)
     return [*end, *points]
 
 
