@@ -88,8 +88,17 @@ def compare(model: BaseVAE, compiled: Any, x: Tensor) -> None:
         torch.testing.assert_close(left, right, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", [VAE, HVAE])
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = {("hvae", HVAE), ("dcgan", VAE)}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[] if (name, kind) in QUICK else [pytest.mark.slow])
+        for name in NETWORKS
+        for kind in (VAE, HVAE)
+    ],
+)
 def test_networks_of_ours(name: str, kind: type[BaseVAE], counter: Counter) -> None:
     make_networks, shape = NETWORKS[name]
     torch.manual_seed(0)

@@ -34,7 +34,10 @@ USES: dict[str, Callable[[Any, Tensor], tuple[Any, Callable[[Any], Tensor]]]] = 
 @pytest.mark.filterwarnings("ignore:.*copies are trained")
 @pytest.mark.parametrize("kind", [VAE, HVAE, IWAE])
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("name", ["two-heads-mlp", "resnet-groupnorm", "lstm", "transformer"])
+@pytest.mark.parametrize(
+    "name",
+    ["two-heads-mlp", "resnet-groupnorm", pytest.param("lstm", marks=pytest.mark.slow), "transformer"],
+)
 def test_copies_of_used_objects(name: str, use: str, kind: Any) -> None:
     entry = ENCODERS[name]
     torch.manual_seed(0)

@@ -142,6 +142,20 @@ def test_a_condition(name: str) -> None:
     torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
+def test_a_condition_that_is_not_used() -> None:
+    class Ignores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = residual()
+
+        def forward(self, z: Tensor, c: Tensor) -> Tensor:
+            out: Tensor = self.inner(z)
+            return out
+
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    compare(flow, Ignores(), inputs(), compiled, condition=torch.zeros(5, 2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", ["flow", "force"])
 @pytest.mark.parametrize(
     "likelihood",
@@ -276,6 +290,13 @@ def test_graphs_live_as_long_as_their_results() -> None:
     with torch.no_grad():
         compiled(decoder, given)
     assert len(_in_graphs._graphs) == before
+
+
+def test_a_name_of_nothing() -> None:
+    with pytest.raises(
+        ValueError, match=r"fastvae::swept: call: expected a name that torch.compile .* got 'it'"
+    ):
+        torch.ops.fastvae.swept([torch.zeros(1)], "it", [0])
 
 
 def test_operators_of_pytorch() -> None:

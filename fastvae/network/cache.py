@@ -247,7 +247,8 @@ class Reading(NamedTuple):
     """What a compiler may bake in of a network.
 
     constants: the network, whose tensors are there where they are constants.
-    names, places: of the others in the module, and by source; that of the condition is the last, without a name.
+    names, places: of the others in the module, and by source.
+    of_condition: the place of the condition, which may not be used.
     facts: of the module.
     check: raises UnsupportedLayer or CoupledSamples for codes, and their condition, of which it does not hold.
     """
@@ -255,6 +256,7 @@ class Reading(NamedTuple):
     constants: ReadNetwork
     names: tuple[str, ...]
     places: tuple[int, ...]
+    of_condition: int | None
     facts: tuple[Facts, ...]
     check: Callable[[Tensor, Tensor | None], None]
 
@@ -270,26 +272,28 @@ def reading_of(
     """
     network = read_network(module, z, condition=condition, strip_sigmoid=strip_sigmoid)
     known, program = _known[module][_key_of(z, condition)], network.sweeps.program
-    named, conditions = {}, []
+    named, of_condition = {}, None
     for place in program.used:
         source = program.sources[place - 1]
         if source.steps:
             raise UnsupportedLayer("a tensor of it is registered nowhere")
         if source.is_condition:
-            conditions.append(place - 1)
+            of_condition = place - 1
         elif source.constant is None:
             named[place - 1] = join(source.path, source.name)
     held = weakref.ref(module)
 
-    def check(codes: Tensor, given: Tensor | None) -> None:
+    def check(codes: Tensor, beside: Tensor | None) -> None:
         if len(codes) > known.largest:
-            known.admit(held(), codes, given)
+            known.admit(held(), codes, beside)
 
-    constants = [None if at in named or at in conditions else t for at, t in enumerate(network.tensors)]
+    given = {*named, of_condition}
+    constants = [None if at in given else t for at, t in enumerate(network.tensors)]
     return network, Reading(
         network._replace(tensors=constants),
         tuple(named.values()),
-        (*named, *conditions),
+        tuple(named),
+        of_condition,
         tuple(facts_of(known.root, module, ())),
         check,
     )

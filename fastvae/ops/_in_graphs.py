@@ -59,18 +59,28 @@ class _Call(NamedTuple):
     inputs: int
 
     def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The results; the network's tensors come after the ``inputs``, the condition last."""
-        network, given = self.reading.constants, tensors[self.inputs :]
-        has_condition = len(self.reading.names) < len(self.reading.places)
-        self.reading.check(tensors[0], given[-1] if has_condition else None)
-        sources = list(network.tensors)
-        for place, tensor in zip(self.reading.places, given, strict=True):
+        """The results; the network's tensors come after the ``inputs``, then the condition if there is one."""
+        reading, (inputs, own) = self.reading, (tensors[: self.inputs], list(tensors[self.inputs :]))
+        condition = own.pop() if len(own) > len(reading.places) else None
+        reading.check(inputs[0], condition)
+        sources = list(reading.constants.tensors)
+        for place, tensor in zip(reading.places, own, strict=True):
             sources[place] = tensor
-        network = network._replace(tensors=sources)
-        return self.sweep.run(network, self.likelihood, self.options, *tensors[: self.inputs])
+        if reading.of_condition is not None:
+            sources[reading.of_condition] = condition
+        network = reading.constants._replace(tensors=sources)
+        return self.sweep.run(network, self.likelihood, self.options, *inputs)
 
 
 _calls: dict[str, _Call] = {}
+
+
+def _call_named(name: str) -> _Call:
+    if name not in _calls:
+        raise ValueError(
+            f"fastvae::swept: call: expected a name that torch.compile was given in this process, got {name!r}"
+        )
+    return _calls[name]
 
 
 class _Constant(NamedTuple):
@@ -209,7 +219,7 @@ class _Graph(NamedTuple):
 
 def _evaluated(tensors: Sequence[Tensor], call: str, needs: Sequence[int]) -> _Graph:
     leaves = [t.detach().requires_grad_(bool(need)) for t, need in zip(tensors, needs, strict=True)]
-    return _Graph(_calls[call].run(leaves), [leaf for leaf in leaves if leaf.requires_grad])
+    return _Graph(_call_named(call).run(leaves), [leaf for leaf in leaves if leaf.requires_grad])
 
 
 _graphs: dict[int, _Graph] = {}
@@ -235,13 +245,13 @@ def _swept(tensors: Sequence[Tensor], call: str, needs: Sequence[int]) -> list[T
         results = [found.detach() for found in graph.results]
     else:
         with torch.no_grad():
-            results = list(_calls[call].run(tensors))
+            results = list(_call_named(call).run(tensors))
     return [*(found.contiguous() for found in results), ticket]
 
 
 @_swept.register_fake
 def _(tensors: Sequence[Tensor], call: str, needs: Sequence[int]) -> list[Tensor]:
-    known = _calls[call]
+    known = _call_named(call)
     results = known.sweep.shapes(known.options, *tensors[: known.inputs])
     return [*results, torch.empty((), dtype=torch.int64, device="cpu")]
 
