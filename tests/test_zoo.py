@@ -49,7 +49,11 @@ OUTSIDE = {
 
 
 def cases(
-    operators: Mapping[str, Any] | tuple[str, ...], kind: str = "", *, slow: tuple[str, ...] = ()
+    operators: Mapping[str, Any] | tuple[str, ...],
+    kind: str = "",
+    *,
+    slow: tuple[str, ...] = (),
+    heavy: tuple[str, ...] = (),
 ) -> Any:
     """Parametrise over operators and the zoo; an expected failure where the registry says so."""
     found = []
@@ -66,7 +70,7 @@ def cases(
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             if operator in slow or entry.heavy:
                 marks.append(pytest.mark.slow)
-            if entry.heavy and (operator in slow or operator != "flow"):
+            if operator in heavy or (entry.heavy and (operator in slow or operator != "flow")):
                 marks.append(pytest.mark.heavy)
             found.append(pytest.param(operator, entry, marks=marks, id=f"{operator}-{entry.name}"))
     return pytest.mark.parametrize(("operator", "entry"), found)
@@ -399,7 +403,7 @@ BREAK_GRAPHS = {"lstm": "does not support RNN, GRU, or LSTM"}
 """Decoders that are no part of a graph of torch.compile, and what the error says of them."""
 
 
-@cases(DIFFERENTIATED, slow=DIFFERENTIATED)
+@cases(DIFFERENTIATED, slow=DIFFERENTIATED, heavy=("jacobian",))
 def test_in_one_graph(operator: str, entry: Entry) -> None:
     """torch.compile(fullgraph=True): kernels and sweeps are calls of the graph."""
     p = problem_of(entry)

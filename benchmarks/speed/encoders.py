@@ -1,13 +1,13 @@
 """Other people's encoders: likelihood regret beside Adam on one image after another, TracIn beside torch.func.
 
     python -m benchmarks.speed encoders                    all entries of tests/zoo/encoders.py
-    python -m benchmarks.speed encoders --quick            fewer steps, images and rounds: under 10 minutes
+    python -m benchmarks.speed encoders --quick            fewer steps, images and rounds: some 20 minutes
     python -m benchmarks.speed encoders --only vgg,lstm    these entries alone
 
 A model has the encoder, a small decoder and a Bernoulli likelihood, float32. "regret": Adam on a private encoder for
 each of 16 images, beside the careful loop (fastvae/ood/sequential.py). "tracin": scores of 16 queries and 512 training
-images, one draw, beside vmap(grad), 64 at a time, and one product or, where torch.vmap cannot run the encoder, a
-backward pass a sample. Ours must agree with the rival before both are timed.
+images (128 with --quick), one draw, beside vmap(grad), 64 at a time, and one product or, where torch.vmap cannot run
+the encoder, a backward pass a sample. Ours must agree with the rival before both are timed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .zoo import origin_of
 
 OURS = "ours"
 IMAGES, STEPS = 16, 50
+TRAIN = {False: 512, True: 128}
 TOLERANCE = {"regret": 2e-2, "tracin": 1e-3}
 """Adam's first steps are signs of gradients, of which one near zero may have either."""
 
@@ -70,7 +71,8 @@ def tracin(entry: EncoderEntry, options: harness.Options) -> dict[str, Callable[
     model = fastvae.VAE(encoder, decoder, latent_dim=entry.latents).eval().to(options.device)
     generator = torch.Generator().manual_seed(3)
     train, queries = (
-        torch.rand(count, *entry.shape, generator=generator).to(options.device) for count in (512, 16)
+        torch.rand(count, *entry.shape, generator=generator).to(options.device)
+        for count in (TRAIN[options.quick], IMAGES)
     )
     ours = fastvae.influence.TracIn(
         model, train, [None], lambda *_: 1.0, num_samples=1, uncovered="materialise"
@@ -136,7 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "encoders",
         "Encoders of the zoo",
         cases(installed, options.quick),
-        settings={"images": IMAGES, "width": options.width, "not installed": missing or "none"},
+        settings={
+            "images": IMAGES,
+            "training images": TRAIN[options.quick],
+            "width": options.width,
+            "not installed": missing or "none",
+        },
         summary=summary,
         panel="task",
         ours_may_fail=True,
