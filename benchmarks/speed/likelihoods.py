@@ -39,11 +39,11 @@ LIKELIHOODS: dict[str, tuple[L.Likelihood, bool]] = {
     "GaussianHead": (L.GaussianHead(), False),
     "DiscretizedLogistic": (L.DiscretizedLogistic(), False),
     "ZeroInflatedNegativeBinomial": (L.ZeroInflatedNegativeBinomial(2.0), True),
-    "NegativeBinomial, decoder": (L.NegativeBinomial("decoder"), True),
-    "ZeroInflatedNegativeBinomial, decoder": (L.ZeroInflatedNegativeBinomial("decoder"), True),
-    "Categorical, 16 classes": (L.Categorical(16), False),
-    "Gaussian, learned": (L.Gaussian("learned", initial=0.3), False),
-    "NegativeBinomial, learned": (L.NegativeBinomial("learned"), True),
+    "NegativeBinomial (decoder)": (L.NegativeBinomial("decoder"), True),
+    "ZeroInflatedNegativeBinomial (decoder)": (L.ZeroInflatedNegativeBinomial("decoder"), True),
+    "Categorical (16 classes)": (L.Categorical(16), False),
+    "Gaussian (learned)": (L.Gaussian("learned", initial=0.3), False),
+    "NegativeBinomial (learned)": (L.NegativeBinomial("learned"), True),
 }
 """With whether its data are counts; those with kernels come first."""
 

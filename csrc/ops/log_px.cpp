@@ -16,17 +16,25 @@
 namespace fastvae {
 namespace {
 
-// Bytes of the widest stage's activations in a tile, and codes beyond which a tile gains nothing.
+// Bytes of the widest stage's activations in a tile, and codes beyond which a tile gains nothing. On a CPU a tile has at
+// least as many as the weights, which each tile reads, up to what a shared cache holds.
 constexpr int64_t kTileBytesOnCpu = int64_t{2} << 20;
+constexpr int64_t kMostTileBytesOnCpu = int64_t{16} << 20;
 constexpr int64_t kTileBytesOnCuda = int64_t{256} << 20;
 constexpr int64_t kTileRows = 4096;
 
-int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, bool cuda) {
-  int64_t widest = 1;
+int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * tensor.element_size(); }
+
+int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, at::TensorList parameters, bool cuda) {
+  int64_t widest = 1, weights = 0;
   for (const at::Tensor& part : room_of_one) {
-    widest = std::max<int64_t>(widest, part.numel() * part.element_size());
+    widest = std::max(widest, bytes_of(part));
   }
-  return std::clamp<int64_t>((cuda ? kTileBytesOnCuda : kTileBytesOnCpu) / widest, 1, kTileRows);
+  for (const at::Tensor& parameter : parameters) {
+    weights += bytes_of(parameter);
+  }
+  const int64_t tile = cuda ? kTileBytesOnCuda : std::clamp(weights, kTileBytesOnCpu, kMostTileBytesOnCpu);
+  return std::clamp<int64_t>(tile / widest, 1, kTileRows);
 }
 
 // The same for a likelihood of elements, behind the network's outputs.
@@ -88,7 +96,7 @@ at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList
   }
   const at::Tensor dense = z_in.contiguous();
   const at::Tensor z = dense.view({draws * samples, dim}), flat = log_prob.view({-1});
-  const int64_t limit = tile_rows(network.make_forward_room(1), runs_cuda(z));
+  const int64_t limit = tile_rows(network.make_forward_room(1), parameters, runs_cuda(z));
   // A tile is a part of one draw of all samples, or several draws of them.
   const int64_t together = std::clamp<int64_t>(limit / samples, 1, draws);
   const int64_t tile = std::min(limit, together * samples);
