@@ -254,6 +254,42 @@ def test_what_cannot_be_part_of_a_graph_breaks_it_and_says_why() -> None:
         torch.compile(flow, fullgraph=True, backend="aot_eager")(Branch(3, 4).double(), given)
 
 
+@pytest.mark.slow
+def test_memory_that_a_compiler_uses_again() -> None:
+    """Inductor writes over what it has computed, before the call and after it, once nothing in its graph reads it."""
+
+    def step(decoder: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        z, rho = torch.sin(given["z"]) * 1.5, torch.cos(given["rho"]) + 0.5
+        x = torch.sigmoid(given["x"] * 2)
+        end, momentum, log_px = ops.hamiltonian_flow(decoder, z, rho, x, given["step_size"], given["alpha"])
+        log_px_2, force = ops.log_px_and_force(decoder, end * 2, x)
+        return (
+            (torch.tanh(end * 3) + torch.exp(-momentum.square()) + force.sin()).sum()
+            + log_px.sum()
+            + log_px_2.sum()
+        )
+
+    compare(step, residual(), inputs(64), torch.compile(step, fullgraph=True))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_in_inference_mode(name: str) -> None:
+    decoder, given = residual(), inputs()
+    compiled = torch.compile(STEPS[name], fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(decoder, given), STEPS[name](decoder, given))
+
+
+def test_no_steps_at_all() -> None:
+    """Gradients are then the cotangents themselves, which a graph must not be given back."""
+
+    def still(decoder: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        few = {**given, "step_size": given["step_size"][:0], "alpha": given["alpha"][:0]}
+        return flow(decoder, few)
+
+    compare(still, residual(), inputs(), torch.compile(still, fullgraph=True, backend="aot_eager"))
+
+
 def test_torch_export_refuses_a_name_of_this_process() -> None:
     """A strict one, which goes through Dynamo."""
 

@@ -33,7 +33,7 @@ MENU = {
     },
     "docs/api/index": {"": ["docs/api/*"]},
     "benchmarks/results/README": {
-        "": ["benchmarks/results/*", "benchmarks/results/papers/*", "benchmarks/results/zen5/*"]
+        "": [f"benchmarks/results/{folder}*" for folder in ("", "papers/", "zen5/", "zen4/")]
     },
 }
 

@@ -222,6 +222,25 @@ def _evaluated(tensors: Sequence[Tensor], call: str, needs: Sequence[int]) -> _G
     return _Graph(_call_named(call).run(leaves), [leaf for leaf in leaves if leaf.requires_grad])
 
 
+def _copied(tensors: Sequence[Tensor], call: str) -> list[Tensor]:
+    """All but the network's own copied: what a compiled graph has computed, it may overwrite after the call."""
+    known = _call_named(call)
+    own = range(known.inputs, known.inputs + len(known.reading.places))
+    return [tensor if at in own else tensor.clone() for at, tensor in enumerate(tensors)]
+
+
+def _apart(found: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor]:
+    """Dense, and in memory of their own: compilers take what an operator returns for new, and use the old again."""
+    seen = {tensor.untyped_storage()._cdata for tensor in given if tensor is not None}
+    results = []
+    for tensor in found:
+        result = tensor.contiguous()
+        memory = result.untyped_storage()._cdata
+        results.append(result.clone() if memory in seen else result)
+        seen.add(memory)
+    return results
+
+
 _graphs: dict[int, _Graph] = {}
 """Of calls whose backward pass may come: by the number in their last result, and as long as that is held."""
 _numbers = itertools.count()
@@ -240,13 +259,14 @@ def _swept(tensors: Sequence[Tensor], call: str, needs: Sequence[int]) -> list[T
     ticket = torch.tensor(number, device="cpu")
     if any(needs):
         with _with_autograd():
-            graph = _graphs[number] = _evaluated(tensors, call, needs)
+            graph = _graphs[number] = _evaluated(_copied(tensors, call), call, needs)
         weakref.finalize(ticket, _graphs.pop, number, None)
-        results = [found.detach() for found in graph.results]
+        # Results as well: autograd may have saved them.
+        results = [found.detach().clone() for found in graph.results]
     else:
         with torch.no_grad():
             results = list(_call_named(call).run(tensors))
-    return [*(found.contiguous() for found in results), ticket]
+    return [*_apart(results, tensors), ticket]
 
 
 @_swept.register_fake
@@ -281,7 +301,7 @@ def _swept_backward(
             return [torch.zeros_like(leaf) for leaf in graph.wanted]
         outputs, along = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, graph.wanted, along, allow_unused=True, materialize_grads=True)
-    return [gradient.contiguous() for gradient in found]
+    return _apart(found, [*gradients, *tensors])
 
 
 @_swept_backward.register_fake
