@@ -42,7 +42,7 @@ from fastvae.ops._registration import (
 )
 from fastvae.reference import Trajectory
 
-STORE_LIMIT_BYTES = 256 * 2**20
+STORE_LIMIT_BYTES = 2**30
 """memory="auto" keeps the activations of all steps up to this size, and recomputes them beyond it."""
 
 
