@@ -384,7 +384,7 @@ leaves = list(model.parameters())
 for a, b in zip(*(torch.autograd.grad(each.sum(), leaves) for each in (mine, theirs))):
     torch.testing.assert_close(a, b)
 """
-    for seed in (0, 1, 0):
+    for seed in (0, 1):
         done = subprocess.run(
             [sys.executable, "-c", code.format(path=[p for p in sys.path if p], seed=seed)],
             capture_output=True,

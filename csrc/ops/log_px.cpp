@@ -16,8 +16,8 @@
 namespace fastvae {
 namespace {
 
-// Bytes of the widest stage's activations in a tile, and codes beyond which a tile gains nothing. On a CPU a tile has at
-// least as many as the weights, which each tile reads, up to what a shared cache holds.
+// Bytes of the widest stage's activations in a tile, and codes beyond which a tile gains nothing. On a CPU a tile has
+// at least as many as the weights, which each tile reads, up to what a shared cache holds.
 constexpr int64_t kTileBytesOnCpu = int64_t{2} << 20;
 constexpr int64_t kMostTileBytesOnCpu = int64_t{16} << 20;
 constexpr int64_t kTileBytesOnCuda = int64_t{256} << 20;
