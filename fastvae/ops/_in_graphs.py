@@ -246,12 +246,15 @@ _graphs: dict[int, _Graph] = {}
 _numbers = itertools.count()
 
 
-# What is kept here, a replayed CUDA graph would not find.
+# What is kept here, a replayed CUDA graph would not find. Older releases have no such mark.
+_TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
+
+
 @torch.library.custom_op(
     "fastvae::swept",
     mutates_args=(),
     schema="(Tensor[] tensors, str call, int[] needs) -> Tensor[]",
-    tags=(torch.Tag.cudagraph_unsafe,),
+    tags=_TAGS,
 )
 def _swept(tensors: Sequence[Tensor], call: str, needs: Sequence[int]) -> list[Tensor]:
     """The results, and a number."""
@@ -280,7 +283,7 @@ def _(tensors: Sequence[Tensor], call: str, needs: Sequence[int]) -> list[Tensor
     "fastvae::swept_backward",
     mutates_args=(),
     schema="(Tensor?[] gradients, Tensor[] tensors, Tensor ticket, str call, int[] needs) -> Tensor[]",
-    tags=(torch.Tag.cudagraph_unsafe,),
+    tags=_TAGS,
 )
 def _swept_backward(
     gradients: Sequence[Tensor | None],
