@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -326,6 +327,19 @@ def test_graphs_live_as_long_as_their_results() -> None:
     with torch.no_grad():
         compiled(decoder, given)
     assert len(_in_graphs._graphs) == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"likelihood": "nothing"}, {"likelihood": 3}, {"memory": "much"}, {"decoder": 5}], ids=str
+)
+def test_wrong_arguments_are_refused_as_ever(wrong: dict[str, Any]) -> None:
+    """A number in place of an object was taken for its address."""
+    given, step = inputs(), force if "decoder" in wrong else flow
+    options = {"decoder": residual(), "given": given, **wrong}
+    with pytest.raises((TypeError, ValueError)) as expected:
+        step(**options)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        torch.compile(step, backend="aot_eager")(**options)
 
 
 def test_a_name_of_nothing() -> None:

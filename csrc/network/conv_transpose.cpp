@@ -146,30 +146,29 @@ void direct_conv_transpose_add_weight_gradient(const Stage& stage, const at::Ten
 
 namespace {
 
+// Of the weight itself, which may be packed.
+size_t weight_bytes(const Stage& stage, const at::Tensor& weight) {
+  return static_cast<size_t>(stage.in.channels * stage.out.channels * stage.kernel[0] * stage.kernel[1]) *
+         weight.element_size();
+}
+
 // Whether GEMM and fold are quicker than windows, by what a FLOP costs (ns, float32, both cores of a Zen 3 [measured]).
 // Windows read the weight once for each row of outputs, 2 / width bytes a FLOP, which are free as long as the L2 cache
 // holds it; fold moves a column for every 2 C_in FLOPs. Doubles take twice as long in all of that.
-bool is_folding_quicker(const Stage& stage, size_t element_size) {
-  constexpr int64_t kCacheBytes = int64_t{1} << 19;
-  const int64_t bytes =
-      stage.in.channels * stage.out.channels * stage.kernel[0] * stage.kernel[1] * static_cast<int64_t>(element_size);
+bool is_folding_quicker(const Stage& stage, const at::Tensor& weight) {
+  constexpr size_t kCacheBytes = size_t{1} << 19;
   const double direct = 0.0118 + 0.04 / static_cast<double>(stage.in.width);
   const double folded = 0.0087 + 0.6 / static_cast<double>(stage.in.channels);
-  return bytes > kCacheBytes && folded < direct;
+  return weight_bytes(stage, weight) > kCacheBytes && folded < direct;
 }
-
-}  // namespace
-
-namespace {
 
 // Whether oneDNN's blocks are quicker than both: where neither the weight nor the columns of a sample fit into a cache,
 // so that products stream them [Zen 4: 1024 to 512 channels, 8x8 to 16x16, batch 16: 0.8 of the time of GEMM and fold;
 // 4x4 to 7x7, where columns fit: 1.2].
-bool streams(const Stage& stage, size_t element_size) {
-  constexpr int64_t kWeightBytes = int64_t{4} << 20, kPositions = 64;
-  const int64_t bytes =
-      stage.in.channels * stage.out.channels * stage.kernel[0] * stage.kernel[1] * static_cast<int64_t>(element_size);
-  return bytes > kWeightBytes && stage.in.positions() >= kPositions;
+bool streams(const Stage& stage, const at::Tensor& weight) {
+  constexpr size_t kWeightBytes = size_t{4} << 20;
+  constexpr int64_t kPositions = 64;
+  return weight_bytes(stage, weight) > kWeightBytes && stage.in.positions() >= kPositions;
 }
 
 }  // namespace
@@ -193,11 +192,11 @@ ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& we
   if (channels < kWideChannels) {
     return dilated ? ConvTransposeRoute::kLibrary : ConvTransposeRoute::kNarrow;
   }
-  if (streams(stage, weight.element_size())) {
+  if (streams(stage, weight)) {
     return ConvTransposeRoute::kLibrary;
   }
-  return dense || dilated || is_folding_quicker(stage, weight.element_size()) ? ConvTransposeRoute::kFolded
-                                                                              : ConvTransposeRoute::kDirect;
+  return dense || dilated || is_folding_quicker(stage, weight) ? ConvTransposeRoute::kFolded
+                                                               : ConvTransposeRoute::kDirect;
 }
 
 at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight) {

@@ -23,15 +23,13 @@ constexpr int64_t kMostTileBytesOnCpu = int64_t{16} << 20;
 constexpr int64_t kTileBytesOnCuda = int64_t{256} << 20;
 constexpr int64_t kTileRows = 4096;
 
-int64_t bytes_of(const at::Tensor& tensor) { return tensor.numel() * tensor.element_size(); }
-
 int64_t tile_rows(const std::vector<at::Tensor>& room_of_one, at::TensorList parameters, bool cuda) {
   int64_t widest = 1, weights = 0;
   for (const at::Tensor& part : room_of_one) {
-    widest = std::max(widest, bytes_of(part));
+    widest = std::max<int64_t>(widest, part.nbytes());
   }
   for (const at::Tensor& parameter : parameters) {
-    weights += bytes_of(parameter);
+    weights += static_cast<int64_t>(parameter.nbytes());
   }
   const int64_t tile = cuda ? kTileBytesOnCuda : std::clamp(weights, kTileBytesOnCpu, kMostTileBytesOnCpu);
   return std::clamp<int64_t>(tile / widest, 1, kTileRows);

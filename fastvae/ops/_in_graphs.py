@@ -26,6 +26,8 @@ from fastvae.likelihoods import Likelihood, resolve
 from fastvae.lowering import UnsupportedLayer
 from fastvae.lowering.traced import Fact, Facts, facts_of_attributes, hold_traced, holds, tensors_traced
 from fastvae.network.cache import Reading, reading_of
+from fastvae.network.pristine import BATCH
+from fastvae.ops._registration import empty_gradients
 
 Options = tuple[Any, ...]
 """Plain values that an operator's call depends on besides tensors."""
@@ -94,14 +96,13 @@ class _Constant(NamedTuple):
 
 
 _Form = tuple[tuple[int, ...], torch.dtype, str]
-_BATCH = 3
 
 
 def _like(form: _Form | None) -> Tensor | None:
     if form is None:
         return None
     shape, dtype, device = form
-    return torch.zeros((_BATCH, *shape), dtype=dtype, device=device)
+    return torch.zeros((BATCH, *shape), dtype=dtype, device=device)
 
 
 def _constant(
@@ -117,7 +118,10 @@ def _constant(
     module = ctypes.cast(address, ctypes.py_object).value
     like: Likelihood | None = None
     if isinstance(likelihood, str):
-        like = resolve(likelihood)
+        try:
+            like = resolve(likelihood)
+        except ValueError as failure:
+            return _Constant(str(failure))
     elif likelihood:
         like = ctypes.cast(likelihood, ctypes.py_object).value
     of_likelihood = () if like is None else facts_of_attributes(like)
@@ -175,6 +179,8 @@ def swept_in_graph(
         reason = "torch.export would save a call that no other process knows"
     elif torch.is_autocast_enabled(z.device.type):
         reason = "it is under autocast"
+    elif not isinstance(decoder, nn.Module) or not isinstance(likelihood, (str, Likelihood, type(None))):
+        reason = "decoder or likelihood are none"
     elif z.dim() < 2 or z.dtype not in (torch.float32, torch.float64):
         reason = "its codes are not [B, ...] in float32 or float64"
     if not reason:
@@ -292,7 +298,7 @@ def _swept_backward(
     call: str,
     needs: Sequence[int],
 ) -> list[Tensor]:
-    """To each of the tensors that need one. A second pass over one graph evaluates it again."""
+    """To each tensor, empty where none is needed. A second pass over one graph evaluates it again."""
     with _with_autograd():
         graph = _graphs.pop(int(ticket), None) or _evaluated(tensors, call, needs)
         pairs = [
@@ -300,22 +306,19 @@ def _swept_backward(
             for found, gradient in zip(graph.results, gradients, strict=True)
             if gradient is not None and found.requires_grad
         ]
-        if not pairs:
-            return [torch.zeros_like(leaf) for leaf in graph.wanted]
-        outputs, along = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, graph.wanted, along, allow_unused=True, materialize_grads=True)
-    return _apart(found, [*gradients, *tensors])
+        found: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in graph.wanted]
+        if pairs:
+            outputs, along = zip(*pairs, strict=True)
+            found = torch.autograd.grad(
+                outputs, graph.wanted, along, allow_unused=True, materialize_grads=True
+            )
+    rest = iter(_apart(found, [*gradients, *tensors]))
+    return [next(rest) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)]
 
 
 @_swept_backward.register_fake
-def _(
-    gradients: Sequence[Tensor | None],
-    tensors: Sequence[Tensor],
-    ticket: Tensor,
-    call: str,
-    needs: Sequence[int],
-) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor, need in zip(tensors, needs, strict=True) if need]
+def _(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor], *others: Any) -> list[Tensor]:
+    return empty_gradients("swept_backward", tensors[0], tensors, others[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -325,8 +328,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
     ticket, *tensors = ctx.saved_tensors
-    found = iter(torch.ops.fastvae.swept_backward(list(gradients)[:-1], tensors, ticket, ctx.call, ctx.needs))
-    return [next(found) if need else None for need in ctx.needs], None, None
+    found = torch.ops.fastvae.swept_backward(list(gradients)[:-1], tensors, ticket, ctx.call, ctx.needs)
+    wanted = [gradient if need else None for gradient, need in zip(found, ctx.needs, strict=True)]
+    return wanted, None, None
 
 
 _swept.register_autograd(_backward, setup_context=_keep)

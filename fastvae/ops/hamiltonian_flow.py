@@ -132,6 +132,10 @@ def flow_and_points(
     keep_points: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Trajectory | None]:
     """What ``hamiltonian_flow`` returns, and with ``keep_points`` every point, detached; the same arguments."""
+    if memory not in ("auto", "store", "recompute"):
+        raise ValueError(
+            f"fastvae::hamiltonian_flow: memory: expected 'auto', 'store' or 'recompute', got {memory!r}"
+        )
     if is_swept_in_trace(decoder, likelihood, condition, weight):
         steps = torch.as_tensor(step_size, dtype=z.dtype, device=z.device)
         swept = swept_in_graph(
@@ -148,10 +152,6 @@ def flow_and_points(
     check_tensors("hamiltonian_flow", z=z, rho=rho, x=x, alpha=alpha)
     refuse_function_transforms("hamiltonian_flow", z)
     decoder, like = without_parameters(decoder, resolve(likelihood))
-    if memory not in ("auto", "store", "recompute"):
-        raise ValueError(
-            f"fastvae::hamiltonian_flow: memory: expected 'auto', 'store' or 'recompute', got {memory!r}"
-        )
     if z.dim() < 2:
         raise ValueError(f"fastvae::hamiltonian_flow: z: expected shape [B, d], got {list(z.shape)}")
     check_condition("hamiltonian_flow", condition, z.shape[0])
