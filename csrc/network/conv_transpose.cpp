@@ -166,12 +166,18 @@ bool is_folding_quicker(const Stage& stage, const at::Tensor& weight) {
 // so that products stream them [Zen 4: 1024 to 512 channels, 8x8 to 16x16, batch 16: 0.8 of the time of GEMM and fold;
 // 4x4 to 7x7, where columns fit: 1.2].
 bool streams(const Stage& stage, const at::Tensor& weight) {
-  constexpr size_t kWeightBytes = size_t{4} << 20;
+  constexpr size_t kWeightBytes = size_t{2} << 20;
   constexpr int64_t kPositions = 64;
   return weight_bytes(stage, weight) > kWeightBytes && stage.in.positions() >= kPositions;
 }
 
 }  // namespace
+
+bool is_in_planes(const Stage& stage, const at::Tensor& weight) {
+  constexpr int64_t kSamples = 16;
+  const int64_t weights = stage.in.channels / stage.groups * stage.out.channels * stage.kernel[0] * stage.kernel[1];
+  return !runs_cuda(weight) && weights > kSamples * (stage.in.numel() + stage.out.numel());
+}
 
 ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight) {
   const int64_t channels = stage.out.channels;
@@ -202,7 +208,9 @@ ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& we
 at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight) {
   switch (conv_transpose_route(stage, weight)) {
     case ConvTransposeRoute::kLibrary:
-      return weight.contiguous();
+      // As the images: ATen would otherwise bring the weight into their layout at every call.
+      return weight.contiguous(is_in_planes(stage, weight) ? at::MemoryFormat::Contiguous
+                                                           : at::MemoryFormat::ChannelsLast);
     case ConvTransposeRoute::kFolded:
       return weight.permute({0, 2, 3, 1}).contiguous();
     default:

@@ -13,6 +13,11 @@ enum class ConvTransposeRoute { kLibrary, kDirect, kNarrow, kFolded };
 
 ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight);
 
+// Whether the library is given planes, images and weight: the weight outweighs the images of a batch, and oneDNN brings
+// planes sooner into its blocks than channel-last weights [Zen 4: 1024 to 512 channels, 5x5, 8x8: gradients 0.8 of the
+// time].
+bool is_in_planes(const Stage& stage, const at::Tensor& weight);
+
 // The weight as the functions below take it: the library's, dense; [C_in, kh, kw, C_out] folded; else [2, kh, kw, C_in
 // C_out], as the forward and as the backward kernels read it.
 at::Tensor conv_transpose_pack(const Stage& stage, const at::Tensor& weight);

@@ -159,20 +159,16 @@ class AutogradLayer(Layer):
         dots: Sequence[Tensor],
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """J xdot where it is wanted, and the gradients of <J^T dy, xdot> to the inputs ``slots``."""
-        pairs = [
-            (pulled.value.found[slot], dot)
-            for slot, dot in zip(given, dots, strict=True)
-            if slot in pulled.value.found
-        ]
+        pulls, along = _pairs(pulled.value, given, dots)
         has_graph = [isinstance(part, Tensor) and part.requires_grad for part in graph.value.parts]
-        if not pairs:
+        if not pulls:
             return [None] * len(has_graph), [None] * len(slots)
         seeds = pulled.value.seeds if of_results else []
         leaves = [graph.value.leaves[slot] for slot in slots]
         found = torch.autograd.grad(
-            [pair[0] for pair in pairs],
+            pulls,
             [*seeds, *leaves],
-            [pair[1] for pair in pairs],
+            along,
             retain_graph=True,
             allow_unused=True,
         )
@@ -191,6 +187,48 @@ class AutogradLayer(Layer):
         )
         return [next(found) if has else None for has in has_graph]
 
+    def adjoint(
+        self, point: Point, dy_dot: Any, dy: Any, dots: Values, grads: Gradients, products: Products
+    ) -> None:
+        """As for any layer; where neither part has been computed, both are one gradient."""
+        kept: _Kept = point.kept[self.index]
+        given = [slot for slot in kept.leaves if dots[slot] is not None]
+        along = [dots[slot] for slot in given]
+        known = kept.bends is not None and _are_same(along, kept.dots)
+        if dy_dot is None or dy is None or not given or known or not self._is_pulled(kept, dy):
+            return super().adjoint(point, dy_dot, dy, dots, grads, products)
+        places, cotangents = _by_place(dy_dot)
+        found = kernel(self._both, kept.graph, kept.pulled, kept.leaves, places, cotangents, given, along)
+        for slot, gradient in zip(kept.leaves, found, strict=True):
+            grads.add(slot, gradient)
+
+    def _both(
+        self,
+        graph: Held,
+        pulled: Held,
+        slots: Sequence[int],
+        places: Sequence[int],
+        dy_dot: Sequence[Tensor],
+        given: Sequence[int],
+        dots: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        outputs, cotangents = _reached(graph.value, places, dy_dot)
+        pulls, along = _pairs(pulled.value, given, dots)
+        if not outputs and not pulls:
+            return [None] * len(slots)
+        return torch.autograd.grad(
+            [*outputs, *pulls],
+            [graph.value.leaves[slot] for slot in slots],
+            [*cotangents, *along],
+            retain_graph=True,
+            allow_unused=True,
+        )
+
+    def _is_pulled(self, kept: _Kept, dy: Any) -> bool:
+        """Whether the reverse that can be differentiated was of these cotangents."""
+        places, cotangents = _by_place(dy)
+        return kept.pulled is not None and _are_same(cotangents, [kept.dy.get(at) for at in places])
+
     def bend(self, point: Point, dy: Any, dots: Values, grads: Gradients, products: Products) -> None:
         """The gradient of <J^T dy, xdot>."""
         kept: _Kept = point.kept[self.index]
@@ -199,7 +237,7 @@ class AutogradLayer(Layer):
             return
         places, cotangents = _by_place(dy)
         along = [dots[slot] for slot in given]
-        if kept.pulled is None or not _are_same(cotangents, [kept.dy.get(at) for at in places]):
+        if not self._is_pulled(kept, dy):
             found = kernel(self._bent, kept.graph, kept.leaves, places, cotangents, given, along)
         elif kept.bends is not None and _are_same(along, kept.dots):
             found = kept.bends
@@ -224,6 +262,14 @@ class AutogradLayer(Layer):
             return [None] * len(slots)
         wanted = [leaves[slot] for slot in slots]
         return torch.autograd.grad(pulled, wanted, along, retain_graph=True, allow_unused=True)
+
+
+def _pairs(
+    pulled: _Pulled, given: Sequence[int], dots: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Cotangents of inputs that have a graph, and what they are to be multiplied by."""
+    pairs = [(pulled.found[slot], dot) for slot, dot in zip(given, dots, strict=True) if slot in pulled.found]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def _is_continuous(value: Any) -> bool:
