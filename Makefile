@@ -213,6 +213,7 @@ $(BENCHMARKS): bench-%: build/.extension $(VENV)/.bench
 cuda-check: build/emulated/.built
 	scripts/cuda_check.sh
 	! command -v nvcc >/dev/null || PYTHONPATH=build/emulated/lib $(PY) scripts/launches.py geometry build/cuda-report.txt
+	PYTHONPATH=build/emulated/lib $(PY) scripts/launch_floors.py
 
 cuda-build: .venv-cuda/.torch-$(TORCH_CUDA)
 	PYTHON=$(CURDIR)/$(CUDA_PY) scripts/cuda_build.sh

@@ -19,6 +19,7 @@ RECORDED_TORCH = "2.13"
 """With which the table in docs/kernels.md was counted; another release may take an operator apart differently."""
 
 launches = load_script(ROOT / "scripts" / "launches.py") if EMULATED else None
+floors = load_script(ROOT / "scripts" / "launch_floors.py") if EMULATED else None
 CASES = launches.CASES if launches else {}
 TABLE = launches.TABLE if launches else {}
 
@@ -148,3 +149,32 @@ def test_a_number_that_differs_is_seen() -> None:
     changed = one._replace(arguments=one.arguments[:at] + struct.pack("<Q", 5) + one.arguments[at + 8 :])
     assert "byte" in difference(found, [changed])
     assert one.kernel == "kick_drift_kernel<float>" and one.moved_bytes == 5 * 20 * 4
+
+
+def product_flops(name: str) -> float:
+    """Of a call and its gradient, by scripts/launch_floors.py."""
+    return 1e9 * floors.row(CASES[name]).gigaflops
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        # Forward and back to z for each of K + 1 forces; then a tangent, its way back, and two products a weight.
+        ("hamiltonian_flow: MLP 32-512-512-784, B 128, K = 10", 11 * (2 + 4)),
+        ("trajectory: the same, K = 10", 11 * 2),
+        ("log_px_and_force: MLP 32-512-512-784, B 128", 6),
+    ],
+)
+def test_counted_products_are_those_of_the_formulas(name: str, passes: int) -> None:
+    forward = 2 * 128 * (32 * 512 + 512 * 512 + 512 * 784)
+    # The first layer's way back to what is no latent is not needed everywhere.
+    assert product_flops(name) == pytest.approx(passes * forward, rel=0.03)
+
+
+def test_convolutions_are_counted_by_their_positions() -> None:
+    tensors = "Float[8, 32, 16, 16][8192, 256, 16, 1];Float[64, 32, 4, 4][512, 16, 4, 1];"
+    form = tensors + ";2;,2;,;1;,1;,;1;,1;,;False;0;,0;,;1;"
+    sizes = [size for _, size in floors.shapes_in(form)]
+    assert floors.product_flops("convolution", sizes, form) == 2 * 8 * 64 * 32 * 4 * 4 * 8 * 8
+    turned = form.replace("False", "True")
+    assert floors.product_flops("convolution", sizes, turned) == 2 * 8 * 64 * 32 * 4 * 4 * 16 * 16

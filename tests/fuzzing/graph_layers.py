@@ -44,6 +44,39 @@ class Graph(nn.Module):
         return torch.cat([values[index].flatten(1) for index in self.results], 1)
 
 
+class Noted(nn.Module):
+    """Keeps count, a history and its last value, as people's modules do for their logs."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.history, self.last = 0, [], torch.zeros(0)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        self.history.append(tuple(h.shape))
+        self.last = h.detach()
+        return h * 1.5
+
+
+class Swish(torch.autograd.Function):
+    """h sigmoid(h), by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h * h.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        s = h.sigmoid()
+        return grad * (s + h * s * (1 - s))
+
+
 class Held(nn.Module):
     """A parameter."""
 
@@ -98,6 +131,7 @@ def drawn_step(
         softmax,
         stop,
         left_over,
+        noted,
     ]
     kinds += (
         [vector, vector, image, rows]
@@ -337,10 +371,24 @@ def stop(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
     )
 
 
+def noted(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
+    return (lambda m, h: m(h)), [at], Noted(), shapes[at]
+
+
 def left_over(rng: random.Random, at: int, shapes: list[Shape]) -> Step:
-    """What no rule knows, so that autograd takes it, and sizes that become plain numbers."""
-    functions = [
+    """What no rule knows, so that autograd takes it, what is seldom met, and sizes that become plain numbers."""
+
+    def part_is_written(_: nn.Module, h: Tensor) -> Tensor:
+        written = torch.zeros_like(h)
+        written[:, :1] = h[:, :1].sin()
+        return written + h
+
+    functions: list[Callable[..., Tensor]] = [
         lambda _, h: h.cumsum(-1),
+        lambda _, h: Swish.apply(h),
+        lambda _, h: torch.fft.irfft(torch.fft.rfft(h, dim=-1) * 0.5j, n=h.shape[-1], dim=-1),
+        lambda _, h: h / (1 + h.flatten(1).var(1, correction=0)).view(-1, *[1] * (h.dim() - 1)),
+        part_is_written,
         lambda _, h: (2 + h.sin()) ** h.cos(),
         lambda _, h: h.roll(1, 1) * h.flip(-1),
         lambda _, h: h.reshape(len(h), -1).view(h.shape).sin(),
