@@ -54,7 +54,7 @@ NetworkCopies::NetworkCopies(const std::string& network, const std::vector<at::T
   }
   samples_ = x.size(0);
   // Of the likelihoods, only the categorical one asks something of a network.
-  program_ = find_program(kOp, network, parameters, x.size(1), {});
+  program_ = find_program(kOp, network, parameters, x.size(1), {}, Norms::kApart);
   check_room(kOp, "x", *program_, samples_);
   layers_.resize(depth());
   rates_ = aten::empty({steps, 2}, at::TensorOptions().dtype(at::kDouble));

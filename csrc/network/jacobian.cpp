@@ -27,6 +27,9 @@ size_t depth_of(const Program& program) {
   return stages > 1 && is_identity(program.stages.back()) ? stages - 1 : stages;
 }
 
+// Whether the tangents of a last stage need not exist all at once.
+bool is_by_columns(const Stage& last) { return last.affine == Affine::kLinear && !last.normed; }
+
 // Rows `latents` of a matrix; no index tensor, which would have to be copied to the device.
 at::Tensor select_rows(const at::Tensor& matrix, at::IntArrayRef latents) {
   std::vector<at::Tensor> rows;
@@ -48,7 +51,7 @@ int64_t JacobianSweep::numel_per_latent(const Program& program) {
     widest = std::max(widest, numel);
   }
   const Stage& last = program.stages[depth - 1];
-  const bool by_columns = depth > 1 && last.affine == Affine::kLinear;
+  const bool by_columns = depth > 1 && is_by_columns(last);
   return kept + 2 * (by_columns ? widest : std::max(widest, last.out.numel()));
 }
 
@@ -90,7 +93,7 @@ JacobianSweep::JacobianSweep(const Network& network, at::IntArrayRef latents, bo
     }
   }
   columns_ = stage(last).out.numel();
-  if (last > 0 && stage(last).affine == Affine::kLinear) {
+  if (last > 0 && is_by_columns(stage(last))) {
     const int64_t bytes = runs_cuda(options.device()) ? kColumnBytesOnCuda : kColumnBytesOnCpu;
     const int64_t fit =
         std::max<int64_t>(1, bytes / (std::max<int64_t>(1, rows) * static_cast<int64_t>(options.dtype().itemsize())));
@@ -125,7 +128,8 @@ size_t JacobianSweep::find_lowest(bool grad_z) const {
   }
   const auto wanted = [&](int64_t index) { return index >= 0 && gradients_[index].defined(); };
   for (size_t l = 0; l < depth_; ++l) {
-    if (wanted(stage(l).weight) || (bent_above[l] && wanted(stage(l).bias))) {
+    if (wanted(stage(l).weight) || wanted(stage(l).norm_weight) ||
+        (bent_above[l] && (wanted(stage(l).bias) || wanted(stage(l).norm_bias)))) {
       return l;
     }
   }
@@ -307,8 +311,8 @@ void JacobianSweep::run(const at::Tensor& z, const at::Tensor& weight, const at:
   const size_t last = depth_ - 1;
   at::Tensor abar =
       with_gradient() && curved(last) ? aten::empty({count_ * stage(last).out.numel()}, z.options()) : at::Tensor();
-  at::Tensor hdotbar = last > 0 && stage(last).affine == Affine::kLinear ? head_by_columns(weight, terms, abar)
-                                                                         : head(weight, terms, abar);
+  at::Tensor hdotbar =
+      last > 0 && is_by_columns(stage(last)) ? head_by_columns(weight, terms, abar) : head(weight, terms, abar);
   if (!with_gradient()) {
     return;
   }

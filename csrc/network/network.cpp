@@ -54,19 +54,29 @@ Network::Network(const char* op, const Program& program, const LikelihoodSpec& l
       weight_(program.stages.size()),
       bias_(program.stages.size()),
       mean_(program.stages.size()),
-      rstd_(program.stages.size()) {
+      rstd_(program.stages.size()),
+      scale_(program.stages.size()),
+      plain_(program.stages.size()) {
   for (const at::Tensor& tensor : tensors) {
     check_like(op, "parameters", tensor, like, "z");
   }
   for (size_t l = 0; l < depth(); ++l) {
     const Stage& stage = program.stages[l];
-    if (stage.weight >= 0) {
+    if (stage.weight >= 0 && !stage.normed) {
       weight_[l] = affine_pack(stage, tensors[stage.weight]);
     }
     if (stage.bias >= 0) {
       bias_[l] = tensors[stage.bias].contiguous();
     }
-    if (stage.affine == Affine::kBatchNorm) {
+    if (stage.normed) {
+      rstd_[l] = tensors[stage.running_var].add(stage.eps).rsqrt();
+      scale_[l] = stage.norm_weight >= 0 ? rstd_[l].mul(tensors[stage.norm_weight]) : rstd_[l];
+      mean_[l] = bias_[l].defined() ? tensors[stage.running_mean].sub(bias_[l]) : tensors[stage.running_mean];
+      const at::Tensor of_mean = mean_[l].mul(scale_[l]);
+      bias_[l] = stage.norm_bias >= 0 ? tensors[stage.norm_bias].sub(of_mean) : of_mean.neg();
+      plain_[l] = tensors[stage.weight];
+      weight_[l] = affine_pack(stage, plain_[l].mul(over_outputs(stage, scale_[l])));
+    } else if (stage.affine == Affine::kBatchNorm) {
       mean_[l] = tensors[stage.running_mean];
       rstd_[l] = tensors[stage.running_var].add(stage.eps).rsqrt();
       weight_[l] = stage.weight >= 0 ? weight_[l].mul(rstd_[l]) : rstd_[l];
@@ -334,10 +344,57 @@ void Network::accumulate_parameters(const at::Tensor& z, const at::Tensor& u, co
   }
 }
 
+at::Tensor Network::over_outputs(const Stage& stage, const at::Tensor& channels) const {
+  switch (stage.affine) {
+    case Affine::kLinear:
+      return channels.view({-1, 1});
+    case Affine::kConv2d:
+      return channels.view({-1, 1, 1, 1});
+    default:
+      return channels.view({1, -1, 1, 1});
+  }
+}
+
+// a = s (W h + b - mean) + norm_bias with s = norm_weight rstd, and G the gradient to s W:  dW = s G,
+// d norm_weight = rstd (sum of W G + (b - mean) sum of delta)  for each output channel.
+void Network::add_normed_gradient(size_t l, const at::Tensor& sums, at::Tensor&& of_product,
+                                  std::vector<at::Tensor>& gradients) const {
+  const Stage& stage = program_.stages[l];
+  const auto wanted = [&](int64_t index) { return index >= 0 && gradients[index].defined(); };
+  if (sums.defined() && wanted(stage.bias)) {
+    gradients[stage.bias].addcmul_(sums, scale_[l]);
+  }
+  if (sums.defined() && wanted(stage.norm_bias)) {
+    gradients[stage.norm_bias].add_(sums);
+  }
+  if (wanted(stage.norm_weight)) {
+    const at::Tensor products = of_product.mul(plain_[l]);
+    at::Tensor of_scale = stage.affine == Affine::kLinear   ? products.sum(1)
+                          : stage.affine == Affine::kConv2d ? products.sum({1, 2, 3})
+                                                            : products.sum({0, 2, 3});
+    if (sums.defined()) {
+      of_scale.addcmul_(sums, mean_[l], -1);
+    }
+    gradients[stage.norm_weight].addcmul_(of_scale, rstd_[l]);
+  }
+  if (wanted(stage.weight)) {
+    gradients[stage.weight].addcmul_(of_product, over_outputs(stage, scale_[l]));
+  }
+}
+
 void Network::add_affine_gradient(size_t l, const at::Tensor& delta, const at::Tensor& h,
                                   std::vector<at::Tensor>& gradients) const {
   const Stage& stage = program_.stages[l];
   const int64_t channels = stage.out.channels;
+  if (stage.normed) {
+    const auto wanted = [&](int64_t index) { return index >= 0 && gradients[index].defined(); };
+    const bool of_sums = wanted(stage.bias) || wanted(stage.norm_bias) || wanted(stage.norm_weight);
+    const bool of_product = wanted(stage.weight) || wanted(stage.norm_weight);
+    add_normed_gradient(
+        l, of_sums ? delta.view({-1, channels}).sum(0) : at::Tensor(),
+        of_product ? affine_weight_gradient(stage, weight_[l], delta, h, plain_[l].sizes()) : at::Tensor(), gradients);
+    return;
+  }
   if (stage.weight >= 0 && gradients[stage.weight].defined()) {
     at::Tensor& gradient = gradients[stage.weight];
     if (stage.affine == Affine::kBatchNorm) {
@@ -363,10 +420,10 @@ std::vector<at::Tensor> Network::affine_gradients(const at::Tensor& in, const Ta
     const at::Tensor& delta = tape.delta[l];
     // A convolution's or a product's gradient is made by it, without zeros that would be written and read again.
     at::Tensor made;
-    if (stage.affine != Affine::kBatchNorm && is_new(stage.weight)) {
+    if (stage.affine != Affine::kBatchNorm && !stage.normed && is_new(stage.weight)) {
       made = affine_weight_gradient(stage, weight_[l], delta, h, tensors[stage.weight].sizes());
     }
-    for (const int64_t index : {stage.weight, stage.bias}) {
+    for (const int64_t index : {stage.weight, stage.bias, stage.norm_weight, stage.norm_bias}) {
       if (is_new(index) && !(made.defined() && index == stage.weight)) {
         found[index] = aten::zeros(tensors[index].sizes(), options_);
       }
@@ -383,7 +440,14 @@ std::vector<at::Tensor> Network::affine_gradients(const at::Tensor& in, const Ta
 void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::Tensor& hdot,
                                   std::vector<at::Tensor>& gradients) const {
   const Stage& stage = program_.stages[l];
-  if (stage.weight < 0 || !gradients[stage.weight].defined()) {
+  const auto wanted = [&](int64_t index) { return index >= 0 && gradients[index].defined(); };
+  if (stage.normed) {
+    if (wanted(stage.weight) || wanted(stage.norm_weight)) {
+      add_normed_gradient(l, {}, affine_weight_gradient(stage, weight_[l], delta, hdot, plain_[l].sizes()), gradients);
+    }
+    return;
+  }
+  if (!wanted(stage.weight)) {
     return;
   }
   at::Tensor& gradient = gradients[stage.weight];

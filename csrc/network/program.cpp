@@ -17,7 +17,8 @@ namespace {
 
 class Parser {
  public:
-  Parser(const char* op, const TensorShapes& shapes, int64_t in_features) : op_(op), shapes_(shapes) {
+  Parser(const char* op, const TensorShapes& shapes, int64_t in_features, Norms norms)
+      : op_(op), shapes_(shapes), norms_(norms) {
     FASTVAE_CHECK_VALUE(in_features > 0 && in_features <= kMostNumel, op, "network",
                         c10::str("an input of 1 to ", kMostNumel, " features"), in_features);
     shape_.channels = in_features;
@@ -182,18 +183,32 @@ class Parser {
     end(convolved(stage, channels, &ConvolutionAxis::transposed));
   }
 
+  // Whether a batch norm is a scale of the last stage's outputs.
+  bool can_fold() const {
+    if (norms_ == Norms::kApart || stages_.empty()) {
+      return false;
+    }
+    const Stage& stage = stages_.back();
+    const bool is_product = stage.affine == Affine::kLinear || stage.affine == Affine::kConv2d ||
+                            (stage.affine == Affine::kConvTranspose2d && stage.groups == 1);
+    return is_product && !stage.normed && stage.activation.kind == Activation::kIdentity &&
+           stage.out.channels == shape_.channels;
+  }
+
   void batch_norm() {
     expect_numbers(5);
-    Stage& stage = begin(Affine::kBatchNorm);
-    stage.weight = integer(1);
-    stage.bias = integer(2);
+    const bool folds = can_fold();
+    Stage& stage = folds ? stages_.back() : begin(Affine::kBatchNorm);
+    (folds ? stage.norm_weight : stage.weight) = integer(1);
+    (folds ? stage.norm_bias : stage.bias) = integer(2);
+    stage.normed = folds;
     stage.running_mean = integer(3);
     stage.running_var = integer(4);
     stage.eps = number(5);
     expect(!(stage.eps < 0.0), "expected eps of at least 0");
     sizes(stage.running_mean, 1);
     sizes(stage.running_var, 1);
-    for (const int64_t index : {stage.weight, stage.bias, stage.running_mean, stage.running_var}) {
+    for (const int64_t index : {integer(1), integer(2), stage.running_mean, stage.running_var}) {
       check_vector(index, shape_.channels);
     }
   }
@@ -253,6 +268,7 @@ class Parser {
 
   const char* op_;
   const TensorShapes& shapes_;
+  Norms norms_;
   SampleShape shape_;
   std::vector<Stage> stages_;
   std::string line_;
@@ -262,8 +278,8 @@ class Parser {
 }  // namespace
 
 Program::Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features,
-                 const LikelihoodSpec& likelihood)
-    : stages(Parser(op, shapes, in_features).run(text, likelihood.kind == Likelihood::kCategorical)) {
+                 const LikelihoodSpec& likelihood, Norms norms)
+    : stages(Parser(op, shapes, in_features, norms).run(text, likelihood.kind == Likelihood::kCategorical)) {
   int64_t numel = 0;
   for (const Stage& stage : stages) {
     numel += stage.out.numel();
@@ -313,20 +329,21 @@ int64_t checked_dim(const char* op, const at::Tensor& z) {
 }
 
 std::shared_ptr<const Program> find_program(const char* op, std::string_view text, at::TensorList tensors,
-                                            int64_t in_features, const LikelihoodSpec& likelihood) {
+                                            int64_t in_features, const LikelihoodSpec& likelihood, Norms norms) {
   struct Entry {
     std::string text;
     TensorShapes shapes;
     int64_t in_features;
     Likelihood kind;
     int64_t classes;
+    Norms norms;
     std::shared_ptr<const Program> program;
   };
   constexpr size_t kEntries = 8;
   static thread_local std::vector<Entry> entries;  // the last used first
   const auto matches = [&](const Entry& entry) {
     return entry.in_features == in_features && entry.kind == likelihood.kind && entry.classes == likelihood.classes &&
-           entry.shapes.size() == tensors.size() && entry.text == text &&
+           entry.norms == norms && entry.shapes.size() == tensors.size() && entry.text == text &&
            std::equal(tensors.begin(), tensors.end(), entry.shapes.begin(),
                       [](const at::Tensor& tensor, const std::vector<int64_t>& shape) {
                         return tensor.sizes() == at::IntArrayRef(shape);
@@ -335,12 +352,12 @@ std::shared_ptr<const Program> find_program(const char* op, std::string_view tex
   auto found = std::find_if(entries.begin(), entries.end(), matches);
   if (found == entries.end()) {
     TensorShapes shapes = shapes_of(tensors);
-    auto program = std::make_shared<const Program>(op, text, shapes, in_features, likelihood);
+    auto program = std::make_shared<const Program>(op, text, shapes, in_features, likelihood, norms);
     if (entries.size() == kEntries) {
       entries.pop_back();
     }
     found = entries.insert(entries.end(), Entry{std::string(text), std::move(shapes), in_features, likelihood.kind,
-                                                likelihood.classes, std::move(program)});
+                                                likelihood.classes, norms, std::move(program)});
   }
   std::rotate(entries.begin(), found, found + 1);
   return entries.front().program;
@@ -395,8 +412,8 @@ int64_t observed_numel(const char* op, const Program& program, const LikelihoodS
 LikelihoodSpec encoder_head() { return parse_likelihood("encoder", "gaussian 1"); }
 
 std::shared_ptr<const Program> find_encoder(const char* op, std::string_view text, at::TensorList tensors,
-                                            int64_t elements, int64_t latent_dim, int64_t samples) {
-  std::shared_ptr<const Program> program = find_program(op, text, tensors, elements, encoder_head());
+                                            int64_t elements, int64_t latent_dim, int64_t samples, Norms norms) {
+  std::shared_ptr<const Program> program = find_program(op, text, tensors, elements, encoder_head(), norms);
   check_room(op, "x", *program, samples);
   // An image of one pixel is a vector: the reshape that says so moves nothing.
   const SampleShape& out = program->output();

@@ -9,6 +9,8 @@
 //
 //   a_l = A_l h_{l-1} + b_l,   h_l = phi_l(a_l)
 //
+// A batch norm is a stage of its own or, folded, part of the linear map or convolution in front of it.
+//
 // All stages store their samples channel last, [sample, position, channel]; "permute" stages convert where a flat
 // vector (channel major, as torch flattens) becomes an image or the reverse.
 #pragma once
@@ -40,10 +42,17 @@ struct SampleShape {
 
 enum class Affine : int { kIdentity, kLinear, kConv2d, kConvTranspose2d, kBatchNorm, kToImage, kToFlat };
 
+// What becomes of batch norms behind a linear map or convolution. Folded, there is neither a pass for them nor room for
+// what they read; per-sample gradients and copies of a network need them apart.
+enum class Norms : int { kApart, kFolded };
+
 struct Stage {
   Affine affine = Affine::kIdentity;
   int64_t weight = -1;
   int64_t bias = -1;
+  bool normed = false;  // a batch norm is folded into it, of these parameters, of its running_mean and so on
+  int64_t norm_weight = -1;
+  int64_t norm_bias = -1;
   int64_t running_mean = -1;
   int64_t running_var = -1;
   double eps = 0.0;
@@ -60,7 +69,7 @@ using TensorShapes = std::vector<std::vector<int64_t>>;
 // and no stage is empty.
 struct Program {
   Program(const char* op, std::string_view text, const TensorShapes& shapes, int64_t in_features,
-          const LikelihoodSpec& likelihood);
+          const LikelihoodSpec& likelihood, Norms norms);
 
   std::vector<Stage> stages;
   int64_t in_features() const { return stages.front().in.numel(); }
@@ -74,13 +83,13 @@ struct Program {
 // The program of a network's text and tensors; the same object as long as they do not change, because reading the text
 // costs as much as some kernels.
 std::shared_ptr<const Program> find_program(const char* op, std::string_view text, at::TensorList tensors,
-                                            int64_t in_features, const LikelihoodSpec& likelihood);
+                                            int64_t in_features, const LikelihoodSpec& likelihood, Norms norms);
 
 // That of a posterior's encoder, from so many elements of x to the mean and log variance [2 latent_dim] of so many
 // samples. It has no likelihood: of encoder_head() only the shape is asked.
 LikelihoodSpec encoder_head();
 std::shared_ptr<const Program> find_encoder(const char* op, std::string_view text, at::TensorList tensors,
-                                            int64_t elements, int64_t latent_dim, int64_t samples);
+                                            int64_t elements, int64_t latent_dim, int64_t samples, Norms norms);
 
 LikelihoodSpec parse_likelihood(const char* op, std::string_view text);
 

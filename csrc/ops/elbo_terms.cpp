@@ -62,8 +62,8 @@ Autoencoder::Autoencoder(const char* op, const at::Tensor& x_in, const at::Tenso
   x = x_in.contiguous();
   noise = noise_in.contiguous();
   const LikelihoodSpec likelihood = parse_likelihood(op, likelihood_text);
-  encoder_program = find_encoder(op, encoder_text, encoder_parameters, x.size(1), dim, samples);
-  decoder_program = find_program(op, decoder_text, decoder_parameters, dim, likelihood);
+  encoder_program = find_encoder(op, encoder_text, encoder_parameters, x.size(1), dim, samples, Norms::kFolded);
+  decoder_program = find_program(op, decoder_text, decoder_parameters, dim, likelihood, Norms::kFolded);
   check_room(op, "noise", *decoder_program, samples, draws);
   encoder.emplace(op, *encoder_program, encoder_head(), encoder_parameters, x);
   decoder.emplace(op, *decoder_program, likelihood, decoder_parameters, x);
@@ -95,8 +95,9 @@ std::tuple<int64_t, int64_t> elbo_terms_stash(std::string_view encoder, std::str
                                               const TensorShapes& decoder_shapes, int64_t elements,
                                               int64_t latent_dim) {
   constexpr const char* op = "elbo_terms";
-  return {Program(op, encoder, encoder_shapes, elements, encoder_head()).forward_numel(),
-          Program(op, decoder, decoder_shapes, latent_dim, parse_likelihood(op, likelihood)).forward_numel()};
+  return {Program(op, encoder, encoder_shapes, elements, encoder_head(), Norms::kFolded).forward_numel(),
+          Program(op, decoder, decoder_shapes, latent_dim, parse_likelihood(op, likelihood), Norms::kFolded)
+              .forward_numel()};
 }
 
 // log p(x | z) [S, B], KL(q(z | x) || N(0, I)) [B], mu and logvar [B, d], z [S, B, d]; and what the reverse sweeps take

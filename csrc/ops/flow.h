@@ -41,7 +41,7 @@ struct FlowPath {
 struct Flow {
   Flow(const char* op, const at::Tensor& z_in, const at::Tensor& rho_in, const at::Tensor& x_in,
        const at::Tensor& step_in, const at::Tensor& alpha_in, at::TensorList parameters_in,
-       std::string_view network_text, std::string_view likelihood_text);
+       std::string_view network_text, std::string_view likelihood_text, Norms norms);
 
   int64_t stash_numel() const {
     return flow_stash_shape(*program, likelihood, dim, z.element_size(), z.device()).total(samples, steps);

@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<Stage>> h
     std::string_view network, std::string_view likelihood) {
   constexpr const char* op = "hamiltonian_flow_factors";
   const EntryGuard guard(op, z);
-  const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood);
+  const Flow flow(op, z, rho, x, step_size, alpha, parameters, network, likelihood, Norms::kApart);
   const int64_t K = flow.steps, B = flow.samples, d = flow.dim;
   FASTVAE_CHECK_VALUE(B > 0, op, "z", "at least one sample", describe(z));
   const FlowCotangents cotangents = flow.cotangents(grad_z, grad_rho, grad_log_px);
@@ -61,7 +61,7 @@ class DecoderSweep {
   DecoderSweep(const char* op, const at::Tensor& z, const at::Tensor& x, at::TensorList parameters,
                std::string_view network_text, std::string_view likelihood)
       : no_step_(aten::zeros({1}, z.options())),
-        flow_(op, z, z, x, no_step_, no_step_, parameters, network_text, likelihood),
+        flow_(op, z, z, x, no_step_, no_step_, parameters, network_text, likelihood, Norms::kApart),
         network_(op, *flow_.program, flow_.likelihood, flow_.parameters, flow_.z),
         tape_(one_point(network_, flow_.samples)) {}
 
@@ -120,7 +120,7 @@ std::tuple<std::vector<Stage>, std::vector<Stage>> vae_factors(const at::Tensor&
   const int64_t samples = x.size(0), d = noise.size(1), draws = noise.size(0) / samples;
   const at::Tensor images = x.contiguous();
   const std::shared_ptr<const Program> program =
-      find_encoder(op, encoder_text, encoder_parameters, x.size(1), d, samples);
+      find_encoder(op, encoder_text, encoder_parameters, x.size(1), d, samples, Norms::kApart);
   const Network encoder(op, *program, encoder_head(), encoder_parameters, images);
   const Tape encoded = one_point(encoder, samples);
   const at::Tensor out = encoder.with_bias(encoder.forward(images, encoded)).view({samples, 2, d});

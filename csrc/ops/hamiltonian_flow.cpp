@@ -38,10 +38,10 @@ StashShape flow_stash_shape(const Program& program, const LikelihoodSpec& likeli
 
 Flow::Flow(const char* op_in, const at::Tensor& z_in, const at::Tensor& rho_in, const at::Tensor& x_in,
            const at::Tensor& step_in, const at::Tensor& alpha_in, at::TensorList parameters_in,
-           std::string_view network_text, std::string_view likelihood_text)
+           std::string_view network_text, std::string_view likelihood_text, Norms norms)
     : op(op_in),
       likelihood(parse_likelihood(op, likelihood_text)),
-      program(find_program(op, network_text, parameters_in, checked_dim(op, z_in), likelihood)),
+      program(find_program(op, network_text, parameters_in, checked_dim(op, z_in), likelihood, norms)),
       parameters(parameters_in) {
   for (const at::Tensor& tensor : parameters) {
     check_like(op, "parameters", tensor, z_in, "z");
@@ -112,8 +112,8 @@ std::tuple<int64_t, int64_t> hamiltonian_flow_stash(std::string_view network, st
                       "the index of a GPU, or a negative number", cuda_index);
   const at::Device device =
       cuda_index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda_index));
-  const StashShape shape =
-      flow_stash_shape(Program(op, network, shapes, latent_dim, head), head, latent_dim, element_size, device);
+  const StashShape shape = flow_stash_shape(Program(op, network, shapes, latent_dim, head, Norms::kFolded), head,
+                                            latent_dim, element_size, device);
   return {shape.numel, shape.multiple};
 }
 
@@ -144,7 +144,8 @@ FlowOutputs hamiltonian_flow(const at::Tensor& z, const at::Tensor& rho, const a
   const EntryGuard guard(op, z);
   const auto walk = [=, network = lasting_text(network, z),
                      likelihood = lasting_text(likelihood, z)](const std::vector<at::Tensor>& in) {
-    const Flow flow(op, in[0], in[1], in[2], in[3], in[4], at::TensorList(in).slice(5), network, likelihood);
+    const Flow flow(op, in[0], in[1], in[2], in[3], in[4], at::TensorList(in).slice(5), network, likelihood,
+                    Norms::kFolded);
     return walked(flow, store, trajectory);
   };
   const std::vector<at::Tensor> out =
@@ -209,7 +210,8 @@ FlowGradients hamiltonian_flow_backward(const OptionalTensor& grad_z, const Opti
   const auto walk_back = [=, network = lasting_text(network, z), likelihood = lasting_text(likelihood, z),
                           needs = needs.vec()](const std::vector<at::Tensor>& in) {
     const at::Tensor &of_x = in[5], &steps = in[6];
-    const Flow flow(op, in[3], in[4], of_x, steps, in[7], at::TensorList(in).slice(8, count), network, likelihood);
+    const Flow flow(op, in[3], in[4], of_x, steps, in[7], at::TensorList(in).slice(8, count), network, likelihood,
+                    Norms::kFolded);
     const FlowPath path = flow.path(in[8 + count], in[9 + count], in[10 + count], store);
     FASTVAE_CHECK_VALUE(!flow.likelihood.is_discrete() || !needs[2], op, "x",
                         "no gradient (a class and a count have none)", "x.requires_grad");

@@ -51,7 +51,7 @@ struct Jacobian {
   Jacobian(const char* op, const at::Tensor& z_in, at::TensorList parameters, std::string_view network_text,
            at::IntArrayRef latents_in, int64_t p, std::string_view reduction_text)
       : reduction(parse_reduction(op, reduction_text)),
-        program(op, network_text, shapes_of(parameters), checked_dim(op, z_in), LikelihoodSpec{}),
+        program(op, network_text, shapes_of(parameters), checked_dim(op, z_in), LikelihoodSpec{}, Norms::kFolded),
         network(op, program, LikelihoodSpec{}, parameters, z_in),
         latents(latents_in),
         squared(p == 2) {

@@ -80,7 +80,8 @@ at::Tensor log_px(const at::Tensor& z_in, const at::Tensor& x_in, at::TensorList
   }
   // A network under no likelihood of its own ends as an encoder does.
   const LikelihoodSpec likelihood = elements.has_value() ? encoder_head() : parse_likelihood(op, likelihood_text);
-  const std::shared_ptr<const Program> program = find_program(op, network_text, parameters, dim, likelihood);
+  const std::shared_ptr<const Program> program =
+      find_program(op, network_text, parameters, dim, likelihood, Norms::kFolded);
   const Network network(op, *program, likelihood, parameters, z_in);
   const int64_t outputs = elements.has_value() ? elements->outputs : 1;
   FASTVAE_CHECK_VALUE(program->output().channels % outputs == 0, op, "network",

@@ -21,7 +21,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> log_px_pullback(const at::Tensor
   const EntryGuard guard(op, z_in);
   const int64_t dim = checked_dim(op, z_in), codes = z_in.size(0);
   const LikelihoodSpec likelihood = parse_likelihood(op, likelihood_text);
-  const std::shared_ptr<const Program> program = find_program(op, network_text, parameters, dim, likelihood);
+  const std::shared_ptr<const Program> program =
+      find_program(op, network_text, parameters, dim, likelihood, Norms::kFolded);
   check_room(op, "z", *program, codes);
   const Network network(op, *program, likelihood, parameters, z_in);
   check_like(op, "x", x_in, z_in, "z");

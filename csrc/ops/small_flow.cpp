@@ -133,7 +133,7 @@ bool takes_small_flow(const Program& program, const LikelihoodSpec& likelihood, 
   }
   int64_t weights = 0;
   for (const Stage& stage : program.stages) {
-    if (stage.affine != Affine::kLinear) {
+    if (stage.affine != Affine::kLinear || stage.normed) {
       return false;
     }
     weights += stage.in.channels * stage.out.channels;
