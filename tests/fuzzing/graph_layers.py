@@ -47,16 +47,12 @@ class Graph(nn.Module):
 class Noted(nn.Module):
     """Keeps count, a history and its last value, as people's modules do for their logs."""
 
-    count: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.calls, self.history, self.last = 0, [], torch.zeros(0)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, h: Tensor) -> Tensor:
         self.calls += 1
-        self.count += 1
         self.history.append(tuple(h.shape))
         self.last = h.detach()
         return h * 1.5
