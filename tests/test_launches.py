@@ -27,10 +27,10 @@ pytestmark = pytest.mark.skipif(not EMULATED, reason="launches are seen on the b
 OPERATORS = list(launches.OPERATORS) if launches else ["operators"]
 
 
-def rows_of_docs() -> dict[str, str]:
+def rows_of_docs(heading: Sequence[str]) -> dict[str, str]:
     lines = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
-    heading = f"| {' | '.join(launches.HEADING)} |"
-    rows = lines[lines.index(heading) + 2 :]
+    first = lines.index(f"| {' | '.join(heading)} |")
+    rows = lines[first + 2 :]
     end = next(at for at, line in enumerate(rows) if not line.startswith("|"))
     return {row.split("|")[1].strip(): row for row in rows[:end]}
 
@@ -39,14 +39,14 @@ def rows_of_docs() -> dict[str, str]:
 def test_the_table_in_the_docs_is_true(name: str) -> None:
     both = launches.counts(CASES[name])
     assert all(one.moved_bytes > 0 for found in both for one in found if isinstance(one, launches.Launch))
-    cells = [launches.row_of(name, both), rows_of_docs()[name]]
+    cells = [launches.row_of(name, both), rows_of_docs(launches.HEADING)[name]]
     if not torch.__version__.startswith(RECORDED_TORCH + "."):
         cells = [row.split("|")[2::2] for row in cells]  # of our kernels alone
     assert cells[0] == cells[1], "run: PYTHONPATH=build/emulated/lib python scripts/launches.py table"
 
 
 def test_the_table_has_no_other_call_and_no_operator_is_left_out() -> None:
-    assert list(rows_of_docs()) == list(TABLE)
+    assert list(rows_of_docs(launches.HEADING)) == list(TABLE)
     assert {name.split(":")[0] for name in OPERATORS} == set(ops.__all__)
 
 
@@ -149,6 +149,16 @@ def test_a_number_that_differs_is_seen() -> None:
     changed = one._replace(arguments=one.arguments[:at] + struct.pack("<Q", 5) + one.arguments[at + 8 :])
     assert "byte" in difference(found, [changed])
     assert one.kernel == "kick_drift_kernel<float>" and one.moved_bytes == 5 * 20 * 4
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith(RECORDED_TORCH + "."), reason="counted with another torch"
+)
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_of_floors_in_the_docs_is_true(name: str) -> None:
+    found = floors.row(CASES[name])
+    assert f"| {' | '.join([name, *found.cells()])} |" == rows_of_docs(floors.HEADING)[name]
+    assert found.bound != "device" or found.ratio < floors.MOST
 
 
 def product_flops(name: str) -> float:
