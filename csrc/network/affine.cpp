@@ -56,10 +56,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_backward(const Stage& st
                                                                  const at::Tensor& delta, const at::Tensor& in,
                                                                  std::array<bool, 3> mask) {
   const bool in_planes = is_in_planes(stage, weight);
-  // Of the input that no weight's gradient needs only the sizes are read.
-  return at::convolution_backward(as_image(delta, stage.out, in_planes), as_image(in, stage.in, in_planes && mask[1]),
-                                  weight, /*bias_sizes=*/c10::nullopt, stage.stride, stage.padding, stage.dilation,
-                                  stage.affine == Affine::kConvTranspose2d, stage.output_padding, stage.groups, mask);
+  // Where no weight's gradient needs the input, its sizes and layout alone are read.
+  const at::Tensor image = in_planes && !mask[1] ? in.view({-1, stage.in.channels, stage.in.height, stage.in.width})
+                                                 : as_image(in, stage.in, in_planes);
+  return at::convolution_backward(as_image(delta, stage.out, in_planes), image, weight, /*bias_sizes=*/c10::nullopt,
+                                  stage.stride, stage.padding, stage.dilation, stage.affine == Affine::kConvTranspose2d,
+                                  stage.output_padding, stage.groups, mask);
 }
 
 at::Tensor transpose_blocks(const at::Tensor& in, const at::Tensor& out, int64_t rows, int64_t columns) {

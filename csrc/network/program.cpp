@@ -183,12 +183,21 @@ class Parser {
     end(convolved(stage, channels, &ConvolutionAxis::transposed));
   }
 
-  // Whether a batch norm is a scale of the last stage's outputs.
+  // Whether a batch norm is a scale of the last stage's outputs, of so many that folding pays: it passes a dozen times
+  // over the weight a call, the norm six times over the outputs of each sample and force, say of 16 samples and 4.
   bool can_fold() const {
+    constexpr int64_t kOutputs = 32;
     if (norms_ == Norms::kApart || stages_.empty()) {
       return false;
     }
     const Stage& stage = stages_.back();
+    int64_t weights = 1;
+    for (const int64_t size : stage.weight >= 0 ? shapes_[stage.weight] : std::vector<int64_t>{}) {
+      weights *= size;
+    }
+    if (weights > kOutputs * stage.out.numel()) {
+      return false;
+    }
     const bool is_product = stage.affine == Affine::kLinear || stage.affine == Affine::kConv2d ||
                             (stage.affine == Affine::kConvTranspose2d && stage.groups == 1);
     return is_product && !stage.normed && stage.activation.kind == Activation::kIdentity &&
