@@ -20,6 +20,7 @@ if _sentence := other_project():
 
 try:
     import torch
+    import torch.compiler.config as compiling
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise  # torch is there, and what it needs is not: its own message says what
@@ -102,6 +103,21 @@ def _open() -> ModuleType:
 
 raw = _open()
 """The extension module ``fastvae._C``."""
+
+
+def _mark_compiled_graphs() -> None:
+    """Keep this build's graphs in PyTorch's caches on disk apart from those of others.
+
+    A compiled graph holds the sizes of our operators' results, such as what the flow keeps for its gradient, which
+    another build may give otherwise; what PyTorch looks a graph up by says nothing of the build.
+    """
+    library = Path(str(raw.__file__)).stat()
+    mark = f"fastvae {library.st_size} {library.st_mtime_ns}"
+    if mark not in compiling.cache_key_tag:
+        compiling.cache_key_tag = f"{compiling.cache_key_tag} {mark}".lstrip()
+
+
+_mark_compiled_graphs()
 
 
 def has_kernels_for(tensor: torch.Tensor) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -284,3 +288,21 @@ def test_attributes_of_any_plain_kind_are_guarded(counter: Counter) -> None:
             torch.testing.assert_close(left, right)
         graphs.append(counter.graphs)
     assert graphs[0] == graphs[1] < graphs[2]
+
+
+def test_graphs_on_disk_are_those_of_one_build() -> None:
+    """Beside what a user looks his own up by."""
+    script = "import fastvae, torch.compiler.config as c; print(c.cache_key_tag)"
+    tags = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "TORCH_COMPILE_CACHE_KEY_TAG": mine},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for mine in ("mine", "")
+    ]
+    library = Path(fastvae._C.__file__).stat()
+    assert tags[0] == f"mine {tags[1]}"
+    assert tags[1] == f"fastvae {library.st_size} {library.st_mtime_ns}"
