@@ -66,14 +66,19 @@ def product_flops(op: str, sizes: list[list[int]], form: str) -> float:
         return 2.0 * math.prod(sizes[-2 if op == "mv" else 1])
     if op == "convolution":
         image, weight = sizes[0], sizes[1]
-        transposed = "True" in form
-        positions = image[2:] if transposed else _output(image, weight, form)
+        positions = image[2:] if _flags(form)[0] else _output(image, weight, form)
         return 2.0 * image[0] * math.prod(positions) * math.prod(weight)
     if op == "convolution_backward":
         gradient, image, weight = sizes[:3]
-        positions = image[2:] if "True" in form.split("[", 4)[-1] else gradient[2:]
-        return 2.0 * image[0] * math.prod(positions) * math.prod(weight) * form.count("True", form.rfind("]"))
+        transposed, of_image, of_weight, _ = _flags(form)
+        positions = image[2:] if transposed else gradient[2:]
+        return 2.0 * image[0] * math.prod(positions) * math.prod(weight) * (of_image + of_weight)
     return 0.0
+
+
+def _flags(form: str) -> list[bool]:
+    """Whether a convolution is transposed and, of its gradients, which are wanted: to image, weight and bias."""
+    return [flag == "True" for flag in re.findall("True|False", form)]
 
 
 def _output(image: list[int], weight: list[int], form: str) -> list[int]:

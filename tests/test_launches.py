@@ -188,3 +188,11 @@ def test_convolutions_are_counted_by_their_positions() -> None:
     assert floors.product_flops("convolution", sizes, form) == 2 * 8 * 64 * 32 * 4 * 4 * 8 * 8
     turned = form.replace("False", "True")
     assert floors.product_flops("convolution", sizes, turned) == 2 * 8 * 64 * 32 * 4 * 4 * 16 * 16
+    # Of a gradient, once for the image and once for the weight.
+    gradient = "Float[8, 64, 8, 8][4096, 64, 8, 1];" + tensors
+    backward = gradient + ";2;,2;,;1;,1;,;1;,1;,;False;0;,0;,;1;False;,True;,False;,;"
+    given = [size for _, size in floors.shapes_in(backward)]
+    one = 2 * 8 * 64 * 32 * 4 * 4 * 8 * 8
+    assert floors.product_flops("convolution_backward", given, backward) == one
+    both = backward.replace("False;,True", "True;,True")
+    assert floors.product_flops("convolution_backward", given, both) == 2 * one

@@ -147,16 +147,15 @@ void direct_conv_transpose_add_weight_gradient(const Stage& stage, const at::Ten
 namespace {
 
 // Of the weight itself, which may be packed.
-size_t weight_bytes(const Stage& stage, const at::Tensor& weight) {
-  return static_cast<size_t>(stage.in.channels * stage.out.channels * stage.kernel[0] * stage.kernel[1]) *
-         weight.element_size();
+int64_t weight_bytes(const Stage& stage, const at::Tensor& weight) {
+  return stage.weight_numel() * weight.element_size();
 }
 
 // Whether GEMM and fold are quicker than windows, by what a FLOP costs (ns, float32, both cores of a Zen 3 [measured]).
 // Windows read the weight once for each row of outputs, 2 / width bytes a FLOP, which are free as long as the L2 cache
 // holds it; fold moves a column for every 2 C_in FLOPs. Doubles take twice as long in all of that.
 bool is_folding_quicker(const Stage& stage, const at::Tensor& weight) {
-  constexpr size_t kCacheBytes = size_t{1} << 19;
+  constexpr int64_t kCacheBytes = int64_t{1} << 19;
   const double direct = 0.0118 + 0.04 / static_cast<double>(stage.in.width);
   const double folded = 0.0087 + 0.6 / static_cast<double>(stage.in.channels);
   return weight_bytes(stage, weight) > kCacheBytes && folded < direct;
@@ -166,8 +165,7 @@ bool is_folding_quicker(const Stage& stage, const at::Tensor& weight) {
 // so that products stream them [Zen 4: 1024 to 512 channels, 8x8 to 16x16, batch 16: 0.8 of the time of GEMM and fold;
 // 4x4 to 7x7, where columns fit: 1.2].
 bool streams(const Stage& stage, const at::Tensor& weight) {
-  constexpr size_t kWeightBytes = size_t{2} << 20;
-  constexpr int64_t kPositions = 64;
+  constexpr int64_t kWeightBytes = int64_t{2} << 20, kPositions = 64;
   return weight_bytes(stage, weight) > kWeightBytes && stage.in.positions() >= kPositions;
 }
 
@@ -175,8 +173,7 @@ bool streams(const Stage& stage, const at::Tensor& weight) {
 
 bool is_in_planes(const Stage& stage, const at::Tensor& weight) {
   constexpr int64_t kSamples = 16;
-  const int64_t weights = stage.in.channels / stage.groups * stage.out.channels * stage.kernel[0] * stage.kernel[1];
-  return !runs_cuda(weight) && weights > kSamples * (stage.in.numel() + stage.out.numel());
+  return !runs_cuda(weight) && stage.weight_numel() > kSamples * (stage.in.numel() + stage.out.numel());
 }
 
 ConvTransposeRoute conv_transpose_route(const Stage& stage, const at::Tensor& weight) {

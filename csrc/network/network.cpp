@@ -39,6 +39,22 @@ void for_each_block(const Stage& stage, const at::Tensor& weight, int64_t sample
   }
 }
 
+bool is_wanted(const std::vector<at::Tensor>& gradients, int64_t index) {
+  return index >= 0 && gradients[index].defined();
+}
+
+// A number for each output channel, to be multiplied with the weight.
+at::Tensor over_outputs(const Stage& stage, const at::Tensor& channels) {
+  switch (stage.affine) {
+    case Affine::kLinear:
+      return channels.view({-1, 1});
+    case Affine::kConv2d:
+      return channels.view({-1, 1, 1, 1});
+    default:
+      return channels.view({1, -1, 1, 1});
+  }
+}
+
 // result = delta [B, n] -> sum over rows, added to gradient.
 void add_column_sums(const at::Tensor& rows, int64_t channels, at::Tensor& gradient) {
   gradient.add_(rows.view({-1, channels}).sum(0));
@@ -344,41 +360,27 @@ void Network::accumulate_parameters(const at::Tensor& z, const at::Tensor& u, co
   }
 }
 
-at::Tensor Network::over_outputs(const Stage& stage, const at::Tensor& channels) const {
-  switch (stage.affine) {
-    case Affine::kLinear:
-      return channels.view({-1, 1});
-    case Affine::kConv2d:
-      return channels.view({-1, 1, 1, 1});
-    default:
-      return channels.view({1, -1, 1, 1});
-  }
-}
-
 // a = s (W h + b - mean) + norm_bias with s = norm_weight rstd, and G the gradient to s W:  dW = s G,
 // d norm_weight = rstd (sum of W G + (b - mean) sum of delta)  for each output channel.
-void Network::add_normed_gradient(size_t l, const at::Tensor& sums, at::Tensor&& of_product,
+void Network::add_normed_gradient(size_t l, const at::Tensor& sums, const at::Tensor& of_product,
                                   std::vector<at::Tensor>& gradients) const {
   const Stage& stage = program_.stages[l];
-  const auto wanted = [&](int64_t index) { return index >= 0 && gradients[index].defined(); };
-  if (sums.defined() && wanted(stage.bias)) {
+  const at::Tensor scale = over_outputs(stage, scale_[l]);
+  if (sums.defined() && is_wanted(gradients, stage.bias)) {
     gradients[stage.bias].addcmul_(sums, scale_[l]);
   }
-  if (sums.defined() && wanted(stage.norm_bias)) {
+  if (sums.defined() && is_wanted(gradients, stage.norm_bias)) {
     gradients[stage.norm_bias].add_(sums);
   }
-  if (wanted(stage.norm_weight)) {
-    const at::Tensor products = of_product.mul(plain_[l]);
-    at::Tensor of_scale = stage.affine == Affine::kLinear   ? products.sum(1)
-                          : stage.affine == Affine::kConv2d ? products.sum({1, 2, 3})
-                                                            : products.sum({0, 2, 3});
+  if (is_wanted(gradients, stage.norm_weight)) {
+    at::Tensor of_scale = of_product.mul(plain_[l]).sum_to_size(scale.sizes()).view({-1});
     if (sums.defined()) {
       of_scale.addcmul_(sums, mean_[l], -1);
     }
     gradients[stage.norm_weight].addcmul_(of_scale, rstd_[l]);
   }
-  if (wanted(stage.weight)) {
-    gradients[stage.weight].addcmul_(of_product, over_outputs(stage, scale_[l]));
+  if (is_wanted(gradients, stage.weight)) {
+    gradients[stage.weight].addcmul_(of_product, scale);
   }
 }
 
@@ -387,15 +389,15 @@ void Network::add_affine_gradient(size_t l, const at::Tensor& delta, const at::T
   const Stage& stage = program_.stages[l];
   const int64_t channels = stage.out.channels;
   if (stage.normed) {
-    const auto wanted = [&](int64_t index) { return index >= 0 && gradients[index].defined(); };
-    const bool of_sums = wanted(stage.bias) || wanted(stage.norm_bias) || wanted(stage.norm_weight);
-    const bool of_product = wanted(stage.weight) || wanted(stage.norm_weight);
+    const bool of_product = is_wanted(gradients, stage.weight) || is_wanted(gradients, stage.norm_weight);
+    const bool of_sums = is_wanted(gradients, stage.bias) || is_wanted(gradients, stage.norm_bias) ||
+                         is_wanted(gradients, stage.norm_weight);
     add_normed_gradient(
         l, of_sums ? delta.view({-1, channels}).sum(0) : at::Tensor(),
         of_product ? affine_weight_gradient(stage, weight_[l], delta, h, plain_[l].sizes()) : at::Tensor(), gradients);
     return;
   }
-  if (stage.weight >= 0 && gradients[stage.weight].defined()) {
+  if (is_wanted(gradients, stage.weight)) {
     at::Tensor& gradient = gradients[stage.weight];
     if (stage.affine == Affine::kBatchNorm) {
       // a = weight xhat + bias with xhat = (h - mean) rstd, channel by channel.
@@ -405,7 +407,7 @@ void Network::add_affine_gradient(size_t l, const at::Tensor& delta, const at::T
       affine_add_weight_gradient(stage, weight_[l], delta, h, gradient);
     }
   }
-  if (stage.bias >= 0 && gradients[stage.bias].defined()) {
+  if (is_wanted(gradients, stage.bias)) {
     add_column_sums(delta, channels, gradients[stage.bias]);
   }
 }
@@ -440,14 +442,13 @@ std::vector<at::Tensor> Network::affine_gradients(const at::Tensor& in, const Ta
 void Network::add_linear_gradient(size_t l, const at::Tensor& delta, const at::Tensor& hdot,
                                   std::vector<at::Tensor>& gradients) const {
   const Stage& stage = program_.stages[l];
-  const auto wanted = [&](int64_t index) { return index >= 0 && gradients[index].defined(); };
   if (stage.normed) {
-    if (wanted(stage.weight) || wanted(stage.norm_weight)) {
+    if (is_wanted(gradients, stage.weight) || is_wanted(gradients, stage.norm_weight)) {
       add_normed_gradient(l, {}, affine_weight_gradient(stage, weight_[l], delta, hdot, plain_[l].sizes()), gradients);
     }
     return;
   }
-  if (!wanted(stage.weight)) {
+  if (!is_wanted(gradients, stage.weight)) {
     return;
   }
   at::Tensor& gradient = gradients[stage.weight];

@@ -128,10 +128,9 @@ class Network {
   LikelihoodSpec likelihood_;
   at::TensorOptions options_;
   // Gradients to the parameters of a stage with a folded norm, of the sums over rows of delta (or undefined: of the
-  // linear part alone) and of the gradient to the weight that the sweeps see, which is used up.
-  void add_normed_gradient(size_t l, const at::Tensor& sums, at::Tensor&& of_product,
+  // linear part alone) and of the gradient to the weight that the sweeps see.
+  void add_normed_gradient(size_t l, const at::Tensor& sums, const at::Tensor& of_product,
                            std::vector<at::Tensor>& gradients) const;
-  at::Tensor over_outputs(const Stage& stage, const at::Tensor& channels) const;
 
   std::vector<at::Tensor> weight_;  // per stage; batch norm: weight / sqrt(var + eps), the scale of a folded one, too
   std::vector<at::Tensor> bias_;    // per stage, or undefined; batch norm: bias - mean * scale

@@ -191,17 +191,10 @@ class Parser {
       return false;
     }
     const Stage& stage = stages_.back();
-    int64_t weights = 1;
-    for (const int64_t size : stage.weight >= 0 ? shapes_[stage.weight] : std::vector<int64_t>{}) {
-      weights *= size;
-    }
-    if (weights > kOutputs * stage.out.numel()) {
-      return false;
-    }
     const bool is_product = stage.affine == Affine::kLinear || stage.affine == Affine::kConv2d ||
                             (stage.affine == Affine::kConvTranspose2d && stage.groups == 1);
     return is_product && !stage.normed && stage.activation.kind == Activation::kIdentity &&
-           stage.out.channels == shape_.channels;
+           stage.out.channels == shape_.channels && stage.weight_numel() <= kOutputs * stage.out.numel();
   }
 
   void batch_norm() {

@@ -61,6 +61,14 @@ struct Stage {
   ActivationSpec activation;
   SampleShape in;
   SampleShape out;
+  // Of a linear map's or a convolution's weight.
+  int64_t weight_numel() const {
+    int64_t numel = in.channels / groups * out.channels;
+    for (const int64_t size : kernel) {
+      numel *= size;
+    }
+    return numel;
+  }
 };
 
 using TensorShapes = std::vector<std::vector<int64_t>>;

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo.own_gradients import Swish
 
 from .decoders import ACTIVATIONS
 
@@ -56,21 +57,6 @@ class Noted(nn.Module):
         self.history.append(tuple(h.shape))
         self.last = h.detach()
         return h * 1.5
-
-
-class Swish(torch.autograd.Function):
-    """h sigmoid(h), by hand."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        ctx.save_for_backward(h)
-        return h * h.sigmoid()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (h,) = ctx.saved_tensors
-        s = h.sigmoid()
-        return grad * (s + h * s * (1 - s))
 
 
 class Held(nn.Module):
