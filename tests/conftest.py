@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ from torch.utils._device import DeviceContext
 _HERE = str(Path(__file__).resolve().parent)
 # For the benchmarks of this checkout; never its fastvae in place of an installed one.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and so would be every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _DefaultDevice(DeviceContext):
